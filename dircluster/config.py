@@ -1,0 +1,475 @@
+"""Every knob of a run, as frozen dataclasses: a config is a value that is checked when it is made.
+
+This module imports the standard library alone, so that ``--help`` and a config error answer at once.
+Numbers in [0, 1] are in units of the pixel range; epochs are passes over the training split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. Its text is one line: the field, the value and the way out."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they look."""
+
+    name: Literal["digits", "cifar10", "svhn", "custom"] = "digits"
+    """digits lies in scikit-learn's wheel; cifar10 and svhn are downloaded by torchvision unless uri is given."""
+    uri: str | None = None
+    """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
+    height: int = 8
+    """Pixels."""
+    width: int = 8
+    """Pixels."""
+    channels: int = 1
+    """1 for grey, 3 for colour."""
+    classes: int = 10
+    """Number of labels, 0 to classes - 1."""
+    held_out: float = 0.1
+    """Share of the training split that selects models and is never trained on."""
+    test_share: float = 0.2
+    """Share cut off as the test split where the source has none of its own (the same for every seed)."""
+    crop_padding: int = 0
+    """Zero padding before a random crop back to size, in pixels; 0 switches it off."""
+    flip: bool = False
+    """Random horizontal flips."""
+    limit: int | None = None
+    """Read only this many images of each split (a smoke run)."""
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "height", "width", "channels")
+        _require(self.classes >= 2, f"data.classes must be at least 2, got {self.classes}")
+        for name in ("held_out", "test_share"):
+            value = getattr(self, name)
+            _require(0 < value < 1, f"data.{name} must lie in (0, 1), got {value}")
+        _require(self.crop_padding >= 0, f"data.crop_padding must be 0 or more, got {self.crop_padding}")
+        _require(self.limit is None or self.limit >= 10, f"data.limit must be at least 10, got {self.limit}")
+        _require(
+            self.name != "custom" or self.uri is not None,
+            "data.uri is missing: a custom data set needs --data.uri PATH (parquet files or image folders)",
+        )
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The L-infinity threat, and the PGD that crafts training samples within it."""
+
+    epsilon: float = 8 / 255
+    """Radius of the ball."""
+    step_size: float | None = None
+    """Step of every iterative attack; a quarter of epsilon when not given (2/255 for 8/255)."""
+    steps: int = 5
+    """PGD steps while training."""
+
+    def __post_init__(self) -> None:
+        hint = f"; did you mean {self.epsilon:g}/255?" if self.epsilon >= 1 else ""
+        _require(0 < self.epsilon < 1, f"attack.epsilon must lie in (0, 1), got {self.epsilon:g}{hint}")
+        _require(
+            self.step_size is None or 0 < self.step_size < 1,
+            f"attack.step_size must lie in (0, 1), got {self.step_size}",
+        )
+        _positive("attack", self, "steps")
+
+    @property
+    def step(self) -> float:
+        """Step size in pixel-range units."""
+        return self.epsilon / 4 if self.step_size is None else self.step_size
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Information discard: how much of an image each mask hides, and how many masks share an image."""
+
+    ratio: float = 0.5
+    """Share of the patches that each mask discards."""
+    count: int | None = None
+    """Masks an image (K); the fewest that can cover it, ceil(1 / (1 - ratio)), when not given."""
+
+    def __post_init__(self) -> None:
+        hint = f"; did you mean {self.ratio / 100:g}?" if 1 < self.ratio < 100 else ""
+        _require(0 < self.ratio < 1, f"masking.ratio must lie in (0, 1), got {self.ratio:g}{hint}")
+        _require(self.count is None or self.count >= 1, f"masking.count must be at least 1, got {self.count}")
+
+    @property
+    def masks(self) -> int:
+        """K, the number of masks an image."""
+        return math.ceil(round(1 / (1 - self.ratio), 9)) if self.count is None else self.count
+
+    def kept(self, tokens: int) -> int:
+        """Patches that each mask keeps out of ``tokens``."""
+        return round((1 - self.ratio) * tokens)
+
+    def check(self, tokens: int) -> None:
+        """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""
+        kept, gap = self.kept(tokens), math.ceil(tokens / self.masks)
+        if kept == 0:
+            raise ConfigError(f"masking.ratio {self.ratio:g} keeps none of {tokens} patches; lower it or model.patch")
+        _require(
+            kept >= gap,
+            f"masking.count {self.masks} at ratio {self.ratio:g} leaves patches unseen ({self.masks} x {kept} kept of"
+            f" {tokens}); use masking.count {math.ceil(tokens / kept)} or more",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The masked ViT auto-encoder that restores images."""
+
+    patch: int = 2
+    """Side of a square patch, pixels."""
+    width: int = 192
+    """Token dimension of encoder and decoder."""
+    heads: int = 3
+    """Attention heads."""
+    encoder_depth: int = 8
+    """Transformer blocks over the kept patches."""
+    decoder_depth: int = 2
+    """Transformer blocks over all patches."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over its token width."""
+    head: Literal["linear", "token_mixing"] = "linear"
+    """linear: a token gives its own pixels; token_mixing: every patch mixes all tokens (the released code)."""
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "patch", "width", "heads", "encoder_depth", "decoder_depth", "mlp_ratio")
+        _require(
+            self.width % self.heads == 0,
+            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser and its learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum, or AdamW's first beta."""
+    beta2: float = 0.95
+    """AdamW's second beta."""
+    weight_decay: float = 2e-4
+    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step divides the rate by 10 at each milestone; cosine ends at zero."""
+    milestones: tuple[int, ...] = (75, 90)
+    """Epochs at which the step schedule divides the rate by 10."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    clip: float | None = None
+    """Largest gradient norm; no clipping when not given."""
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", self, "lr")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
+        _require(0 <= self.beta2 < 1, f"optimizer.beta2 must lie in [0, 1), got {self.beta2}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
+        _require(self.warmup_epochs >= 0, f"optimizer.warmup_epochs must be 0 or more, got {self.warmup_epochs}")
+        _require(self.clip is None or self.clip > 0, f"optimizer.clip must be positive, got {self.clip}")
+
+    def rate(self, epoch: float, epochs: int) -> float:
+        """Learning rate at fractional ``epoch`` of a stage of ``epochs``."""
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        if self.schedule == "step":
+            return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Stage 0: the classifier h that the denoiser protects."""
+
+    uri: str | None = None
+    """An existing target instead of training one: a safetensors file, a models:/ URI, or timm:NAME."""
+    architecture: str = "resnet18"
+    """small_cnn, resnet18 (CIFAR stem), timm:NAME, or package.module:factory (called with classes, channels)."""
+    objective: Literal["natural", "at", "trades", "mart"] = "at"
+    """Cross-entropy; adversarial training; TRADES; MART."""
+    beta: float | None = None
+    """Weight of the KL term: 6 for trades, 5 for mart when not given."""
+    trades_steps: int = 10
+    """Steps of the KL ascent that crafts TRADES samples."""
+    epochs: int = 110
+    """Passes over the training split."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        _positive("target", self, "epochs", "trades_steps")
+        _require(self.beta is None or self.beta >= 0, f"target.beta must be 0 or more, got {self.beta}")
+        known = self.architecture in ("small_cnn", "resnet18") or ":" in self.architecture
+        _require(
+            known,
+            f"target.architecture must be small_cnn, resnet18, timm:NAME or package.module:factory,"
+            f" got {self.architecture!r}",
+        )
+
+    @property
+    def weight(self) -> float:
+        """Weight of the objective's KL term."""
+        return (5.0 if self.objective == "mart" else 6.0) if self.beta is None else self.beta
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: the denoiser learns to restore (Eq. 2)."""
+
+    epochs: int = 20
+    """Passes over the training split; 0 leaves the stage out (the ablation: set dir.mse_weight to 1)."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", lr=1.5e-4 * 128 / 256, weight_decay=0.05, schedule="cosine", warmup_epochs=2
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, f"pretrain.epochs must be 0 or more, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class DirConfig:
+    """Stage 2: the game of Algorithm 1 (Eq. 4 to 7)."""
+
+    alpha: float = 2.0
+    """Weight of L_rep in Eq. 7."""
+    epochs: int = 90
+    """Passes over the training split."""
+    perturb_steps: int = 5
+    """Ascent steps that craft the perturbation of Eq. 4."""
+    crafting_masks: Literal["shared", "fresh"] = "shared"
+    """shared: crafted under the masks that the update uses; fresh: new masks at every step (released code)."""
+    mse_weight: float = 0.0
+    """Weight of the squared error between restored and natural images, averaged over pixels (0 in the paper)."""
+    joint: bool = False
+    """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2)
+    """The denoiser's optimiser."""
+    target_optimizer: OptimizerConfig = OptimizerConfig()
+    """The target's optimiser in joint mode."""
+
+    def __post_init__(self) -> None:
+        _positive("dir", self, "epochs", "perturb_steps")
+        for name in ("alpha", "mse_weight"):
+            _require(getattr(self, name) >= 0, f"dir.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What all stages share."""
+
+    batch_size: int = 128
+    """Images a step over all workers: results do not depend on how many workers share them."""
+    accumulation: int = 1
+    """Micro-batches a worker splits its share into."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile the denoiser and the target."""
+    select_every: int = 1
+    """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
+    select_images: int = 1024
+    """Held-out images judged each time."""
+
+    def __post_init__(self) -> None:
+        _positive("training", self, "batch_size", "accumulation", "select_every", "select_images")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The final judgement on the test split."""
+
+    images: int | None = None
+    """Test images judged; all when not given."""
+    batch_size: int = 256
+    """Images judged at a time on each worker."""
+    steps: int = 20
+    """PGD steps."""
+    eot: int = 8
+    """Mask draws whose gradients are averaged at each step against fresh masks."""
+    draws: int = 10
+    """Fresh mask draws on which every final adversarial image is judged again."""
+
+    def __post_init__(self) -> None:
+        _positive("evaluation", self, "batch_size", "steps", "eot", "draws")
+        _require(self.images is None or self.images > 0, f"evaluation.images must be positive, got {self.images}")
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """How many processes share a step, and on what."""
+
+    workers: int = 1
+    """Ray Train workers (under torchrun its own --nproc-per-node counts)."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes GPUs where every worker can have one."""
+    threads: int | None = None
+    """CPU threads a worker; the machine's cores shared evenly when not given."""
+    max_failures: int = 3
+    """Times that Ray Train restarts the workers after one died."""
+
+    def __post_init__(self) -> None:
+        _positive("scaling", self, "workers")
+        _require(self.threads is None or self.threads > 0, f"scaling.threads must be positive, got {self.threads}")
+        _require(self.max_failures >= 0, f"scaling.max_failures must be 0 or more, got {self.max_failures}")
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Where checkpoints and reports are kept."""
+
+    uri: str = "runs"
+    """A folder."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written at the end of a stage and on interruption."""
+
+    def __post_init__(self) -> None:
+        _positive("storage", self, "checkpoint_every")
+        _require(self.uri != "", "storage.uri must not be empty")
+        _require(
+            "://" not in self.uri or self.uri.startswith("file://"),
+            f"storage.uri must be a folder, got {self.uri!r}: object storage is not supported yet",
+        )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What is told to MLflow and to the console, and how often."""
+
+    enabled: bool = True
+    """False keeps no MLflow record."""
+    uri: str | None = None
+    """MLflow tracking URI; an SQLite file in storage.uri when not given."""
+    experiment: str = "dircluster"
+    """MLflow experiment."""
+    log_every: int = 10
+    """Steps between two points of a curve."""
+    picture_every: int = 5
+    """Epochs between two picture grids."""
+    patience: float = 600.0
+    """Seconds that the end of a job waits for an MLflow server that is down."""
+
+    def __post_init__(self) -> None:
+        _positive("tracking", self, "log_every", "picture_every")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole run: target, pre-training, DIR, evaluation."""
+
+    preset: str = "digits"
+    seed: int = 0
+    """Every draw of the run follows from it."""
+    data: DataConfig = DataConfig()
+    attack: AttackConfig = AttackConfig()
+    masking: MaskingConfig = MaskingConfig()
+    model: ModelConfig = ModelConfig()
+    target: TargetConfig = TargetConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    dir: DirConfig = DirConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        data, model = self.data, self.model
+        for name in ("height", "width"):
+            side = getattr(data, name)
+            divisors = [p for p in range(1, side + 1) if side % p == 0]
+            _require(
+                side % model.patch == 0,
+                f"model.patch must divide data.{name} {side}, got {model.patch};"
+                f" try {min(divisors, key=lambda p: abs(p - model.patch))}",
+            )
+        self.masking.check(self.tokens)
+        pixels = model.patch**2 * data.channels
+        _require(
+            model.head == "linear" or model.width % pixels == 0,
+            f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
+            f" got {model.width}",
+        )
+        shares = self.scaling.workers * self.training.accumulation
+        _require(
+            self.training.batch_size % shares == 0,
+            f"training.batch_size must be a multiple of scaling.workers x training.accumulation = {shares},"
+            f" got {self.training.batch_size}",
+        )
+        if self.dir.joint:
+            _require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
+            _require(
+                self.pretrain.epochs == 0,
+                f"pretrain.epochs must be 0 in joint mode (there is no target yet), got {self.pretrain.epochs}",
+            )
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of patches of an image."""
+        return (self.data.height // self.model.patch) * (self.data.width // self.model.patch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, as plain data: everything but where it runs and what it tells."""
+        plain = to_dict(self)
+        return {k: v for k, v in plain.items() if k not in ("preset", "scaling", "storage", "tracking")}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dictionaries, lists and scalars."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(kind: type, plain: dict[str, Any]) -> Any:
+    """The inverse of :func:`to_dict`. Raises ConfigError on unknown fields."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(plain) - set(fields))
+    _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}")
+    default = kind()
+    made: dict[str, Any] = {}
+    for name, value in plain.items():
+        was = getattr(default, name)
+        if dataclasses.is_dataclass(was) and isinstance(value, dict):
+            made[name] = from_dict(type(was), value)
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted names: {"dir": {"alpha": 2}} -> {"dir.alpha": 2}."""
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def digest(plain: Any) -> str:
+    """SHA-256 of plain data, in hexadecimal."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""Batches as a function of (seed, epoch, step): no loader processes, and nothing to restore after a crash."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dircluster import rng
+from dircluster.config import ConfigError
+from dircluster.data.sources import Split
+
+
+def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
+    """Zero-pad and cut back to size at ``offsets`` (n, 2) in [0, 2 padding]: (n, C, H, W) -> (n, C, H, W)."""
+    n, channels, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = offsets[:, 1:] + torch.arange(width, device=images.device)
+    image = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class Loader:
+    """One worker's share of every global batch of a split that lies in memory on ``device``."""
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        purpose: str,
+        *,
+        crop_padding: int = 0,
+        flip: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        if len(split) < batch_size:
+            raise ConfigError(f"training.batch_size {batch_size} is more than the {len(split)} training images")
+        if batch_size % world:
+            raise ConfigError(f"training.batch_size must be a multiple of the {world} workers, got {batch_size}")
+        self.device = device or torch.device("cpu")
+        self.split = Split(split.images.to(self.device), split.labels.to(self.device))
+        self.batch_size, self.seed, self.purpose = batch_size, seed, purpose
+        self.crop_padding, self.flip = crop_padding, flip
+        share = batch_size // world
+        self.rows = slice(rank * share, (rank + 1) * share)
+        self.steps_per_epoch = len(split) // batch_size
+        self._order: tuple[int, Tensor] | None = None
+
+    def __call__(self, epoch: int, step: int) -> tuple[Tensor, Tensor, rng.Stream]:
+        """Images (n, C, H, W) in [0, 1], labels (n,), and the draws of the step. ``step`` counts within the epoch."""
+        if self._order is None or self._order[0] != epoch:
+            generator = rng.generator(self.seed, f"{self.purpose}/order", epoch)
+            self._order = (epoch, torch.randperm(len(self.split), generator=generator))
+        batch = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
+        chosen = batch[self.rows].to(self.device)
+        images, labels = self.split.images[chosen], self.split.labels[chosen]
+        stream = rng.Stream(self.seed, epoch, step, self.batch_size, self.rows, self.device, prefix=self.purpose)
+        if self.crop_padding:
+            places = 2 * self.crop_padding + 1
+            images = crop(images, (stream.uniform("crop", (2,)) * places).long(), self.crop_padding)
+        if self.flip:
+            mirrored = stream.uniform("flip", (1, 1, 1)) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        return images.float() / 255, labels, stream

@@ -1,0 +1,197 @@
+"""Real images into memory: scikit-learn's digits, torchvision's CIFAR-10 and SVHN, labelled parquet, image folders."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.config import ConfigError, DataConfig
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W) uint8 and their labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor | slice) -> Split:
+        """Some of the rows, in the order given."""
+        return Split(self.images[rows], self.labels[rows])
+
+    def pixels(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Images as floats in [0, 1]: -> (n, C, H, W)."""
+        return self.images[rows].float() / 255
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The three splits: training fits, held_out selects, and test is for the final evaluation alone."""
+
+    train: Split
+    held_out: Split
+    test: Split
+    fingerprint: str
+    """SHA-256 of the images and labels of all splits."""
+
+
+def load(config: DataConfig, seed: int, cache: Path = Path("runs/data")) -> Dataset:
+    """Read and check ``config``'s data; ``seed`` decides which training images are held out.
+
+    Raises ConfigError when data is missing, empty, unlabelled, of mixed size, or not what ``config`` says it is.
+    """
+    if config.uri is not None:
+        training, test = _from_path(Path(config.uri.removeprefix("file://")).expanduser(), config)
+    elif config.name == "digits":
+        training, test = _digits(), None
+    else:
+        training, test = _torchvision(config.name, cache)
+    _check(training, config)
+    if test is None:
+        order = torch.randperm(len(training), generator=rng.generator(0, "test_split"))
+        cut = max(1, round(config.test_share * len(training)))
+        training, test = training.take(order[cut:]), training.take(order[:cut])
+    _check(test, config)
+    if config.limit is not None:
+        training, test = training.take(slice(config.limit)), test.take(slice(config.limit))
+    order = torch.randperm(len(training), generator=rng.generator(seed, "held_out"))
+    cut = max(1, round(config.held_out * len(training)))
+    if cut >= len(training):
+        raise ConfigError(f"data.held_out {config.held_out:g} leaves nothing of {len(training)} images to train on")
+    digest = hashlib.sha256()
+    for part in (training, test):
+        digest.update(part.images.numpy().tobytes())
+        digest.update(part.labels.numpy().tobytes())
+    return Dataset(training.take(order[cut:]), training.take(order[:cut]), test, digest.hexdigest())
+
+
+def _check(split: Split, config: DataConfig) -> None:
+    found, wanted = tuple(split.images.shape[1:]), (config.channels, config.height, config.width)
+    if found != wanted:
+        raise ConfigError(
+            f"the images are {'x'.join(map(str, found))} (channels x height x width), but data says"
+            f" {'x'.join(map(str, wanted))}; set data.channels, data.height and data.width"
+        )
+    low, high = int(split.labels.min()), int(split.labels.max())
+    if low < 0 or high >= config.classes:
+        raise ConfigError(f"labels reach from {low} to {high}, but data.classes is {config.classes}")
+
+
+def _digits() -> Split:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    return Split(torch.from_numpy(pixels)[:, None], torch.from_numpy(bunch.target).long())
+
+
+def _torchvision(name: str, cache: Path) -> tuple[Split, Split]:
+    from torchvision.datasets import CIFAR10, SVHN
+
+    def read(train: bool) -> Split:
+        if name == "cifar10":
+            made: Any = CIFAR10(str(cache), train=train, download=True)
+            images, labels = torch.from_numpy(made.data).permute(0, 3, 1, 2).contiguous(), made.targets
+        else:
+            made = SVHN(str(cache), split="train" if train else "test", download=True)
+            images, labels = torch.from_numpy(made.data), made.labels
+        return Split(images, torch.as_tensor(labels, dtype=torch.int64))
+
+    try:
+        return read(True), read(False)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"torchvision could not fetch {name}: {str(error).splitlines()[0]}; give --data.uri PATH instead"
+        ) from error
+
+
+def _from_path(path: Path, config: DataConfig) -> tuple[Split, Split | None]:
+    if not path.exists():
+        raise ConfigError(f"data.uri {str(path)!r} does not exist")
+    files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
+    read: Callable[[list[Path], DataConfig], Split]
+    if files:
+        read, name_of = _parquet, lambda f: f.name
+    else:
+        files = sorted(f for f in path.glob("**/*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        read, name_of = _folder, lambda f: f.relative_to(path).parts[0]
+        if not files:
+            raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images")
+    test = [f for f in files if name_of(f).startswith(("test", "val"))]
+    train = [f for f in files if f not in set(test)]
+    if not train:
+        raise ConfigError(f"data.uri {str(path)!r} has a test split but no training split")
+    return read(train, config), (read(test, config) if test else None)
+
+
+def _decode(blobs: Iterable[bytes | Path], channels: int) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    def one(blob: bytes | Path) -> np.ndarray[Any, Any]:
+        try:
+            with Image.open(io.BytesIO(blob) if isinstance(blob, bytes) else blob) as image:
+                return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        except (UnidentifiedImageError, OSError, TypeError) as error:
+            raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
+
+    with ThreadPoolExecutor(2) as pool:
+        images = list(pool.map(one, blobs, chunksize=256))
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:3])
+        raise ConfigError(f"the images have {len(sizes)} different sizes ({some}, ...); resize them to one")
+    stacked = torch.from_numpy(np.stack(images))
+    return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def _parquet(files: list[Path], config: DataConfig) -> Split:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pa.concat_tables([pq.read_table(f) for f in files])
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{files[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    if table.num_rows == 0:
+        raise ConfigError(f"{files[0]} holds no rows")
+    kinds = {column.name: column.type for column in table.schema}
+    label = next((name for name in LABEL_COLUMNS if name in kinds), None)
+    if label is None or not pa.types.is_integer(kinds[label]):
+        raise ConfigError(f"{files[0]} has no integer column {' or '.join(LABEL_COLUMNS)}; columns: {list(kinds)}")
+    images = [
+        name
+        for name, kind in kinds.items()
+        if pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    ]
+    if not images:
+        raise ConfigError(f"{files[0]} has no column of image bytes; columns: {list(kinds)}")
+    cells = table.column(images[0]).to_pylist()
+    blobs = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+    labels = table.column(label)
+    if labels.null_count:
+        raise ConfigError(f"{files[0]} has {labels.null_count} rows without a label")
+    return Split(_decode(blobs, config.channels), torch.as_tensor(labels.to_numpy(), dtype=torch.int64))
+
+
+def _folder(files: list[Path], config: DataConfig) -> Split:
+    names = sorted({f.parent.name for f in files})
+    if len(names) > config.classes:
+        raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
+    labels = torch.tensor([names.index(f.parent.name) for f in files])
+    return Split(_decode(files, config.channels), labels)

@@ -1,0 +1,142 @@
+"""Targets h: classifiers that take images in [0, 1], normalise inside themselves and return logits."""
+
+from __future__ import annotations
+
+import importlib
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dircluster.config import ConfigError, DataConfig
+
+
+class Normalised(nn.Module):
+    """A classifier behind per-channel normalisation: (N, C, H, W) in [0, 1] -> (N, classes) logits."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+
+class SmallCNN(nn.Sequential):
+    """Two strided convolutions and two linear layers, for 8x8 digits: no batch statistics, 0.1 M parameters."""
+
+    def __init__(self, classes: int, channels: int, height: int, width: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * ((height + 1) // 2) * ((width + 1) // 2), 64),
+            nn.ReLU(),
+            nn.Linear(64, classes),
+        )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(inner + self.shortcut(x))
+
+
+class ResNet18(nn.Sequential):
+    """The CIFAR ResNet-18: 3x3 stem, no stem pooling, 11.17 M parameters."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        blocks: list[nn.Module] = []
+        inputs = 64
+        for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
+            inputs = outputs
+        super().__init__(
+            nn.Conv2d(channels, 64, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            *blocks,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(512, classes),
+        )
+
+
+def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn.Module:
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3]) or "see timm.list_models()"
+        raise ConfigError(f"timm has no model {name!r}; {near}")
+    sizes = {} if classes is None else {"num_classes": classes}
+    try:
+        network: nn.Module = timm.create_model(name, in_chans=channels, pretrained=pretrained, **sizes)
+    except Exception as error:  # a download that fails may raise anything; its first line says why
+        raise ConfigError(f"timm:{name} could not be made: {str(error).splitlines()[0]}") from error
+    return Normalised(network, network.pretrained_cfg["mean"][:channels], network.pretrained_cfg["std"][:channels])
+
+
+def _factory(path: str, data: DataConfig) -> nn.Module:
+    module_name, _, attribute = path.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"target.architecture {path!r} cannot be imported: {error}") from error
+    made = make(classes=data.classes, channels=data.channels)
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
+    return made
+
+
+def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> nn.Module:
+    """A classifier for ``data``: (N, C, H, W) in [0, 1] -> (N, classes) logits.
+
+    ``architecture`` is small_cnn, resnet18, timm:NAME, or package.module:factory, called with classes and channels.
+    ``pretrained`` fetches timm's published weights with their own head. Raises ConfigError when it cannot be made.
+    """
+    half = (0.5,) * data.channels
+    if architecture == "small_cnn":
+        return Normalised(SmallCNN(data.classes, data.channels, data.height, data.width), half, half)
+    if architecture == "resnet18":
+        return Normalised(ResNet18(data.classes, data.channels), half, half)
+    if architecture.startswith("timm:"):
+        return _timm(architecture[len("timm:") :], None if pretrained else data.classes, data.channels, pretrained)
+    return _factory(architecture, data)
+
+
+def check_classes(classifier: nn.Module, data: DataConfig) -> None:
+    """Raise ConfigError unless ``classifier`` gives (1, data.classes) logits for one image of ``data``."""
+    was_training = classifier.training
+    classifier.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(classifier(torch.zeros(1, data.channels, data.height, data.width)).shape)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the target cannot take {data.channels}x{data.height}x{data.width} images: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        classifier.train(was_training)
+    if shape != (1, data.classes):
+        raise ConfigError(f"the target gives {shape[-1]} classes, but data.classes is {data.classes}")

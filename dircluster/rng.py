@@ -1,0 +1,69 @@
+"""Randomness as an argument: (seed, purpose, epoch, step) -> generator.
+
+A draw is made for the global batch on the CPU and each worker takes its rows, so that masks, noise and order are the
+same for any number of workers and devices, and a resumed run continues the very stream it left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def _entropy(seed: int, purpose: str, epoch: int, step: int) -> int:
+    text = f"{seed}/{purpose}/{epoch}/{step}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> torch.Generator:
+    """A CPU generator whose stream is a function of its arguments alone."""
+    return torch.Generator().manual_seed(_entropy(seed, purpose, epoch, step))
+
+
+@contextmanager
+def ambient(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> Iterator[None]:
+    """Seed what library code draws from PyTorch's own CPU stream (initial weights, dropout), and put it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_entropy(seed, purpose, epoch, step))
+        yield
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The draws of one step: made for ``batch`` images, handed out for ``rows`` of them on ``device``."""
+
+    seed: int
+    epoch: int
+    step: int
+    batch: int
+    rows: slice
+    device: torch.device
+    prefix: str = ""
+
+    def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform in [0, 1): -> (rows, *shape)."""
+        drawn = torch.rand((self.batch, *shape), generator=self._generator(purpose))
+        return drawn[self.rows].to(self.device)
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal: -> (rows, *shape)."""
+        drawn = torch.randn((self.batch, *shape), generator=self._generator(purpose))
+        return drawn[self.rows].to(self.device)
+
+    def permutations(self, purpose: str, length: int) -> Tensor:
+        """A random permutation of ``length`` for each image: -> (rows, length), int64."""
+        keys = torch.rand((self.batch, length), generator=self._generator(purpose), dtype=torch.float64)
+        return keys[self.rows].argsort(dim=1).to(self.device)
+
+    def narrow(self, start: int, stop: int) -> Stream:
+        """The same draws for the local rows ``start`` to ``stop`` alone."""
+        first = self.rows.start
+        return replace(self, rows=slice(first + start, first + stop))
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return generator(self.seed, f"{self.prefix}/{purpose}", self.epoch, self.step)
