@@ -379,7 +379,8 @@ class TrackingConfig:
 class RunConfig:
     """One whole run: target, pre-training, DIR, evaluation."""
 
-    preset: str = "digits"
+    name: str = "digits"
+    """Names the run and its model, dir-NAME; the preset's name unless given."""
     seed: int = 0
     """Every draw of the run follows from it."""
     data: DataConfig = DataConfig()
@@ -434,7 +435,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, as plain data: everything but where it runs and what it tells."""
         plain = to_dict(self)
-        return {k: v for k, v in plain.items() if k not in ("preset", "scaling", "storage", "tracking")}
+        return {k: v for k, v in plain.items() if k not in ("name", "scaling", "storage", "tracking")}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -33,6 +33,16 @@ def ambient(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> Iterator[
         yield
 
 
+def per_image(seed: int, purpose: str, images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform in [0, 1), float64, each image's from a stream of its own: image numbers (N,) -> (N, *shape).
+
+    What an image draws depends neither on its batch nor on the worker that judges it.
+    """
+    return torch.stack(
+        [torch.rand(shape, generator=generator(seed, purpose, step=i), dtype=torch.float64) for i in images.tolist()]
+    )
+
+
 @dataclass(frozen=True)
 class Stream:
     """The draws of one step: made for ``batch`` images, handed out for ``rows`` of them on ``device``."""

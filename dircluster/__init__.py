@@ -1,0 +1,27 @@
+"""dircluster: trains, ablates and honestly judges defences that clean adversarial noise off images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dircluster.models.defended import DefendedClassifier
+
+__version__ = "0.1.0"
+
+
+def load_defense(uri: str | Path, *, tracking_uri: str | None = None) -> DefendedClassifier:
+    """A finished defence, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
+
+    ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, or an MLflow URI such as
+    ``models:/dir-digits@champion``, looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not
+    given). Raises dircluster.config.ConfigError where it is missing, damaged, or no defence.
+    """
+    from dircluster.training.bundle import load_defense_folder
+
+    if str(uri).startswith("models:/"):
+        from dircluster.cluster.registry import fetch
+
+        return load_defense_folder(fetch(str(uri), tracking_uri))
+    return load_defense_folder(Path(uri))

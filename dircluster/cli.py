@@ -1,0 +1,146 @@
+"""The command line of a job: preset < --config FILE < --a.b VALUE, and errors of one line.
+
+It imports neither torch nor ray, so that ``--help`` and a config error answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from dircluster.config import ConfigError, RunConfig, flatten, to_dict
+from dircluster.presets import PRESETS, preset
+
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
+
+    A stage whose settings and inputs are unchanged is reused, and the same command resumes what was interrupted.
+    Settings come from the preset, then from --config, then from the flags; numbers may be fractions (8/255).
+    """
+
+    preset: tyro.conf.Positional[str] = "digits"
+    """digits, cifar10 (the paper), cifar10_joint (the released code), svhn; NAME_smoke runs through in seconds."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
+    """What is trained, and how."""
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: Ray Train workers; local: this process, or the processes of torchrun."""
+    config: Path | None = None
+    """YAML file of settings."""
+    fresh: Switch = False
+    """Start anew beside what is stored instead of reusing or resuming it."""
+    summary: Path | None = None
+    """Write the outcome to this JSON file."""
+    dry_run: Switch = False
+    """Say what would run, and stop."""
+    print_config: Switch = False
+    """Print all settings as YAML, and stop."""
+
+
+def parse(argv: Sequence[str]) -> Job:
+    """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
+    words = [_as_decimal(word) for word in argv]
+    name = _take_preset(words)
+    base = Job(name, preset(name))
+    file = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), None)
+    if file is not None:
+        words = [*_words_of(Path(file)), *words]
+    with _one_line_errors():
+        job: Job = tyro.cli(Job, default=base, args=words, prog="train.py")
+    return job
+
+
+def to_yaml(run: RunConfig) -> str:
+    """All settings, in a form that ``--config`` reads back."""
+    text: str = yaml.safe_dump(to_dict(run), sort_keys=False)
+    return text
+
+
+def _take_preset(words: list[str]) -> str:
+    """Remove the preset from ``words``: the first one, or a known name that is no flag's value."""
+    for place, word in enumerate(words):
+        if (place == 0 and not word.startswith("-")) or (word in PRESETS and words[place - 1] != "--data.name"):
+            return words.pop(place)
+    return "digits"
+
+
+def _as_decimal(word: str) -> str:
+    fraction = re.fullmatch(r"(--[\w.-]+=)?(\d+(?:\.\d*)?)/(\d+(?:\.\d*)?)", word)
+    if fraction is None or float(fraction[3]) == 0:
+        return word
+    return f"{fraction[1] or ''}{float(fraction[2]) / float(fraction[3])!r}"
+
+
+def _words_of(file: Path) -> Iterator[str]:
+    """A YAML file of settings as command-line words, so that both are checked alike."""
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {file} must hold settings, one a line, got {type(settings).__name__}")
+    for name, value in flatten(settings).items():
+        yield from as_words(name, value)
+
+
+def as_words(name: str, value: Any) -> list[str]:
+    """A setting by its dotted name as command-line words: ("dir.alpha", 2) -> ["--dir.alpha", "2"]."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        section, _, field = flag.rpartition(".")
+        return [flag if value else f"{section}.no-{field}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [flag, *(_as_decimal(str(item)) for item in values)]
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn tyro's boxed message into a ConfigError of one line."""
+    said, width = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = os.environ.get("COLUMNS", "100")
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as ended:
+        if ended.code in (0, None):
+            raise
+        raise ConfigError(_plain(said.getvalue())) from None
+    finally:
+        if width is None:
+            os.environ.pop("COLUMNS")
+
+
+def _plain(boxed: str) -> str:
+    lines = [line.strip("│ ").strip() for line in boxed.splitlines() if line.startswith("│")]
+    helpful = [line for line in lines if line and not line.startswith("For full helptext")]
+    message = []
+    for line in helpful:
+        if line.startswith("───") or line == "Argument helptext:":
+            if "Perhaps you meant" not in boxed:
+                break
+            continue
+        message.append(line)
+    text = re.sub(r"^Error parsing (run\.?[\w.]*): ", "", " ".join(message))
+    return text or "the command line cannot be understood; see --help"
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """The settings of a job that differ from its preset's, dotted."""
+    usual, chosen = flatten(to_dict(preset(job.preset))), flatten(to_dict(job.run))
+    return {name: value for name, value in chosen.items() if usual.get(name) != value}
+
+

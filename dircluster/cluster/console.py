@@ -1,0 +1,130 @@
+"""What a person sees: a live line on a terminal, a plain line every so often in a log, a table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console as Rich
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dircluster.training.ports import Status
+
+EVERY = 10.0
+"""Seconds between two progress lines in a log."""
+
+
+def progress_line(status: Status) -> str:
+    """stage, epoch, step, loss terms, images/s, ETA."""
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in status.terms.items() if name != "loss")
+    return (
+        f"{status.stage}  epoch {status.epoch}/{status.epochs}  step {status.step}/{status.steps}"
+        f"  loss {status.terms['loss']:.4f} ({terms})  {status.images_per_second:,.0f} images/s"
+        f"  ETA {timedelta(seconds=round(status.eta_seconds))}"
+    )
+
+
+class Terminal:
+    """The console of the process that the person started. Use it in a ``with`` block, where it hears signals."""
+
+    def __init__(self) -> None:
+        self.rich = Rich(highlight=False, soft_wrap=True)
+        self.signal = 0
+        self._live: Live | None = None
+        self._last: tuple[str, float] = ("", 0.0)
+
+    def say(self, line: str) -> None:
+        self.rich.print(line, markup=False)
+        self._flush()
+
+    def show(self, status: Status) -> None:
+        line = progress_line(status)
+        ended = status.step >= status.steps
+        if self._live is not None:
+            self._live.update(Text(line))
+            if ended:
+                self._live.update(Text(""))
+                self.say(line)
+            return
+        stage, when = self._last
+        if ended or stage != status.stage or time.monotonic() - when >= EVERY:
+            self._last = (status.stage, time.monotonic())
+            self.say(line)
+
+    def stop_signal(self) -> int:
+        return self.signal
+
+    def table(self, rows: list[dict[str, Any]]) -> None:
+        """The results, one row each, with what was done to get them."""
+        table = Table(title="Accuracy on the test split")
+        for name in ("defense", "attack", "masks", "accuracy", "95 % interval", "n", "how"):
+            number = name in ("accuracy", "n")
+            table.add_column(name, justify="right" if number else "left", no_wrap=name != "how")
+        for row in rows:
+            low, high = row["interval"]
+            accuracy = f"{100 * row['correct'] / row['total']:.1f} %"
+            table.add_row(
+                row["defense"],
+                row["attack"],
+                row["masks"],
+                accuracy,
+                f"{100 * low:.1f} - {100 * high:.1f}",
+                str(row["total"]),
+                how(row),
+            )
+        wide = Rich(highlight=False, width=max(self.rich.width, 118)) if not self.rich.is_terminal else self.rich
+        wide.print(table)
+        self._flush()
+
+    def __enter__(self) -> Terminal:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._hear)
+        if self.rich.is_terminal:
+            self._live = Live(console=self.rich, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def _flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+
+class Bystander(Terminal):
+    """A torchrun process other than the first: hears signals, says nothing."""
+
+    def say(self, line: str) -> None: ...
+
+    def show(self, status: Status) -> None: ...
+
+
+def how(row: dict[str, Any]) -> str:
+    """The evidence of a result in a few words."""
+    parts = []
+    if row["steps"]:
+        parts.append(f"eps {row['epsilon']:.4g}, {row['steps']} steps of {row['step_size']:.3g}")
+    if row["eot"] > 1:
+        parts.append(f"EOT {row['eot']}")
+    if row["draws"] > 1:
+        parts.append(f"{100 * row['mean']:.1f} % mean, {100 * row['always']:.1f} % always, of {row['draws']} draws")
+    return "; ".join(parts)
+

@@ -1,0 +1,244 @@
+"""The record of a job in MLflow: one parent run, one child a stage, found again by tags when the job continues."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from dircluster.cluster.outbox import Outbox, Refused
+from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
+
+JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
+PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
+POINTS_A_REQUEST = 1000
+
+
+def default_uri(config: RunConfig) -> str:
+    """``tracking.uri``, or MLFLOW_TRACKING_URI, or an SQLite file in the storage folder."""
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    folder = Path(config.storage.uri.removeprefix("file://")).expanduser().resolve()
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """Where a job is recorded, as plain data that can be sent to a worker."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+    storage: str
+    patience: float
+
+
+def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobRecord:
+    """Begin the parent run of a job, or continue the newest one with the same settings.
+
+    Raises ConfigError where the tracking server does not answer.
+    """
+    uri = default_uri(config)
+    storage = Path(config.storage.uri.removeprefix("file://")).expanduser().resolve()
+    plain = {**config.identity, "name": config.name, "storage": str(storage)}
+    job = digest(plain)[:16]
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(config.tracking.experiment)
+        artifacts = str(storage / "artifacts") if "://" not in uri or uri.startswith("sqlite") else None
+        experiment = (
+            client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+            if found is None
+            else found.experiment_id
+        )
+        runs = [] if fresh else _search(client, experiment, JOB_TAG, job)
+        if runs:
+            run_id = runs[0]
+            client.update_run(run_id, status="RUNNING")
+        else:
+            run = client.create_run(
+                experiment, run_name=f"{config.name}-seed{config.seed}", tags={JOB_TAG: job, **tags}
+            )
+            run_id = run.info.run_id
+            client.log_text(run_id, json.dumps(to_dict(config), indent=1), "config.json")
+            _params(client, run_id, flatten(config.identity))
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+    return JobRecord(uri, experiment, run_id, str(storage), config.tracking.patience)
+
+
+def _search(client: MlflowClient, experiment: str, tag: str, value: str) -> list[str]:
+    quoted = value.replace("'", "\\'")
+    runs = client.search_runs([experiment], f"tags.`{tag}` = '{quoted}'", order_by=["attributes.start_time DESC"])
+    return [run.info.run_id for run in runs]
+
+
+def _params(client: MlflowClient, run_id: str, flat: Mapping[str, Any]) -> None:
+    client.log_batch(run_id, params=[Param(name, str(value)[:500]) for name, value in flat.items()])
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in PERMANENT:
+            raise Refused(str(error)) from error
+        raise
+
+
+class MlflowTracker:
+    """Records a job's stages and results from whichever process trains."""
+
+    def __init__(self, job: JobRecord, say: Callable[[str], None]) -> None:
+        self.job = job
+        self.client = MlflowClient(job.uri)
+        self.outbox = Outbox(say)
+        self.say = say
+
+    def stage(self, name: str, key: str, facts: Mapping[str, Any]) -> StageRun:
+        return StageRun(self, name, key, facts)
+
+    def reused(self, name: str, key: str) -> None:
+        folder = str(Path(self.job.storage) / key)
+
+        def link() -> None:
+            with _refusals():
+                runs = _search(self.client, self.job.experiment_id, FOLDER_TAG, folder)
+                self.client.set_tag(self.job.run_id, f"dircluster.{name}_run", runs[0] if runs else folder)
+
+        self.outbox.put(link)
+
+    def results(self, rows: list[dict[str, Any]], checkpoint: Path) -> None:
+        def log() -> None:
+            with _refusals():
+                self.client.log_dict(self.job.run_id, {"results": rows}, "results.json")
+                columns = {name: [str(row[name]) for row in rows] for name in rows[0]}
+                table = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
+                self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
+                now = int(time.time() * 1000)
+                points = [
+                    Metric(f"test/{r['defense']}/{r['attack']}/{r['masks']}", r["correct"] / r["total"], now, 0)
+                    for r in rows
+                ]
+                self.client.log_batch(self.job.run_id, metrics=points)
+
+        self.outbox.put(log)
+
+    def close(self) -> None:
+        """Deliver what is left, for up to ``tracking.patience`` seconds."""
+        left = self.outbox.close(self.job.patience)
+        if left:
+            self.say(f"MLflow did not come back within {self.job.patience:.0f} s: {left} records are lost")
+
+
+class StageRun:
+    """The child run of one stage. A step that is on record already is not recorded again."""
+
+    def __init__(self, tracker: MlflowTracker, name: str, key: str, facts: Mapping[str, Any]) -> None:
+        self.tracker, self.name = tracker, name
+        self.folder = str(Path(tracker.job.storage) / key)
+        self.facts = dict(facts)
+        self.run_id = ""
+        self.until: dict[str, int] = {}
+        self.pictures_until = -1
+        self.points: list[Metric] = []
+        self.monitor: Any = None
+        tracker.outbox.put(self._open)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self.points += [Metric(name, value, now, step) for name, value in values.items()]
+        self.tracker.outbox.put(self._send)
+
+    def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        def log() -> None:
+            if step <= self.pictures_until:
+                return
+            with _refusals():
+                self.tracker.client.log_image(self.run_id, pixels, key=name, step=step, synchronous=True)
+                self.tracker.client.set_tag(self.run_id, PICTURE_TAG, step)
+            self.pictures_until = step
+
+        self.tracker.outbox.put(log)
+
+    def end(self, status: str) -> None:
+        def log() -> None:
+            if self.monitor is not None:
+                self.monitor.finish()
+                self.monitor = None
+            with _refusals():
+                self.tracker.client.set_terminated(self.run_id, status)
+
+        self.tracker.outbox.put(log)
+
+    def _open(self) -> None:
+        client, job = self.tracker.client, self.tracker.job
+        with _refusals():
+            runs = _search(client, job.experiment_id, FOLDER_TAG, self.folder)
+            if runs:
+                self.run_id = runs[0]
+                client.update_run(self.run_id, status="RUNNING")
+                known = client.get_run(self.run_id).data
+                for name in known.metrics:
+                    if not name.startswith("system/"):
+                        self.until[name] = max(m.step for m in client.get_metric_history(self.run_id, name))
+                self.pictures_until = int(known.tags.get(PICTURE_TAG, "-1"))
+            else:
+                tags = {MLFLOW_PARENT_RUN_ID: job.run_id, MLFLOW_RUN_NAME: self.name, FOLDER_TAG: self.folder}
+                tags["dircluster.stage"] = self.name
+                self.run_id = client.create_run(job.experiment_id, run_name=self.name, tags=tags).info.run_id
+            _params(client, self.run_id, self.facts)
+        with contextlib.suppress(Exception):  # a nicety: training never depends on it
+            self.monitor = SystemMetricsMonitor(
+                self.run_id, sampling_interval=2, samples_before_logging=2, resume_logging=True, tracking_uri=job.uri
+            )
+            self.monitor.start()
+
+    def _send(self) -> None:
+        batch = self.points[:POINTS_A_REQUEST]
+        new = [point for point in batch if point.step > self.until.get(point.key, -1)]
+        if new:
+            with _refusals():
+                self.tracker.client.log_batch(self.run_id, metrics=new, synchronous=True)
+        del self.points[: len(batch)]
+
+
+def finish_job(job: JobRecord, status: str) -> None:
+    """Mark the parent run FINISHED, FAILED or KILLED, as far as the server answers."""
+    with contextlib.suppress(Exception):
+        MlflowClient(job.uri).set_terminated(job.run_id, status)
+
+
+def log_dataset(job: JobRecord, name: str, fingerprint: str, source: str) -> None:
+    """Tell MLflow which data the job saw."""
+    with contextlib.suppress(Exception):
+        dataset = Dataset(name, fingerprint[:32], "local", json.dumps({"uri": source}))
+        MlflowClient(job.uri).log_inputs(job.run_id, [DatasetInput(dataset, [])])
+
+
+def log_files(job: JobRecord, texts: Mapping[str, str]) -> None:
+    """Keep small texts with the parent run."""
+    client = MlflowClient(job.uri)
+    for name, text in texts.items():
+        client.log_text(job.run_id, text, name)
+

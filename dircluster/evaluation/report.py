@@ -1,0 +1,76 @@
+"""A finished run in words: the model card that travels with the defence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dircluster.config import RunConfig
+
+CARD = """# {name}: a DIR defense
+
+Masked auto-encoding denoiser in front of a classifier (Zhou et al., ICML 2023): each image is seen through
+{masks} masks that hide {ratio:.0%} of its {tokens} patches, restored from each, averaged, classified.
+
+- images: {channels} x {height} x {width} in [0, 1], {classes} classes; data `{data}` (SHA-256 {fingerprint})
+- denoiser: patch {patch}, width {width_}, {encoder} + {decoder} blocks; target: {architecture}, objective {objective}
+- threat: L-infinity, epsilon {epsilon:.4g}; alpha {alpha:g}; seed {seed}; code {commit}
+
+## Accuracy on the test split
+
+{table}
+
+Fixed: the attacker knows each image's masks. Fresh: masks are drawn anew at every pass, the attack averages its
+gradient over {eot} draws a step, and the accuracy is that of one draw. None of these attacks is the strongest that
+a reviewer could bring; they bound the defense's accuracy from above.
+
+## Use
+
+```python
+import dircluster
+defense = dircluster.load_defense("models:/dir-{name}@champion")  # or the folder of its checkpoint
+logits = defense(images)
+```
+
+The defense protects against small L-infinity noise on images like those it was trained on, and against nothing else.
+"""
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Results as a Markdown table."""
+    lines = ["| defense | attack | masks | accuracy | 95 % interval | n |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['defense']} | {row['attack']} | {row['masks']} | {100 * row['correct'] / row['total']:.1f} %"
+            f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} |"
+        )
+    return "\n".join(lines)
+
+
+def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
+    """Markdown that says what the defence is, what it was judged against, and how to use it."""
+    data, model = config.data, config.model
+    return CARD.format(
+        name=config.name,
+        masks=config.masking.masks,
+        ratio=config.masking.ratio,
+        tokens=config.tokens,
+        channels=data.channels,
+        height=data.height,
+        width=data.width,
+        classes=data.classes,
+        data=data.uri or data.name,
+        fingerprint=outcome["data"][:16],
+        patch=model.patch,
+        width_=model.width,
+        encoder=model.encoder_depth,
+        decoder=model.decoder_depth,
+        architecture=config.target.uri or config.target.architecture,
+        objective=config.target.objective,
+        epsilon=config.attack.epsilon,
+        alpha=config.dir.alpha,
+        seed=config.seed,
+        commit=commit,
+        table=markdown_table(outcome["results"]),
+        eot=config.evaluation.eot,
+    )

@@ -1,0 +1,197 @@
+"""Checkpoints that are either whole or absent: data files, then a manifest, then the commit marker, last.
+
+Weights are safetensors and everything else JSON, so that nothing that is read can execute. Readers see committed
+folders only, verify sizes and SHA-256 before they parse, and fall back to the checkpoint before a damaged one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as dump_tensors
+from torch import Tensor
+
+from dircluster.config import ConfigError
+
+MANIFEST, COMMIT = "manifest.json", "COMMIT"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+Tensors = Mapping[str, Tensor]
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is damaged, missing, or of another config."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder held: groups of tensors by file name (no suffix), and JSON state."""
+
+    folder: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any], key: str) -> str:
+    """Write and commit a checkpoint of config ``key``; -> the SHA-256 of its manifest.
+
+    A folder that exists is taken out of sight (its marker is removed) before its first byte changes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / COMMIT).unlink(missing_ok=True)
+        blobs = {
+            f"{name}.safetensors": dump_tensors({k: v.detach().cpu().contiguous() for k, v in group.items()})
+            for name, group in tensors.items()
+        }
+        blobs["state.json"] = json.dumps(state, indent=1, sort_keys=True).encode()
+        listed = {}
+        for name, blob in blobs.items():
+            (folder / name).write_bytes(blob)
+            listed[name] = {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+        manifest = json.dumps({"config": key, "files": listed}, indent=1, sort_keys=True).encode()
+        (folder / MANIFEST).write_bytes(manifest)
+        sha = hashlib.sha256(manifest).hexdigest()
+        (folder / COMMIT).write_text(sha)
+    except OSError as error:
+        raise CheckpointError(f"storage.uri: cannot write {folder}: {error.strerror or error}") from error
+    return sha
+
+
+def digest(folder: Path) -> str | None:
+    """SHA-256 of the manifest of a committed folder, None where nothing is committed."""
+    marker = folder / COMMIT
+    return marker.read_text() if marker.is_file() else None
+
+
+def read(folder: Path, key: str | None = None) -> Checkpoint:
+    """Verify and read a committed folder. Raises CheckpointError: missing, damaged, or not of config ``key``."""
+    marker = digest(folder)
+    if marker is None:
+        raise CheckpointError(f"{folder} holds no committed checkpoint")
+    manifest_blob = _bytes(folder / MANIFEST)
+    if hashlib.sha256(manifest_blob).hexdigest() != marker:
+        raise CheckpointError(f"{folder} is damaged: its manifest is not the one that was committed")
+    try:
+        manifest = json.loads(manifest_blob)
+        files, written_key = dict(manifest["files"]), str(manifest["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged: its manifest cannot be read") from error
+    if key is not None and written_key != key:
+        raise CheckpointError(f"{folder} belongs to another config ({written_key[:12]}, not {key[:12]})")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}
+    for name, entry in files.items():
+        if not _PLAIN_NAME.fullmatch(name) or (folder / name).is_symlink():
+            raise CheckpointError(f"{folder} is refused: {name!r} is not a plain file of its own")
+        blob = _bytes(folder / name)
+        if len(blob) != entry["bytes"] or hashlib.sha256(blob).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
+        try:
+            if name.endswith(".safetensors"):
+                tensors[name.removesuffix(".safetensors")] = parse_tensors(blob)
+            elif name == "state.json":
+                state = json.loads(blob)
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{folder} is damaged: {name} cannot be parsed") from error
+    return Checkpoint(folder, tensors, state)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path.parent} is damaged: {path.name} cannot be read") from error
+
+
+class Checkpoints:
+    """The checkpoints of one stage: ``step-N`` folders, of which the newest two stay, and the ``best-N`` they name."""
+
+    KEEP = 2
+
+    def __init__(self, folder: Path, key: str, warn: Callable[[str], None] = lambda line: None) -> None:
+        self.folder, self.key, self.warn = folder, key, warn
+
+    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+        """Commit the state after ``step`` steps, then drop what neither of the newest two refers to."""
+        write(self.folder / f"step-{step:08d}", tensors, state, self.key)
+        steps = self._committed("step-")
+        keep: set[str | None] = {folder.name for folder in steps[-self.KEEP :]}
+        keep |= {self._best_of(folder) for folder in steps[-self.KEEP :]}
+        for folder in [*steps, *self._committed("best-")]:
+            if folder.name not in keep:
+                _remove(folder)
+
+    def save_at(self, name: str, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+        """Commit a folder of that name; it stays while the ``best`` of a kept checkpoint refers to it."""
+        write(self.folder / name, tensors, state, self.key)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest sound checkpoint; a damaged one is passed over with a warning.
+
+        Raises CheckpointError where the newest belongs to another config.
+        """
+        for folder in reversed(self._committed("step-")):
+            try:
+                found = read(folder, self.key)
+                best = self._best_of(folder)
+                if best is not None:
+                    self.at(best)
+                return found
+            except CheckpointError as error:
+                if "another config" in str(error):
+                    raise
+                self.warn(f"{error}; falling back to the checkpoint before")
+        return None
+
+    def at(self, name: str) -> Checkpoint:
+        """The checkpoint of that folder, verified."""
+        return read(self.folder / name, self.key)
+
+    def _committed(self, prefix: str) -> list[Path]:
+        return sorted(f for f in self.folder.glob(f"{prefix}*") if digest(f) is not None)
+
+    def _best_of(self, folder: Path) -> str | None:
+        try:
+            name = json.loads((folder / "state.json").read_bytes())["best"]["folder"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return None if name is None else str(name)
+
+
+def _remove(folder: Path) -> None:
+    (folder / COMMIT).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """An optimiser's state by parameter name: ``NAME|momentum_buffer`` and the like."""
+    return {
+        f"{names[parameter]}|{kind}": value
+        for parameter, entry in optimizer.state.items()
+        for kind, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of :func:`optimizer_tensors`."""
+    optimizer.state.clear()
+    for name, value in tensors.items():
+        owner, _, kind = name.rpartition("|")
+        parameter = parameters[owner]
+        on_device = value if kind == "step" else value.to(parameter.device)
+        optimizer.state[parameter][kind] = on_device

@@ -1,0 +1,236 @@
+"""The training loop that every stage runs: steps, held-out selection, checkpoints, resume, interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.config import OptimizerConfig, RunConfig
+from dircluster.data.loader import Loader
+from dircluster.data.sources import Split
+from dircluster.evaluation.benchmark import held_out_accuracy
+from dircluster.evaluation.pictures import restoration_grid, to_pixels
+from dircluster.recipes.base import Batch, Recipe
+from dircluster.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
+from dircluster.training.parallel import Parallel, without_sync
+from dircluster.training.ports import Console, Interrupted, StageRecord, Status
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term or gradient norm is NaN or infinite; no weight was changed by it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, for how long, and how."""
+
+    name: str
+    recipe: Recipe
+    epochs: int
+    optimizers: dict[str, OptimizerConfig]
+    """By the name of the submodule each trains."""
+    selects: bool = True
+    """Whether the stage ends on its best held-out weights (robust accuracy) rather than on its last."""
+
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 where ``training.precision`` asks for it, or is auto on a GPU."""
+    precision = config.training.precision
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+class Trainer:
+    """Trains one stage from wherever its checkpoints left off."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        loader: Loader,
+        held_out: Split,
+        config: RunConfig,
+        parallel: Parallel,
+        checkpoints: Checkpoints,
+        record: StageRecord,
+        console: Console,
+    ) -> None:
+        self.stage, self.recipe = stage, stage.recipe
+        self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
+        self.checkpoints, self.record, self.console = checkpoints, record, console
+        self.steps = stage.epochs * loader.steps_per_epoch
+        self.wrapped = parallel.wrap(stage.recipe)
+        self.parameters = {n: p for n, p in stage.recipe.named_parameters() if p.requires_grad}
+        self.optimizers = {name: _optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
+        self.best: dict[str, Any] | None = None
+        self.saved = -1
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end; the recipe then holds the stage's result. -> what is known of its best weights.
+
+        Raises Interrupted after committing a checkpoint, and NonFiniteLoss on all workers before the update.
+        """
+        start = self._resume()
+        window, since = 0, time.monotonic()
+        for step in range(start, self.steps):
+            done = step + 1
+            terms, signal = self.step(step)
+            window += 1
+            epoch_ends = done % self.loader.steps_per_epoch == 0
+            epoch = done // self.loader.steps_per_epoch
+            if self.parallel.first and (done % self.config.tracking.log_every == 0 or done == self.steps):
+                self._log(done, terms, window, time.monotonic() - since)
+                window, since = 0, time.monotonic()
+            if epoch_ends and (epoch % self.config.training.select_every == 0 or done == self.steps):
+                began = time.monotonic()
+                self._judge(done)
+                since += time.monotonic() - began
+            if epoch_ends and (epoch % self.config.tracking.picture_every == 0 or done == self.steps):
+                began = time.monotonic()
+                self._picture(done)
+                since += time.monotonic() - began
+            if signal or done % self.config.storage.checkpoint_every == 0 or done == self.steps:
+                self._save(done)
+            if signal:
+                raise Interrupted(signal)
+        if self.best is not None and self.best["folder"] is not None:
+            self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
+        return self.best
+
+    def step(self, step: int) -> tuple[dict[str, float], int]:
+        """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
+        epoch, index = divmod(step, self.loader.steps_per_epoch)
+        images, labels, stream = self.loader(epoch, index)
+        self.recipe.train()
+        for name, optimizer in self.optimizers.items():
+            rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+        names: tuple[str, ...] = ()
+        total: Tensor | None = None
+        share = len(labels) // self.config.training.accumulation
+        with rng.ambient(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
+            for begin in range(0, len(labels), share):
+                rows = slice(begin, begin + share)
+                batch = Batch(images[rows], labels[rows], stream.narrow(begin, begin + share))
+                with autocast(self.config, self.parallel.device):
+                    batch = self.recipe.craft(batch)
+                with without_sync(self.wrapped, last=begin + share == len(labels)):
+                    with autocast(self.config, self.parallel.device):
+                        losses = self.wrapped(batch)
+                    weight = share / len(labels)
+                    (losses["loss"] * weight).backward()
+                names = tuple(losses)
+                part = torch.stack([value.detach().double() for value in losses.values()]) * weight
+                total = part if total is None else total + part
+        assert total is not None
+        signal = self.console.stop_signal()
+        flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
+        *values, asked, number = self.parallel.mean(torch.cat([total, flags])).tolist()
+        terms = dict(zip(names, values, strict=True))
+        self._must_be_finite(terms, step)
+        for name, optimizer in self.optimizers.items():
+            clip = self.stage.optimizers[name].clip
+            if clip is not None:
+                norm = torch.nn.utils.clip_grad_norm_(self._of(name), clip)
+                self._must_be_finite({"gradient norm": float(norm)}, step)
+            optimizer.step()
+        return terms, round(number / asked) if asked else 0
+
+    def _must_be_finite(self, terms: dict[str, float], step: int) -> None:
+        broken = [name for name, value in terms.items() if name != "loss" and not math.isfinite(value)]
+        if broken or not math.isfinite(terms.get("loss", 0.0)):
+            raise NonFiniteLoss(
+                f"{self.stage.name}: {', '.join(broken) or 'loss'} is not finite at step {step + 1};"
+                " lower the learning rate, or set the optimizer's clip"
+            )
+
+    def _of(self, module: str) -> list[Tensor]:
+        return [p for n, p in self.parameters.items() if n.startswith(f"{module}.")]
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{k}": v
+            for name in self.recipe.trained
+            for k, v in self.recipe.get_submodule(name).state_dict().items()
+        }
+
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.recipe.trained:
+            prefix = f"{name}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            self.recipe.get_submodule(name).load_state_dict(state)
+
+    def _resume(self) -> int:
+        found: Checkpoint | None = None
+
+        def newest() -> str | None:
+            nonlocal found
+            found = self.checkpoints.latest()
+            return None if found is None else found.folder.name
+
+        name = self.parallel.first_does(newest)
+        if name is None:
+            return 0
+        if found is None:
+            found = self.checkpoints.at(name)
+        self._load_weights(found.tensors["model"])
+        for module, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
+        self.best, step = found.state["best"], int(found.state["step"])
+        self.saved = step
+        if self.parallel.first and step < self.steps:
+            self.console.say(f"{self.stage.name}: resuming at step {step} of {self.steps}")
+        return step
+
+    def _save(self, done: int) -> None:
+        if done == self.saved:
+            return
+        if self.parallel.first:
+            tensors: dict[str, dict[str, Tensor]] = {"model": self._weights()}
+            names = {p: n for n, p in self.parameters.items()}
+            for module, optimizer in self.optimizers.items():
+                tensors[f"optimizer-{module}"] = optimizer_tensors(optimizer, names)
+            state = {"stage": self.stage.name, "step": done, "steps": self.steps, "best": self.best}
+            self.checkpoints.save(done, tensors, state)
+        self.saved = done
+
+    def _judge(self, done: int) -> None:
+        natural, robust = held_out_accuracy(self.recipe, self.held_out, self.config, self.parallel)
+        if self.best is None or robust > self.best["robust"]:
+            folder = f"best-{done:08d}" if self.stage.selects else None
+            facts = {"step": done, "natural": natural, "robust": robust, "folder": folder}
+            if self.parallel.first and folder is not None:
+                self.checkpoints.save_at(folder, {"model": self._weights()}, {"best": facts})
+            self.best = facts
+        self.best = {**self.best, "last": {"step": done, "natural": natural, "robust": robust}}
+        if self.parallel.first:
+            self.record.metrics({"held_out/natural": natural, "held_out/robust": robust}, done)
+
+    def _picture(self, done: int) -> None:
+        if self.parallel.first and self.recipe.restores:
+            grid = restoration_grid(self.recipe, self.held_out, self.config, self.parallel.device)
+            self.record.picture("restored", to_pixels(grid), done)
+
+    def _log(self, done: int, terms: dict[str, float], window: int, seconds: float) -> None:
+        speed = window * self.config.training.batch_size / max(seconds, 1e-9)
+        rates = {f"lr/{name}": o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
+        losses = {f"loss/{name}" if name != "loss" else "loss/total": value for name, value in terms.items()}
+        self.record.metrics({**losses, **rates, "images_per_second": speed}, done)
+        left = (self.steps - done) * self.config.training.batch_size / speed
+        epoch = min(self.stage.epochs, 1 + (done - 1) // self.loader.steps_per_epoch)
+        self.console.show(Status(self.stage.name, epoch, self.stage.epochs, done, self.steps, terms, speed, left))
+
+
+def _optimizer(parameters: list[Tensor], knobs: OptimizerConfig) -> torch.optim.Optimizer:
+    if knobs.name == "sgd":
+        return torch.optim.SGD(parameters, lr=knobs.lr, momentum=knobs.momentum, weight_decay=knobs.weight_decay)
+    betas = (knobs.momentum, knobs.beta2)
+    return torch.optim.AdamW(parameters, lr=knobs.lr, betas=betas, weight_decay=knobs.weight_decay)

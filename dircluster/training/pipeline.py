@@ -1,0 +1,254 @@
+"""One run: target, pre-training, DIR, evaluation. A stage that is finished is reused, a begun one resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
+from dircluster.data.loader import Loader
+from dircluster.data.sources import Dataset, load
+from dircluster.evaluation.benchmark import evaluate, from_plain, to_plain
+from dircluster.models.defended import frozen
+from dircluster.models.denoiser import MaskedDenoiser
+from dircluster.training import bundle, checkpoint, stages
+from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.loop import Stage, Trainer
+from dircluster.training.parallel import Parallel
+from dircluster.training.ports import Console, Interrupted, Tracker
+
+
+TOKEN = "started-by"
+"""File that names the job which started a stage anew."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stage's folder, the key of its settings, and whether it is finished."""
+
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def final(self) -> Path:
+        """Where the stage's result is committed when it is finished."""
+        return self.folder / "final"
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the finished result, None before."""
+        return checkpoint.digest(self.final)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to resume from."""
+        return any(checkpoint.digest(f) for f in self.folder.glob("step-*"))
+
+
+def find_place(storage: Path, name: str, key: str, token: str | None = None) -> Place:
+    """The newest folder of a stage: NAME-KEY, NAME-KEY.2, ...
+
+    With a ``token`` it is the folder that bears it, made after the newest where there is none yet: so a run that
+    starts anew leaves what is stored alone, and finds its own folder again after a worker was restarted.
+    """
+    stem = f"{name}-{key[:12]}"
+    pattern = re.compile(rf"{re.escape(stem)}(?:\.(\d+))?")
+    folders = {int(m[1] or 1): f for f in storage.glob(f"{stem}*") if (m := pattern.fullmatch(f.name))}
+    number = max(folders, default=1)
+    if token is not None:
+        marked = [n for n, f in folders.items() if (f / TOKEN).is_file() and (f / TOKEN).read_text() == token]
+        number = marked[0] if marked else max(folders, default=0) + 1
+    place = Place(name, key, storage / (stem if number == 1 else f"{stem}.{number}"))
+    if token is not None and number not in folders:
+        place.folder.mkdir(parents=True)
+        (place.folder / TOKEN).write_text(token)
+    return place
+
+
+def storage_path(config: RunConfig) -> Path:
+    """The folder that ``storage.uri`` names."""
+    return Path(config.storage.uri.removeprefix("file://")).expanduser()
+
+
+def check_storage(config: RunConfig) -> Path:
+    """Make the storage folder and prove that it can be written. Raises ConfigError where it cannot."""
+    folder = storage_path(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.write_text("")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"storage.uri {config.storage.uri!r} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+class Run:
+    """A run on one worker. All workers make the same one and call :meth:`execute` together."""
+
+    def __init__(
+        self, config: RunConfig, parallel: Parallel, tracker: Tracker, console: Console, *, token: str | None = None
+    ) -> None:
+        """With a ``token`` all stages start anew, in folders that bear it."""
+        self.config, self.parallel, self.tracker, self.console = config, parallel, tracker, console
+        self.token = token
+        self.storage = storage_path(config)
+        self.selection: dict[str, Any] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Train what is not there yet and judge it: -> checkpoint, results and selection, as plain data.
+
+        Raises ConfigError, Interrupted or NonFiniteLoss on all workers alike.
+        """
+        config, parallel = self.config, self.parallel
+        parallel.first_does(lambda: self._load_data() and None)  # one download, then everybody reads
+        self.data = self._load_data()
+        inputs: dict[str, str | None] = {"data": self.data.fingerprint}
+        classifier = stages.build_classifier(config)
+        denoiser = stages.build_denoiser(config)
+        self._prepare(classifier, denoiser)
+        if not config.dir.joint:
+            inputs["target"] = self._target(classifier, inputs)
+            if config.pretrain.epochs:
+                stage = stages.pretrain_stage(config, denoiser, classifier)
+                inputs["pretrain"] = self._stage(stage, inputs, {"denoiser": denoiser}).digest
+        facts = {"defense": stages.defense_facts(config)}
+        stage = stages.dir_stage(config, denoiser, classifier)
+        done = self._stage(stage, inputs, {"denoiser": denoiser, "classifier": classifier}, facts)
+        rows = self._evaluate(done, denoiser, classifier)
+        if parallel.first:
+            self.tracker.results(rows, done.final)
+        return {
+            "checkpoint": str(done.final.resolve()),
+            "results": rows,
+            "selection": self.selection,
+            "data": self.data.fingerprint,
+        }
+
+    def _load_data(self) -> Dataset:
+        return load(self.config.data, self.config.seed, self.storage / "data")
+
+    def _prepare(self, classifier: nn.Module, denoiser: MaskedDenoiser) -> None:
+        device = self.parallel.device
+        classifier.to(device)
+        denoiser.to(device)
+        if device.type == "cuda":
+            classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.parallel.synchronise_statistics(classifier)
+        if self.config.training.compile:
+            classifier.compile()
+            denoiser.restore_each = torch.compile(denoiser.restore_each)  # type: ignore[method-assign]
+
+    def _target(self, classifier: nn.Module, inputs: dict[str, str | None]) -> str | None:
+        """Train the target, or take the given one; -> the digest of its weights."""
+        if self.config.target.uri is None:
+            stage = stages.target_stage(self.config, classifier)
+            return self._stage(stage, inputs, {"classifier": classifier}).digest
+        given = self.parallel.first_does(lambda: self._keep_given_target())
+        place = Place("target", given[0], Path(given[1]))
+        classifier.load_state_dict(checkpoint.read(place.final, place.key).tensors["classifier"])
+        if self.parallel.first:
+            self.console.say(f"target: taken from {self.config.target.uri}")
+        return place.digest
+
+    def _keep_given_target(self) -> tuple[str, str]:
+        weights = bundle.load_target(self.config).state_dict()
+        key = digest(
+            {"target": stages.architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}}
+        )
+        place = find_place(self.storage, "target", key)
+        if place.digest is None:
+            checkpoint.write(place.final, {"classifier": weights}, {"stage": "target"}, key)
+        return key, str(place.folder)
+
+    def _stage(
+        self,
+        stage: Stage,
+        inputs: dict[str, str | None],
+        modules: dict[str, nn.Module],
+        facts: dict[str, Any] | None = None,
+    ) -> Place:
+        """Bring a stage to its end, from wherever it stands; its modules then hold the committed result."""
+        config, parallel = self.config, self.parallel
+        key = stages.stage_key(config, stage.name, inputs)
+        folder = parallel.first_does(lambda: str(find_place(self.storage, stage.name, key, self.token).folder))
+        place = Place(stage.name, key, Path(folder))
+        if parallel.first_does(lambda: place.digest) is None:
+            self._train(stage, place, modules, facts or {})
+        elif parallel.first:
+            self.console.say(f"{stage.name}: reused from {place.folder}")
+            self.tracker.reused(stage.name, place.folder.name)
+        finished = checkpoint.read(place.final, key)
+        for name, module in modules.items():
+            module.load_state_dict(finished.tensors[name])
+        self.selection[stage.name] = finished.state["best"]
+        return place
+
+    def _train(self, stage: Stage, place: Place, modules: dict[str, nn.Module], facts: dict[str, Any]) -> None:
+        config, parallel = self.config, self.parallel
+        loader = Loader(
+            self.data.train,
+            config.training.batch_size,
+            config.seed,
+            stage.name,
+            crop_padding=config.data.crop_padding,
+            flip=config.data.flip,
+            rank=parallel.rank,
+            world=parallel.world,
+            device=parallel.device,
+        )
+        settings = flatten(to_dict(config))
+        record = self.tracker.stage(stage.name, place.folder.name, settings)
+        checkpoints = Checkpoints(place.folder, place.key, self.console.say)
+        trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
+        status = "FAILED"
+        try:
+            best = trainer.run()
+            if parallel.first:
+                state = {"stage": stage.name, "best": best, **facts}
+                tensors = {name: module.state_dict() for name, module in modules.items()}
+                checkpoint.write(place.final, tensors, state, place.key)
+            parallel.share(None)  # nobody reads before it is committed
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            record.end(status)
+
+    def _evaluate(self, place: Place, denoiser: MaskedDenoiser, classifier: nn.Module) -> list[dict[str, Any]]:
+        config, parallel = self.config, self.parallel
+        settings = to_dict(config.evaluation) | {"attack": to_dict(config.attack), "seed": config.seed}
+        settings |= {"result": place.digest, "data": self.data.fingerprint}
+        file = place.folder / f"evaluation-{digest(settings)[:12]}.json"
+        known = parallel.first_does(lambda: json.loads(file.read_text()) if file.exists() else None)
+        if known is not None:
+            self.console.say(f"evaluation: reused from {file}")
+            return to_plain(from_plain(known))
+        said: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
+        began = time.monotonic()
+        denoiser.eval()
+        classifier.eval()
+        with frozen(denoiser, classifier):
+            rows = to_plain(evaluate(denoiser, classifier, self.data.test, config, parallel, said))
+        said(f"evaluation: done in {time.monotonic() - began:.0f} s")
+        if parallel.first:
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(rows, indent=1))
+            partial.replace(file)
+        return rows
+
+
+def _fingerprint(tensor: torch.Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

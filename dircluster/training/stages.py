@@ -1,0 +1,82 @@
+"""The three stages of a run as values: what each one's numbers depend on, and what it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dircluster import rng
+from dircluster.config import RunConfig, digest, to_dict
+from dircluster.models import classifiers
+from dircluster.models.denoiser import MaskedDenoiser
+from dircluster.recipes.dir import DirRecipe
+from dircluster.recipes.pretrain import PretrainRecipe
+from dircluster.recipes.targets import TargetRecipe
+from dircluster.training.loop import Stage
+
+FORMAT = 1
+"""Raised when the same config would give other numbers than before: older stages are then not reused."""
+
+
+def stage_key(config: RunConfig, name: str, inputs: dict[str, str | None]) -> str:
+    """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
+    sections = {
+        "target": ("target",),
+        "pretrain": ("masking", "model", "pretrain"),
+        "dir": ("masking", "model", "dir"),
+    }[name]
+    if name == "dir" and config.dir.joint:
+        sections = (*sections, "target")
+    plain = to_dict(config)
+    data = {field: plain["data"][field] for field in ("held_out", "crop_padding", "flip")}
+    settings = {section: plain[section] for section in (*sections, "attack", "training")}
+    settings.get("target", {}).pop("uri", None)
+    return digest({"format": FORMAT, "stage": name, "seed": config.seed, "data": data, **settings, "inputs": inputs})
+
+
+def build_classifier(config: RunConfig) -> nn.Module:
+    """The target with its initial weights, a function of the seed."""
+    with rng.ambient(config.seed, "target/weights"):
+        return classifiers.build(architecture(config), config.data)
+
+
+def build_denoiser(config: RunConfig) -> MaskedDenoiser:
+    """The denoiser with its initial weights, a function of the seed."""
+    data = config.data
+    with rng.ambient(config.seed, "denoiser/weights"):
+        return MaskedDenoiser(config.model, data.channels, data.height, data.width)
+
+
+def architecture(config: RunConfig) -> str:
+    """The target's architecture: that of ``target.uri`` where it names a timm model."""
+    uri = config.target.uri or ""
+    return uri if uri.startswith("timm:") else config.target.architecture
+
+
+def target_stage(config: RunConfig, classifier: nn.Module) -> Stage:
+    """Stage 0."""
+    recipe = TargetRecipe(classifier, config.target, config.attack)
+    return Stage("target", recipe, config.target.epochs, {"classifier": config.target.optimizer})
+
+
+def pretrain_stage(config: RunConfig, denoiser: MaskedDenoiser, classifier: nn.Module) -> Stage:
+    """Stage 1."""
+    recipe = PretrainRecipe(denoiser, classifier, config.masking, config.attack)
+    return Stage("pretrain", recipe, config.pretrain.epochs, {"denoiser": config.pretrain.optimizer}, selects=False)
+
+
+def dir_stage(config: RunConfig, denoiser: MaskedDenoiser, classifier: nn.Module) -> Stage:
+    """Stage 2."""
+    recipe = DirRecipe(denoiser, classifier, config.dir, config.masking, config.attack)
+    optimizers = {"denoiser": config.dir.optimizer}
+    if config.dir.joint:
+        optimizers["classifier"] = config.dir.target_optimizer
+    return Stage("dir", recipe, config.dir.epochs, optimizers)
+
+
+def defense_facts(config: RunConfig) -> dict[str, Any]:
+    """What is needed to build the finished defence again, as plain data."""
+    plain = to_dict(config)
+    shape = {k: plain["data"][k] for k in ("channels", "height", "width", "classes")}
+    return {"model": plain["model"], "masking": plain["masking"], "data": shape, "architecture": architecture(config)}
