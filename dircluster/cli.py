@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -25,41 +25,72 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True)
 class Job:
-    """Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
+    """A command over one run. Settings come from the preset, then from --config, then from the flags.
 
-    A stage whose settings and inputs are unchanged is reused, and the same command resumes what was interrupted.
-    Settings come from the preset, then from --config, then from the flags; numbers may be fractions (8/255).
+    Numbers may be fractions (8/255).
     """
 
     preset: tyro.conf.Positional[str] = "digits"
     """digits, cifar10 (the paper), cifar10_joint (the released code), svhn; NAME_smoke runs through in seconds."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
     """What is trained, and how."""
-    launcher: Literal["ray", "local"] = "ray"
-    """ray: Ray Train workers; local: this process, or the processes of torchrun."""
     config: Path | None = None
     """YAML file of settings."""
+    print_config: Switch = False
+    """Print all settings as YAML, and stop."""
+
+
+@dataclass(frozen=True)
+class TrainJob(Job):
+    """Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
+
+    A stage whose settings and inputs are unchanged is reused, and the same command resumes what was interrupted.
+    Settings come from the preset, then from --config, then from the flags; numbers may be fractions (8/255).
+    """
+
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: Ray Train workers; local: this process, or the processes of torchrun."""
     fresh: Switch = False
     """Start anew beside what is stored instead of reusing or resuming it."""
     summary: Path | None = None
     """Write the outcome to this JSON file."""
     dry_run: Switch = False
     """Say what would run, and stop."""
-    print_config: Switch = False
-    """Print all settings as YAML, and stop."""
 
 
-def parse(argv: Sequence[str]) -> Job:
+@dataclass(frozen=True)
+class EvaluateJob(Job):
+    """Judge a finished defense again: natural and robust accuracy, masks known and fresh."""
+
+    defense: str = ""
+    """The folder of its checkpoint, or an MLflow URI (models:/dir-digits@champion)."""
+    summary: Path | None = None
+    """Write the results to this JSON file."""
+
+
+@dataclass(frozen=True)
+class BenchmarkJob(Job):
+    """Time the phases of a DIR step on real images: craft, restore, perturb, update."""
+
+    steps: int = 5
+    """Steps timed, after one that is not."""
+    summary: Path | None = None
+    """Write the measurements to this JSON file."""
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
     words = [_as_decimal(word) for word in argv]
     name = _take_preset(words)
-    base = Job(name, preset(name))
+    base = kind(name, preset(name))
     file = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), None)
     if file is not None:
         words = [*_words_of(Path(file)), *words]
     with _one_line_errors():
-        job: Job = tyro.cli(Job, default=base, args=words, prog="train.py")
-    return job
+        return tyro.cli(kind, default=base, args=words)
 
 
 def to_yaml(run: RunConfig) -> str:
@@ -142,5 +173,3 @@ def describe(job: Job) -> dict[str, Any]:
     """The settings of a job that differ from its preset's, dotted."""
     usual, chosen = flatten(to_dict(preset(job.preset))), flatten(to_dict(job.run))
     return {name: value for name, value in chosen.items() if usual.get(name) != value}
-
-

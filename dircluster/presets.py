@@ -133,9 +133,7 @@ def _short(optimizer: OptimizerConfig) -> OptimizerConfig:
     return replace(optimizer, warmup_epochs=min(optimizer.warmup_epochs, 0.5))
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {
-    make.__name__: make for make in (digits, cifar10, cifar10_joint, svhn)
-}
+PRESETS: dict[str, Callable[[], RunConfig]] = {make.__name__: make for make in (digits, cifar10, cifar10_joint, svhn)}
 PRESETS |= {f"{name}_smoke": _smoke(make) for name, make in list(PRESETS.items())}
 
 

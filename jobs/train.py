@@ -1,6 +1,6 @@
 """Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
 
-    python jobs/train.py [PRESET] [--config FILE] [--section.field VALUE ...]
+python jobs/train.py [PRESET] [--config FILE] [--section.field VALUE ...]
 """
 
 import sys

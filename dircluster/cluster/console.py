@@ -127,4 +127,3 @@ def how(row: dict[str, Any]) -> str:
     if row["draws"] > 1:
         parts.append(f"{100 * row['mean']:.1f} % mean, {100 * row['always']:.1f} % always, of {row['draws']} draws")
     return "; ".join(parts)
-

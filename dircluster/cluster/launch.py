@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from dircluster.config import ConfigError, RunConfig
 def main(argv: list[str]) -> int:
     """Run the job that ``argv`` describes; -> the process's exit code. Errors are one line on stderr."""
     try:
-        job = cli.parse(argv)
+        job = cli.parse(cli.TrainJob, argv)
         if job.print_config:
             print(cli.to_yaml(job.run), end="")
             return 0
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
 
             print(plan(job))
             return 0
-        return _train(job)
+        return Launch(job).run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,115 +44,13 @@ def commit() -> str:
         done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    try:
+    with contextlib.suppress(OSError):
         sha = git("rev-parse", "HEAD")
         return (sha + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
-    except OSError:
-        return "unknown"
+    return "unknown"
 
 
-def _train(job: cli.Job) -> int:
-    began = time.monotonic()
-    from dircluster.cluster.console import Bystander, Terminal
-    from dircluster.training.pipeline import check_storage
-
-    told = job
-    first = os.environ.get("RANK", "0") == "0" or job.launcher == "ray"
-    job = dataclasses.replace(job, run=_with_absolute_paths(job.run))
-    config, version = job.run, commit()
-    check_storage(config)
-    if job.summary is not None and not job.summary.resolve().parent.is_dir():
-        raise ConfigError(f"--summary {job.summary}: the folder {job.summary.resolve().parent} does not exist")
-    with Terminal() if first else Bystander() as terminal:
-        changed = ", ".join(f"{name} {value}" for name, value in cli.describe(told).items()) or "as it is"
-        manner = "fresh, beside what is stored" if job.fresh else "reusing and resuming what is stored"
-        terminal.say(f"{config.name} ({changed}), seed {config.seed}, {manner} in {told.run.storage.uri}")
-        token = _token(job)
-        outcome, record = _run(job, version, token, terminal, first)
-    seconds = time.monotonic() - began
-    if first:
-        _tell(job, outcome, record, version, seconds, terminal)
-    if outcome["status"] == "FINISHED":
-        return 0
-    if outcome["status"] == "KILLED":
-        return 128 + int(outcome["signal"])
-    print(f"error: {outcome['error']}", file=sys.stderr)
-    return int(outcome["exit"])
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Workers live in other folders: what names a file here must name it there."""
-
-    def absolute(uri: str | None) -> str | None:
-        return uri if uri is None or ":" in uri else str(Path(uri).expanduser().resolve())
-
-    storage = dataclasses.replace(config.storage, uri=absolute(config.storage.uri.removeprefix("file://")) or "")
-    data = dataclasses.replace(config.data, uri=absolute(config.data.uri))
-    target = dataclasses.replace(config.target, uri=absolute(config.target.uri))
-    return dataclasses.replace(config, storage=storage, data=data, target=target)
-
-
-def _token(job: cli.Job) -> str | None:
-    """What marks this job's folders as its own when it starts anew; the same in all of its processes."""
-    if not job.fresh:
-        return None
-    return os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("MASTER_PORT", "") or uuid.uuid4().hex
-
-
-def _run(job: cli.Job, version: str, token: str | None, terminal: Any, first: bool) -> tuple[dict[str, Any], Any]:
-    from dircluster.cluster import local
-
-    config = job.run
-    record = None
-    if config.tracking.enabled and first:
-        if job.launcher == "ray" or local.has_mlflow():
-            from dircluster.cluster.mlflow_tracker import open_job
-
-            tags = {
-                "dircluster.commit": version,
-                "dircluster.launcher": job.launcher,
-                "dircluster.workers": str(config.scaling.workers),
-                "dircluster.command": resume_command(job),
-            }
-            record = open_job(config, tags, fresh=job.fresh)
-        else:
-            terminal.say("MLflow is not installed: no record is kept")
-    status = "FAILED"
-    try:
-        if job.launcher == "ray":
-            from dircluster.cluster import ray_train
-
-            outcome = ray_train.train(config, token, record, terminal)
-        else:
-            outcome = local.train(config, token, record, terminal)
-        status = outcome["status"]
-        if status == "FINISHED" and record is not None:
-            outcome["model"] = _register(job, outcome, record, terminal)
-        return outcome, record
-    finally:
-        if record is not None:
-            from dircluster.cluster.mlflow_tracker import finish_job
-
-            finish_job(record, status)
-
-
-def _register(job: cli.Job, outcome: dict[str, Any], record: Any, terminal: Any) -> str | None:
-    from dircluster.cluster.mlflow_tracker import log_dataset, log_files
-    from dircluster.cluster.registry import register
-    from dircluster.evaluation.report import model_card
-
-    folder = Path(outcome["checkpoint"])
-    source = job.run.data.uri or job.run.data.name
-    try:
-        log_dataset(record, job.run.data.name, outcome["data"], source)
-        log_files(record, {"model_card.md": model_card(job.run, outcome, commit()), "config.yaml": cli.to_yaml(job.run)})
-        return register(record, job.run, folder)
-    except Exception as error:  # the defence is in its folder whatever MLflow says
-        terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
-        return None
-
-
-def resume_command(job: cli.Job) -> str:
+def resume_command(job: cli.TrainJob) -> str:
     """The command that continues this job, or shows its result again."""
     words = ["python", "jobs/train.py", job.preset]
     for name, value in cli.describe(job).items():
@@ -161,48 +60,163 @@ def resume_command(job: cli.Job) -> str:
     return " ".join(words)
 
 
-def _tell(
-    job: cli.Job, outcome: dict[str, Any], record: Any, version: str, seconds: float, terminal: Any
-) -> None:
-    if outcome["status"] == "FINISHED":
-        terminal.table(outcome["results"])
-        terminal.say(f"defense   {outcome['checkpoint']}")
-        if outcome.get("model"):
-            terminal.say(f"model     {outcome['model']}")
-    if record is not None:
-        shown = record.uri
-        look = f"make ui, or: mlflow ui --backend-store-uri {shown}" if shown.startswith("sqlite") else shown
-        terminal.say(f"MLflow    {look}  (run {record.run_id})")
-    command = resume_command(job)
-    if outcome["status"] == "FINISHED":
-        terminal.say(f"judge it  python jobs/evaluate.py {outcome['checkpoint']}")
-        terminal.say(f"took      {seconds:.0f} s")
-    elif outcome["status"] == "KILLED":
-        terminal.say(f"stopped by signal {outcome['signal']}; resume with: {command}")
-    if job.summary is not None:
-        _write_summary(job, outcome, record, version, seconds)
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Workers live in other folders: what names a file here must name it there."""
+
+    def absolute(uri: str) -> str:
+        return uri if ":" in uri else str(Path(uri).expanduser().resolve())
+
+    def replaced(section: Any) -> Any:
+        return section if section.uri is None else dataclasses.replace(section, uri=absolute(section.uri))
+
+    storage = dataclasses.replace(config.storage, uri=absolute(config.storage.uri.removeprefix("file://")))
+    return dataclasses.replace(config, storage=storage, data=replaced(config.data), target=replaced(config.target))
 
 
-def _write_summary(job: cli.Job, outcome: dict[str, Any], record: Any, version: str, seconds: float) -> None:
-    assert job.summary is not None
-    summary = {
-        "status": outcome["status"],
-        "preset": job.preset,
-        "name": job.run.name,
-        "seed": job.run.seed,
-        "changed": cli.describe(job),
-        "commit": version,
-        "seconds": round(seconds, 1),
-        "run_id": None if record is None else record.run_id,
-        "model": outcome.get("model"),
-        "checkpoint": outcome.get("checkpoint"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "selection": outcome.get("selection", {}),
-        "results": outcome.get("results", []),
-    }
-    if "error" in outcome:
-        summary["error"] = outcome["error"]
-    try:
-        job.summary.write_text(json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--summary {job.summary} cannot be written: {error.strerror}") from error
+class Launch:
+    """A job on its way from the command line to its summary."""
+
+    def __init__(self, job: cli.TrainJob) -> None:
+        self.job = job
+        self.config = with_absolute_paths(job.run)
+        self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
+        self.commit = commit()
+        self.record: Any = None
+        self.began = time.monotonic()
+
+    def run(self) -> int:
+        """Train, register, tell; -> exit code. Raises ConfigError before anything was started."""
+        from dircluster.cluster.console import Bystander, Terminal
+        from dircluster.training.pipeline import check_storage
+
+        job = self.job
+        check_storage(self.config)
+        if job.summary is not None and not job.summary.resolve().parent.is_dir():
+            raise ConfigError(f"--summary {job.summary}: its folder does not exist")
+        with Terminal() if self.first else Bystander() as terminal:
+            changed = ", ".join(f"{name} {value}" for name, value in cli.describe(job).items()) or "as it is"
+            manner = "starting anew beside what is stored" if job.fresh else "reusing and resuming what is stored"
+            terminal.say(f"{job.run.name} ({changed}), seed {job.run.seed}: {manner} in {job.run.storage.uri}")
+            self._open_record(terminal)
+            status = "FAILED"
+            try:
+                outcome = self._train(terminal)
+                status = outcome["status"]
+                if status == "FINISHED" and self.record is not None:
+                    outcome["model"] = self._register(outcome, terminal)
+            finally:
+                if self.record is not None:
+                    from dircluster.cluster.mlflow_tracker import finish_job
+
+                    finish_job(self.record, status)
+            if self.first:
+                self._tell(outcome, terminal)
+        if status == "FINISHED":
+            return 0
+        if status == "KILLED":
+            return 128 + int(outcome["signal"])
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        return int(outcome["exit"])
+
+    def _open_record(self, terminal: Any) -> None:
+        from dircluster.cluster import local
+
+        if not self.first or not self.config.tracking.enabled:
+            return
+        if self.job.launcher == "local" and not local.has_mlflow():
+            terminal.say("MLflow is not installed: no record is kept")
+            return
+        from dircluster.cluster.mlflow_tracker import open_job
+
+        tags = {
+            "dircluster.commit": self.commit,
+            "dircluster.launcher": self.job.launcher,
+            "dircluster.workers": str(self.config.scaling.workers),
+            "dircluster.command": resume_command(self.job),
+        }
+        self.record = open_job(self.config, tags, fresh=self.job.fresh)
+
+    def _train(self, terminal: Any) -> dict[str, Any]:
+        token = None
+        if self.job.fresh:  # the same in all processes of one torchrun
+            token = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")).strip("-")
+            token = token or uuid.uuid4().hex
+        config = self._with_local_target()
+        if self.job.launcher == "ray":
+            from dircluster.cluster import ray_train
+
+            return ray_train.train(config, token, self.record, terminal)
+        from dircluster.cluster import local
+
+        return local.train(config, token, self.record, terminal)
+
+    def _with_local_target(self) -> RunConfig:
+        """The config with a registered target fetched into a folder that workers can read."""
+        uri = self.config.target.uri
+        if uri is None or not uri.startswith("models:/"):
+            return self.config
+        from dircluster.cluster.mlflow_tracker import default_uri
+        from dircluster.cluster.registry import fetch
+
+        folder = fetch(uri, default_uri(self.config))
+        return dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=str(folder)))
+
+    def _register(self, outcome: dict[str, Any], terminal: Any) -> str | None:
+        from dircluster.cluster.mlflow_tracker import log_dataset, log_files
+        from dircluster.cluster.registry import register
+        from dircluster.evaluation.report import model_card
+
+        folder, data = Path(outcome["checkpoint"]), self.config.data
+        texts = {
+            "model_card.md": model_card(self.job.run, outcome, self.commit),
+            "config.yaml": cli.to_yaml(self.job.run),
+        }
+        try:
+            log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
+            log_files(self.record, texts)
+            return register(self.record, self.config, folder)
+        except Exception as error:  # the defence is in its folder, whatever MLflow says
+            terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
+            return None
+
+    def _tell(self, outcome: dict[str, Any], terminal: Any) -> None:
+        seconds = time.monotonic() - self.began
+        if outcome["status"] == "FINISHED":
+            terminal.table(outcome["results"])
+            terminal.say(f"defense   {outcome['checkpoint']}")
+            if outcome.get("model"):
+                terminal.say(f"model     {outcome['model']}")
+        if self.record is not None:
+            uri = self.record.uri
+            look = f"make ui, or: mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
+            terminal.say(f"MLflow    {look}  (run {self.record.run_id})")
+        if outcome["status"] == "FINISHED":
+            terminal.say(f"judge it  python jobs/evaluate.py {self.job.preset} --defense {outcome['checkpoint']}")
+            terminal.say(f"took      {seconds:.0f} s")
+        if outcome["status"] == "KILLED":
+            terminal.say(f"stopped by signal {outcome['signal']}; resume with: {resume_command(self.job)}")
+        if self.job.summary is not None:
+            self._write_summary(self.job.summary, outcome, seconds)
+
+    def _write_summary(self, file: Path, outcome: dict[str, Any], seconds: float) -> None:
+        summary = {
+            "status": outcome["status"],
+            "preset": self.job.preset,
+            "name": self.job.run.name,
+            "seed": self.job.run.seed,
+            "changed": cli.describe(self.job),
+            "commit": self.commit,
+            "seconds": round(seconds, 1),
+            "run_id": None if self.record is None else self.record.run_id,
+            "model": outcome.get("model"),
+            "checkpoint": outcome.get("checkpoint"),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+            "selection": outcome.get("selection", {}),
+            "results": outcome.get("results", []),
+        }
+        if "error" in outcome:
+            summary["error"] = outcome["error"]
+        try:
+            file.write_text(json.dumps(summary, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--summary {file} cannot be written: {error.strerror}") from error

@@ -241,4 +241,3 @@ def log_files(job: JobRecord, texts: Mapping[str, str]) -> None:
     client = MlflowClient(job.uri)
     for name, text in texts.items():
         client.log_text(job.run_id, text, name)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -140,7 +141,7 @@ def start_ray(config: RunConfig) -> None:
     """
     workers, device = config.scaling.workers, config.scaling.device
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         cpus = max(os.cpu_count() or 1, workers)
         ray.init(
@@ -148,6 +149,7 @@ def start_ray(config: RunConfig) -> None:
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             object_store_memory=100_000_000,
         )
     found = ray.cluster_resources()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
+KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "svhn": 73_257}
+"""Training images of the named sets, before the held-out share is cut off."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -57,7 +59,7 @@ def load(config: DataConfig, seed: int, cache: Path = Path("runs/data")) -> Data
     Raises ConfigError when data is missing, empty, unlabelled, of mixed size, or not what ``config`` says it is.
     """
     if config.uri is not None:
-        training, test = _from_path(Path(config.uri.removeprefix("file://")).expanduser(), config)
+        training, test = _from_path(config)
     elif config.name == "digits":
         training, test = _digits(), None
     else:
@@ -121,22 +123,51 @@ def _torchvision(name: str, cache: Path) -> tuple[Split, Split]:
         ) from error
 
 
-def _from_path(path: Path, config: DataConfig) -> tuple[Split, Split | None]:
+def _files(config: DataConfig) -> tuple[list[Path], list[Path]]:
+    """Parquet files or images under ``data.uri``, of the training and of the test split."""
+    path = Path((config.uri or "").removeprefix("file://")).expanduser()
     if not path.exists():
         raise ConfigError(f"data.uri {str(path)!r} does not exist")
     files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
-    read: Callable[[list[Path], DataConfig], Split]
-    if files:
-        read, name_of = _parquet, lambda f: f.name
-    else:
+    if not files:
         files = sorted(f for f in path.glob("**/*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        read, name_of = _folder, lambda f: f.relative_to(path).parts[0]
-        if not files:
-            raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images")
-    test = [f for f in files if name_of(f).startswith(("test", "val"))]
-    train = [f for f in files if f not in set(test)]
+    if not files:
+        raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images")
+
+    def is_test(file: Path) -> bool:
+        name = file.name if path.is_file() or file.suffix == ".parquet" else file.relative_to(path).parts[0]
+        return name.startswith(("test", "val"))
+
+    train, test = [f for f in files if not is_test(f)], [f for f in files if is_test(f)]
     if not train:
         raise ConfigError(f"data.uri {str(path)!r} has a test split but no training split")
+    return train, test
+
+
+def training_images(config: DataConfig) -> int:
+    """How many images are trained on, without reading them. Raises ConfigError where ``data.uri`` is unusable."""
+    if config.uri is None:
+        whole = KNOWN_SIZES[config.name]
+    else:
+        train, test = _files(config)
+        whole = len(train)
+        if train[0].suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            try:
+                whole = sum(pq.read_metadata(file).num_rows for file in train)
+            except (pa.ArrowException, OSError) as error:
+                raise ConfigError(f"{train[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        if not test:
+            whole -= max(1, round(config.test_share * whole))
+    whole = whole if config.limit is None else min(whole, config.limit)
+    return whole - max(1, round(config.held_out * whole))
+
+
+def _from_path(config: DataConfig) -> tuple[Split, Split | None]:
+    train, test = _files(config)
+    read = _parquet if train[0].suffix not in IMAGE_SUFFIXES else _folder
     return read(train, config), (read(test, config) if test else None)
 
 

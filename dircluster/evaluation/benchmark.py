@@ -57,7 +57,7 @@ class Judge:
         self.split, self.config, self.parallel, self.purpose = split, config, parallel, purpose
         self.threat, self.step_size = LInf(config.attack.epsilon), config.attack.step
         mine = torch.arange(len(split))[parallel.rank :: parallel.world]
-        self.batches = list(mine.split(batch_size)) if len(mine) else []
+        self.batches = list(torch.split(mine, batch_size)) if len(mine) else []
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of the rows, on the worker's device."""
@@ -76,7 +76,7 @@ class Judge:
         return windows(order, self.config.masking).to(self.parallel.device)
 
     def collect(self, right: Callable[[Tensor], Tensor], columns: int) -> Tensor:
-        """``right`` of every batch of rows, -> (n, columns) bool each, as one (total, columns) tensor on all workers."""
+        """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
         parts = [right(rows).double().cpu() for rows in self.batches]
         mine = torch.cat(parts) if parts else torch.zeros(0, columns, dtype=torch.float64)
         places = torch.cat(self.batches) if parts else torch.zeros(0, dtype=torch.int64)

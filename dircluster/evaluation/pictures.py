@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dircluster.attacks.gradient import pgd
 from dircluster.config import RunConfig
 from dircluster.data.sources import Split
-from dircluster.attacks.gradient import pgd
 from dircluster.evaluation.benchmark import Judge
 from dircluster.models.masking import pixel_mask
 from dircluster.recipes.base import Recipe, crafting
@@ -47,7 +47,7 @@ def to_pixels(grid: Tensor, smallest: int = 64) -> NDArray[np.uint8]:
 
     (rows, columns, C, H, W) in [0, 1] -> (height, width, 3) uint8.
     """
-    rows, columns, channels, height, width = grid.shape
+    rows, columns, channels, height, _ = grid.shape
     factor = max(1, smallest // height)
     large = grid.repeat_interleave(factor, dim=3).repeat_interleave(factor, dim=4)
     framed = torch.nn.functional.pad(large, (1, 1, 1, 1), value=1.0)

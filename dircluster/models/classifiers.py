@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import timm
 import torch
@@ -56,9 +57,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -94,7 +93,9 @@ def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn
         network: nn.Module = timm.create_model(name, in_chans=channels, pretrained=pretrained, **sizes)
     except Exception as error:  # a download that fails may raise anything; its first line says why
         raise ConfigError(f"timm:{name} could not be made: {str(error).splitlines()[0]}") from error
-    return Normalised(network, network.pretrained_cfg["mean"][:channels], network.pretrained_cfg["std"][:channels])
+    published: Any = network.pretrained_cfg
+    mean, std = (tuple(published[name])[:channels] for name in ("mean", "std"))
+    return Normalised(network, mean, std)
 
 
 def _factory(path: str, data: DataConfig) -> nn.Module:

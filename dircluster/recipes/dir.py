@@ -61,14 +61,13 @@ class DirRecipe(Recipe):
 
         uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
         with crafting(self.denoiser, self.classifier):
-            adversarial = pgd(
-                pipeline, images, batch.labels, LInf(attack.epsilon), attack.steps, attack.step, uniform
-            )
+            adversarial = pgd(pipeline, images, batch.labels, LInf(attack.epsilon), attack.steps, attack.step, uniform)
         return replace(batch, adversarial=adversarial, kept=kept)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Lines 7 to 10: the loss terms, with gradient through restored images and constant perturbations."""
-        assert batch.adversarial is not None and batch.kept is not None, "craft before forward"
+        assert batch.adversarial is not None, "craft before forward"
+        assert batch.kept is not None
         restored = self.restore(batch.adversarial, batch.kept)
         logits = self.classifier(restored)
         return self.compare(batch, restored, logits, self.perturb(batch, restored.detach(), logits.detach()))

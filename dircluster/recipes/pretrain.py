@@ -48,7 +48,8 @@ class PretrainRecipe(Recipe):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Eq. 2 as a mean over masks, images and pixels, for natural and adversarial samples alike."""
-        assert batch.adversarial is not None and batch.kept is not None, "craft before forward"
+        assert batch.adversarial is not None, "craft before forward"
+        assert batch.kept is not None
         both = torch.cat([batch.images, batch.adversarial])
         restored = self.denoiser.restore_each(both, batch.kept.repeat(1, 2, 1))
         errors = (restored - batch.images.repeat(2, 1, 1, 1)).square().mean(dim=(0, 2, 3, 4))

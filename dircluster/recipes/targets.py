@@ -53,9 +53,7 @@ class TargetRecipe(Recipe):
                 adversarial = kl_ascent(self.classifier, images, reference, threat, steps, attack.step, normal)
             else:
                 uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
-                adversarial = pgd(
-                    self.classifier, images, batch.labels, threat, attack.steps, attack.step, uniform
-                )
+                adversarial = pgd(self.classifier, images, batch.labels, threat, attack.steps, attack.step, uniform)
         return replace(batch, adversarial=adversarial)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

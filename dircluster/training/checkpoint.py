@@ -175,7 +175,7 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
     """An optimiser's state by parameter name: ``NAME|momentum_buffer`` and the like."""
     return {
         f"{names[parameter]}|{kind}": value

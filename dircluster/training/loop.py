@@ -20,7 +20,7 @@ from dircluster.evaluation.pictures import restoration_grid, to_pixels
 from dircluster.recipes.base import Batch, Recipe
 from dircluster.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 from dircluster.training.parallel import Parallel, without_sync
-from dircluster.training.ports import Console, Interrupted, StageRecord, Status
+from dircluster.training.ports import Console, Interrupted, StageRecord, Status, interruptible
 
 
 class NonFiniteLoss(RuntimeError):
@@ -76,32 +76,40 @@ class Trainer:
 
         Raises Interrupted after committing a checkpoint, and NonFiniteLoss on all workers before the update.
         """
-        start = self._resume()
         window, since = 0, time.monotonic()
-        for step in range(start, self.steps):
+        for step in range(self._resume(), self.steps):
             done = step + 1
-            terms, signal = self.step(step)
+            terms, signal = self._step_or_save(step)
             window += 1
-            epoch_ends = done % self.loader.steps_per_epoch == 0
-            epoch = done // self.loader.steps_per_epoch
-            if self.parallel.first and (done % self.config.tracking.log_every == 0 or done == self.steps):
+            epoch, inside = divmod(done, self.loader.steps_per_epoch)
+            last = done == self.steps
+            if self.parallel.first and (done % self.config.tracking.log_every == 0 or last):
                 self._log(done, terms, window, time.monotonic() - since)
                 window, since = 0, time.monotonic()
-            if epoch_ends and (epoch % self.config.training.select_every == 0 or done == self.steps):
-                began = time.monotonic()
+            began = time.monotonic()
+            if inside == 0 and (epoch % self.config.training.select_every == 0 or last):
                 self._judge(done)
-                since += time.monotonic() - began
-            if epoch_ends and (epoch % self.config.tracking.picture_every == 0 or done == self.steps):
-                began = time.monotonic()
+            if inside == 0 and (epoch % self.config.tracking.picture_every == 0 or last):
                 self._picture(done)
-                since += time.monotonic() - began
-            if signal or done % self.config.storage.checkpoint_every == 0 or done == self.steps:
+            if signal or done % self.config.storage.checkpoint_every == 0 or last:
                 self._save(done)
+            since += time.monotonic() - began
             if signal:
                 raise Interrupted(signal)
         if self.best is not None and self.best["folder"] is not None:
             self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
         return self.best
+
+    def _step_or_save(self, step: int) -> tuple[dict[str, float], int]:
+        """:meth:`step`; where one worker works alone, a signal ends it while it crafts, before anything changes."""
+        if self.parallel.world > 1:
+            return self.step(step)
+        try:
+            with interruptible(self.recipe.get_submodule("classifier"), self.console):
+                return self.step(step)
+        except Interrupted:
+            self._save(step)
+            raise
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
@@ -126,7 +134,7 @@ class Trainer:
                     with autocast(self.config, self.parallel.device):
                         losses = self.wrapped(batch)
                     weight = share / len(labels)
-                    (losses["loss"] * weight).backward()
+                    torch.autograd.backward(losses["loss"] * weight)
                 names = tuple(losses)
                 part = torch.stack([value.detach().double() for value in losses.values()]) * weight
                 total = part if total is None else total + part

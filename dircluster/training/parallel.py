@@ -77,7 +77,7 @@ class Parallel:
         if self.world == 1:
             return module
         if self.device.type == "cuda":
-            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
             return converted
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
@@ -87,6 +87,11 @@ class Parallel:
         return module
 
 
+def _sum_with_gradient(values: Tensor) -> Tensor:
+    summed: Tensor = dist_functional.all_reduce(values)  # type: ignore[no-untyped-call]
+    return summed
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of the global batch, for CPUs (SyncBatchNorm needs a GPU)."""
 
@@ -94,9 +99,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         world = dist.get_world_size()
-        mean = dist_functional.all_reduce(x.mean(dim=(0, 2, 3))) / world
+        mean = _sum_with_gradient(x.mean(dim=(0, 2, 3))) / world
         centred = x - mean[:, None, None]
-        variance = dist_functional.all_reduce(centred.square().mean(dim=(0, 2, 3))) / world
+        variance = _sum_with_gradient(centred.square().mean(dim=(0, 2, 3))) / world
         if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
             with torch.no_grad():
                 count = x.numel() / x.shape[1] * world
@@ -105,14 +110,17 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
         shaped = centred * torch.rsqrt(variance + self.eps)[:, None, None]
-        return shaped * self.weight[:, None, None] + self.bias[:, None, None]
+        scaled: Tensor = shaped * self.weight[:, None, None] + self.bias[:, None, None]
+        return scaled
 
 
 def choose_device(scaling: ScalingConfig, local_rank: int) -> torch.device:
     """A GPU of its own where asked for or to be had, else the CPU. Raises ConfigError where a GPU is missing."""
     found = torch.cuda.device_count()
     if scaling.device == "gpu" and found <= local_rank:
-        raise ConfigError(f"scaling.device is gpu, but worker {local_rank} finds {found} GPUs; use --scaling.device cpu")
+        raise ConfigError(
+            f"scaling.device is gpu, but worker {local_rank} finds {found} GPUs; use --scaling.device cpu"
+        )
     if scaling.device != "cpu" and found > local_rank:
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

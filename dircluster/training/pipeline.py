@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -10,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
 from dircluster.data.loader import Loader
@@ -23,8 +23,7 @@ from dircluster.training import bundle, checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.loop import Stage, Trainer
 from dircluster.training.parallel import Parallel
-from dircluster.training.ports import Console, Interrupted, Tracker
-
+from dircluster.training.ports import Console, Interrupted, Tracker, interruptible
 
 TOKEN = "started-by"
 """File that names the job which started a stage anew."""
@@ -115,7 +114,7 @@ class Run:
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         classifier = stages.build_classifier(config)
         denoiser = stages.build_denoiser(config)
-        self._prepare(classifier, denoiser)
+        stages.place(config, classifier, denoiser, parallel)
         if not config.dir.joint:
             inputs["target"] = self._target(classifier, inputs)
             if config.pretrain.epochs:
@@ -136,17 +135,6 @@ class Run:
 
     def _load_data(self) -> Dataset:
         return load(self.config.data, self.config.seed, self.storage / "data")
-
-    def _prepare(self, classifier: nn.Module, denoiser: MaskedDenoiser) -> None:
-        device = self.parallel.device
-        classifier.to(device)
-        denoiser.to(device)
-        if device.type == "cuda":
-            classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.parallel.synchronise_statistics(classifier)
-        if self.config.training.compile:
-            classifier.compile()
-            denoiser.restore_each = torch.compile(denoiser.restore_each)  # type: ignore[method-assign]
 
     def _target(self, classifier: nn.Module, inputs: dict[str, str | None]) -> str | None:
         """Train the target, or take the given one; -> the digest of its weights."""
@@ -206,7 +194,7 @@ class Run:
             world=parallel.world,
             device=parallel.device,
         )
-        settings = flatten(to_dict(config))
+        settings = flatten(stages.stage_settings(config, stage.name))
         record = self.tracker.stage(stage.name, place.folder.name, settings)
         checkpoints = Checkpoints(place.folder, place.key, self.console.say)
         trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
@@ -238,7 +226,7 @@ class Run:
         began = time.monotonic()
         denoiser.eval()
         classifier.eval()
-        with frozen(denoiser, classifier):
+        with frozen(denoiser, classifier), interruptible(classifier, self.console):
             rows = to_plain(evaluate(denoiser, classifier, self.data.test, config, parallel, said))
         said(f"evaluation: done in {time.monotonic() - began:.0f} s")
         if parallel.first:
@@ -248,7 +236,5 @@ class Run:
         return rows
 
 
-def _fingerprint(tensor: torch.Tensor) -> str:
-    import hashlib
-
+def _fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

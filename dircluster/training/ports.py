@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 
 class Interrupted(Exception):
@@ -44,6 +46,24 @@ class Console(Protocol):
 
     def stop_signal(self) -> int:
         """Number of the signal that asked the run to stop, 0 while none did."""
+
+
+@contextmanager
+def interruptible(module: nn.Module, console: Console) -> Iterator[None]:
+    """Raise Interrupted from a pass through ``module`` in eval mode once the console hears a signal.
+
+    Crafting runs in eval mode and changes nothing, so a long attack can be left at any of its steps.
+    """
+
+    def check(module: nn.Module, inputs: object) -> None:
+        if not module.training and (signal := console.stop_signal()):
+            raise Interrupted(signal)
+
+    hook = module.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class StageRecord(Protocol):

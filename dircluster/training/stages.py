@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from dircluster import rng
@@ -14,25 +15,29 @@ from dircluster.recipes.dir import DirRecipe
 from dircluster.recipes.pretrain import PretrainRecipe
 from dircluster.recipes.targets import TargetRecipe
 from dircluster.training.loop import Stage
+from dircluster.training.parallel import Parallel
 
 FORMAT = 1
 """Raised when the same config would give other numbers than before: older stages are then not reused."""
 
 
-def stage_key(config: RunConfig, name: str, inputs: dict[str, str | None]) -> str:
-    """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
-    sections = {
-        "target": ("target",),
-        "pretrain": ("masking", "model", "pretrain"),
-        "dir": ("masking", "model", "dir"),
-    }[name]
-    if name == "dir" and config.dir.joint:
+def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """The settings that decide a stage's weights, as nested plain data."""
+    sections: tuple[str, ...] = {"target": (), "pretrain": ("masking", "model", "pretrain")}.get(
+        name, ("masking", "model", "dir")
+    )
+    if name == "target" or (name == "dir" and config.dir.joint):
         sections = (*sections, "target")
     plain = to_dict(config)
-    data = {field: plain["data"][field] for field in ("held_out", "crop_padding", "flip")}
     settings = {section: plain[section] for section in (*sections, "attack", "training")}
     settings.get("target", {}).pop("uri", None)
-    return digest({"format": FORMAT, "stage": name, "seed": config.seed, "data": data, **settings, "inputs": inputs})
+    settings["data"] = {field: plain["data"][field] for field in ("held_out", "crop_padding", "flip")}
+    return {"seed": config.seed, **settings}
+
+
+def stage_key(config: RunConfig, name: str, inputs: dict[str, str | None]) -> str:
+    """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
+    return digest({"format": FORMAT, "stage": name, "inputs": inputs, **stage_settings(config, name)})
 
 
 def build_classifier(config: RunConfig) -> nn.Module:
@@ -46,6 +51,18 @@ def build_denoiser(config: RunConfig) -> MaskedDenoiser:
     data = config.data
     with rng.ambient(config.seed, "denoiser/weights"):
         return MaskedDenoiser(config.model, data.channels, data.height, data.width)
+
+
+def place(config: RunConfig, classifier: nn.Module, denoiser: MaskedDenoiser, parallel: Parallel) -> None:
+    """Put the models on the worker's device, in the memory layout and form that it runs them best in."""
+    classifier.to(parallel.device)
+    denoiser.to(parallel.device)
+    if parallel.device.type == "cuda":
+        classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parallel.synchronise_statistics(classifier)
+    if config.training.compile:
+        classifier.compile()
+        denoiser.restore_each = torch.compile(denoiser.restore_each)  # type: ignore[method-assign]
 
 
 def architecture(config: RunConfig) -> str:

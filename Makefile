@@ -1,0 +1,50 @@
+# Two commands: make train, make test. Everything is installed into .venv from hashed lock files.
+PYTHON ?= python3
+PORT ?= 5000
+RUN := .venv/bin/python
+
+.PHONY: train test test-slow lint ui lock clean
+.DEFAULT_GOAL := train
+
+train: .venv/product  ## train and judge a DIR defense on scikit-learn's digits
+	$(RUN) jobs/train.py $(ARGS)
+
+ui: .venv/product  ## open the MLflow UI on what was trained
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow ui \
+	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+
+test: .venv/dev lint  ## every test that CI runs, with coverage
+	$(RUN) -m pytest -m "not slow" --cov $(ARGS)
+
+test-slow: .venv/dev  ## the proofs that take minutes
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	PYTHONPATH=. .venv/bin/lint-imports
+
+.venv/uv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	touch $@
+
+.venv/product: .venv/uv requirements.lock pyproject.toml
+	.venv/bin/uv pip install --quiet --python $(RUN) --require-hashes --compile-bytecode -r requirements.lock
+	.venv/bin/uv pip install --quiet --python $(RUN) --no-deps --editable .
+	touch $@
+
+.venv/dev: .venv/product tests/requirements.lock
+	.venv/bin/uv pip install --quiet --python $(RUN) --require-hashes --compile-bytecode -r tests/requirements.lock
+	touch $@
+
+lock: .venv/uv  ## resolve the lock files anew
+	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --no-annotate pyproject.toml -o requirements.lock
+	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --no-annotate --extra dev --constraint requirements.lock pyproject.toml -o tests/requirements.lock
+
+clean:
+	rm -rf .venv

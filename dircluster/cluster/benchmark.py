@@ -1,0 +1,70 @@
+"""One call behind jobs/benchmark.py: time a DIR step on real images and print where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dircluster import cli
+from dircluster.config import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Print the measurements of the preset that ``argv`` names; -> exit code. Errors are one line on stderr."""
+    try:
+        job = cli.parse(cli.BenchmarkJob, argv)
+        if job.print_config:
+            print(cli.to_yaml(job.run), end="")
+            return 0
+        measured = _measure(job)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_lines(measured))
+    if job.summary is not None:
+        job.summary.write_text(json.dumps(measured, indent=1) + "\n")
+    return 0
+
+
+def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
+    from dircluster.data.sources import load
+    from dircluster.training import stages
+    from dircluster.training.bundle import load_target
+    from dircluster.training.parallel import local_workers
+    from dircluster.training.timing import time_phases
+
+    if job.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {job.steps}")
+    if job.summary is not None and not job.summary.resolve().parent.is_dir():
+        raise ConfigError(f"--summary {job.summary}: its folder does not exist")
+    config = job.run
+    needed = (1 + job.steps) * config.training.batch_size
+    short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
+    with local_workers(config.scaling) as parallel:
+        train = load(short, config.seed, Path(config.storage.uri) / "data").train
+        classifier = load_target(config) if config.target.uri else stages.build_classifier(config)
+        denoiser = stages.build_denoiser(config)
+        stages.place(config, classifier, denoiser, parallel)
+        stage = stages.dir_stage(config, denoiser, classifier)
+        return time_phases(stage, train, config, parallel, job.steps)
+
+
+def _lines(measured: dict[str, Any]) -> str:
+    seconds = measured["seconds"]
+    total = measured["seconds_a_step"]
+    lines = [
+        f"{measured['device']}, {measured['precision']}, batch {measured['batch_size']}, {measured['steps']} steps"
+    ]
+    lines += [f"  {phase:8} {value:10.4f} s  {value / total:4.0%}" for phase, value in seconds.items()]
+    lines += [
+        f"  step     {total:10.4f} s  {measured['images_per_second']:,.1f} images/s",
+        f"  work     {measured['gflop_a_step']:,.0f} GFLOP a step, {measured['gflop_per_second']:,.0f} GFLOP/s,"
+        f" {measured['share_of_matrix_product_rate']:.0%} of the machine's matrix-product rate"
+        f" ({measured['matrix_product_gflop_per_second']:,.0f} GFLOP/s)",
+        f"  memory   {measured['peak_memory_mib']:,} MiB at the peak",
+        f"  loss     {measured['first_loss']:.4f} at the first step, {measured['last_loss']:.4f} at the last",
+    ]
+    return "\n".join(lines)

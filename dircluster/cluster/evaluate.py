@@ -1,0 +1,58 @@
+"""One call behind jobs/evaluate.py: judge a finished defence on the test split of the data given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from dircluster import cli
+from dircluster.config import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Print the table of the defence that ``argv`` names; -> exit code. Errors are one line on stderr."""
+    try:
+        job = cli.parse(cli.EvaluateJob, argv)
+        if job.print_config:
+            print(cli.to_yaml(job.run), end="")
+            return 0
+        return _judge(job)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _judge(job: cli.EvaluateJob) -> int:
+    import dircluster
+    from dircluster.cluster.console import Terminal
+    from dircluster.data.sources import load
+    from dircluster.evaluation.benchmark import evaluate, to_plain
+    from dircluster.training.parallel import local_workers
+    from dircluster.training.ports import Interrupted, interruptible
+
+    if not job.defense:
+        raise ConfigError("--defense is missing: give the folder of a checkpoint, or models:/NAME@champion")
+    if job.summary is not None and not job.summary.resolve().parent.is_dir():
+        raise ConfigError(f"--summary {job.summary}: its folder does not exist")
+    with Terminal() as terminal, local_workers(job.run.scaling) as parallel:
+        defense = dircluster.load_defense(job.defense).to(parallel.device)
+        found = (defense.denoiser.channels, defense.denoiser.height, defense.denoiser.width)
+        data = job.run.data
+        if found != (data.channels, data.height, data.width):
+            raise ConfigError(
+                f"--defense takes {'x'.join(map(str, found))} images, but preset {job.preset} has"
+                f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
+            )
+        config = dataclasses.replace(job.run, model=defense.denoiser.config, masking=defense.masking)
+        test = load(data, config.seed, Path(config.storage.uri) / "data").test
+        try:
+            with interruptible(defense.classifier, terminal):
+                rows = to_plain(evaluate(defense.denoiser, defense.classifier, test, config, parallel, terminal.say))
+        except Interrupted as stop:
+            return 128 + stop.signal
+        terminal.table(rows)
+    if job.summary is not None:
+        job.summary.write_text(json.dumps({"defense": job.defense, "seed": config.seed, "results": rows}, indent=1))
+    return 0

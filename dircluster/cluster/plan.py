@@ -1,0 +1,42 @@
+"""What a job would do, for --dry-run: sizes, operations, and where everything goes."""
+
+from __future__ import annotations
+
+from dircluster import cli
+from dircluster.config import ConfigError
+from dircluster.data.sources import training_images
+from dircluster.training.costs import count
+
+
+def plan(job: cli.TrainJob) -> str:
+    """The plan as plain text. Raises ConfigError where the data or the target cannot be used."""
+    config = job.run
+    images, costs = training_images(config.data), count(config)
+    steps = images // config.training.batch_size
+    if steps == 0:
+        raise ConfigError(f"training.batch_size {config.training.batch_size} is more than the {images} training images")
+    data, tracking = config.data, config.tracking
+    lines = [
+        f"run       {config.name}, seed {config.seed}, launcher {job.launcher}, {config.scaling.workers} worker(s)",
+        f"data      {data.uri or data.name}: {images:,} training images of {data.channels}x{data.height}x{data.width}",
+        f"masks     {config.masking.masks}, each keeps {config.masking.kept(config.tokens)} of {config.tokens} patches",
+        f"denoiser  {costs.denoiser_parameters:,} parameters, {costs.denoiser_forward / 1e9:.3f} GFLOP an image",
+        f"target    {costs.target_parameters:,} parameters, {costs.target_forward / 1e9:.3f} GFLOP an image",
+    ]
+    epochs = {"target": config.target.epochs, "pretrain": config.pretrain.epochs, "dir": config.dir.epochs}
+    if config.target.uri is not None or config.dir.joint:
+        epochs.pop("target")
+    for stage, number in epochs.items():
+        if number:
+            one = costs.step(config, stage)
+            lines.append(
+                f"{stage:9} {number} epochs of {steps} steps, {one / 1e9:,.1f} GFLOP a step,"
+                f" {one * steps * number / 1e12:,.1f} TFLOP in all"
+            )
+    lines += [
+        f"evaluate  PGD-{config.evaluation.steps}, EOT {config.evaluation.eot}, on"
+        f" {config.evaluation.images or 'all'} test images",
+        f"storage   {config.storage.uri}",
+        f"MLflow    {(tracking.uri or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
+    ]
+    return "\n".join(lines)

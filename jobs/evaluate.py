@@ -1,0 +1,11 @@
+"""Judge a finished defense again.
+
+python jobs/evaluate.py [PRESET] --defense FOLDER|models:/NAME@champion [--section.field VALUE ...]
+"""
+
+import sys
+
+from dircluster.cluster.evaluate import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
