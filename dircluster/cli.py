@@ -90,7 +90,10 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if file is not None:
         words = [*_words_of(Path(file)), *words]
     with _one_line_errors():
-        return tyro.cli(kind, default=base, args=words)
+        job = tyro.cli(kind, default=base, args=words)
+    if job.preset != name:
+        raise ConfigError(f"one preset at a time, got {name} and {job.preset}")
+    return job
 
 
 def to_yaml(run: RunConfig) -> str:

@@ -282,8 +282,9 @@ class TrainingConfig:
 
     batch_size: int = 128
     """Images a step over all workers: results do not depend on how many workers share them."""
-    accumulation: int = 1
-    """Micro-batches a worker splits its share into."""
+    microbatch: int | None = None
+    """Images that pass through the models at a time, their gradients accumulated; a worker's whole share when not
+    given. With half a batch, one worker and two compute the same bits (on equal numbers of threads)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     compile: bool = False
@@ -294,7 +295,11 @@ class TrainingConfig:
     """Held-out images judged each time."""
 
     def __post_init__(self) -> None:
-        _positive("training", self, "batch_size", "accumulation", "select_every", "select_images")
+        _positive("training", self, "batch_size", "select_every", "select_images")
+        _require(
+            self.microbatch is None or self.microbatch > 0,
+            f"training.microbatch must be positive, got {self.microbatch}",
+        )
 
 
 @dataclass(frozen=True)
@@ -413,11 +418,13 @@ class RunConfig:
             f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
             f" got {model.width}",
         )
-        shares = self.scaling.workers * self.training.accumulation
+        batch, workers, microbatch = self.training.batch_size, self.scaling.workers, self.training.microbatch
         _require(
-            self.training.batch_size % shares == 0,
-            f"training.batch_size must be a multiple of scaling.workers x training.accumulation = {shares},"
-            f" got {self.training.batch_size}",
+            batch % workers == 0, f"training.batch_size must be a multiple of scaling.workers {workers}, got {batch}"
+        )
+        _require(
+            microbatch is None or batch // workers % microbatch == 0,
+            f"training.microbatch must divide a worker's share of {batch // workers} images, got {microbatch}",
         )
         if self.dir.joint:
             _require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")

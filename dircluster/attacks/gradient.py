@@ -23,8 +23,9 @@ def ascend(objective: Objective, start: Tensor, center: Tensor, threat: LInf, st
     """Projected sign-gradient ascent from ``start`` within ``threat`` around ``center``: -> (N, C, H, W), detached."""
     reached = start.detach()
     for _ in range(steps):
-        reached.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(objective(reached).sum(), reached)
+        with torch.enable_grad():
+            reached.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(objective(reached).sum(), reached)
         reached = threat.project(reached.detach() + step_size * gradient.sign(), center)
     return reached.detach()
 

@@ -217,7 +217,7 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
     labels = table.column(label)
     if labels.null_count:
         raise ConfigError(f"{files[0]} has {labels.null_count} rows without a label")
-    return Split(_decode(blobs, config.channels), torch.as_tensor(labels.to_numpy(), dtype=torch.int64))
+    return Split(_decode(blobs, config.channels), torch.tensor(labels.to_pylist(), dtype=torch.int64))
 
 
 def _folder(files: list[Path], config: DataConfig) -> Split:

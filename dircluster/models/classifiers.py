@@ -26,6 +26,8 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] != self.mean.shape[1]:  # broadcasting would make colour of grey
+            raise ValueError(f"expected {self.mean.shape[1]} channels, got {images.shape[1]}")
         logits: Tensor = self.network((images - self.mean) / self.std)
         return logits
 
@@ -133,7 +135,7 @@ def check_classes(classifier: nn.Module, data: DataConfig) -> None:
     try:
         with torch.no_grad():
             shape = tuple(classifier(torch.zeros(1, data.channels, data.height, data.width)).shape)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"the target cannot take {data.channels}x{data.height}x{data.width} images: {str(error).splitlines()[0]}"
         ) from error

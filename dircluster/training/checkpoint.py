@@ -70,7 +70,7 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
 def digest(folder: Path) -> str | None:
     """SHA-256 of the manifest of a committed folder, None where nothing is committed."""
     marker = folder / COMMIT
-    return marker.read_text() if marker.is_file() else None
+    return marker.read_text(errors="replace") if marker.is_file() else None
 
 
 def read(folder: Path, key: str | None = None) -> Checkpoint:
@@ -175,7 +175,7 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """An optimiser's state by parameter name: ``NAME|momentum_buffer`` and the like."""
     return {
         f"{names[parameter]}|{kind}": value

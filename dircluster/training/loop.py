@@ -96,6 +96,7 @@ class Trainer:
             since += time.monotonic() - began
             if signal:
                 raise Interrupted(signal)
+        self.parallel.wait()
         if self.best is not None and self.best["folder"] is not None:
             self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
         return self.best
@@ -123,7 +124,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         names: tuple[str, ...] = ()
         total: Tensor | None = None
-        share = len(labels) // self.config.training.accumulation
+        share = self.config.training.microbatch or len(labels)
         with rng.ambient(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
             for begin in range(0, len(labels), share):
                 rows = slice(begin, begin + share)
@@ -203,7 +204,7 @@ class Trainer:
             return
         if self.parallel.first:
             tensors: dict[str, dict[str, Tensor]] = {"model": self._weights()}
-            names = {p: n for n, p in self.parameters.items()}
+            names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
             for module, optimizer in self.optimizers.items():
                 tensors[f"optimizer-{module}"] = optimizer_tensors(optimizer, names)
             state = {"stage": self.stage.name, "step": done, "steps": self.steps, "best": self.best}

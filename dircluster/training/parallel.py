@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +32,7 @@ class Parallel:
     def wrap(self, module: nn.Module) -> nn.Module:
         """``module`` with gradients averaged over the workers on backward, where there are several."""
         trains = any(p.requires_grad for p in module.parameters())
-        return DistributedDataParallel(module, broadcast_buffers=False) if self.world > 1 and trains else module
+        return DistributedDataParallel(module) if self.world > 1 and trains else module
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the workers, on each of them."""
@@ -58,6 +57,11 @@ class Parallel:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def wait(self) -> None:
+        """Until every worker has come this far: what the first one wrote can then be read."""
+        if self.world > 1:
+            dist.barrier()
 
     def first_does(self, work: Any) -> Any:
         """Run ``work()`` on the first worker; all get its result, or its ConfigError."""
@@ -87,8 +91,24 @@ class Parallel:
         return module
 
 
+class _Sum(torch.autograd.Function):
+    """Sum over the workers; each worker's gradient is the sum of all workers' gradients."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        return summed
+
+
 def _sum_with_gradient(values: Tensor) -> Tensor:
-    summed: Tensor = dist_functional.all_reduce(values)  # type: ignore[no-untyped-call]
+    summed: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
     return summed
 
 

@@ -205,7 +205,7 @@ class Run:
                 state = {"stage": stage.name, "best": best, **facts}
                 tensors = {name: module.state_dict() for name, module in modules.items()}
                 checkpoint.write(place.final, tensors, state, place.key)
-            parallel.share(None)  # nobody reads before it is committed
+            parallel.wait()  # nobody reads before it is committed
             status = "FINISHED"
         except Interrupted:
             status = "KILLED"

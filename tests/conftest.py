@@ -1,0 +1,65 @@
+"""What tests share: real data where it is to be had, small real runs, one thread a process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+import torch
+
+from dircluster.config import RunConfig
+from dircluster.presets import preset
+from dircluster.recipes.base import Batch
+from dircluster.rng import Stream
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """CIFAR-10 and a piece of SVHN as parquet: the folder DIRCLUSTER_DATA, or ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("DIRCLUSTER_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "svhn").is_dir():
+        pytest.skip(f"no parquet data in {folder}: set DIRCLUSTER_DATA to a folder with cifar10/ and svhn/")
+    return folder
+
+
+@pytest.fixture
+def smoke(tmp_path: Path) -> RunConfig:
+    """The digits run that takes seconds, kept in a folder of the test's own and not recorded."""
+    run = preset("digits_smoke")
+    return dataclasses.replace(
+        run,
+        storage=dataclasses.replace(run.storage, uri=str(tmp_path / "runs"), checkpoint_every=1),
+        tracking=dataclasses.replace(run.tracking, enabled=False),
+        scaling=dataclasses.replace(run.scaling, device="cpu", threads=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """Random images with the draws of a step: (n, channels, side) -> Batch."""
+
+    def make(n: int = 4, channels: int = 1, side: int = 8, classes: int = 10, dtype: Any = torch.float32) -> Batch:
+        generator = torch.Generator().manual_seed(n + 7 * side)
+        images = torch.rand(n, channels, side, side, generator=generator, dtype=dtype)
+        labels = torch.randint(classes, (n,), generator=generator)
+        return Batch(images, labels, Stream(0, 0, 0, n, slice(0, n), torch.device("cpu")))
+
+    return make

@@ -1,0 +1,139 @@
+"""Real jobs in processes of their own: the command line, torchrun, Ray, MLflow servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class Outcome:
+    """How a job ended."""
+
+    code: int
+    out: str
+    err: str
+    summary: dict[str, Any]
+
+    @property
+    def error(self) -> list[str]:
+        """Lines on stderr."""
+        return self.err.strip().splitlines()
+
+
+def environment() -> dict[str, str]:
+    """This process's, less what would lead a job to a cluster or server that is not the test's own."""
+    dropped = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE")
+    kept = {k: v for k, v in os.environ.items() if k not in dropped}
+    return {
+        **kept,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def train(root: Path, tmp_path: Path) -> Callable[..., Outcome]:
+    """Run jobs/train.py in ``tmp_path`` to its end: words -> Outcome. ``workers`` runs it under torchrun."""
+
+    def run(*words: str, workers: int = 0, env: dict[str, str] | None = None) -> Outcome:
+        summary = tmp_path / "summary.json"
+        summary.unlink(missing_ok=True)
+        command = [sys.executable]
+        if workers:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+        told = () if "--summary" in words else ("--summary", str(summary))
+        command += [str(root / "jobs" / "train.py"), *words, *told]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment() | (env or {}), timeout=420
+        )
+        found = json.loads(summary.read_text()) if summary.exists() else {}
+        return Outcome(done.returncode, done.stdout, done.stderr, found)
+
+    return run
+
+
+@pytest.fixture
+def start(root: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start jobs/train.py in ``tmp_path`` and return at once; what still runs at the end is ended."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def run(*words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(root / "jobs" / "train.py"), *words]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=environment(),
+            start_new_session=True,
+        )
+        begun.append(process)
+        return process
+
+    yield run
+    for process in begun:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class MlflowServer:
+    """A real MLflow server over SQLite on loopback, which can be stopped and started again on its port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        log = (self.folder / "server.log").open("ab")
+        self.process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | settings, start_new_session=True
+        )
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise TimeoutError(f"MLflow did not start: {(self.folder / 'server.log').read_text()[-500:]}")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[MlflowServer]:
+    """A running server."""
+    folder = tmp_path / "mlflow"
+    folder.mkdir()
+    server = MlflowServer(folder)
+    server.start()
+    yield server
+    server.stop()

@@ -1,0 +1,210 @@
+"""--launcher local: one process or torchrun, without Ray, MLflow and s3fs, interrupted and resumed, misused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+Train = Callable[..., Any]
+LOCAL = ("--launcher", "local", "--tracking.no-enabled")
+TWENTY = ("--target.epochs", "5", "--pretrain.epochs", "5", "--dir.epochs", "5", "--scaling.device", "cpu")
+
+
+def losses(out: str) -> list[str]:
+    """The loss lines of every step, without speeds."""
+    return [line.split("  ")[3] for line in out.splitlines() if "  step " in line]
+
+
+def weights(folder: str) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in Path(folder).glob("*.safetensors")}
+
+
+def test_two_workers_compute_the_bits_of_one(train: Train, tmp_path: Path) -> None:
+    """20 steps a stage: masks, noise, order, losses and final weights; four workers share all draws."""
+    found = {}
+    for workers in (1, 2, 4):
+        microbatch = ("--training.microbatch", "4") if workers == 4 else ()
+        storage = ("--storage.uri", str(tmp_path / f"runs{workers}"))
+        done = train("digits_smoke", *LOCAL, *TWENTY, *storage, *microbatch, workers=workers)
+        assert done.code == 0, done.err
+        found[workers] = done.summary
+    one, two, four = found[1], found[2], found[4]
+    assert weights(one["checkpoint"]) == weights(two["checkpoint"])
+    assert one["results"] == two["results"]
+    a, b = (load_file(Path(run["checkpoint"]) / "classifier.safetensors") for run in (one, four))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_batch_statistics_are_those_of_the_global_batch(train: Train, tmp_path: Path, real_data: Path) -> None:
+    """A ResNet with batch normalisation, on real images: one worker and two agree on what its statistics are."""
+    found = {}
+    for workers in (1, 2):
+        words = ("svhn_smoke", *LOCAL, "--data.uri", str(real_data / "svhn"), "--data.limit", "40")
+        words += ("--training.microbatch", "None", "--target.epochs", "1", "--target.objective", "natural")
+        words += ("--scaling.device", "cpu", "--pretrain.epochs", "0", "--dir.epochs", "1")
+        done = train(*words, "--storage.uri", str(tmp_path / f"runs{workers}"), workers=workers)
+        assert done.code == 0, done.err
+        folder = next((tmp_path / f"runs{workers}").glob("target-*/final"))
+        found[workers] = load_file(folder / "classifier.safetensors")
+    names = [name for name in found[1] if name.endswith("running_mean")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[2][name], found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_it_runs_with_ray_mlflow_and_s3fs_not_installed(root: Path, tmp_path: Path) -> None:
+    blocker = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'ray', 'mlflow', 's3fs', 'boto3'}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import importlib.util\n"
+        "whole = importlib.util.find_spec\n"
+        "def find_spec(name, package=None):\n"
+        "    try: return whole(name, package)\n"
+        "    except ModuleNotFoundError: return None\n"
+        "importlib.util.find_spec = find_spec\n"
+    )
+    job = (
+        "from dircluster.cluster.launch import main\n"
+        "assert main(['digits_smoke', '--launcher', 'local', '--summary', 's.json']) == 0\n"
+        "import dircluster, json, torch\n"
+        "defense = dircluster.load_defense(json.load(open('s.json'))['checkpoint'])\n"
+        "assert defense(torch.rand(2, 1, 8, 8)).shape == (2, 10)\n"
+        "assert not {'ray', 'mlflow', 's3fs', 'boto3'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", blocker + job], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MLflow is not installed: no record is kept" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(
+    train: Train, start: Any, tmp_path: Path, number: int, code: int
+) -> None:
+    words = ("digits_smoke", *LOCAL, "--dir.epochs", "40", "--storage.uri", str(tmp_path / "broken"))
+    process = start(*words)
+    for line in process.stdout:
+        if line.startswith("dir  "):
+            break
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    assert time.monotonic() - began < 30
+    assert "resume with: python jobs/train.py digits_smoke" in out
+    resumed = train(*words)
+    assert resumed.code == 0, resumed.err
+    assert "dir: resuming at step" in resumed.out
+    whole = train(*words[:-1], str(tmp_path / "whole"))
+    assert weights(resumed.summary["checkpoint"]) == weights(whole.summary["checkpoint"])
+
+
+def test_the_summary(train: Train) -> None:
+    done = train("digits_smoke", *LOCAL, "--seed", "3")
+    summary = done.summary
+    assert done.code == 0, done.err
+    assert (summary["preset"], summary["seed"], summary["run_id"]) == ("digits_smoke", 3, None)
+    assert summary["seconds"] > 0
+    assert len(summary["commit"]) >= 7
+    assert (Path(summary["checkpoint"]) / "denoiser.safetensors").is_file()
+    for row in summary["results"]:
+        assert {"defense", "attack", "masks", "correct", "total", "interval"} <= set(row)
+        assert row["interval"][0] <= row["correct"] / row["total"] <= row["interval"][1]
+    assert done.out.splitlines()[0].startswith("digits_smoke (seed 3), seed 3: reusing and resuming")
+    again = train("digits_smoke", *LOCAL, "--seed", "3", "--fresh")
+    assert again.out.splitlines()[0].startswith("digits_smoke (seed 3), seed 3: starting anew")
+    assert again.summary["checkpoint"] != summary["checkpoint"]
+    assert weights(again.summary["checkpoint"]) == weights(summary["checkpoint"])
+
+
+def test_bad_input_is_one_line_and_exit_2(train: Train, tmp_path: Path) -> None:
+    assert train("digits_smoke", *LOCAL).code == 0
+    final = next((tmp_path / "runs").glob("dir-*/final"))
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    target = next((tmp_path / "runs").glob("target-*/final"))
+    manifest = json.loads((target / "manifest.json").read_text())
+    cases = {
+        "unknown preset 'nope'": ["nope"],
+        "Unrecognized options: --nope": ["digits", "--nope", "1"],
+        "--model.encoder-depth": ["digits", "--model.encoder-depth", "deep"],
+        "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?": ["digits", "--masking.ratio", "50"],
+        "model.patch must divide data.height 32, got 3": ["cifar10", "--model.patch", "3"],
+        "leaves patches unseen": ["digits", "--masking.count", "1"],
+        "attack.epsilon must lie in (0, 1), got 8": ["digits", "--attack.epsilon", "8"],
+        "does not exist": ["digits_smoke", *LOCAL, "--data.uri", "nowhere"],
+        "neither parquet files nor images": ["digits_smoke", *LOCAL, "--data.uri", "empty"],
+        "does not fit the model": ["digits_smoke", *LOCAL, "--target.uri", "foreign.safetensors"],
+        "target.uri": ["digits_smoke", *LOCAL, "--target.uri", "absent.safetensors"],
+        "cannot be written": ["digits_smoke", *LOCAL, "--storage.uri", "file/runs"],
+        "its folder does not exist": ["digits_smoke", *LOCAL, "--summary", "absent/s.json"],
+        "is more than the": ["digits_smoke", *LOCAL, "--training.batch-size", "1024", "--training.microbatch", "8"],
+    }
+    for message, words in cases.items():
+        done = train(*words)
+        assert (done.code, len(done.error)) == (2, 1), (words, done.err)
+        assert message in done.error[0], (words, done.error)
+    (target / "manifest.json").write_text(json.dumps({**manifest, "config": "0" * 64}))
+    (target / "COMMIT").write_text(hashlib.sha256((target / "manifest.json").read_bytes()).hexdigest())
+    other = train("digits_smoke", *LOCAL)
+    assert (other.code, len(other.error)) == (2, 1)
+    assert "belongs to another config" in other.error[0]
+    file = final / "denoiser.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    cut = train("digits_smoke", *LOCAL, "--target.uri", str(final))
+    assert (cut.code, len(cut.error)) == (2, 1)
+    assert "damaged" in cut.error[0]
+
+
+def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
+    done = train("cifar10", "--dry-run")
+    assert done.code == 0, done.err
+    assert "4,553,292 parameters" in done.out
+    assert "3.147 GFLOP" in done.out  # 1.57 GMAC at K = 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_real_parquet_through_the_whole_job(train: Train, real_data: Path) -> None:
+    done = train(
+        "svhn_smoke", *LOCAL, "--data.uri", str(real_data / "svhn"), "--data.limit", "60", "--target.epochs", "1"
+    )
+    assert done.code == 0, done.err
+    assert {row["defense"] for row in done.summary["results"]} == {"none", "dir"}
+
+
+def test_evaluate_and_benchmark(train: Train, root: Path, tmp_path: Path) -> None:
+    trained = train("digits_smoke", *LOCAL).summary
+
+    def job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(root / "jobs" / f"{name}.py"), "digits_smoke", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+    judged = job("evaluate", "--defense", trained["checkpoint"], "--summary", "e.json")
+    assert judged.returncode == 0, judged.stderr
+    assert json.loads((tmp_path / "e.json").read_text())["results"] == trained["results"]
+    for words, message in {(): "--defense is missing", ("--defense", "nowhere"): "holds no committed"}.items():
+        wrong = job("evaluate", *words)
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+        assert message in wrong.stderr
+    timed = job("benchmark", "--steps", "2", "--summary", "b.json")
+    assert timed.returncode == 0, timed.stderr
+    assert set(json.loads((tmp_path / "b.json").read_text())["seconds"]) == {"craft", "restore", "perturb", "update"}

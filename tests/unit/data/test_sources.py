@@ -1,0 +1,134 @@
+"""Real images in, and one line about data that cannot be used."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data.sources import load, training_images
+
+
+def png(side: int = 4, value: int = 7, mode: str = "L") -> bytes:
+    shape = (side, side) if mode == "L" else (side, side, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full(shape, value, np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def config(path: Path, **changes: Any) -> DataConfig:
+    return DataConfig(**{"name": "custom", "uri": str(path), "height": 4, "width": 4, **changes})
+
+
+def write(path: Path, images: list[Any], labels: list[Any] | None, image: str = "image", label: str = "label") -> None:
+    columns: dict[str, Any] = {image: images}
+    if labels is not None:
+        columns[label] = labels
+    pq.write_table(pa.table(columns), path)
+
+
+def test_digits() -> None:
+    data = load(DataConfig(), seed=0)
+    assert (len(data.train), len(data.held_out), len(data.test)) == (1294, 144, 359)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.images.max() == 255
+    assert data.train.images.shape[1:] == (1, 8, 8)
+
+
+def test_the_test_split_is_the_same_for_every_seed_and_the_held_out_one_is_not() -> None:
+    first, second = load(DataConfig(), seed=0), load(DataConfig(), seed=1)
+    assert torch.equal(first.test.images, second.test.images)
+    assert first.fingerprint == second.fingerprint
+    assert not torch.equal(first.held_out.images, second.held_out.images)
+
+
+def test_no_image_is_in_two_splits() -> None:
+    data = load(DataConfig(), seed=0)
+    rows = [set(map(bytes, part.images.numpy().reshape(len(part), -1))) for part in (data.train, data.held_out)]
+    assert len(data.train) + len(data.held_out) + len(data.test) == 1797
+    assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+def test_parquet(tmp_path: Path, kind: str) -> None:
+    def cell(value: int) -> Any:
+        return {"bytes": png(value=value), "path": None} if kind == "struct" else png(value=value)
+
+    write(tmp_path / "train-0.parquet", [cell(i) for i in range(12)], [i % 3 for i in range(12)], "img")
+    write(tmp_path / "test-0.parquet", [cell(99)] * 2, [0, 1], "img")
+    data = load(config(tmp_path), seed=0)
+    whole = torch.cat([data.train.images, data.held_out.images])
+    assert sorted(whole[:, 0, 0, 0].tolist()) == list(range(12))
+    assert data.test.images.unique().tolist() == [99]
+    together = zip(
+        whole[:, 0, 0, 0].tolist(), torch.cat([data.train.labels, data.held_out.labels]).tolist(), strict=True
+    )
+    assert all(value % 3 == label for value, label in together)
+    assert training_images(config(tmp_path)) == len(data.train)
+
+
+def test_without_a_test_split_one_is_cut_off(tmp_path: Path) -> None:
+    write(tmp_path / "all.parquet", [png(value=i) for i in range(20)], [0, 1] * 10)
+    data = load(config(tmp_path / "all.parquet"), seed=0)
+    assert (len(data.train), len(data.held_out), len(data.test)) == (14, 2, 4)
+    assert training_images(config(tmp_path / "all.parquet")) == 14
+
+
+def test_image_folders(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 2)):
+        for number, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / split / name / f"{i}.png").write_bytes(png(value=100 * number + i))
+    data = load(config(tmp_path), seed=0)
+    assert len(data.test) == 4
+    whole = torch.cat([data.train.images, data.held_out.images])[:, 0, 0, 0]
+    assert torch.equal((whole >= 100).long(), torch.cat([data.train.labels, data.held_out.labels]))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "changes", "message"),
+    [
+        ([png(), png(5)], [0, 1], {}, "2 different sizes (4x4, 5x5, ...)"),
+        ([png()] * 9, None, {}, "has no integer column label or labels"),
+        ([png()] * 9, ["cat"] * 9, {}, "has no integer column"),
+        ([png()] * 9, [0, None] * 4 + [1], {}, "4 rows without a label"),
+        ([1] * 9, [0] * 9, {}, "has no column of image bytes"),
+        ([b"nonsense"] * 9, [0] * 9, {}, "an image cannot be read"),
+        ([png()] * 9, [0] * 8 + [10], {}, "labels reach from 0 to 10, but data.classes is 10"),
+        ([png()] * 9, [0] * 9, {"height": 8, "width": 8}, "the images are 1x4x4"),
+        ([], [], {}, "no"),
+    ],
+)
+def test_unusable_parquet(tmp_path: Path, images: Any, labels: Any, changes: dict[str, Any], message: str) -> None:
+    write(tmp_path / "x.parquet", images, labels)
+    with pytest.raises(ConfigError) as refusal:
+        load(config(tmp_path / "x.parquet", **changes), seed=0)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_empty_and_foreign_paths(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(config(tmp_path / "nowhere"), seed=0)
+    with pytest.raises(ConfigError, match="neither parquet files nor images"):
+        load(config(tmp_path), seed=0)
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="cannot be read as parquet"):
+        load(config(tmp_path), seed=0)
+
+
+def test_real_svhn_and_cifar10(real_data: Path) -> None:
+    svhn = load(DataConfig(name="svhn", uri=str(real_data / "svhn"), height=32, width=32, channels=3), seed=0)
+    assert len(svhn.train) + len(svhn.held_out) + len(svhn.test) == 1083
+    one = str(real_data / "cifar10" / "test-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="no training split"):
+        load(DataConfig(name="cifar10", uri=one, height=32, width=32, channels=3), seed=0)

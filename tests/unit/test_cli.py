@@ -1,0 +1,104 @@
+"""The command line: preset < file < flags, errors of one line, and no heavy import on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dircluster import cli
+from dircluster.config import ConfigError
+from dircluster.presets import PRESETS, preset
+
+
+def parse(*words: str) -> cli.TrainJob:
+    return cli.parse(cli.TrainJob, words)
+
+
+def test_flags_beat_the_file_which_beats_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 4\nmasking: {ratio: 3/10}\ndata: {flip: true}\ndir: {alpha: 1, optimizer: {clip: null}}\n")
+    run = parse("digits", "--config", str(file), "--dir.alpha", "3").run
+    assert (run.seed, run.masking.ratio, run.data.flip) == (4, 0.3, True)
+    assert (run.dir.alpha, run.dir.optimizer.clip) == (3.0, None)
+    assert run.target == preset("digits").target
+
+
+def test_fractions() -> None:
+    assert parse("--attack.epsilon", "8/255").run.attack.epsilon == 8 / 255
+    assert parse("--attack.epsilon=8/255").run.attack.epsilon == 8 / 255
+
+
+@pytest.mark.parametrize("words", [["svhn", "--seed", "3"], ["--seed", "3", "svhn"]])
+def test_the_preset_may_stand_anywhere(words: list[str]) -> None:
+    job = parse(*words)
+    assert (job.run.name, job.run.seed) == ("svhn", 3)
+
+
+def test_a_data_set_is_not_a_preset() -> None:
+    assert parse("--data.name", "svhn").run.name == "digits"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_printed_settings_can_be_read_back(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(cli.to_yaml(preset(name)))
+    assert parse("digits", "--config", str(file)).run == preset(name)
+
+
+def test_the_names_that_others_script_against() -> None:
+    words = "cifar10 --seed 1 --launcher local --summary s.json --fresh --storage.uri a --data.uri b --target.uri c"
+    knobs = "--masking.ratio 0.3 --model.patch 4 --model.encoder-depth 4 --model.decoder-depth 1 --attack.epsilon 4/255"
+    job = parse(*words.split(), *knobs.split(), "--dir.alpha", "1", "--scaling.workers", "2")
+    assert (job.launcher, job.fresh, job.run.data.uri, job.run.target.uri) == ("local", True, "b", "c")
+    assert (job.run.model.encoder_depth, job.run.model.decoder_depth, job.run.scaling.workers) == (4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("cifr", "unknown preset 'cifr'; there are digits, cifar10"),
+        ("--masking.ratio 50", "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
+        ("--masking.ratoi 0.3", "--masking.ratio"),
+        ("--model.encoder-depth deep", "--model.encoder-depth"),
+        ("--launcher slurm", "invalid choice 'slurm'"),
+        ("--seed", "Missing value for argument '--seed'"),
+        ("--config /nowhere.yaml", "--config /nowhere.yaml cannot be read"),
+        ("digits svhn", "one preset at a time, got digits and svhn"),
+    ],
+)
+def test_errors_are_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse(*words.split())
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_no_settings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "list.yaml"
+    file.write_text("- a\n")
+    with pytest.raises(ConfigError, match="must hold settings"):
+        parse("--config", str(file))
+    file.write_text("a: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse("--config", str(file))
+
+
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--masking.ratio 50", 2), ("--print-config", 0)])
+def test_help_and_errors_import_nothing_heavy(words: str, code: int, root: Path) -> None:
+    script = (
+        "import sys; from dircluster.cluster.launch import main\n"
+        f"try: code = main({words.split()!r})\n"
+        "except SystemExit as ended: code = ended.code or 0\n"
+        "print(code, sorted({'torch', 'ray', 'mlflow', 'timm'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stderr.splitlines()[-1] == f"{code} []"
+
+
+def test_what_a_job_changes_can_be_typed_again() -> None:
+    job = parse("digits", "--dir.alpha", "1", "--data.flip", "--dir.optimizer.milestones", "3", "4")
+    words = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
+    assert parse("digits", *words).run == job.run

@@ -1,0 +1,88 @@
+"""Configs are values: checked when made, comparable, and the same after a round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from dircluster import config as c
+from dircluster.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: c.MaskingConfig(ratio=50), "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
+        (lambda: c.AttackConfig(epsilon=8), "attack.epsilon must lie in (0, 1), got 8; did you mean 8/255?"),
+        (lambda: c.AttackConfig(epsilon=1.0), "attack.epsilon must lie in (0, 1), got 1"),
+        (lambda: c.ModelConfig(width=10, heads=3), "model.width must be a multiple of model.heads"),
+        (lambda: c.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
+        (lambda: c.DataConfig(name="custom"), "data.uri is missing"),
+        (lambda: c.TargetConfig(architecture="resnet19"), "target.architecture must be"),
+        (lambda: c.StorageConfig(uri="s3://bucket/runs"), "object storage is not supported yet"),
+        (lambda: c.OptimizerConfig(lr=0), "optimizer.lr must be positive"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(make: Any, message: str) -> None:
+    with pytest.raises(c.ConfigError) as refusal:
+        make()
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_patch_must_divide_the_image() -> None:
+    with pytest.raises(c.ConfigError, match=r"model.patch must divide data.height 32, got 3; try 2"):
+        dataclasses.replace(preset("cifar10"), model=c.ModelConfig(patch=3))
+
+
+def test_masks_must_see_every_patch() -> None:
+    with pytest.raises(c.ConfigError, match=r"leaves patches unseen .* use masking.count 4 or more"):
+        dataclasses.replace(preset("cifar10"), masking=c.MaskingConfig(ratio=0.7, count=3))
+
+
+def test_workers_must_share_a_batch_evenly() -> None:
+    with pytest.raises(c.ConfigError, match=r"training.batch_size must be a multiple of"):
+        dataclasses.replace(preset("digits"), scaling=c.ScalingConfig(workers=3))
+
+
+@pytest.mark.parametrize(("ratio", "masks"), [(0.3, 2), (0.5, 2), (0.7, 4), (0.75, 4), (0.9, 10)])
+def test_the_fewest_masks_that_cover_an_image(ratio: float, masks: int) -> None:
+    assert c.MaskingConfig(ratio=ratio).masks == masks
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_a_round_trip(name: str) -> None:
+    run = preset(name)
+    assert c.from_dict(c.RunConfig, c.to_dict(run)) == run
+    assert hash(run) == hash(preset(name))
+
+
+def test_an_unknown_field_is_named() -> None:
+    with pytest.raises(c.ConfigError, match="MaskingConfig has no field rato"):
+        c.from_dict(c.RunConfig, {"masking": {"rato": 0.5}})
+
+
+def test_identity_leaves_out_where_it_runs() -> None:
+    run = preset("digits")
+    elsewhere = dataclasses.replace(
+        run, scaling=c.ScalingConfig(workers=2), storage=c.StorageConfig(uri="elsewhere"), name="mine"
+    )
+    assert elsewhere.identity == run.identity
+    assert dataclasses.replace(run, seed=1).identity != run.identity
+
+
+def test_the_papers_settings() -> None:
+    run = preset("cifar10")
+    assert (run.attack.epsilon, run.attack.step, run.attack.steps) == (8 / 255, 2 / 255, 5)
+    assert (run.dir.alpha, run.dir.epochs, run.pretrain.epochs, run.training.batch_size) == (2.0, 90, 20, 128)
+    assert run.pretrain.optimizer.lr == pytest.approx(1.5e-4 * 128 / 256)
+
+
+def test_schedules() -> None:
+    step = c.OptimizerConfig(lr=1.0, milestones=(75, 90))
+    assert [step.rate(epoch, 110) for epoch in (1, 74.9, 75, 90)] == pytest.approx([1, 1, 0.1, 0.01])
+    cosine = c.OptimizerConfig(lr=1.0, schedule="cosine", warmup_epochs=2)
+    assert [cosine.rate(epoch, 12) for epoch in (1, 2, 7, 12)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert c.OptimizerConfig(lr=0.3, schedule="constant").rate(50, 90) == 0.3
