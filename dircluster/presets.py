@@ -105,7 +105,7 @@ def _smoke(make: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
         return replace(
             run,
             name=f"{run.name}_smoke",
-            data=replace(run.data, limit=80),
+            data=replace(run.data, limit=48 if small else 80),
             model=ModelConfig(
                 patch=4 if small else run.model.patch, width=24, heads=2, encoder_depth=1, decoder_depth=1
             ),
@@ -123,7 +123,7 @@ def _smoke(make: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
             ),
             training=TrainingConfig(batch_size=16, microbatch=8, select_images=8),
             scaling=ScalingConfig(threads=1),
-            evaluation=EvaluationConfig(images=16, batch_size=16, steps=3, eot=2, draws=2),
+            evaluation=EvaluationConfig(images=16, batch_size=8, steps=2, eot=2, draws=2),
             tracking=replace(run.tracking, log_every=1, picture_every=1),
         )
 

@@ -94,9 +94,10 @@ class Launch:
         if job.summary is not None and not job.summary.resolve().parent.is_dir():
             raise ConfigError(f"--summary {job.summary}: its folder does not exist")
         with Terminal() if self.first else Bystander() as terminal:
-            changed = ", ".join(f"{name} {value}" for name, value in cli.describe(job).items()) or "as it is"
+            changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
             manner = "starting anew beside what is stored" if job.fresh else "reusing and resuming what is stored"
-            terminal.say(f"{job.run.name} ({changed}), seed {job.run.seed}: {manner} in {job.run.storage.uri}")
+            title = f"{job.run.name}, seed {job.run.seed}" + (f", {changed}" if changed else "")
+            terminal.say(f"{title}: {manner} in {job.run.storage.uri}")
             self._open_record(terminal)
             status = "FAILED"
             try:

@@ -11,9 +11,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
 import mlflow
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -42,8 +39,7 @@ def register(job: JobRecord, config: RunConfig, folder: Path) -> str:
         inputs=Schema([TensorSpec(np.dtype("float32"), (-1, data.channels, data.height, data.width))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, data.classes))]),
     )
-    mlflow.set_tracking_uri(job.uri)
-    with _quiet(), mlflow.start_run(run_id=job.run_id, log_system_metrics=False):
+    with _quiet(), _tracking(job.uri), mlflow.start_run(run_id=job.run_id, log_system_metrics=False):
         logged = mlflow.pyfunc.log_model(
             name="defense",
             python_model=str(Path(__file__).with_name("served_model.py")),
@@ -73,6 +69,18 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _tracking(uri: str | None) -> Iterator[None]:
+    """MLflow looks an alias up in its global store, whatever its arguments say."""
+    before = mlflow.get_tracking_uri()
+    if uri is not None:
+        mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 def _versions(client: MlflowClient, name: str) -> list[mlflow.entities.model_registry.ModelVersion]:
     return list(client.search_model_versions(f"name='{name}'"))
 
@@ -86,9 +94,8 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     if tracking_uri is None and "MLFLOW_TRACKING_URI" not in os.environ and embedded.exists():
         tracking_uri = f"sqlite:///{embedded}"
     try:
-        local = mlflow.artifacts.download_artifacts(
-            artifact_uri=uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"), tracking_uri=tracking_uri
-        )
+        with _quiet(), _tracking(tracking_uri):
+            local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
     except (MlflowException, OSError) as error:
         raise ConfigError(f"{uri} cannot be fetched: {str(error).splitlines()[0]}") from error
     folders = sorted(Path(local).glob(f"**/{checkpoint.COMMIT}"))

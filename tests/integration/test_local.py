@@ -128,9 +128,9 @@ def test_the_summary(train: Train) -> None:
     for row in summary["results"]:
         assert {"defense", "attack", "masks", "correct", "total", "interval"} <= set(row)
         assert row["interval"][0] <= row["correct"] / row["total"] <= row["interval"][1]
-    assert done.out.splitlines()[0].startswith("digits_smoke (seed 3), seed 3: reusing and resuming")
+    assert done.out.splitlines()[0].startswith("digits_smoke, seed 3, tracking.enabled False: reusing and resuming")
     again = train("digits_smoke", *LOCAL, "--seed", "3", "--fresh")
-    assert again.out.splitlines()[0].startswith("digits_smoke (seed 3), seed 3: starting anew")
+    assert again.out.splitlines()[0].startswith("digits_smoke, seed 3, tracking.enabled False: starting anew")
     assert again.summary["checkpoint"] != summary["checkpoint"]
     assert weights(again.summary["checkpoint"]) == weights(summary["checkpoint"])
 
