@@ -57,6 +57,13 @@ class Terminal:
             self._last = (status.stage, time.monotonic())
             self.say(line)
 
+    def tell(self, event: str | dict[str, Any]) -> None:
+        """What a worker said or showed, as it comes out of the mailbox."""
+        if isinstance(event, str):
+            self.say(event)
+        else:
+            self.show(Status(**event))
+
     def stop_signal(self) -> int:
         return self.signal
 

@@ -1,0 +1,44 @@
+"""What each Ray Train worker does: the same pipeline as everywhere, told about through the mailbox."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.train
+import ray.train.torch
+
+from dircluster.cluster.mailbox import RemoteConsole
+from dircluster.cluster.mlflow_tracker import JobRecord, MlflowTracker
+from dircluster.config import ConfigError, RunConfig, from_dict
+from dircluster.training.loop import NonFiniteLoss
+from dircluster.training.parallel import joined_workers
+from dircluster.training.pipeline import Run
+from dircluster.training.ports import Console, Interrupted, NoTracker, Quiet, Tracker
+
+
+def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | None, mailbox: Any) -> None:
+    """Run on this worker; the first one hands the outcome to the mailbox.
+
+    Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
+    """
+    run_config: RunConfig = from_dict(RunConfig, config)
+    here = ray.train.get_context().get_local_world_size()
+    parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
+    console: Console = Quiet()
+    tracker: Tracker = NoTracker()
+    remote = RemoteConsole(mailbox) if parallel.first else None
+    if remote is not None:
+        console = remote
+        if record is not None:
+            tracker = MlflowTracker(JobRecord(**record), remote.say)
+    try:
+        outcome = {"status": "FINISHED", **Run(run_config, parallel, tracker, console, token=token).execute()}
+    except Interrupted as stop:
+        outcome = {"status": "KILLED", "signal": stop.signal}
+    except (ConfigError, NonFiniteLoss) as error:
+        outcome = {"status": "FAILED", "error": str(error), "exit": 2 if isinstance(error, ConfigError) else 1}
+    finally:
+        if isinstance(tracker, MlflowTracker):
+            tracker.close()
+    if remote is not None:
+        remote.finish(outcome)
