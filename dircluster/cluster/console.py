@@ -91,8 +91,7 @@ class Terminal:
 
     def __enter__(self) -> Terminal:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self._before:
-            signal.signal(number, self._hear)
+        self.listen()
         if self.rich.is_terminal:
             self._live = Live(console=self.rich, refresh_per_second=4, transient=True)
             self._live.start()
@@ -105,10 +104,14 @@ class Terminal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def listen(self) -> None:
+        """Hear SIGINT and SIGTERM (again, after a library has put its own handlers in place)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._hear)
+
     def _hear(self, number: int, frame: object) -> None:
-        if self.signal:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if self.signal:  # asked twice: leave at once, but end what was started
+            sys.exit(128 + number)
         self.signal = number
 
     def _flush(self) -> None:

@@ -14,7 +14,7 @@ import ray
 if TYPE_CHECKING:
     from dircluster.training.ports import Status
 
-POLL = 0.3
+POLL = 1.0
 """Seconds between two looks into the mailbox."""
 
 

@@ -24,7 +24,7 @@ from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
-POINTS_A_REQUEST = 1000
+POINTS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
 
 
 def default_uri(config: RunConfig) -> str:
@@ -89,7 +89,9 @@ def _search(client: MlflowClient, experiment: str, tag: str, value: str) -> list
 
 
 def _params(client: MlflowClient, run_id: str, flat: Mapping[str, Any]) -> None:
-    client.log_batch(run_id, params=[Param(name, str(value)[:500]) for name, value in flat.items()])
+    params = [Param(name, str(value)[:500]) for name, value in flat.items()]
+    for start in range(0, len(params), PARAMS_A_REQUEST):
+        client.log_batch(run_id, params=params[start : start + PARAMS_A_REQUEST])
 
 
 @contextlib.contextmanager
@@ -132,19 +134,21 @@ class MlflowTracker:
                 table = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 now = int(time.time() * 1000)
-                points = [
-                    Metric(f"test/{r['defense']}/{r['attack']}/{r['masks']}", r["correct"] / r["total"], now, 0)
-                    for r in rows
-                ]
+                known = self.client.get_run(self.job.run_id).data.metrics
+                accuracies = {
+                    f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["correct"] / r["total"] for r in rows
+                }
+                points = [Metric(name, value, now, 0) for name, value in accuracies.items() if name not in known]
                 self.client.log_batch(self.job.run_id, metrics=points)
 
         self.outbox.put(log)
 
-    def close(self) -> None:
-        """Deliver what is left, for up to ``tracking.patience`` seconds."""
-        left = self.outbox.close(self.job.patience)
+    def close(self, hurry: bool = False) -> None:
+        """Deliver what is left, for up to ``tracking.patience`` seconds, or ten in a ``hurry``."""
+        patience = min(self.job.patience, 10.0) if hurry else self.job.patience
+        left = self.outbox.close(patience)
         if left:
-            self.say(f"MLflow did not come back within {self.job.patience:.0f} s: {left} records are lost")
+            self.say(f"MLflow did not come back within {patience:.0f} s: {left} records are lost")
 
 
 class StageRun:

@@ -60,6 +60,7 @@ def train(config: RunConfig, token: str | None, record: JobRecord | None, termin
     """Run on ``scaling.workers`` Ray Train workers: -> the outcome, with ``status`` FINISHED, FAILED or KILLED."""
     try:
         start_ray(config)
+        terminal.listen()
         return _follow(config, token, record, terminal)
     finally:
         ray.shutdown()

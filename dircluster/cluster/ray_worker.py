@@ -9,11 +9,11 @@ import ray.train.torch
 
 from dircluster.cluster.mailbox import RemoteConsole
 from dircluster.cluster.mlflow_tracker import JobRecord, MlflowTracker
-from dircluster.config import ConfigError, RunConfig, from_dict
-from dircluster.training.loop import NonFiniteLoss
+from dircluster.cluster.outcome import outcome_of
+from dircluster.config import RunConfig, from_dict
 from dircluster.training.parallel import joined_workers
 from dircluster.training.pipeline import Run
-from dircluster.training.ports import Console, Interrupted, NoTracker, Quiet, Tracker
+from dircluster.training.ports import Console, NoTracker, Quiet, Tracker
 
 
 def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | None, mailbox: Any) -> None:
@@ -31,14 +31,8 @@ def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | Non
         console = remote
         if record is not None:
             tracker = MlflowTracker(JobRecord(**record), remote.say)
-    try:
-        outcome = {"status": "FINISHED", **Run(run_config, parallel, tracker, console, token=token).execute()}
-    except Interrupted as stop:
-        outcome = {"status": "KILLED", "signal": stop.signal}
-    except (ConfigError, NonFiniteLoss) as error:
-        outcome = {"status": "FAILED", "error": str(error), "exit": 2 if isinstance(error, ConfigError) else 1}
-    finally:
-        if isinstance(tracker, MlflowTracker):
-            tracker.close()
+    outcome = outcome_of(Run(run_config, parallel, tracker, console, token=token).execute)
+    if isinstance(tracker, MlflowTracker):
+        tracker.close(hurry=outcome["status"] == "KILLED")
     if remote is not None:
         remote.finish(outcome)

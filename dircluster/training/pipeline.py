@@ -109,8 +109,9 @@ class Run:
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers alike.
         """
         config, parallel = self.config, self.parallel
-        parallel.first_does(lambda: self._load_data() and None)  # one download, then everybody reads
-        self.data = self._load_data()
+        parallel.first_does(self._load_data)  # one download or one error, then everybody reads
+        if not parallel.first:
+            self._load_data()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         classifier = stages.build_classifier(config)
         denoiser = stages.build_denoiser(config)
@@ -133,15 +134,15 @@ class Run:
             "data": self.data.fingerprint,
         }
 
-    def _load_data(self) -> Dataset:
-        return load(self.config.data, self.config.seed, self.storage / "data")
+    def _load_data(self) -> None:
+        self.data: Dataset = load(self.config.data, self.config.seed, self.storage / "data")
 
     def _target(self, classifier: nn.Module, inputs: dict[str, str | None]) -> str | None:
         """Train the target, or take the given one; -> the digest of its weights."""
         if self.config.target.uri is None:
             stage = stages.target_stage(self.config, classifier)
             return self._stage(stage, inputs, {"classifier": classifier}).digest
-        given = self.parallel.first_does(lambda: self._keep_given_target())
+        given = self.parallel.first_does(self._keep_given_target)
         place = Place("target", given[0], Path(given[1]))
         classifier.load_state_dict(checkpoint.read(place.final, place.key).tensors["classifier"])
         if self.parallel.first:

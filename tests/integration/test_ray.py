@@ -84,24 +84,24 @@ def test_train_on_two_workers_then_again(train: Train, tmp_path: Path, monkeypat
     assert "target: taken from" in given.out
 
 
-def test_ctrl_c_on_ray_commits_and_the_same_command_continues_the_record(
+def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
     train: Train, start: Any, tmp_path: Path
 ) -> None:
-    words = ("digits_smoke", "--dir.epochs", "60", "--storage.checkpoint-every", "50")
-    process = start(*words)
-    for line in process.stdout:
-        if line.startswith("dir  "):
-            break
-    time.sleep(2)
-    began = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=90)
-    assert process.returncode == 130, out
-    assert time.monotonic() - began < 30
-    assert "resume with: python jobs/train.py digits_smoke" in out
-    _, parent, children = record(tmp_path)
-    assert parent.info.status == "KILLED"
-    assert children["dir"].info.status == "KILLED"
+    words = ("digits_smoke", "--target.epochs", "200", "--dir.epochs", "60", "--storage.checkpoint-every", "50")
+    for number, code, sign in ((signal.SIGTERM, 143, "target  "), (signal.SIGINT, 130, "dir  ")):
+        process = start(*words)
+        for line in process.stdout:
+            if line.startswith(sign):
+                break
+        began = time.monotonic()
+        os.kill(process.pid, number)
+        out, _ = process.communicate(timeout=90)
+        assert process.returncode == code, out
+        assert time.monotonic() - began < 30
+        assert "resume with: python jobs/train.py digits_smoke" in out
+        _, parent, children = record(tmp_path)
+        assert parent.info.status == "KILLED"
+        assert children[sign.strip()].info.status == "KILLED"
     done = train(*words)
     assert done.code == 0, done.err
     assert "dir: resuming at step" in done.out

@@ -1,0 +1,25 @@
+"""How a run ended, as plain data that can travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dircluster.config import ConfigError
+from dircluster.training.loop import NonFiniteLoss
+from dircluster.training.ports import Interrupted
+
+
+def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``execute`` returned with ``status`` FINISHED; KILLED and the signal; or FAILED, the line and exit code.
+
+    Any other exception passes through: a restart may help against it.
+    """
+    try:
+        return {"status": "FINISHED", **execute()}
+    except Interrupted as stop:
+        return {"status": "KILLED", "signal": stop.signal}
+    except ConfigError as error:
+        return {"status": "FAILED", "error": str(error), "exit": 2}
+    except NonFiniteLoss as error:
+        return {"status": "FAILED", "error": str(error), "exit": 1}
