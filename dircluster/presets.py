@@ -44,12 +44,13 @@ def digits() -> RunConfig:
             ),
         ),
         dir=DirConfig(
-            epochs=80,
+            epochs=90,
             optimizer=OptimizerConfig(
-                name="adamw", lr=1e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=8, clip=1.0
+                name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=9, clip=1.0
             ),
         ),
         training=TrainingConfig(batch_size=128, microbatch=64, select_every=10),
+        scaling=ScalingConfig(workers=2),
         storage=StorageConfig(checkpoint_every=200),
         tracking=TrackingConfig(log_every=10, picture_every=10),
     )

@@ -8,7 +8,6 @@ import ray.train
 import ray.train.torch
 
 from dircluster.cluster.mailbox import RemoteConsole
-from dircluster.cluster.mlflow_tracker import JobRecord, MlflowTracker
 from dircluster.cluster.outcome import outcome_of
 from dircluster.config import RunConfig, from_dict
 from dircluster.training.parallel import joined_workers
@@ -26,13 +25,16 @@ def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | Non
     parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
     console: Console = Quiet()
     tracker: Tracker = NoTracker()
+    recorder = None
     remote = RemoteConsole(mailbox) if parallel.first else None
     if remote is not None:
         console = remote
         if record is not None:
-            tracker = MlflowTracker(JobRecord(**record), remote.say)
+            from dircluster.cluster.mlflow_tracker import JobRecord, MlflowTracker  # the others go without
+
+            tracker = recorder = MlflowTracker(JobRecord(**record), remote.say)
     outcome = outcome_of(Run(run_config, parallel, tracker, console, token=token).execute)
-    if isinstance(tracker, MlflowTracker):
-        tracker.close(hurry=outcome["status"] == "KILLED")
+    if recorder is not None:
+        recorder.close(hurry=outcome["status"] == "KILLED")
     if remote is not None:
         remote.finish(outcome)
