@@ -44,13 +44,12 @@ def digits() -> RunConfig:
             ),
         ),
         dir=DirConfig(
-            epochs=90,
+            epochs=70,
             optimizer=OptimizerConfig(
-                name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=9, clip=1.0
+                name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=7, clip=1.0
             ),
         ),
         training=TrainingConfig(batch_size=128, microbatch=64, select_every=10),
-        scaling=ScalingConfig(workers=2),
         storage=StorageConfig(checkpoint_every=200),
         tracking=TrackingConfig(log_every=10, picture_every=10),
     )
