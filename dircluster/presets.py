@@ -44,12 +44,12 @@ def digits() -> RunConfig:
             ),
         ),
         dir=DirConfig(
-            epochs=70,
+            epochs=60,
             optimizer=OptimizerConfig(
-                name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=7, clip=1.0
+                name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=6, clip=1.0
             ),
         ),
-        training=TrainingConfig(batch_size=128, microbatch=64, select_every=10),
+        training=TrainingConfig(batch_size=128, select_every=10),
         storage=StorageConfig(checkpoint_every=200),
         tracking=TrackingConfig(log_every=10, picture_every=10),
     )
