@@ -86,8 +86,9 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     words = [_as_decimal(word) for word in argv]
     name = _take_preset(words)
     base = kind(name, preset(name))
-    file = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"), None)
-    if file is not None:
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    file = next((b if a == "--config" else a[9:] for a, b in pairs if a == "--config" or a.startswith("--config=")), "")
+    if file:
         words = [*_words_of(Path(file)), *words]
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=words)
@@ -123,7 +124,7 @@ def _words_of(file: Path) -> Iterator[str]:
         settings = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {file} must hold settings, one a line, got {type(settings).__name__}")
@@ -135,8 +136,8 @@ def as_words(name: str, value: Any) -> list[str]:
     """A setting by its dotted name as command-line words: ("dir.alpha", 2) -> ["--dir.alpha", "2"]."""
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
-        section, _, field = flag.rpartition(".")
-        return [flag if value else f"{section}.no-{field}"]
+        section, dot, field = flag[2:].rpartition(".")
+        return [flag if value else f"--{section}{dot}no-{field}"]
     values = value if isinstance(value, list | tuple) else [value]
     return [flag, *(_as_decimal(str(item)) for item in values)]
 

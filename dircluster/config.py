@@ -283,8 +283,9 @@ class TrainingConfig:
     batch_size: int = 128
     """Images a step over all workers: results do not depend on how many workers share them."""
     microbatch: int | None = None
-    """Images that pass through the models at a time, their gradients accumulated; a worker's whole share when not
-    given. With half a batch, one worker and two compute the same bits (on equal numbers of threads)."""
+    """Most images that pass through the models at a time, their gradients accumulated; a worker's whole share when
+    not given. With half a batch, one worker and two compute the same bits, on equal numbers of threads and without
+    batch normalisation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     compile: bool = False
@@ -418,14 +419,12 @@ class RunConfig:
             f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
             f" got {model.width}",
         )
-        batch, workers, microbatch = self.training.batch_size, self.scaling.workers, self.training.microbatch
+        batch, workers = self.training.batch_size, self.scaling.workers
         _require(
             batch % workers == 0, f"training.batch_size must be a multiple of scaling.workers {workers}, got {batch}"
         )
-        _require(
-            microbatch is None or batch // workers % microbatch == 0,
-            f"training.microbatch must divide a worker's share of {batch // workers} images, got {microbatch}",
-        )
+        for name, value in flatten(to_dict(self)).items():
+            _require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
         if self.dir.joint:
             _require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
             _require(
@@ -474,7 +473,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

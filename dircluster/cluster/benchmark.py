@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from dircluster import cli
@@ -34,6 +33,7 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.training import stages
     from dircluster.training.bundle import load_target
     from dircluster.training.parallel import local_workers
+    from dircluster.training.pipeline import storage_path
     from dircluster.training.timing import time_phases
 
     if job.steps < 1:
@@ -44,7 +44,7 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
     with local_workers(config.scaling) as parallel:
-        train = load(short, config.seed, Path(config.storage.uri) / "data").train
+        train = load(short, config.seed, storage_path(config) / "data").train
         classifier = load_target(config) if config.target.uri else stages.build_classifier(config)
         denoiser = stages.build_denoiser(config)
         stages.place(config, classifier, denoiser, parallel)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from dircluster import cli
 from dircluster.config import ConfigError
@@ -30,14 +29,20 @@ def _judge(job: cli.EvaluateJob) -> int:
     from dircluster.data.sources import load
     from dircluster.evaluation.benchmark import evaluate, to_plain
     from dircluster.training.parallel import local_workers
+    from dircluster.training.pipeline import storage_path
     from dircluster.training.ports import Interrupted, interruptible
 
     if not job.defense:
         raise ConfigError("--defense is missing: give the folder of a checkpoint, or models:/NAME@champion")
     if job.summary is not None and not job.summary.resolve().parent.is_dir():
         raise ConfigError(f"--summary {job.summary}: its folder does not exist")
+    store = None
+    if job.defense.startswith("models:/"):
+        from dircluster.cluster.mlflow_tracker import default_uri
+
+        store = default_uri(job.run)
     with Terminal() as terminal, local_workers(job.run.scaling) as parallel:
-        defense = dircluster.load_defense(job.defense).to(parallel.device)
+        defense = dircluster.load_defense(job.defense, tracking_uri=store).to(parallel.device)
         found = (defense.denoiser.channels, defense.denoiser.height, defense.denoiser.width)
         data = job.run.data
         if found != (data.channels, data.height, data.width):
@@ -46,7 +51,7 @@ def _judge(job: cli.EvaluateJob) -> int:
                 f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
             )
         config = dataclasses.replace(job.run, model=defense.denoiser.config, masking=defense.masking)
-        test = load(data, config.seed, Path(config.storage.uri) / "data").test
+        test = load(data, config.seed, storage_path(config) / "data").test
         try:
             with interruptible(defense.classifier, terminal):
                 rows = to_plain(evaluate(defense.denoiser, defense.classifier, test, config, parallel, terminal.say))

@@ -138,10 +138,7 @@ class Launch:
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
 
     def _train(self, terminal: Any) -> dict[str, Any]:
-        token = None
-        if self.job.fresh:  # the same in all processes of one torchrun
-            token = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")).strip("-")
-            token = token or uuid.uuid4().hex
+        token = uuid.uuid4().hex if self.job.fresh else None  # the first worker's counts
         config = self._with_local_target()
         if self.job.launcher == "ray":
             from dircluster.cluster import ray_train

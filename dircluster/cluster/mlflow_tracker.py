@@ -74,7 +74,7 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
             )
             run_id = run.info.run_id
             client.log_text(run_id, json.dumps(to_dict(config), indent=1), "config.json")
-            _params(client, run_id, flatten(config.identity))
+        _params(client, run_id, flatten(config.identity))
         for name, value in tags.items():
             client.set_tag(run_id, name, value)
     except Exception as error:  # MLflow raises what its transport raises
@@ -217,9 +217,13 @@ class StageRun:
     def _send(self) -> None:
         batch = self.points[:POINTS_A_REQUEST]
         new = [point for point in batch if point.step > self.until.get(point.key, -1)]
-        if new:
-            with _refusals():
-                self.tracker.client.log_batch(self.run_id, metrics=new, synchronous=True)
+        try:
+            if new:
+                with _refusals():
+                    self.tracker.client.log_batch(self.run_id, metrics=new, synchronous=True)
+        except Refused:
+            del self.points[: len(batch)]
+            raise
         del self.points[: len(batch)]
 
 

@@ -38,3 +38,5 @@ def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | Non
         recorder.close(hurry=outcome["status"] == "KILLED")
     if remote is not None:
         remote.finish(outcome)
+    elif outcome["status"] == "FAILED":
+        raise RuntimeError(outcome["error"])  # the others may wait for this worker: let Ray end them

@@ -23,6 +23,7 @@ from dircluster.config import ConfigError, RunConfig
 from dircluster.training import checkpoint
 
 ALIAS = "champion"
+TRACKING = "MLFLOW_TRACKING_URI"
 REQUIREMENTS = ["dircluster", "torch", "timm", "safetensors", "numpy"]
 
 
@@ -72,13 +73,17 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _tracking(uri: str | None) -> Iterator[None]:
     """MLflow looks an alias up in its global store, whatever its arguments say."""
-    before = mlflow.get_tracking_uri()
-    if uri is not None:
-        mlflow.set_tracking_uri(uri)
+    if uri is None:
+        yield
+        return
+    before = os.environ.get(TRACKING)  # set_tracking_uri writes it
+    mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(before or "")
+        if before is None:
+            os.environ.pop(TRACKING, None)
 
 
 def _versions(client: MlflowClient, name: str) -> list[mlflow.entities.model_registry.ModelVersion]:
@@ -91,7 +96,7 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     Without ``tracking_uri`` and MLFLOW_TRACKING_URI, the store of the embedded default, runs/mlflow.db, is asked.
     """
     embedded = Path("runs/mlflow.db").resolve()
-    if tracking_uri is None and "MLFLOW_TRACKING_URI" not in os.environ and embedded.exists():
+    if tracking_uri is None and TRACKING not in os.environ and embedded.exists():
         tracking_uri = f"sqlite:///{embedded}"
     try:
         with _quiet(), _tracking(tracking_uri):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dircluster.config import ConfigError, DataConfig
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "svhn": 73_257}
 """Training images of the named sets, before the held-out share is cut off."""
+SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
+"""How files and folders of a split begin. Without a test split, val is it; extra is left out."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -134,13 +137,15 @@ def _files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     if not files:
         raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images")
 
-    def is_test(file: Path) -> bool:
-        name = file.name if path.is_file() or file.suffix == ".parquet" else file.relative_to(path).parts[0]
-        return name.startswith(("test", "val"))
-
-    train, test = [f for f in files if not is_test(f)], [f for f in files if is_test(f)]
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        parts = (file.name,) if path.is_file() else file.relative_to(path).parts
+        named = parts if file.suffix == ".parquet" else parts[:-2]  # the last two are class and image
+        found = [m[1] for part in named if (m := SPLIT_NAME.match(part.lower()))]
+        by_split.setdefault(found[-1] if found else "train", []).append(file)
+    train, test = by_split.get("train", []), by_split.get("test", by_split.get("val", []))
     if not train:
-        raise ConfigError(f"data.uri {str(path)!r} has a test split but no training split")
+        raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
     return train, test
 
 
@@ -167,18 +172,20 @@ def training_images(config: DataConfig) -> int:
 
 def _from_path(config: DataConfig) -> tuple[Split, Split | None]:
     train, test = _files(config)
-    read = _parquet if train[0].suffix not in IMAGE_SUFFIXES else _folder
-    return read(train, config), (read(test, config) if test else None)
+    if train[0].suffix.lower() not in IMAGE_SUFFIXES:
+        return _parquet(train, config), (_parquet(test, config) if test else None)
+    names = sorted({f.parent.name for f in train})
+    return _folder(train, names, config), (_folder(test, names, config) if test else None)
 
 
-def _decode(blobs: Iterable[bytes | Path], channels: int) -> Tensor:
+def _decode(blobs: Iterable[bytes | Path | None], channels: int) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
-    def one(blob: bytes | Path) -> np.ndarray[Any, Any]:
+    def one(blob: bytes | Path | None) -> np.ndarray[Any, Any]:
         try:
-            with Image.open(io.BytesIO(blob) if isinstance(blob, bytes) else blob) as image:
+            with Image.open(blob if isinstance(blob, Path) else io.BytesIO(blob or b"")) as image:
                 return np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except (UnidentifiedImageError, OSError, TypeError) as error:
+        except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
 
     with ThreadPoolExecutor(2) as pool:
@@ -208,7 +215,9 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
     images = [
         name
         for name, kind in kinds.items()
-        if pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        if pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
     ]
     if not images:
         raise ConfigError(f"{files[0]} has no column of image bytes; columns: {list(kinds)}")
@@ -220,9 +229,11 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
     return Split(_decode(blobs, config.channels), torch.tensor(labels.to_pylist(), dtype=torch.int64))
 
 
-def _folder(files: list[Path], config: DataConfig) -> Split:
-    names = sorted({f.parent.name for f in files})
+def _folder(files: list[Path], names: list[str], config: DataConfig) -> Split:
     if len(names) > config.classes:
         raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
+    unknown = sorted({f.parent.name for f in files} - set(names))
+    if unknown:
+        raise ConfigError(f"the test split has classes that the training split has not: {', '.join(unknown)}")
     labels = torch.tensor([names.index(f.parent.name) for f in files])
     return Split(_decode(files, config.channels), labels)

@@ -55,6 +55,7 @@ class Judge:
 
     def __init__(self, split: Split, config: RunConfig, parallel: Parallel, purpose: str, batch_size: int) -> None:
         self.split, self.config, self.parallel, self.purpose = split, config, parallel, purpose
+        self.batch_size = batch_size
         self.threat, self.step_size = LInf(config.attack.epsilon), config.attack.step
         mine = torch.arange(len(split))[parallel.rank :: parallel.world]
         self.batches = list(torch.split(mine, batch_size)) if len(mine) else []
@@ -75,9 +76,10 @@ class Judge:
         order = keys.transpose(0, 1).reshape(draws * len(rows), -1).argsort(dim=1)
         return windows(order, self.config.masking).to(self.parallel.device)
 
-    def collect(self, right: Callable[[Tensor], Tensor], columns: int) -> Tensor:
+    def collect(self, right: Callable[[Tensor], Tensor], columns: int, passes: int = 1) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
-        parts = [right(rows).double().cpu() for rows in self.batches]
+        size = max(1, self.batch_size // passes)  # each image then passes so many times at once
+        parts = [right(part).double().cpu() for rows in self.batches for part in torch.split(rows, size)]
         mine = torch.cat(parts) if parts else torch.zeros(0, columns, dtype=torch.float64)
         places = torch.cat(self.batches) if parts else torch.zeros(0, dtype=torch.int64)
         return self.parallel.gather_rows(mine, places, len(self.split)) > 0.5
@@ -170,7 +172,7 @@ def evaluate(
     said(f"evaluation: {attack} on the defence, masks fixed and known")
     known = judge.collect(fixed, 2)
     said(f"evaluation: {attack} on the defence, fresh masks, EOT {settings.eot}")
-    anew = judge.collect(fresh, 2 * draws)
+    anew = judge.collect(fresh, 2 * draws, passes=settings.eot)
     return [
         _result("none", "natural", "none", alone[:, :1]),
         _result("none", attack, "none", alone[:, 1:2], **pgd_facts),

@@ -104,12 +104,21 @@ def _factory(path: str, data: DataConfig) -> nn.Module:
     module_name, _, attribute = path.partition(":")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"target.architecture {path!r} cannot be imported: {error}") from error
-    made = make(classes=data.classes, channels=data.channels)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"target.architecture {path!r} cannot be imported: {_first_line(error)}") from error
+    try:
+        made = make(classes=data.classes, channels=data.channels)
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"target.architecture {path!r} raised {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
     return made
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> nn.Module:
@@ -135,9 +144,9 @@ def check_classes(classifier: nn.Module, data: DataConfig) -> None:
     try:
         with torch.no_grad():
             shape = tuple(classifier(torch.zeros(1, data.channels, data.height, data.width)).shape)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a network says of images that it was not made for
         raise ConfigError(
-            f"the target cannot take {data.channels}x{data.height}x{data.width} images: {str(error).splitlines()[0]}"
+            f"the target cannot take {data.channels}x{data.height}x{data.width} images: {_first_line(error)}"
         ) from error
     finally:
         classifier.train(was_training)

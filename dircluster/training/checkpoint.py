@@ -32,6 +32,10 @@ class CheckpointError(ConfigError):
     """A checkpoint that is damaged, missing, or of another config."""
 
 
+class DamagedError(CheckpointError):
+    """A committed checkpoint that is not what was written."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a folder held: groups of tensors by file name (no suffix), and JSON state."""
@@ -50,7 +54,7 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / COMMIT).unlink(missing_ok=True)
         blobs = {
-            f"{name}.safetensors": dump_tensors({k: v.detach().cpu().contiguous() for k, v in group.items()})
+            f"{name}.safetensors": dump_tensors({k: v.detach().cpu().contiguous().clone() for k, v in group.items()})
             for name, group in tensors.items()
         }
         blobs["state.json"] = json.dumps(state, indent=1, sort_keys=True).encode()
@@ -80,12 +84,12 @@ def read(folder: Path, key: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder} holds no committed checkpoint")
     manifest_blob = _bytes(folder / MANIFEST)
     if hashlib.sha256(manifest_blob).hexdigest() != marker:
-        raise CheckpointError(f"{folder} is damaged: its manifest is not the one that was committed")
+        raise DamagedError(f"{folder} is damaged: its manifest is not the one that was committed")
     try:
         manifest = json.loads(manifest_blob)
         files, written_key = dict(manifest["files"]), str(manifest["config"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} is damaged: its manifest cannot be read") from error
+        raise DamagedError(f"{folder} is damaged: its manifest cannot be read") from error
     if key is not None and written_key != key:
         raise CheckpointError(f"{folder} belongs to another config ({written_key[:12]}, not {key[:12]})")
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -95,14 +99,14 @@ def read(folder: Path, key: str | None = None) -> Checkpoint:
             raise CheckpointError(f"{folder} is refused: {name!r} is not a plain file of its own")
         blob = _bytes(folder / name)
         if len(blob) != entry["bytes"] or hashlib.sha256(blob).hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{folder} is damaged: {name} is not what was written")
+            raise DamagedError(f"{folder} is damaged: {name} is not what was written")
         try:
             if name.endswith(".safetensors"):
                 tensors[name.removesuffix(".safetensors")] = parse_tensors(blob)
             elif name == "state.json":
                 state = json.loads(blob)
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{folder} is damaged: {name} cannot be parsed") from error
+            raise DamagedError(f"{folder} is damaged: {name} cannot be parsed") from error
     return Checkpoint(folder, tensors, state)
 
 
@@ -110,7 +114,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path.parent} is damaged: {path.name} cannot be read") from error
+        raise DamagedError(f"{path.parent} is damaged: {path.name} cannot be read") from error
 
 
 class Checkpoints:

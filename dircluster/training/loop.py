@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,10 @@ class Trainer:
         Raises Interrupted after committing a checkpoint, and NonFiniteLoss on all workers before the update.
         """
         window, since = 0, time.monotonic()
-        for step in range(self._resume(), self.steps):
+        start = self._resume()
+        if self._selects_after(start) and (self.best is None or self.best["last"]["step"] != start):
+            self._judge_or_save(start)
+        for step in range(start, self.steps):
             done = step + 1
             terms, signal = self._step_or_save(step)
             window += 1
@@ -87,8 +90,8 @@ class Trainer:
                 self._log(done, terms, window, time.monotonic() - since)
                 window, since = 0, time.monotonic()
             began = time.monotonic()
-            if inside == 0 and (epoch % self.config.training.select_every == 0 or last):
-                self._judge(done)
+            if self._selects_after(done):
+                self._judge_or_save(done)
             if inside == 0 and (epoch % self.config.tracking.picture_every == 0 or last):
                 self._picture(done)
             if signal or done % self.config.storage.checkpoint_every == 0 or last:
@@ -101,16 +104,32 @@ class Trainer:
             self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
         return self.best
 
-    def _step_or_save(self, step: int) -> tuple[dict[str, float], int]:
-        """:meth:`step`; where one worker works alone, a signal ends it while it crafts, before anything changes."""
-        if self.parallel.world > 1:
-            return self.step(step)
+    def _selects_after(self, done: int) -> bool:
+        epoch, inside = divmod(done, self.loader.steps_per_epoch)
+        return done > 0 and inside == 0 and (epoch % self.config.training.select_every == 0 or done == self.steps)
+
+    def _judge_or_save(self, done: int) -> None:
+        """Held-out selection; where a signal ends it, it is made up for on resume."""
         try:
-            with interruptible(self.recipe.get_submodule("classifier"), self.console):
-                return self.step(step)
+            with self._leavable():
+                self._judge(done)
+        except Interrupted:
+            self._save(done)
+            raise
+
+    def _step_or_save(self, step: int) -> tuple[dict[str, float], int]:
+        """:meth:`step`, or a checkpoint of what was before it where a signal ends it halfway."""
+        try:
+            return self.step(step)
         except Interrupted:
             self._save(step)
             raise
+
+    def _leavable(self, safe: bool = True) -> AbstractContextManager[None]:
+        """Where a single worker may leave at once when it hears a signal; several have to agree on a step."""
+        if self.parallel.world > 1 or not safe:
+            return nullcontext()
+        return interruptible(self.recipe.get_submodule("classifier"), self.console)
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
@@ -125,16 +144,18 @@ class Trainer:
         names: tuple[str, ...] = ()
         total: Tensor | None = None
         share = self.config.training.microbatch or len(labels)
+        stateless = not any(True for name in self.recipe.trained for _ in self.recipe.get_submodule(name).buffers())
         with rng.ambient(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
             for begin in range(0, len(labels), share):
-                rows = slice(begin, begin + share)
-                batch = Batch(images[rows], labels[rows], stream.narrow(begin, begin + share))
-                with autocast(self.config, self.parallel.device):
+                end = min(begin + share, len(labels))
+                rows, weight = slice(begin, end), (end - begin) / len(labels)
+                batch = Batch(images[rows], labels[rows], stream.narrow(begin, end))
+                # A step can be left as long as it has changed no running statistics.
+                with autocast(self.config, self.parallel.device), self._leavable(stateless or begin == 0):
                     batch = self.recipe.craft(batch)
-                with without_sync(self.wrapped, last=begin + share == len(labels)):
-                    with autocast(self.config, self.parallel.device):
+                with without_sync(self.wrapped, last=end == len(labels)):
+                    with autocast(self.config, self.parallel.device), self._leavable(stateless):
                         losses = self.wrapped(batch)
-                    weight = share / len(labels)
                     torch.autograd.backward(losses["loss"] * weight)
                 names = tuple(losses)
                 part = torch.stack([value.detach().double() for value in losses.values()]) * weight
@@ -145,11 +166,12 @@ class Trainer:
         *values, asked, number = self.parallel.mean(torch.cat([total, flags])).tolist()
         terms = dict(zip(names, values, strict=True))
         self._must_be_finite(terms, step)
-        for name, optimizer in self.optimizers.items():
+        for name in self.optimizers:
             clip = self.stage.optimizers[name].clip
             if clip is not None:
                 norm = torch.nn.utils.clip_grad_norm_(self._of(name), clip)
-                self._must_be_finite({"gradient norm": float(norm)}, step)
+                self._must_be_finite({f"gradient norm of {name}": float(norm)}, step)
+        for optimizer in self.optimizers.values():
             optimizer.step()
         return terms, round(number / asked) if asked else 0
 

@@ -77,14 +77,19 @@ class Parallel:
         return value
 
     def synchronise_statistics(self, module: nn.Module) -> nn.Module:
-        """Batch normalisation over the global batch instead of each worker's share."""
+        """Batch normalisation over the global batch instead of each worker's share.
+
+        On CPUs, layers derived from BatchNorm2d stay as they are: each worker then has statistics of its own.
+        """
         if self.world == 1:
             return module
         if self.device.type == "cuda":
-            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+            from timm.layers import convert_sync_batchnorm  # knows timm's own layers too
+
+            converted: nn.Module = convert_sync_batchnorm(module)
             return converted
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
+            if type(child) is nn.BatchNorm2d:
                 child.__class__ = GlobalBatchNorm2d
             else:
                 setattr(module, name, self.synchronise_statistics(child))
@@ -118,7 +123,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        world = dist.get_world_size()
+        world, x = dist.get_world_size(), x.float()
         mean = _sum_with_gradient(x.mean(dim=(0, 2, 3))) / world
         centred = x - mean[:, None, None]
         variance = _sum_with_gradient(centred.square().mean(dim=(0, 2, 3))) / world
@@ -134,14 +139,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return scaled
 
 
-def choose_device(scaling: ScalingConfig, local_rank: int) -> torch.device:
+def choose_device(scaling: ScalingConfig, local_rank: int, workers_here: int) -> torch.device:
     """A GPU of its own where asked for or to be had, else the CPU. Raises ConfigError where a GPU is missing."""
     found = torch.cuda.device_count()
     if scaling.device == "gpu" and found <= local_rank:
         raise ConfigError(
             f"scaling.device is gpu, but worker {local_rank} finds {found} GPUs; use --scaling.device cpu"
         )
-    if scaling.device != "cpu" and found > local_rank:
+    if scaling.device == "gpu" or (scaling.device == "auto" and found >= workers_here):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
 
@@ -156,8 +161,9 @@ def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
     """One process, or the workers that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(scaling, local_rank)
-    set_threads(scaling, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = choose_device(scaling, local_rank, workers_here)
+    set_threads(scaling, workers_here)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor, nn
 
 from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
 from dircluster.data.loader import Loader
 from dircluster.data.sources import Dataset, load
-from dircluster.evaluation.benchmark import evaluate, from_plain, to_plain
+from dircluster.evaluation.benchmark import evaluate, to_plain
+from dircluster.models import classifiers
 from dircluster.models.defended import frozen
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.training import bundle, checkpoint, stages
@@ -46,11 +49,6 @@ class Place:
     def digest(self) -> str | None:
         """Digest of the finished result, None before."""
         return checkpoint.digest(self.final)
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is something to resume from."""
-        return any(checkpoint.digest(f) for f in self.folder.glob("step-*"))
 
 
 def find_place(storage: Path, name: str, key: str, token: str | None = None) -> Place:
@@ -114,6 +112,7 @@ class Run:
             self._load_data()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         classifier = stages.build_classifier(config)
+        classifiers.check_classes(classifier, config.data)
         denoiser = stages.build_denoiser(config)
         stages.place(config, classifier, denoiser, parallel)
         if not config.dir.joint:
@@ -171,8 +170,9 @@ class Run:
         key = stages.stage_key(config, stage.name, inputs)
         folder = parallel.first_does(lambda: str(find_place(self.storage, stage.name, key, self.token).folder))
         place = Place(stage.name, key, Path(folder))
-        if parallel.first_does(lambda: place.digest) is None:
-            self._train(stage, place, modules, facts or {})
+        if not parallel.first_does(lambda: self._is_finished(place)):
+            with _alone(place, parallel):
+                self._train(stage, place, modules, facts or {})
         elif parallel.first:
             self.console.say(f"{stage.name}: reused from {place.folder}")
             self.tracker.reused(stage.name, place.folder.name)
@@ -181,6 +181,16 @@ class Run:
             module.load_state_dict(finished.tensors[name])
         self.selection[stage.name] = finished.state["best"]
         return place
+
+    def _is_finished(self, place: Place) -> bool:
+        if place.digest is None:
+            return False
+        try:
+            checkpoint.read(place.final, place.key)
+        except checkpoint.DamagedError as error:
+            self.console.say(f"{error}; making it again from the stage's checkpoints")
+            return False
+        return True
 
     def _train(self, stage: Stage, place: Place, modules: dict[str, nn.Module], facts: dict[str, Any]) -> None:
         config, parallel = self.config, self.parallel
@@ -222,7 +232,7 @@ class Run:
         known = parallel.first_does(lambda: json.loads(file.read_text()) if file.exists() else None)
         if known is not None:
             self.console.say(f"evaluation: reused from {file}")
-            return to_plain(from_plain(known))
+            return list(known)
         said: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
         began = time.monotonic()
         denoiser.eval()
@@ -235,6 +245,27 @@ class Run:
             partial.write_text(json.dumps(rows, indent=1))
             partial.replace(file)
         return rows
+
+
+@contextlib.contextmanager
+def _alone(place: Place, parallel: Parallel) -> Iterator[None]:
+    """One job trains a stage at a time. Raises ConfigError where another one does; a lock ends with its process."""
+    held: list[IO[str]] = []
+
+    def hold() -> None:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        held.append((place.folder / "lock").open("w"))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another job is training {place.folder}; wait for it, or use --fresh") from error
+
+    parallel.first_does(hold)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def _fingerprint(tensor: Tensor) -> str:

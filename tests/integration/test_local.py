@@ -34,9 +34,8 @@ def test_two_workers_compute_the_bits_of_one(train: Train, tmp_path: Path) -> No
     """20 steps a stage: masks, noise, order, losses and final weights; four workers share all draws."""
     found = {}
     for workers in (1, 2, 4):
-        microbatch = ("--training.microbatch", "4") if workers == 4 else ()
         storage = ("--storage.uri", str(tmp_path / f"runs{workers}"))
-        done = train("digits_smoke", *LOCAL, *TWENTY, *storage, *microbatch, workers=workers)
+        done = train("digits_smoke", *LOCAL, *TWENTY, *storage, workers=workers)
         assert done.code == 0, done.err
         found[workers] = done.summary
     one, two, four = found[1], found[2], found[4]

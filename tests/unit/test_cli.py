@@ -26,6 +26,12 @@ def test_flags_beat_the_file_which_beats_the_preset(tmp_path: Path) -> None:
     assert run.target == preset("digits").target
 
 
+def test_both_forms_of_config_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "seven.yaml"
+    file.write_text("seed: 7\n")
+    assert parse("--config", str(file)).run.seed == parse(f"--config={file}").run.seed == 7
+
+
 def test_fractions() -> None:
     assert parse("--attack.epsilon", "8/255").run.attack.epsilon == 8 / 255
     assert parse("--attack.epsilon=8/255").run.attack.epsilon == 8 / 255

@@ -42,6 +42,11 @@ def test_masks_must_see_every_patch() -> None:
         dataclasses.replace(preset("cifar10"), masking=c.MaskingConfig(ratio=0.7, count=3))
 
 
+def test_every_number_must_be_finite() -> None:
+    with pytest.raises(c.ConfigError, match=r"dir.alpha must be finite, got inf"):
+        dataclasses.replace(preset("digits"), dir=c.DirConfig(alpha=float("inf")))
+
+
 def test_workers_must_share_a_batch_evenly() -> None:
     with pytest.raises(c.ConfigError, match=r"training.batch_size must be a multiple of"):
         dataclasses.replace(preset("digits"), scaling=c.ScalingConfig(workers=3))

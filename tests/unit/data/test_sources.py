@@ -94,6 +94,31 @@ def test_image_folders(tmp_path: Path) -> None:
     assert torch.equal((whole >= 100).long(), torch.cat([data.train.labels, data.held_out.labels]))
 
 
+def test_splits_are_found_in_folders_and_names(tmp_path: Path) -> None:
+    for name, value in {"default/train/0.parquet": 1, "default/test/0.parquet": 2, "extra-0.parquet": 3}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, [png(value=value)] * 10, [0] * 10)
+    data = load(config(tmp_path), seed=0)
+    assert data.train.images.unique().tolist() == [1]
+    assert data.test.images.unique().tolist() == [2]
+
+
+def test_classes_of_the_test_split_are_those_of_the_training_split(tmp_path: Path) -> None:
+    for split, names in (("train", ("ant", "valley", "testudo")), ("test", ("valley", "testudo"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(5):
+                (tmp_path / split / name / f"{i}.PNG").write_bytes(png(value=ord(name[0])))
+    data = load(config(tmp_path), seed=0)
+    expected = {ord("a"): 0, ord("t"): 1, ord("v"): 2}
+    for part in (data.train, data.held_out, data.test):
+        assert [expected[v] for v in part.images[:, 0, 0, 0].tolist()] == part.labels.tolist()
+    (tmp_path / "test" / "wasp").mkdir()
+    (tmp_path / "test" / "wasp" / "0.png").write_bytes(png())
+    with pytest.raises(ConfigError, match="classes that the training split has not: wasp"):
+        load(config(tmp_path), seed=0)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "changes", "message"),
     [
@@ -103,6 +128,7 @@ def test_image_folders(tmp_path: Path) -> None:
         ([png()] * 9, [0, None] * 4 + [1], {}, "4 rows without a label"),
         ([1] * 9, [0] * 9, {}, "has no column of image bytes"),
         ([b"nonsense"] * 9, [0] * 9, {}, "an image cannot be read"),
+        ([*[png()] * 8, None], [0] * 9, {}, "an image cannot be read"),
         ([png()] * 9, [0] * 8 + [10], {}, "labels reach from 0 to 10, but data.classes is 10"),
         ([png()] * 9, [0] * 9, {"height": 8, "width": 8}, "the images are 1x4x4"),
         ([], [], {}, "no"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dircluster.config import RunConfig, TrainingConfig
+from dircluster.config import ConfigError, RunConfig, TrainingConfig
 from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.loop import NonFiniteLoss, Trainer
@@ -98,6 +99,51 @@ def test_fresh_starts_beside_what_is_there(smoke: RunConfig) -> None:
     assert weights(anew) == weights(first)
     assert run(smoke, token="t1")["checkpoint"] == anew["checkpoint"]
     assert run(smoke)["checkpoint"] == anew["checkpoint"]
+
+
+def test_a_damaged_result_is_made_again(smoke: RunConfig) -> None:
+    first = run(smoke)
+    whole = weights(first)
+    file = Path(first["checkpoint"]) / "denoiser.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert weights(run(smoke)) == whole
+
+
+def test_two_jobs_do_not_train_one_stage(smoke: RunConfig) -> None:
+    class StartsAnother(Quiet):
+        def show(self, status: Status) -> None:
+            with pytest.raises(ConfigError, match="another job is training"):
+                run(smoke)
+
+    run(smoke, StartsAnother())
+
+
+def test_a_signal_while_crafting_or_judging_changes_nothing(smoke: RunConfig, tmp_path: Path) -> None:
+    """Each pass of the target is a place where a single worker may be stopped."""
+
+    class StopAtPass(Quiet):
+        def __init__(self, passes: int) -> None:
+            self.left = passes
+
+        def stop_signal(self) -> int:
+            self.left -= 1
+            return 2 if self.left < 0 else 0
+
+    smoke = dataclasses.replace(
+        smoke,
+        dir=dataclasses.replace(smoke.dir, joint=True, epochs=2, target_optimizer=smoke.target.optimizer),
+        pretrain=dataclasses.replace(smoke.pretrain, epochs=0),
+        target=dataclasses.replace(smoke.target, architecture="resnet18"),
+        data=dataclasses.replace(smoke.data, limit=36),
+    )
+    whole = run(elsewhere(smoke, tmp_path / "whole"))
+    broken = elsewhere(smoke, tmp_path / "broken")
+    for passes in (2, 9, 11, 14, 5, 13, 16):
+        with contextlib.suppress(Interrupted):
+            run(broken, StopAtPass(passes))
+    outcome = run(broken)
+    assert weights(outcome) == weights(whole)
+    assert outcome["selection"] == whole["selection"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_on_resume(smoke: RunConfig, tmp_path: Path) -> None:
