@@ -165,14 +165,12 @@ class Launch:
         from dircluster.evaluation.report import model_card
 
         folder, data = Path(outcome["checkpoint"]), self.config.data
-        texts = {
-            "model_card.md": model_card(self.job.run, outcome, self.commit),
-            "config.yaml": cli.to_yaml(self.job.run),
-        }
+        card = model_card(self.job.run, outcome, self.commit)
+        texts = {"model_card.md": card, "config.yaml": cli.to_yaml(self.job.run)}
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
-            return register(self.record, self.config, folder)
+            return register(self.record, self.config, folder, card)
         except Exception as error:  # the defence is in its folder, whatever MLflow says
             terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
             return None

@@ -23,6 +23,8 @@ from dircluster.cluster.outbox import Outbox, Refused
 from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
+TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
+MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
 POINTS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
 
@@ -60,7 +62,7 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
         found = client.get_experiment_by_name(config.tracking.experiment)
         artifacts = str(storage / "artifacts") if "://" not in uri or uri.startswith("sqlite") else None
         experiment = (
-            client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+            client.create_experiment(config.tracking.experiment, artifacts, {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW})
             if found is None
             else found.experiment_id
         )

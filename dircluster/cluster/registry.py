@@ -27,8 +27,8 @@ TRACKING = "MLFLOW_TRACKING_URI"
 REQUIREMENTS = ["dircluster", "torch", "timm", "safetensors", "numpy"]
 
 
-def register(job: JobRecord, config: RunConfig, folder: Path) -> str:
-    """Register the defence in ``folder`` as ``dir-NAME`` and make it the champion; -> its models:/ URI."""
+def register(job: JobRecord, config: RunConfig, folder: Path, card: str) -> str:
+    """Register the defence in ``folder`` as ``dir-NAME``, described by ``card``, as champion; -> its models:/ URI."""
     name, data = f"dir-{config.name}", config.data
     client = MlflowClient(job.uri)
     sha = checkpoint.digest(folder) or ""
@@ -51,6 +51,7 @@ def register(job: JobRecord, config: RunConfig, folder: Path) -> str:
             metadata={"sha256": sha},
         )
     version = str(logged.registered_model_version)
+    client.update_model_version(name, version, description=card)
     client.set_model_version_tag(name, version, "dircluster.sha256", sha)
     client.set_registered_model_alias(name, ALIAS, version)
     return f"models:/{name}@{ALIAS}"

@@ -38,7 +38,8 @@ def restoration_grid(recipe: Recipe, split: Split, config: RunConfig, device: to
         with torch.no_grad():
             restored = recipe.restore(adversarial, kept)
     masked = adversarial * pixel_mask(kept, config.data.height, config.data.width, config.model.patch)[0]
-    difference = 0.5 + (restored - natural) / 2
+    moved = restored - natural
+    difference = 0.5 + moved / (2 * moved.abs().amax().clamp_min(1.0))  # restored images may leave [0, 1]
     return torch.stack([natural, adversarial, masked, restored, difference]).clamp(0, 1).cpu()
 
 
