@@ -160,15 +160,14 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _plain(boxed: str) -> str:
+    """tyro's message without its box: what is wrong, and the first thing that may have been meant."""
     lines = [line.strip("│ ").strip() for line in boxed.splitlines() if line.startswith("│")]
-    helpful = [line for line in lines if line and not line.startswith("For full helptext")]
-    message = []
-    for line in helpful:
-        if line.startswith("───") or line == "Argument helptext:":
-            if "Perhaps you meant" not in boxed:
-                break
-            continue
-        message.append(line)
+    lines = [line for line in lines if line and not line.startswith("For full helptext")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
+    message = lines[:rule]
+    if "Perhaps you meant:" in lines:
+        found = lines.index("Perhaps you meant:")
+        message += lines[found : found + 2]
     text = re.sub(r"^Error parsing (run\.?[\w.]*): ", "", " ".join(message))
     return text or "the command line cannot be understood; see --help"
 
