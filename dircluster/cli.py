@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -36,6 +38,8 @@ class Job:
     """What is trained, and how."""
     config: Path | None = None
     """YAML file of settings."""
+    summary: Path | None = None
+    """Write the outcome to this JSON file."""
     print_config: Switch = False
     """Print all settings as YAML, and stop."""
 
@@ -52,8 +56,6 @@ class TrainJob(Job):
     """ray: Ray Train workers; local: this process, or the processes of torchrun."""
     fresh: Switch = False
     """Start anew beside what is stored instead of reusing or resuming it."""
-    summary: Path | None = None
-    """Write the outcome to this JSON file."""
     dry_run: Switch = False
     """Say what would run, and stop."""
 
@@ -64,8 +66,6 @@ class EvaluateJob(Job):
 
     defense: str = ""
     """The folder of its checkpoint, or an MLflow URI (models:/dir-digits@champion)."""
-    summary: Path | None = None
-    """Write the results to this JSON file."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,6 @@ class BenchmarkJob(Job):
 
     steps: int = 5
     """Steps timed, after one that is not."""
-    summary: Path | None = None
-    """Write the measurements to this JSON file."""
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -95,6 +93,30 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if job.preset != name:
         raise ConfigError(f"one preset at a time, got {name} and {job.preset}")
     return job
+
+
+def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], int]) -> int:
+    """Parse, check and do ``work``; -> exit code. A ConfigError becomes one line on stderr and code 2."""
+    try:
+        job = parse(kind, argv)
+        if job.print_config:
+            print(to_yaml(job.run), end="")
+            return 0
+        if job.summary is not None and not job.summary.resolve().parent.is_dir():
+            raise ConfigError(f"--summary {job.summary}: its folder does not exist")
+        return work(job)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def write_summary(job: Job, outcome: dict[str, Any]) -> None:
+    """Write ``outcome`` where --summary says, if it does. Raises ConfigError where that cannot be written."""
+    if job.summary is not None:
+        try:
+            job.summary.write_text(json.dumps(outcome, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--summary {job.summary} cannot be written: {error.strerror}") from error
 
 
 def to_yaml(run: RunConfig) -> str:

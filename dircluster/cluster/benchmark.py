@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from typing import Any
 
 from dircluster import cli
@@ -13,18 +11,13 @@ from dircluster.config import ConfigError
 
 def main(argv: list[str]) -> int:
     """Print the measurements of the preset that ``argv`` names; -> exit code. Errors are one line on stderr."""
-    try:
-        job = cli.parse(cli.BenchmarkJob, argv)
-        if job.print_config:
-            print(cli.to_yaml(job.run), end="")
-            return 0
-        measured = _measure(job)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.execute(cli.BenchmarkJob, argv, _benchmark)
+
+
+def _benchmark(job: cli.BenchmarkJob) -> int:
+    measured = _measure(job)
     print(_lines(measured))
-    if job.summary is not None:
-        job.summary.write_text(json.dumps(measured, indent=1) + "\n")
+    cli.write_summary(job, measured)
     return 0
 
 
@@ -38,8 +31,6 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
 
     if job.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {job.steps}")
-    if job.summary is not None and not job.summary.resolve().parent.is_dir():
-        raise ConfigError(f"--summary {job.summary}: its folder does not exist")
     config = job.run
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))

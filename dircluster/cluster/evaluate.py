@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 
 from dircluster import cli
 from dircluster.config import ConfigError
@@ -12,15 +10,7 @@ from dircluster.config import ConfigError
 
 def main(argv: list[str]) -> int:
     """Print the table of the defence that ``argv`` names; -> exit code. Errors are one line on stderr."""
-    try:
-        job = cli.parse(cli.EvaluateJob, argv)
-        if job.print_config:
-            print(cli.to_yaml(job.run), end="")
-            return 0
-        return _judge(job)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return cli.execute(cli.EvaluateJob, argv, _judge)
 
 
 def _judge(job: cli.EvaluateJob) -> int:
@@ -28,21 +18,20 @@ def _judge(job: cli.EvaluateJob) -> int:
     from dircluster.cluster.console import Terminal
     from dircluster.data.sources import load
     from dircluster.evaluation.benchmark import evaluate, to_plain
+    from dircluster.models.classifiers import check_classes
     from dircluster.training.parallel import local_workers
     from dircluster.training.pipeline import storage_path
     from dircluster.training.ports import Interrupted, interruptible
 
     if not job.defense:
         raise ConfigError("--defense is missing: give the folder of a checkpoint, or models:/NAME@champion")
-    if job.summary is not None and not job.summary.resolve().parent.is_dir():
-        raise ConfigError(f"--summary {job.summary}: its folder does not exist")
     store = None
     if job.defense.startswith("models:/"):
         from dircluster.cluster.mlflow_tracker import default_uri
 
         store = default_uri(job.run)
     with Terminal() as terminal, local_workers(job.run.scaling) as parallel:
-        defense = dircluster.load_defense(job.defense, tracking_uri=store).to(parallel.device)
+        defense = dircluster.load_defense(job.defense, tracking_uri=store)
         found = (defense.denoiser.channels, defense.denoiser.height, defense.denoiser.width)
         data = job.run.data
         if found != (data.channels, data.height, data.width):
@@ -50,6 +39,8 @@ def _judge(job: cli.EvaluateJob) -> int:
                 f"--defense takes {'x'.join(map(str, found))} images, but preset {job.preset} has"
                 f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
             )
+        check_classes(defense.classifier, data)
+        defense.to(parallel.device)
         config = dataclasses.replace(job.run, model=defense.denoiser.config, masking=defense.masking)
         test = load(data, config.seed, storage_path(config) / "data").test
         try:
@@ -58,6 +49,5 @@ def _judge(job: cli.EvaluateJob) -> int:
         except Interrupted as stop:
             return 128 + stop.signal
         terminal.table(rows)
-    if job.summary is not None:
-        job.summary.write_text(json.dumps({"defense": job.defense, "seed": config.seed, "results": rows}, indent=1))
+    cli.write_summary(job, {"defense": job.defense, "seed": config.seed, "results": rows})
     return 0

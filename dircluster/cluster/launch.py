@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import subprocess
@@ -15,25 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import RunConfig
 
 
 def main(argv: list[str]) -> int:
     """Run the job that ``argv`` describes; -> the process's exit code. Errors are one line on stderr."""
-    try:
-        job = cli.parse(cli.TrainJob, argv)
-        if job.print_config:
-            print(cli.to_yaml(job.run), end="")
-            return 0
-        if job.dry_run:
-            from dircluster.cluster.plan import plan
+    return cli.execute(cli.TrainJob, argv, _train)
 
-            print(plan(job))
-            return 0
-        return Launch(job).run()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _train(job: cli.TrainJob) -> int:
+    if job.dry_run:
+        from dircluster.cluster.plan import plan
+
+        print(plan(job))
+        return 0
+    return Launch(job).run()
 
 
 def commit() -> str:
@@ -91,8 +86,6 @@ class Launch:
 
         job = self.job
         check_storage(self.config)
-        if job.summary is not None and not job.summary.resolve().parent.is_dir():
-            raise ConfigError(f"--summary {job.summary}: its folder does not exist")
         with Terminal() if self.first else Bystander() as terminal:
             changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
             manner = "starting anew beside what is stored" if job.fresh else "reusing and resuming what is stored"
@@ -191,10 +184,9 @@ class Launch:
             terminal.say(f"took      {seconds:.0f} s")
         if outcome["status"] == "KILLED":
             terminal.say(f"stopped by signal {outcome['signal']}; resume with: {resume_command(self.job)}")
-        if self.job.summary is not None:
-            self._write_summary(self.job.summary, outcome, seconds)
+        cli.write_summary(self.job, self._summary(outcome, seconds))
 
-    def _write_summary(self, file: Path, outcome: dict[str, Any], seconds: float) -> None:
+    def _summary(self, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
         summary = {
             "status": outcome["status"],
             "preset": self.job.preset,
@@ -212,7 +204,4 @@ class Launch:
         }
         if "error" in outcome:
             summary["error"] = outcome["error"]
-        try:
-            file.write_text(json.dumps(summary, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--summary {file} cannot be written: {error.strerror}") from error
+        return summary
