@@ -84,7 +84,7 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     words = [_as_decimal(word) for word in argv]
     name = _take_preset(words)
     base = kind(name, preset(name))
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip(words, [*words, ""][1:], strict=True)
     file = next((b if a == "--config" else a[9:] for a, b in pairs if a == "--config" or a.startswith("--config=")), "")
     if file:
         words = [*_words_of(Path(file)), *words]

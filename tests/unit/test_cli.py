@@ -26,6 +26,10 @@ def test_flags_beat_the_file_which_beats_the_preset(tmp_path: Path) -> None:
     assert run.target == preset("digits").target
 
 
+def test_no_words_are_the_digits() -> None:
+    assert parse().run == preset("digits")
+
+
 def test_both_forms_of_config_are_read(tmp_path: Path) -> None:
     file = tmp_path / "seven.yaml"
     file.write_text("seed: 7\n")
