@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 RUN := .venv/bin/python
 
-.PHONY: train test test-slow lint ui lock clean
+.PHONY: train test lint ui lock clean
 .DEFAULT_GOAL := train
 
 train: .venv/product  ## train and judge a DIR defense on scikit-learn's digits
@@ -14,10 +14,7 @@ ui: .venv/product  ## open the MLflow UI on what was trained
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: .venv/dev lint  ## every test that CI runs, with coverage
-	$(RUN) -m pytest -m "not slow" --cov $(ARGS)
-
-test-slow: .venv/dev  ## the proofs that take minutes
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest --cov $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .
