@@ -203,8 +203,3 @@ def _result(defense: str, attack: str, masks: str, right: Tensor, **facts: Any) 
 def to_plain(results: list[Result]) -> list[dict[str, Any]]:
     """Rows for JSON."""
     return [{**asdict(row), "interval": list(row.interval)} for row in results]
-
-
-def from_plain(rows: list[dict[str, Any]]) -> list[Result]:
-    """The inverse of :func:`to_plain`."""
-    return [Result(**{**row, "interval": tuple(row["interval"])}) for row in rows]
