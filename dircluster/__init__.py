@@ -14,8 +14,9 @@ __version__ = "0.1.0"
 def load_defense(uri: str | Path, *, tracking_uri: str | None = None) -> DefendedClassifier:
     """A finished defence, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
 
-    ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, or an MLflow URI such as
-    ``models:/dir-digits@champion``, looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not
+    ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage
+    (s3://..., read with the credentials of the environment), or an MLflow URI such as ``models:/dir-digits@champion``,
+    looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not
     given). Raises dircluster.config.ConfigError where it is missing, damaged, or no defence.
     """
     from dircluster.training.bundle import load_defense_folder
@@ -24,4 +25,9 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None) -> Defende
         from dircluster.cluster.registry import fetch
 
         return load_defense_folder(fetch(str(uri), tracking_uri))
+    if str(uri).startswith("s3://"):
+        from dircluster.cluster.storage import open_path
+        from dircluster.config import StorageConfig
+
+        return load_defense_folder(open_path(str(uri), StorageConfig()))
     return load_defense_folder(Path(uri))

@@ -10,7 +10,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -21,6 +23,22 @@ class ConfigError(ValueError):
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+_USER_IN_URI = re.compile(r"(?<=://)[^/\s]*@")
+
+
+def _without_secret(uri: str) -> str:
+    return _USER_IN_URI.sub("...@", uri)
+
+
+def refuse_secret(name: str, value: str) -> None:
+    """Raise ConfigError where a URI holds a user or password: configs are logged."""
+    _require(
+        _USER_IN_URI.search(value) is None,
+        f"{name} must not hold a user or password ({_without_secret(value)});"
+        " give credentials in the environment, a mounted file or the instance role",
+    )
 
 
 def _positive(section: str, config: Any, *names: str) -> None:
@@ -327,37 +345,82 @@ class EvaluationConfig:
 class ScalingConfig:
     """How many processes share a step, and on what."""
 
-    workers: int = 1
-    """Ray Train workers (under torchrun its own --nproc-per-node counts)."""
+    workers: int | str = 1
+    """Ray Train workers, or LEAST:MOST to go with the nodes that there are (under torchrun its --nproc-per-node counts)."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes GPUs where every worker can have one."""
     threads: int | None = None
     """CPU threads a worker; the machine's cores shared evenly when not given."""
-    max_failures: int = 3
+    max_failures: int = 8
     """Times that Ray Train restarts the workers after one died."""
+    wait: float = 0.0
+    """Seconds that a cluster which is too small may take to grow, where an autoscaler starts its nodes."""
+    resize_every: float = 60.0
+    """Seconds between two looks for nodes that have come, where workers is LEAST:MOST."""
+    stall: float = 600.0
+    """Seconds without progress after which a run is ended with a stack dump of all workers."""
 
     def __post_init__(self) -> None:
-        _positive("scaling", self, "workers")
+        _require(
+            re.fullmatch(r"[1-9]\d{0,4}(:[1-9]\d{0,4})?", str(self.workers)) is not None and self.least <= self.most,
+            f"scaling.workers must be a number from 1, or LEAST:MOST such as 1:4, got {self.workers}",
+        )
+        _positive("scaling", self, "resize_every", "stall")
+        _require(self.wait >= 0, f"scaling.wait must be 0 or more, got {self.wait}")
         _require(self.threads is None or self.threads > 0, f"scaling.threads must be positive, got {self.threads}")
         _require(self.max_failures >= 0, f"scaling.max_failures must be 0 or more, got {self.max_failures}")
+
+    @property
+    def least(self) -> int:
+        """Fewest workers that a run goes on with."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers that a run takes where it can have them."""
+        return int(str(self.workers).rpartition(":")[2])
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How workers share a model that is trained. Neither changes what is computed, in fp32 to the bit on CPUs."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds all weights; fsdp: weights, gradients and optimiser state are sharded (FSDP2)."""
+    activation_checkpointing: bool = False
+    """Compute the denoiser's activations anew in the backward pass instead of keeping them: less memory, more time."""
 
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """Where checkpoints and reports are kept."""
+    """Where checkpoints and reports are kept.
+
+    Credentials never stand here: they come from the environment, a mounted file or the instance role.
+    """
 
     uri: str = "runs"
-    """A folder."""
+    """A folder, or s3://BUCKET/PREFIX; all nodes of a cluster must reach it."""
+    endpoint: str | None = None
+    """Address of an S3 server other than AWS; AWS_ENDPOINT_URL_S3 when not given."""
+    region: str | None = None
+    """Region of the bucket; AWS_DEFAULT_REGION or the machine's own when not given."""
     checkpoint_every: int = 200
     """Steps between checkpoints; one is also written at the end of a stage and on interruption."""
+    patience: float = 600.0
+    """Seconds that the end of a stage waits for storage that does not take its checkpoints."""
 
     def __post_init__(self) -> None:
         _positive("storage", self, "checkpoint_every")
         _require(self.uri != "", "storage.uri must not be empty")
         _require(
-            "://" not in self.uri or self.uri.startswith("file://"),
-            f"storage.uri must be a folder, got {self.uri!r}: object storage is not supported yet",
+            re.fullmatch(r"(file:///?|s3://[a-z0-9]).*", self.uri) is not None or "://" not in self.uri,
+            f"storage.uri must be a folder or s3://BUCKET/PREFIX, got {_without_secret(self.uri)!r}",
         )
+        _require(
+            self.endpoint is None or self.endpoint.startswith(("http://", "https://")),
+            f"storage.endpoint must begin with http:// or https://, got {_without_secret(self.endpoint or '')!r}",
+        )
+        _require(self.patience >= 0, f"storage.patience must be 0 or more, got {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -399,6 +462,7 @@ class RunConfig:
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     scaling: ScalingConfig = ScalingConfig()
+    parallel: ParallelConfig = ParallelConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -419,12 +483,12 @@ class RunConfig:
             f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
             f" got {model.width}",
         )
-        batch, workers = self.training.batch_size, self.scaling.workers
-        _require(
-            batch % workers == 0, f"training.batch_size must be a multiple of scaling.workers {workers}, got {batch}"
-        )
+        batch, workers = self.training.batch_size, self.scaling.most
+        _require(batch >= workers, f"training.batch_size must be at least scaling.workers {workers}, got {batch}")
         for name, value in flatten(to_dict(self)).items():
             _require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
+            if isinstance(value, str):
+                refuse_secret(name, value)
         if self.dir.joint:
             _require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
             _require(
@@ -441,7 +505,14 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, as plain data: everything but where it runs and what it tells."""
         plain = to_dict(self)
-        return {k: v for k, v in plain.items() if k not in ("name", "scaling", "storage", "tracking")}
+        return {k: v for k, v in plain.items() if k not in ("name", "scaling", "parallel", "storage", "tracking")}
+
+
+def local_path(uri: str) -> Path:
+    """The folder or file on this machine that ``uri`` names. Raises ConfigError where it names none."""
+    path = uri.removeprefix("file://")
+    _require("://" not in path, f"{uri!r} is not on this machine: the core alone reads folders and files")
+    return Path(path).expanduser()
 
 
 def to_dict(config: Any) -> dict[str, Any]:

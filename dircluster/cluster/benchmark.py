@@ -22,11 +22,12 @@ def _benchmark(job: cli.BenchmarkJob) -> int:
 
 
 def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
+    from dircluster.cluster.storage import opener
     from dircluster.data.sources import load
     from dircluster.training import stages
     from dircluster.training.bundle import load_target
     from dircluster.training.parallel import local_workers
-    from dircluster.training.pipeline import storage_path
+    from dircluster.training.pipeline import data_cache
     from dircluster.training.timing import time_phases
 
     if job.steps < 1:
@@ -35,11 +36,11 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
     with local_workers(config.scaling) as parallel:
-        train = load(short, config.seed, storage_path(config) / "data").train
-        classifier = load_target(config) if config.target.uri else stages.build_classifier(config)
-        denoiser = stages.build_denoiser(config)
-        stages.place(config, classifier, denoiser, parallel)
-        stage = stages.dir_stage(config, denoiser, classifier)
+        train = load(short, config.seed, data_cache(config), opener(config.storage)).train
+        models = stages.Models(config, parallel)
+        if config.target.uri:
+            models.classifier.load_state_dict(load_target(config, opener(config.storage)).state_dict())
+        stage = stages.dir_stage(config, models.denoiser, models.classifier)
         return time_phases(stage, train, config, parallel, job.steps)
 
 

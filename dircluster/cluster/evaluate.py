@@ -16,11 +16,12 @@ def main(argv: list[str]) -> int:
 def _judge(job: cli.EvaluateJob) -> int:
     import dircluster
     from dircluster.cluster.console import Terminal
+    from dircluster.cluster.storage import opener
     from dircluster.data.sources import load
     from dircluster.evaluation.benchmark import evaluate, to_plain
     from dircluster.models.classifiers import check_classes
     from dircluster.training.parallel import local_workers
-    from dircluster.training.pipeline import storage_path
+    from dircluster.training.pipeline import data_cache
     from dircluster.training.ports import Interrupted, interruptible
 
     if not job.defense:
@@ -42,7 +43,7 @@ def _judge(job: cli.EvaluateJob) -> int:
         check_classes(defense.classifier, data)
         defense.to(parallel.device)
         config = dataclasses.replace(job.run, model=defense.denoiser.config, masking=defense.masking)
-        test = load(data, config.seed, storage_path(config) / "data").test
+        test = load(data, config.seed, data_cache(config), opener(config.storage)).test
         try:
             with interruptible(defense.classifier, terminal):
                 rows = to_plain(evaluate(defense.denoiser, defense.classifier, test, config, parallel, terminal.say))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dircluster import cli
-from dircluster.config import RunConfig
+from dircluster.cluster import storage
+from dircluster.config import ConfigError, RunConfig
 
 
 def main(argv: list[str]) -> int:
@@ -64,8 +65,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def replaced(section: Any) -> Any:
         return section if section.uri is None else dataclasses.replace(section, uri=absolute(section.uri))
 
-    storage = dataclasses.replace(config.storage, uri=absolute(config.storage.uri.removeprefix("file://")))
-    return dataclasses.replace(config, storage=storage, data=replaced(config.data), target=replaced(config.target))
+    uri = config.storage.uri.removeprefix("file://")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and ":" not in uri and not Path(uri).expanduser().is_absolute():
+        raise ConfigError(
+            f"storage.uri {uri!r} would lie in a copy of the working directory that ends with the job;"
+            " give s3://BUCKET/PREFIX, or the absolute path of a folder that all nodes share"
+        )
+    kept = dataclasses.replace(config.storage, uri=absolute(uri))
+    return dataclasses.replace(config, storage=kept, data=replaced(config.data), target=replaced(config.target))
 
 
 class Launch:
@@ -82,10 +89,9 @@ class Launch:
     def run(self) -> int:
         """Train, register, tell; -> exit code. Raises ConfigError before anything was started."""
         from dircluster.cluster.console import Bystander, Terminal
-        from dircluster.training.pipeline import check_storage
 
         job = self.job
-        check_storage(self.config)
+        storage.check(self.config)
         with Terminal() if self.first else Bystander() as terminal:
             changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
             manner = "starting anew beside what is stored" if job.fresh else "reusing and resuming what is stored"
@@ -131,15 +137,14 @@ class Launch:
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
 
     def _train(self, terminal: Any) -> dict[str, Any]:
-        token = uuid.uuid4().hex if self.job.fresh else None  # the first worker's counts
-        config = self._with_local_target()
+        config, owner = self._with_local_target(), uuid.uuid4().hex  # under torchrun the first worker's counts
         if self.job.launcher == "ray":
             from dircluster.cluster import ray_train
 
-            return ray_train.train(config, token, self.record, terminal)
+            return ray_train.train(config, owner, self.job.fresh, self.record, terminal)
         from dircluster.cluster import local
 
-        return local.train(config, token, self.record, terminal)
+        return local.train(config, owner, self.job.fresh, self.record, terminal)
 
     def _with_local_target(self) -> RunConfig:
         """The config with a registered target fetched into a folder that workers can read."""
@@ -157,13 +162,13 @@ class Launch:
         from dircluster.cluster.registry import register
         from dircluster.evaluation.report import model_card
 
-        folder, data = Path(outcome["checkpoint"]), self.config.data
+        folder, data = storage.open_path(outcome["checkpoint"], self.config.storage), self.config.data
         card = model_card(self.job.run, outcome, self.commit)
         texts = {"model_card.md": card, "config.yaml": cli.to_yaml(self.job.run)}
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
-            return register(self.record, self.config, folder, card)
+            return register(self.record, self.config, storage.local_copy(folder), card)
         except Exception as error:  # the defence is in its folder, whatever MLflow says
             terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
             return None

@@ -7,6 +7,7 @@ from typing import Any
 
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import outcome_of
+from dircluster.cluster.storage import opener
 from dircluster.config import RunConfig
 from dircluster.training.parallel import local_workers
 from dircluster.training.pipeline import Run
@@ -18,7 +19,7 @@ def has_mlflow() -> bool:
     return importlib.util.find_spec("mlflow") is not None
 
 
-def train(config: RunConfig, token: str | None, job: Any, terminal: Terminal) -> dict[str, Any]:
+def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Terminal) -> dict[str, Any]:
     """Run here: -> the outcome, with ``status`` FINISHED, FAILED or KILLED."""
     tracker: Tracker = NoTracker()
     recorder = None
@@ -29,7 +30,8 @@ def train(config: RunConfig, token: str | None, job: Any, terminal: Terminal) ->
 
     def execute() -> dict[str, Any]:
         with local_workers(config.scaling) as parallel:
-            return Run(config, parallel, tracker, terminal, token=token).execute()
+            run = Run(config, parallel, tracker, terminal, owner=owner, fresh=fresh, open_path=opener(config.storage))
+            return run.execute()
 
     outcome = outcome_of(execute)
     if recorder is not None:

@@ -1,4 +1,4 @@
-"""Between the first worker and the person's terminal: lines and progress one way, the wish to stop the other.
+"""Between the workers and the person's terminal: lines and progress one way, the wish to stop the other.
 
 Its actor's process imports neither torch nor MLflow: what passes through is plain data.
 """
@@ -6,10 +6,11 @@ Its actor's process imports neither torch nor MLflow: what passes through is pla
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.metrics import Gauge
 
 if TYPE_CHECKING:
     from dircluster.training.ports import Status
@@ -18,37 +19,66 @@ POLL = 1.0
 """Seconds between two looks into the mailbox."""
 
 
+@dataclass
+class Seen:
+    """What the driver collects at a look."""
+
+    events: list[Any]
+    outcome: dict[str, Any] | None
+    beats: int
+    """Signs of life so far: steps, evaluation passes, workers that came."""
+    workers: dict[int, tuple[str, int]]
+    """Node and process of each worker, by its rank."""
+
+
 class Mailbox:
     """What waits to be collected. Run it as an actor."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.signal = 0
+        self.beats = 0
+        self.workers: dict[int, tuple[str, int]] = {}
         self.outcome: dict[str, Any] | None = None
 
-    def exchange(self, events: list[Any]) -> int:
-        """Worker's side: hand over events; -> the signal that asks to stop, or 0."""
+    def enter(self, rank: int, world: int, node: str, process: int) -> None:
+        """Worker's side: this process is ``rank`` of ``world`` from now on."""
+        self.workers = {r: place for r, place in self.workers.items() if r < world} | {rank: (node, process)}
+        self.beats += 1
+
+    def exchange(self, events: list[Any], beats: int) -> int:
+        """First worker's side: hand over events and signs of life; -> the signal that asks to stop, or 0."""
         self.events += events
+        self.beats += beats
         return self.signal
 
-    def collect(self, signal: int) -> tuple[list[Any], dict[str, Any] | None]:
-        """Driver's side: -> events since the last call, and the outcome when there is one."""
+    def collect(self, signal: int) -> Seen:
+        """Driver's side: what has come since the last call."""
         self.signal = signal
         events, self.events = self.events, []
-        return events, self.outcome
+        return Seen(events, self.outcome, self.beats, self.workers)
 
     def finish(self, outcome: dict[str, Any]) -> None:
-        """Worker's side: the run ended so."""
+        """First worker's side: the run ended so."""
         self.outcome = outcome
 
 
 class RemoteConsole:
     """The driver's terminal, seen from the first worker; it talks in the background."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, mailbox: Any, run: str) -> None:
         self._mailbox = mailbox
         self._events: list[Any] = []
-        self._signal = 0
+        self._signal = self._beats = 0
+        self._gauges = {
+            name: Gauge(f"dircluster_{name}", description, tag_keys=("run", "stage"))
+            for name, description in {
+                "step": "Steps done of the stage",
+                "images_per_second": "Training images a second over all workers",
+                "loss": "Loss of the newest logged step",
+            }.items()
+        }
+        self._run = run
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="console", daemon=True)
@@ -61,8 +91,13 @@ class RemoteConsole:
     def show(self, status: Status) -> None:
         with self._lock:
             self._events.append(asdict(status))
+        tags = {"run": self._run, "stage": status.stage}
+        self._gauges["step"].set(status.step, tags)
+        self._gauges["images_per_second"].set(status.images_per_second, tags)
+        self._gauges["loss"].set(status.terms["loss"], tags)
 
     def stop_signal(self) -> int:
+        self._beats += 1  # who asks is alive
         return self._signal
 
     def finish(self, outcome: dict[str, Any]) -> None:
@@ -77,4 +112,5 @@ class RemoteConsole:
             last = self._closed.wait(POLL)
             with self._lock:
                 events, self._events = self._events, []
-            self._signal = ray.get(self._mailbox.exchange.remote(events))
+            beats, self._beats = self._beats, 0
+            self._signal = ray.get(self._mailbox.exchange.remote(events, beats))

@@ -8,19 +8,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mlflow.entities import Dataset, DatasetInput, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dircluster.cluster.outbox import Outbox, Refused
-from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
+from dircluster.cluster.storage import is_remote
+from dircluster.config import ConfigError, RunConfig, digest, flatten, local_path, refuse_secret, to_dict
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
@@ -30,11 +32,25 @@ POINTS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
 
 
 def default_uri(config: RunConfig) -> str:
-    """``tracking.uri``, or MLFLOW_TRACKING_URI, or an SQLite file in the storage folder."""
-    if config.tracking.uri is not None:
-        return config.tracking.uri
-    folder = Path(config.storage.uri.removeprefix("file://")).expanduser().resolve()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    """``tracking.uri``, or MLFLOW_TRACKING_URI, or an SQLite file in the storage folder.
+
+    Raises ConfigError where it holds a password, or where there is none and storage is no folder.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is not None:
+        refuse_secret("MLFLOW_TRACKING_URI", uri)
+        return uri
+    if is_remote(config.storage.uri):
+        raise ConfigError(
+            "tracking.uri is missing: with storage in s3:// give the address of an MLflow server (or set"
+            " MLFLOW_TRACKING_URI), or keep no record with --tracking.no-enabled"
+        )
+    return f"sqlite:///{local_path(config.storage.uri).resolve() / 'mlflow.db'}"
+
+
+def _storage_name(config: RunConfig) -> str:
+    uri = config.storage.uri
+    return uri.rstrip("/") if is_remote(uri) else str(local_path(uri).resolve())
 
 
 @dataclass(frozen=True)
@@ -54,13 +70,13 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
     Raises ConfigError where the tracking server does not answer.
     """
     uri = default_uri(config)
-    storage = Path(config.storage.uri.removeprefix("file://")).expanduser().resolve()
-    plain = {**config.identity, "name": config.name, "storage": str(storage)}
+    storage = _storage_name(config)
+    plain = {**config.identity, "name": config.name, "storage": storage}
     job = digest(plain)[:16]
     try:
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(config.tracking.experiment)
-        artifacts = str(storage / "artifacts") if "://" not in uri or uri.startswith("sqlite") else None
+        artifacts = f"{storage}/artifacts" if "://" not in uri or uri.startswith("sqlite") else None
         experiment = (
             client.create_experiment(config.tracking.experiment, artifacts, {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW})
             if found is None
@@ -81,7 +97,7 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
             client.set_tag(run_id, name, value)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
-    return JobRecord(uri, experiment, run_id, str(storage), config.tracking.patience)
+    return JobRecord(uri, experiment, run_id, storage, config.tracking.patience)
 
 
 def _search(client: MlflowClient, experiment: str, tag: str, value: str) -> list[str]:
@@ -119,7 +135,7 @@ class MlflowTracker:
         return StageRun(self, name, key, facts)
 
     def reused(self, name: str, key: str) -> None:
-        folder = str(Path(self.job.storage) / key)
+        folder = f"{self.job.storage}/{key}"
 
         def link() -> None:
             with _refusals():
@@ -158,12 +174,13 @@ class StageRun:
 
     def __init__(self, tracker: MlflowTracker, name: str, key: str, facts: Mapping[str, Any]) -> None:
         self.tracker, self.name = tracker, name
-        self.folder = str(Path(tracker.job.storage) / key)
+        self.folder = f"{tracker.job.storage}/{key}"
         self.facts = dict(facts)
         self.run_id = ""
         self.until: dict[str, int] = {}
         self.pictures_until = -1
         self.points: list[Metric] = []
+        self.pictures: dict[str, NDArray[np.uint8]] = {}
         self.monitor: Any = None
         tracker.outbox.put(self._open)
 
@@ -173,15 +190,29 @@ class StageRun:
         self.tracker.outbox.put(self._send)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        key = f"{step}/{name}"
+        self.pictures[key] = pixels
+
         def log() -> None:
-            if step <= self.pictures_until:
-                return
-            with _refusals():
-                self.tracker.client.log_image(self.run_id, pixels, key=name, step=step, synchronous=True)
-                self.tracker.client.set_tag(self.run_id, PICTURE_TAG, step)
-            self.pictures_until = step
+            if step > self.pictures_until:
+                with _refusals():
+                    self.tracker.client.log_image(self.run_id, pixels, key=name, step=step, synchronous=True)
+                    self.tracker.client.set_tag(self.run_id, PICTURE_TAG, step)
+                self.pictures_until = step
+            self.pictures.pop(key, None)
 
         self.tracker.outbox.put(log)
+
+    def unsent(self) -> tuple[list[list[Any]], dict[str, Tensor]]:
+        points = [[point.key, point.value, point.timestamp, point.step] for point in list(self.points)]
+        return points, {key: torch.from_numpy(pixels) for key, pixels in dict(self.pictures).items()}
+
+    def resend(self, points: list[list[Any]], pictures: Mapping[str, Tensor]) -> None:
+        self.points += [Metric(str(name), float(value), int(when), int(step)) for name, value, when, step in points]
+        self.tracker.outbox.put(self._send)
+        for key, pixels in pictures.items():
+            step, _, name = key.partition("/")
+            self.picture(name, pixels.numpy(), int(step))
 
     def end(self, status: str) -> None:
         def log() -> None:
@@ -217,16 +248,16 @@ class StageRun:
             self.monitor.start()
 
     def _send(self) -> None:
-        batch = self.points[:POINTS_A_REQUEST]
-        new = [point for point in batch if point.step > self.until.get(point.key, -1)]
-        try:
-            if new:
-                with _refusals():
-                    self.tracker.client.log_batch(self.run_id, metrics=new, synchronous=True)
-        except Refused:
+        while batch := self.points[:POINTS_A_REQUEST]:
+            new = [point for point in batch if point.step > self.until.get(point.key, -1)]
+            try:
+                if new:
+                    with _refusals():
+                        self.tracker.client.log_batch(self.run_id, metrics=new, synchronous=True)
+            except Refused:
+                del self.points[: len(batch)]
+                raise
             del self.points[: len(batch)]
-            raise
-        del self.points[: len(batch)]
 
 
 def finish_job(job: JobRecord, status: str) -> None:

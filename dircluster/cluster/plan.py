@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dircluster import cli
+from dircluster.cluster.storage import opener
 from dircluster.config import ConfigError
 from dircluster.data.sources import training_images
 from dircluster.training.costs import count
@@ -11,7 +12,7 @@ from dircluster.training.costs import count
 def plan(job: cli.TrainJob) -> str:
     """The plan as plain text. Raises ConfigError where the data or the target cannot be used."""
     config = job.run
-    images, costs = training_images(config.data), count(config)
+    images, costs = training_images(config.data, opener(config.storage)), count(config)
     steps = images // config.training.batch_size
     if steps == 0:
         raise ConfigError(f"training.batch_size {config.training.batch_size} is more than the {images} training images")

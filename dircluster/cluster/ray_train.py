@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -14,10 +15,11 @@ import ray
 from ray.train import FailureConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from dircluster.cluster.mailbox import POLL, Mailbox
-from dircluster.config import ConfigError, RunConfig, to_dict
+from dircluster.cluster import nodes, stacks, storage
+from dircluster.cluster.mailbox import POLL, Mailbox, Seen
+from dircluster.config import RunConfig, to_dict
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
     from dircluster.cluster.console import Terminal
@@ -25,6 +27,8 @@ if TYPE_CHECKING:  # the controller's process loads this module too: keep it lig
 
 GRACE = 25.0
 """Seconds that workers have to commit a checkpoint after a signal, before they are ended."""
+SILENCE = 60.0
+"""Seconds without a worker after which the person is told what is waited for."""
 
 
 def _worker(told: dict[str, Any]) -> None:
@@ -33,86 +37,146 @@ def _worker(told: dict[str, Any]) -> None:
     work(**told)
 
 
-def start_ray(config: RunConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine.
+def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal) -> dict[str, Any]:
+    """Run on ``scaling.workers`` Ray Train workers: -> the outcome, with ``status`` FINISHED, FAILED or KILLED.
 
-    Raises ConfigError where the cluster is smaller than ``scaling`` asks for.
+    Raises ConfigError where the cluster is too small or runs another version of this code.
     """
-    workers, device = config.scaling.workers, config.scaling.device
+    try:
+        _start_ray(config)
+        terminal.listen()
+        nodes.must_suffice(config.scaling, terminal)
+        if os.environ.get("RAY_ADDRESS"):
+            nodes.must_run_this_version()
+        return _Job(config, owner, fresh, record, terminal).follow()
+    finally:
+        ray.shutdown()
+        with contextlib.suppress(Exception):
+            _forget(config, owner)
+
+
+def _start_ray(config: RunConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, workers),
+            num_cpus=max(os.cpu_count() or 1, config.scaling.most),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
             object_store_memory=100_000_000,
         )
-    kind = "GPU" if device == "gpu" else "CPU"
-    found = ray.cluster_resources().get(kind, 0)
-    if found < workers:
-        raise ConfigError(f"scaling.workers {workers} need as many {kind}s, but the cluster has {found:g}")
 
 
-def train(config: RunConfig, token: str | None, record: JobRecord | None, terminal: Terminal) -> dict[str, Any]:
-    """Run on ``scaling.workers`` Ray Train workers: -> the outcome, with ``status`` FINISHED, FAILED or KILLED."""
-    try:
-        start_ray(config)
-        terminal.listen()
-        return _follow(config, token, record, terminal)
-    finally:
-        ray.shutdown()
+def _forget(config: RunConfig, owner: str) -> None:
+    """Remove what Ray noted of this job in storage: runs resume from their own checkpoints."""
+    import shutil
+    from pathlib import Path
+
+    folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.rmdir()
+    else:
+        folder.fs.rm(folder.path, recursive=True)
 
 
-def _follow(config: RunConfig, token: str | None, record: JobRecord | None, terminal: Terminal) -> dict[str, Any]:
-    workers = config.scaling.workers
-    on_gpu = config.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    told = {
-        "config": to_dict(config),
-        "token": token,
-        "record": None if record is None else asdict(record),
-        "mailbox": mailbox,
-    }
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=told,
-        scaling_config=RayScalingConfig(
-            num_workers=workers, use_gpu=on_gpu, resources_per_worker={"GPU": 1} if on_gpu else {"CPU": 1}
-        ),
-        run_config=RayRunConfig(
-            name="ray-train",
-            storage_path=config.storage.uri,
-            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-        ),
-    )
-    errors: list[BaseException] = []
+class _Job:
+    """One run while it lasts."""
 
-    def fit() -> None:
+    def __init__(
+        self, config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal
+    ) -> None:
+        self.scaling, self.terminal = config.scaling, terminal
+        self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        told = {
+            "config": to_dict(config),
+            "owner": owner,
+            "fresh": fresh,
+            "record": None if record is None else asdict(record),
+            "mailbox": self.mailbox,
+        }
+        least, most = self.scaling.least, self.scaling.most
+        on_gpu = self.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= least
+        self.trainer = TorchTrainer(
+            _worker,
+            train_loop_config=told,
+            torch_config=TorchConfig(timeout_s=max(60, int(2 * self.scaling.stall))),
+            scaling_config=RayScalingConfig(
+                num_workers=most if least == most else (least, most),
+                elastic_resize_monitor_interval_s=self.scaling.resize_every,
+                use_gpu=on_gpu,
+                resources_per_worker={"GPU": 1} if on_gpu else {"CPU": 1},
+            ),
+            run_config=RayRunConfig(
+                name=owner,
+                failure_config=FailureConfig(max_failures=self.scaling.max_failures),
+                **storage.for_ray(config),
+            ),
+        )
+        self.errors: list[BaseException] = []
+        self.beats, self.lived = 0, time.monotonic()
+        self.came: dict[int, tuple[str, int]] = {}
+
+    def _fit(self) -> None:
         try:
-            trainer.fit()
-        except BaseException as error:  # told below, in the main thread
-            errors.append(error)
+            self.trainer.fit()
+        except BaseException as error:  # told by follow(), in the main thread
+            self.errors.append(error)
 
-    # Outside the main thread Ray leaves the signals alone.
-    fitting = threading.Thread(target=fit, name="ray-train", daemon=True)
-    fitting.start()
-    asked: float | None = None
-    while True:
-        alive = fitting.is_alive()
-        events, outcome = ray.get(mailbox.collect.remote(terminal.stop_signal()))
-        for event in events:
-            terminal.tell(event)
-        if outcome is not None:
-            fitting.join(5)
-            return dict(outcome)
-        if not alive:
-            terminal.say("".join(traceback.format_exception(errors[0])) if errors else "no worker told an outcome")
-            return {"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}
-        if terminal.stop_signal():
-            asked = asked or time.monotonic()
-            if time.monotonic() - asked > GRACE:
-                return {"status": "KILLED", "signal": terminal.stop_signal()}
-        time.sleep(POLL)
+    def follow(self) -> dict[str, Any]:
+        """Until the run ends: -> its outcome."""
+        terminal, asked = self.terminal, None
+        # Outside the main thread Ray leaves the signals alone.
+        fitting = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        fitting.start()
+        while True:
+            alive = fitting.is_alive()
+            seen = ray.get(self.mailbox.collect.remote(terminal.stop_signal()))
+            for event in seen.events:
+                terminal.tell(event)
+            if seen.outcome is not None:
+                fitting.join(5)
+                return dict(seen.outcome)
+            if not alive:
+                said = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker told why"
+                terminal.say(said)
+                return {"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}
+            if terminal.stop_signal():
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > GRACE:
+                    return {"status": "KILLED", "signal": terminal.stop_signal()}
+            elif (stalled := self._stalled(seen)) is not None:
+                return stalled
+            time.sleep(POLL)
+
+    def _stalled(self, seen: Seen) -> dict[str, Any] | None:
+        """The outcome of a run that shows no life although all its workers exist; None otherwise."""
+        now = time.monotonic()
+        if seen.workers != self.came:
+            if self.came:
+                self.terminal.say(f"workers: {len(seen.workers)} at work after a change")
+            self.came = dict(seen.workers)
+        if seen.beats != self.beats or not seen.events == []:
+            self.beats, self.lived = seen.beats, now
+        if not self.came and now - self.lived > SILENCE:
+            self.lived = now
+            free = ray.available_resources().get("CPU", 0)
+            self.terminal.say(f"waiting for {self.scaling.least} workers: {free:g} CPUs of the cluster are free")
+        if not self.came or now - self.lived < self.scaling.stall:
+            return None
+        dumps = stacks.dump(self.came)
+        if stacks.GONE in dumps.values():  # Ray is about to start the workers again
+            self.lived = now
+            return None
+        for rank, dump in sorted(dumps.items()):
+            self.terminal.say(f"worker {rank}: {dump}")
+        stacks.end(self.came)
+        return {
+            "status": "FAILED",
+            "error": f"no worker made progress for {self.scaling.stall:.0f} s (scaling.stall); their stacks stand above,"
+            " and the same command resumes from the last checkpoint",
+            "exit": 1,
+        }

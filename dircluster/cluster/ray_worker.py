@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 
 from dircluster.cluster.mailbox import RemoteConsole
 from dircluster.cluster.outcome import outcome_of
+from dircluster.cluster.storage import opener
 from dircluster.config import RunConfig, from_dict
 from dircluster.training.parallel import joined_workers
 from dircluster.training.pipeline import Run
 from dircluster.training.ports import Console, NoTracker, Quiet, Tracker
 
 
-def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | None, mailbox: Any) -> None:
+def work(config: dict[str, Any], owner: str, fresh: bool, record: dict[str, Any] | None, mailbox: Any) -> None:
     """Run on this worker; the first one hands the outcome to the mailbox.
 
     Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
@@ -23,17 +26,20 @@ def work(config: dict[str, Any], token: str | None, record: dict[str, Any] | Non
     run_config: RunConfig = from_dict(RunConfig, config)
     here = ray.train.get_context().get_local_world_size()
     parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
+    node = ray.get_runtime_context().get_node_id()
+    ray.get(mailbox.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
     console: Console = Quiet()
     tracker: Tracker = NoTracker()
     recorder = None
-    remote = RemoteConsole(mailbox) if parallel.first else None
+    remote = RemoteConsole(mailbox, run_config.name) if parallel.first else None
     if remote is not None:
         console = remote
         if record is not None:
             from dircluster.cluster.mlflow_tracker import JobRecord, MlflowTracker  # the others go without
 
             tracker = recorder = MlflowTracker(JobRecord(**record), remote.say)
-    outcome = outcome_of(Run(run_config, parallel, tracker, console, token=token).execute)
+    run = Run(run_config, parallel, tracker, console, owner=owner, fresh=fresh, open_path=opener(run_config.storage))
+    outcome = outcome_of(run.execute)
     if recorder is not None:
         recorder.close(hurry=outcome["status"] == "KILLED")
     if remote is not None:

@@ -40,14 +40,13 @@ class Loader:
     ) -> None:
         if len(split) < batch_size:
             raise ConfigError(f"training.batch_size {batch_size} is more than the {len(split)} training images")
-        if batch_size % world:
-            raise ConfigError(f"training.batch_size must be a multiple of the {world} workers, got {batch_size}")
+        if batch_size < world:
+            raise ConfigError(f"training.batch_size must be at least the {world} workers, got {batch_size}")
         self.device = device or torch.device("cpu")
         self.split = Split(split.images.to(self.device), split.labels.to(self.device))
         self.batch_size, self.seed, self.purpose = batch_size, seed, purpose
         self.crop_padding, self.flip = crop_padding, flip
-        share = batch_size // world
-        self.rows = slice(rank * share, (rank + 1) * share)
+        self.rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.steps_per_epoch = len(split) // batch_size
         self._order: tuple[int, Tensor] | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import ConfigError, DataConfig
+from dircluster.config import ConfigError, DataConfig, local_path
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "svhn": 73_257}
@@ -56,13 +56,20 @@ class Dataset:
     """SHA-256 of the images and labels of all splits."""
 
 
-def load(config: DataConfig, seed: int, cache: Path = Path("runs/data")) -> Dataset:
+def load(
+    config: DataConfig,
+    seed: int,
+    cache: Path = Path("runs/data"),
+    open_path: Callable[[str], Path] = local_path,
+) -> Dataset:
     """Read and check ``config``'s data; ``seed`` decides which training images are held out.
+
+    ``cache`` keeps downloads, and ``open_path`` opens ``data.uri``.
 
     Raises ConfigError when data is missing, empty, unlabelled, of mixed size, or not what ``config`` says it is.
     """
     if config.uri is not None:
-        training, test = _from_path(config)
+        training, test = _from_path(config, open_path)
     elif config.name == "digits":
         training, test = _digits(), None
     else:
@@ -126,9 +133,9 @@ def _torchvision(name: str, cache: Path) -> tuple[Split, Split]:
         ) from error
 
 
-def _files(config: DataConfig) -> tuple[list[Path], list[Path]]:
+def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[Path], list[Path]]:
     """Parquet files or images under ``data.uri``, of the training and of the test split."""
-    path = Path((config.uri or "").removeprefix("file://")).expanduser()
+    path = open_path(config.uri or "")
     if not path.exists():
         raise ConfigError(f"data.uri {str(path)!r} does not exist")
     files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
@@ -149,19 +156,19 @@ def _files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     return train, test
 
 
-def training_images(config: DataConfig) -> int:
+def training_images(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> int:
     """How many images are trained on, without reading them. Raises ConfigError where ``data.uri`` is unusable."""
     if config.uri is None:
         whole = KNOWN_SIZES[config.name]
     else:
-        train, test = _files(config)
+        train, test = _files(config, open_path)
         whole = len(train)
         if train[0].suffix == ".parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
 
             try:
-                whole = sum(pq.read_metadata(file).num_rows for file in train)
+                whole = sum(pq.ParquetFile(file.open("rb")).metadata.num_rows for file in train)
             except (pa.ArrowException, OSError) as error:
                 raise ConfigError(f"{train[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
         if not test:
@@ -170,8 +177,8 @@ def training_images(config: DataConfig) -> int:
     return whole - max(1, round(config.held_out * whole))
 
 
-def _from_path(config: DataConfig) -> tuple[Split, Split | None]:
-    train, test = _files(config)
+def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Split, Split | None]:
+    train, test = _files(config, open_path)
     if train[0].suffix.lower() not in IMAGE_SUFFIXES:
         return _parquet(train, config), (_parquet(test, config) if test else None)
     names = sorted({f.parent.name for f in train})
@@ -183,7 +190,9 @@ def _decode(blobs: Iterable[bytes | Path | None], channels: int) -> Tensor:
 
     def one(blob: bytes | Path | None) -> np.ndarray[Any, Any]:
         try:
-            with Image.open(blob if isinstance(blob, Path) else io.BytesIO(blob or b"")) as image:
+            with Image.open(
+                io.BytesIO((blob or b"") if isinstance(blob, bytes | None) else blob.read_bytes())
+            ) as image:
                 return np.asarray(image.convert("L" if channels == 1 else "RGB"))
         except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
@@ -203,7 +212,7 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
     import pyarrow.parquet as pq
 
     try:
-        table = pa.concat_tables([pq.read_table(f) for f in files])
+        table = pa.concat_tables([pq.read_table(f.open("rb")) for f in files])
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{files[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     if table.num_rows == 0:

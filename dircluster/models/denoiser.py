@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dircluster.config import ModelConfig
 
@@ -63,6 +64,8 @@ class MaskedDenoiser(nn.Module):
         self.encoder_norm = nn.LayerNorm(dim)
         self.decoder = blocks(config.decoder_depth)
         self.decoder_norm = nn.LayerNorm(dim)
+        self.recompute = False
+        """Whether activations of blocks are computed anew in the backward pass instead of being kept."""
         self.head = nn.Linear(dim, pixels) if config.head == "linear" else TokenMixingHead(self.tokens, dim, pixels)
         self._initialise()
 
@@ -86,7 +89,7 @@ class MaskedDenoiser(nn.Module):
         rows = kept + torch.arange(n, device=kept.device)[None, :, None] * self.tokens
         seen = tokens.reshape(n * self.tokens, -1)[rows.reshape(-1)].reshape(count * n, size, -1)
         first = (self.class_token + position[:, :1]).expand(count * n, -1, -1)
-        encoded = self.encoder_norm(self.encoder(torch.cat([first.to(seen.dtype), seen], dim=1)))
+        encoded = self.encoder_norm(self._through(self.encoder, torch.cat([first.to(seen.dtype), seen], dim=1)))
 
         places = kept.reshape(count * n, size) + torch.arange(count * n, device=kept.device)[:, None] * self.tokens
         unseen = self.mask_token.to(encoded.dtype).expand(count * n, self.tokens, -1)
@@ -94,6 +97,12 @@ class MaskedDenoiser(nn.Module):
             0, places.reshape(-1), encoded[:, 1:].reshape(count * n * size, -1)
         )
         full = torch.cat([encoded[:, :1], full.reshape(count * n, self.tokens, -1)], dim=1) + self.decoder_position
-        decoded = self.decoder_norm(self.decoder(full))[:, 1:]
+        decoded = self.decoder_norm(self._through(self.decoder, full))[:, 1:]
         restored = unpatchify(self.head(decoded).float(), self.config.patch, self.channels, self.height, self.width)
         return restored.reshape(count, n, self.channels, self.height, self.width)
+
+    def _through(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+        for block in blocks:
+            again = self.recompute and torch.is_grad_enabled()
+            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+        return tokens

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as parse_tensors
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, DataConfig, MaskingConfig, ModelConfig, RunConfig, from_dict
+from dircluster.config import ConfigError, DataConfig, MaskingConfig, ModelConfig, RunConfig, from_dict, local_path
 from dircluster.models import classifiers
 from dircluster.models.defended import DefendedClassifier
 from dircluster.models.denoiser import MaskedDenoiser
@@ -35,7 +36,7 @@ def load_defense_folder(folder: Path) -> DefendedClassifier:
     return DefendedClassifier(denoiser, classifier, masking).eval()
 
 
-def load_target(config: RunConfig) -> nn.Module:
+def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> nn.Module:
     """The classifier that ``target.uri`` names: timm:NAME, a safetensors file, or a folder that a run left.
 
     Raises ConfigError where it cannot be had or does not fit ``config.data``.
@@ -46,7 +47,7 @@ def load_target(config: RunConfig) -> nn.Module:
         classifier = classifiers.build(uri, config.data, pretrained=True)
     else:
         classifier = build_classifier(config)
-        _load(classifier, _target_tensors(Path(uri.removeprefix("file://")).expanduser()), uri)
+        _load(classifier, _target_tensors(open_path(uri)), uri)
     classifiers.check_classes(classifier, config.data)
     return classifier
 
@@ -60,7 +61,7 @@ def _target_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"target.uri {str(path)!r} does not exist")
     try:
-        return load_file(path)
+        return parse_tensors(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"target.uri {str(path)!r} is not a sound safetensors file: {error}") from error
 
@@ -75,7 +76,7 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     if missing or unknown:
         name = (missing or unknown)[0]
         raise ConfigError(f"{source} does not fit the model: {name!r} is {'missing' if missing else 'unknown'}")
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         if value.shape != own[name].shape:
             raise ConfigError(
                 f"{source} does not fit the model: {name!r} is {tuple(value.shape)}, not {tuple(own[name].shape)};"

@@ -21,6 +21,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from dircluster.config import ConfigError
+from dircluster.training.parallel import like
 
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -54,7 +55,7 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / COMMIT).unlink(missing_ok=True)
         blobs = {
-            f"{name}.safetensors": dump_tensors({k: v.detach().cpu().contiguous().clone() for k, v in group.items()})
+            f"{name}.safetensors": dump_tensors({k: v.detach().cpu().contiguous() for k, v in group.items()})
             for name, group in tensors.items()
         }
         blobs["state.json"] = json.dumps(state, indent=1, sort_keys=True).encode()
@@ -122,11 +123,19 @@ class Checkpoints:
 
     KEEP = 2
 
-    def __init__(self, folder: Path, key: str, warn: Callable[[str], None] = lambda line: None) -> None:
-        self.folder, self.key, self.warn = folder, key, warn
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        warn: Callable[[str], None] = lambda line: None,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``guard`` is asked before anything is written, and raises where another job holds the folder."""
+        self.folder, self.key, self.warn, self.guard = folder, key, warn, guard
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         """Commit the state after ``step`` steps, then drop what neither of the newest two refers to."""
+        self.guard()
         write(self.folder / f"step-{step:08d}", tensors, state, self.key)
         steps = self._committed("step-")
         keep: set[str | None] = {folder.name for folder in steps[-self.KEEP :]}
@@ -176,7 +185,18 @@ def _remove(folder: Path) -> None:
     (folder / COMMIT).unlink(missing_ok=True)
     for file in folder.iterdir():
         file.unlink()
-    folder.rmdir()
+    if isinstance(folder, Path):  # in object storage a folder ends with its last file
+        folder.rmdir()
+
+
+def write_whole(file: Path, blob: bytes) -> None:
+    """Write a file that is either whole or absent, as every object in object storage is."""
+    if not isinstance(file, Path):
+        file.write_bytes(blob)
+        return
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(blob)
+    partial.replace(file)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -197,5 +217,4 @@ def restore_optimizer(
     for name, value in tensors.items():
         owner, _, kind = name.rpartition("|")
         parameter = parameters[owner]
-        on_device = value if kind == "step" else value.to(parameter.device)
-        optimizer.state[parameter][kind] = on_device
+        optimizer.state[parameter][kind] = value if kind == "step" else like(value, parameter)

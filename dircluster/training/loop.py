@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,19 @@ from dircluster.data.sources import Split
 from dircluster.evaluation.benchmark import held_out_accuracy
 from dircluster.evaluation.pictures import restoration_grid, to_pixels
 from dircluster.recipes.base import Batch, Recipe
-from dircluster.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
-from dircluster.training.parallel import Parallel, without_sync
+from dircluster.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Checkpoints,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from dircluster.training.parallel import PairwiseSum, Parallel, accumulates, like, whole, without_sync
 from dircluster.training.ports import Console, Interrupted, StageRecord, Status, interruptible
+from dircluster.training.writer import Save, Writer, copied
+
+INTERRUPTED_PATIENCE = 20.0
+"""Seconds that an interrupted run takes to commit its checkpoint."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -42,9 +53,18 @@ class Stage:
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where ``training.precision`` asks for it, or is auto on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_half(config, device))
+
+
+def _half(config: RunConfig, device: torch.device) -> bool:
     precision = config.training.precision
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def pieces(images: int, world: int, microbatch: int | None) -> int:
+    """Micro-batches a worker cuts its share of a global batch into: as many on each, whoever has an image more."""
+    share = math.ceil(images / world)
+    return math.ceil(share / (microbatch or share))
 
 
 class Trainer:
@@ -65,21 +85,55 @@ class Trainer:
         self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
         self.checkpoints, self.record, self.console = checkpoints, record, console
         self.steps = stage.epochs * loader.steps_per_epoch
-        self.wrapped = parallel.wrap(stage.recipe)
+        self.aside = PairwiseSum([])
+        half = _half(config, parallel.device)
+        self.wrapped = parallel.wrap(stage.recipe, stage.recipe.trained, config.parallel.strategy, half, self.aside)
         self.parameters = {n: p for n, p in stage.recipe.named_parameters() if p.requires_grad}
+        self.aside.parameters = list(self.parameters.values())
         self.optimizers = {name: _optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
         self.best: dict[str, Any] | None = None
+        self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
         self.saved = -1
+        self.writer = Writer(checkpoints, console.say) if parallel.first else None
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end; the recipe then holds the stage's result. -> what is known of its best weights.
 
-        Raises Interrupted after committing a checkpoint, and NonFiniteLoss on all workers before the update.
+        Raises Interrupted after committing a checkpoint, NonFiniteLoss on all workers before the update, and
+        CheckpointError where storage took no checkpoint for ``storage.patience`` seconds at the end.
         """
+        try:
+            self._train()
+        except Interrupted:
+            try:
+                self._commit(INTERRUPTED_PATIENCE)
+            except CheckpointError as error:
+                self.console.say(str(error))
+            raise
+        except NonFiniteLoss:
+            self._commit(self.config.storage.patience)
+            raise
+        self._commit(self.config.storage.patience)
+        self.parallel.wait()
+        if self.best is not None and self.best["folder"] is not None:
+            self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
+        return self.best
+
+    def _commit(self, patience: float) -> None:
+        """Wait until what was saved is stored; all workers hear where it is not."""
+
+        def close() -> None:
+            assert self.writer is not None
+            self.writer.close(patience)
+
+        self.parallel.first_does(close)
+
+    def _train(self) -> None:
         window, since = 0, time.monotonic()
         start = self._resume()
         if self._selects_after(start) and (self.best is None or self.best["last"]["step"] != start):
             self._judge_or_save(start)
+            self._save(start, judged=True)
         for step in range(start, self.steps):
             done = step + 1
             terms, signal = self._step_or_save(step)
@@ -99,10 +153,6 @@ class Trainer:
             since += time.monotonic() - began
             if signal:
                 raise Interrupted(signal)
-        self.parallel.wait()
-        if self.best is not None and self.best["folder"] is not None:
-            self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
-        return self.best
 
     def _selects_after(self, done: int) -> bool:
         epoch, inside = divmod(done, self.loader.steps_per_epoch)
@@ -143,12 +193,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         names: tuple[str, ...] = ()
         total: Tensor | None = None
-        share = self.config.training.microbatch or len(labels)
+        whole_batch, world = self.config.training.batch_size, self.parallel.world
+        count = pieces(whole_batch, world, self.config.training.microbatch)
+        bounds = [len(labels) * i // count for i in range(count + 1)]
         stateless = not any(True for name in self.recipe.trained for _ in self.recipe.get_submodule(name).buffers())
         with rng.ambient(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
-            for begin in range(0, len(labels), share):
-                end = min(begin + share, len(labels))
-                rows, weight = slice(begin, end), (end - begin) / len(labels)
+            for begin, end in pairwise(bounds):
+                # Shares may differ by an image: weighted so, their mean over the workers is that of the batch.
+                rows, weight = slice(begin, end), (end - begin) * world / whole_batch
                 batch = Batch(images[rows], labels[rows], stream.narrow(begin, end))
                 # A step can be left as long as it has changed no running statistics.
                 with autocast(self.config, self.parallel.device), self._leavable(stateless or begin == 0):
@@ -158,9 +210,12 @@ class Trainer:
                         losses = self.wrapped(batch)
                     torch.autograd.backward(losses["loss"] * weight)
                 names = tuple(losses)
+                if end < len(labels) and not accumulates(self.wrapped):
+                    self.aside.put()
                 part = torch.stack([value.detach().double() for value in losses.values()]) * weight
                 total = part if total is None else total + part
         assert total is not None
+        self.aside.join_all()
         signal = self.console.stop_signal()
         flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
         *values, asked, number = self.parallel.mean(torch.cat([total, flags])).tolist()
@@ -169,8 +224,8 @@ class Trainer:
         for name in self.optimizers:
             clip = self.stage.optimizers[name].clip
             if clip is not None:
-                norm = torch.nn.utils.clip_grad_norm_(self._of(name), clip)
-                self._must_be_finite({f"gradient norm of {name}": float(norm)}, step)
+                norm = self.parallel.clip(self._of(name), clip)
+                self._must_be_finite({f"gradient norm of {name}": norm}, step)
         for optimizer in self.optimizers.values():
             optimizer.step()
         return terms, round(number / asked) if asked else 0
@@ -187,17 +242,22 @@ class Trainer:
         return [p for n, p in self.parameters.items() if n.startswith(f"{module}.")]
 
     def _weights(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{k}": v
-            for name in self.recipe.trained
-            for k, v in self.recipe.get_submodule(name).state_dict().items()
-        }
+        """In full, on every worker: all call it together."""
+        return whole(
+            {
+                f"{name}.{k}": v
+                for name in self.recipe.trained
+                for k, v in self.recipe.get_submodule(name).state_dict().items()
+            }
+        )
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         for name in self.recipe.trained:
             prefix = f"{name}."
+            module = self.recipe.get_submodule(name)
+            own = module.state_dict()
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            self.recipe.get_submodule(name).load_state_dict(state)
+            module.load_state_dict({k: like(v, own[k]) if k in own else v for k, v in state.items()})
 
     def _resume(self) -> int:
         found: Checkpoint | None = None
@@ -217,37 +277,52 @@ class Trainer:
             restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
         self.best, step = found.state["best"], int(found.state["step"])
         self.saved = step
-        if self.parallel.first and step < self.steps:
-            self.console.say(f"{self.stage.name}: resuming at step {step} of {self.steps}")
+        if self.parallel.first:
+            self.record.resend(found.state.get("unsent", []), found.tensors.get("unsent", {}))
+            if step < self.steps:
+                self.console.say(f"{self.stage.name}: resuming at step {step} of {self.steps}")
         return step
 
-    def _save(self, done: int) -> None:
-        if done == self.saved:
+    def _save(self, done: int, judged: bool = False) -> None:
+        """Copy the state and let the writer commit it; all workers call it together."""
+        if done == self.saved and not judged:
             return
-        if self.parallel.first:
-            tensors: dict[str, dict[str, Tensor]] = {"model": self._weights()}
-            names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
-            for module, optimizer in self.optimizers.items():
-                tensors[f"optimizer-{module}"] = optimizer_tensors(optimizer, names)
-            state = {"stage": self.stage.name, "step": done, "steps": self.steps, "best": self.best}
-            self.checkpoints.save(done, tensors, state)
-        self.saved = done
+        began = time.monotonic()
+        names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
+        groups = {"model": self._weights()}
+        groups |= {f"optimizer-{m}": whole(optimizer_tensors(o, names)) for m, o in self.optimizers.items()}
+        if self.writer is not None:
+            points, pictures = self.record.unsent()
+            tensors = {name: copied(group) for name, group in groups.items()} | {"unsent": copied(pictures)}
+            state = {"stage": self.stage.name, "step": done, "steps": self.steps, "best": self.best, "unsent": points}
+            self.writer.put(Save(done, tensors, state, self.new_best))
+            self.record.metrics(
+                {
+                    "checkpoint/blocked_seconds": time.monotonic() - began,
+                    "checkpoint/stored_seconds": self.writer.seconds,
+                },
+                done,
+            )
+        self.new_best, self.saved = None, done
 
     def _judge(self, done: int) -> None:
         natural, robust = held_out_accuracy(self.recipe, self.held_out, self.config, self.parallel)
         if self.best is None or robust > self.best["robust"]:
             folder = f"best-{done:08d}" if self.stage.selects else None
             facts = {"step": done, "natural": natural, "robust": robust, "folder": folder}
-            if self.parallel.first and folder is not None:
-                self.checkpoints.save_at(folder, {"model": self._weights()}, {"best": facts})
+            if folder is not None:
+                weights = self._weights()
+                self.new_best = (folder, copied(weights), facts) if self.parallel.first else None
             self.best = facts
         self.best = {**self.best, "last": {"step": done, "natural": natural, "robust": robust}}
         if self.parallel.first:
             self.record.metrics({"held_out/natural": natural, "held_out/robust": robust}, done)
 
     def _picture(self, done: int) -> None:
-        if self.parallel.first and self.recipe.restores:
+        if self.recipe.restores and (self.parallel.first or accumulates(self.wrapped)):  # shards restore together
             grid = restoration_grid(self.recipe, self.held_out, self.config, self.parallel.device)
+            if not self.parallel.first:
+                return
             self.record.picture("restored", to_pixels(grid), done)
 
     def _log(self, done: int, terms: dict[str, float], window: int, seconds: float) -> None:

@@ -1,19 +1,38 @@
-"""Several workers as one: process group, DDP, sums over workers. The only importer of torch.distributed."""
+"""Several workers as one: process group, DDP, FSDP2, sums over workers. The only importer of torch.distributed.
+
+On CPUs sums over micro-batches and workers are taken pairwise, ((a + b) + (c + d)): the same bits for 1, 2, 4, ...
+workers, sharded or not. NCCL sums in its own order.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dircluster.config import ConfigError, ScalingConfig
+from dircluster.models.classifiers import BasicBlock
+from dircluster.models.denoiser import MaskedDenoiser
+
+SHARDED_ALONE = (Block, BasicBlock)
+"""Layers whose weights are gathered, used and dropped as one; what is left of a model is gathered with it."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +48,25 @@ class Parallel:
         """Whether this worker writes, logs and draws pictures."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over the workers on backward, where there are several."""
-        trains = any(p.requires_grad for p in module.parameters())
-        return DistributedDataParallel(module) if self.world > 1 and trains else module
+    def wrap(
+        self, module: nn.Module, trained: Sequence[str], strategy: str, half: bool, aside: PairwiseSum
+    ) -> nn.Module:
+        """``module`` with gradients averaged over the workers on backward, where there are several.
+
+        ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers weights in bf16 where ``half``.
+        What lies ``aside`` of earlier micro-batches joins the average.
+        """
+        if self.world == 1:
+            return module
+        if strategy == "fsdp":
+            for name in trained:
+                _shard(module.get_submodule(name), half, ordered=self.device.type == "cpu")
+            return module
+        wrapped = DistributedDataParallel(module)
+        if self.device.type == "cpu":
+            # DDP checks annotations, which are strings in this file: a lambda has none.
+            wrapped.register_comm_hook(aside, lambda state, bucket: _average_bucket(state, bucket))
+        return wrapped
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the workers, on each of them."""
@@ -40,6 +74,21 @@ class Parallel:
             dist.all_reduce(values)
             values = values / self.world
         return values
+
+    def clip(self, parameters: Sequence[Tensor], most: float) -> float:
+        """Scale gradients down to a norm of ``most`` over all ``parameters``, sharded or not; -> their norm before."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient in gradients:  # in double, so that shards add up to what the whole gives
+            norm = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64)
+            squares += norm.square()
+        if any(isinstance(gradient, DTensor) for gradient in gradients):
+            dist.all_reduce(squares)
+        norm = float(squares.sqrt())
+        if norm > most:
+            for gradient in gradients:
+                gradient.mul_(most / norm)
+        return norm
 
     def gather_rows(self, rows: Tensor, order: Tensor, total: int) -> Tensor:
         """Put every worker's ``rows`` at its places ``order`` of one (total, ...) tensor, on each worker's CPU."""
@@ -96,6 +145,115 @@ class Parallel:
         return module
 
 
+class PairwiseSum:
+    """Gradients of micro-batches, set aside and summed pairwise, as the workers' are: ((a + b) + (c + d))."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self._waiting: list[tuple[int, dict[Tensor, Tensor]]] = []
+
+    def put(self) -> None:
+        """Take the gradients off the parameters."""
+        level, taken = 0, {p: p.grad for p in self.parameters if p.grad is not None}
+        for parameter in taken:
+            parameter.grad = None
+        while self._waiting and self._waiting[-1][0] == level:
+            for parameter, gradient in self._waiting.pop()[1].items():
+                taken[parameter] = gradient.add_(taken[parameter])
+            level += 1
+        self._waiting.append((level, taken))
+
+    def join(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add, in place, what was set aside of ``parameter`` to its last micro-batch's ``gradient``."""
+        for _, taken in reversed(self._waiting):
+            gradient.add_(taken.pop(parameter))
+
+    def join_all(self) -> None:
+        """:meth:`join` for every parameter whose gradient no DDP has joined on its way."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and self._waiting and parameter in self._waiting[-1][1]:
+                self.join(parameter, parameter.grad)
+        self._waiting.clear()
+
+
+def _pairwise(rows: Tensor) -> Tensor:
+    """Sum of the rows, pairs first: (n, m) -> (m,)."""
+    while len(rows) > 1:
+        even = len(rows) // 2 * 2
+        rows = torch.cat([rows[0:even:2] + rows[1:even:2], rows[even:]])
+    return rows[0]
+
+
+def _share_of_sum(values: Tensor) -> Tensor:
+    """This worker's part of the sum of all workers' ``values``: (world * n,) -> (n,)."""
+    received = torch.empty_like(values)
+    dist.all_to_all_single(received, values.contiguous())
+    return _pairwise(received.view(dist.get_world_size(), -1))
+
+
+def _average_bucket(aside: PairwiseSum, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
+    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        aside.join(parameter, gradient)
+    buffer, world = bucket.buffer(), dist.get_world_size()
+    padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % world))
+    dist.all_gather_into_tensor(padded, _share_of_sum(padded))
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer.copy_(padded[: len(buffer)]).div_(world))
+    return done
+
+
+class OrderedReduceScatter(ReduceScatter):
+    """FSDP's exchange on CPUs: each worker's part of the mean, summed pairwise. It counts its calls."""
+
+    calls = 0
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        OrderedReduceScatter.calls += 1
+        output_tensor.copy_(_share_of_sum(input_tensor))
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(dist.get_world_size())
+        return None
+
+
+def _shard(module: nn.Module, half: bool, ordered: bool) -> None:
+    """FSDP2 over all workers, in place."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    for part in [*(m for m in module.modules() if isinstance(m, SHARDED_ALONE)), module]:
+        sharded = fully_shard(part, mp_policy=policy)
+        if ordered:
+            sharded.set_custom_reduce_scatter(OrderedReduceScatter())
+    if isinstance(module, MaskedDenoiser):
+        register_fsdp_forward_method(module, "restore_each")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor in full, on each worker; all workers call it together where some are sharded."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole ``tensor`` on the device of ``model``, sharded as it is."""
+    tensor = tensor.to(model.device)
+    if isinstance(model, DTensor) and tensor.shape == model.shape:
+        return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    return tensor
+
+
 class _Sum(torch.autograd.Function):
     """Sum over the workers; each worker's gradient is the sum of all workers' gradients."""
 
@@ -123,13 +281,15 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        world, x = dist.get_world_size(), x.float()
-        mean = _sum_with_gradient(x.mean(dim=(0, 2, 3))) / world
+        x = x.float()
+        total = torch.tensor(float(x.numel() // x.shape[1]))
+        dist.all_reduce(total)  # workers may hold shares of different size
+        count = float(total)
+        mean = _sum_with_gradient(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = _sum_with_gradient(centred.square().mean(dim=(0, 2, 3))) / world
+        variance = _sum_with_gradient(centred.square().sum(dim=(0, 2, 3))) / count
         if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
             with torch.no_grad():
-                count = x.numel() / x.shape[1] * world
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
                 if self.num_batches_tracked is not None:
@@ -167,7 +327,7 @@ def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=scaling.stall))
     try:
         yield Parallel(rank, world, device)
     finally:
@@ -185,6 +345,14 @@ def joined_workers(scaling: ScalingConfig, device: torch.device, workers_here: i
 
 def without_sync(module: nn.Module, last: bool) -> Any:
     """No gradient exchange in this context unless it is the ``last`` micro-batch of the step."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(last, recurse=False)
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     return module.no_sync()
+
+
+def accumulates(module: nn.Module) -> bool:
+    """Whether ``module`` keeps the gradients of earlier micro-batches itself (FSDP does, out of sight)."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, RunConfig, digest, flatten, to_dict
+from dircluster.config import RunConfig, digest, flatten, local_path, to_dict
 from dircluster.data.loader import Loader
 from dircluster.data.sources import Dataset, load
 from dircluster.evaluation.benchmark import evaluate, to_plain
@@ -24,8 +23,9 @@ from dircluster.models.defended import frozen
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.training import bundle, checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.lease import alone
 from dircluster.training.loop import Stage, Trainer
-from dircluster.training.parallel import Parallel
+from dircluster.training.parallel import Parallel, whole
 from dircluster.training.ports import Console, Interrupted, Tracker, interruptible
 
 TOKEN = "started-by"
@@ -71,34 +71,34 @@ def find_place(storage: Path, name: str, key: str, token: str | None = None) -> 
     return place
 
 
-def storage_path(config: RunConfig) -> Path:
-    """The folder that ``storage.uri`` names."""
-    return Path(config.storage.uri.removeprefix("file://")).expanduser()
-
-
-def check_storage(config: RunConfig) -> Path:
-    """Make the storage folder and prove that it can be written. Raises ConfigError where it cannot."""
-    folder = storage_path(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"storage.uri {config.storage.uri!r} cannot be written: {error.strerror or error}") from error
-    return folder
+def data_cache(config: RunConfig) -> Path:
+    """Where downloads of datasets are kept: beside the checkpoints where that is a folder."""
+    uri = config.storage.uri
+    return Path.home() / ".cache" / "dircluster" if uri.startswith("s3://") else local_path(uri) / "data"
 
 
 class Run:
     """A run on one worker. All workers make the same one and call :meth:`execute` together."""
 
     def __init__(
-        self, config: RunConfig, parallel: Parallel, tracker: Tracker, console: Console, *, token: str | None = None
+        self,
+        config: RunConfig,
+        parallel: Parallel,
+        tracker: Tracker,
+        console: Console,
+        *,
+        owner: str = "",
+        fresh: bool = False,
+        open_path: Callable[[str], Path] = local_path,
     ) -> None:
-        """With a ``token`` all stages start anew, in folders that bear it."""
+        """``owner`` names the job; with ``fresh`` its stages start anew, in folders that bear the name.
+
+        ``open_path`` opens the URIs of storage, data and target.
+        """
         self.config, self.parallel, self.tracker, self.console = config, parallel, tracker, console
-        self.token = token
-        self.storage = storage_path(config)
+        self.owner, self.token = owner, owner if fresh else None
+        self.open_path = open_path
+        self.storage = open_path(config.storage.uri)
         self.selection: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -111,45 +111,43 @@ class Run:
         if not parallel.first:
             self._load_data()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
-        classifier = stages.build_classifier(config)
-        classifiers.check_classes(classifier, config.data)
-        denoiser = stages.build_denoiser(config)
-        stages.place(config, classifier, denoiser, parallel)
+        models = stages.Models(config, parallel)
+        classifiers.check_classes(models.classifier, config.data)
         if not config.dir.joint:
-            inputs["target"] = self._target(classifier, inputs)
+            inputs["target"] = self._target(models, inputs)
             if config.pretrain.epochs:
-                stage = stages.pretrain_stage(config, denoiser, classifier)
-                inputs["pretrain"] = self._stage(stage, inputs, {"denoiser": denoiser}).digest
+                stage = stages.pretrain_stage(config, models.denoiser, models.classifier)
+                inputs["pretrain"] = self._stage(stage, inputs, models, ("denoiser",)).digest
         facts = {"defense": stages.defense_facts(config)}
-        stage = stages.dir_stage(config, denoiser, classifier)
-        done = self._stage(stage, inputs, {"denoiser": denoiser, "classifier": classifier}, facts)
-        rows = self._evaluate(done, denoiser, classifier)
+        stage = stages.dir_stage(config, models.denoiser, models.classifier)
+        done = self._stage(stage, inputs, models, ("denoiser", "classifier"), facts)
+        rows = self._evaluate(done, models.denoiser, models.classifier)
         if parallel.first:
             self.tracker.results(rows, done.final)
         return {
-            "checkpoint": str(done.final.resolve()),
+            "checkpoint": str(done.final.absolute()),
             "results": rows,
             "selection": self.selection,
             "data": self.data.fingerprint,
         }
 
     def _load_data(self) -> None:
-        self.data: Dataset = load(self.config.data, self.config.seed, self.storage / "data")
+        self.data: Dataset = load(self.config.data, self.config.seed, data_cache(self.config), self.open_path)
 
-    def _target(self, classifier: nn.Module, inputs: dict[str, str | None]) -> str | None:
+    def _target(self, models: stages.Models, inputs: dict[str, str | None]) -> str | None:
         """Train the target, or take the given one; -> the digest of its weights."""
         if self.config.target.uri is None:
-            stage = stages.target_stage(self.config, classifier)
-            return self._stage(stage, inputs, {"classifier": classifier}).digest
+            stage = stages.target_stage(self.config, models.classifier)
+            return self._stage(stage, inputs, models, ("classifier",)).digest
         given = self.parallel.first_does(self._keep_given_target)
-        place = Place("target", given[0], Path(given[1]))
-        classifier.load_state_dict(checkpoint.read(place.final, place.key).tensors["classifier"])
+        place = Place("target", given[0], self.open_path(given[1]))
+        models.classifier.load_state_dict(checkpoint.read(place.final, place.key).tensors["classifier"])
         if self.parallel.first:
             self.console.say(f"target: taken from {self.config.target.uri}")
         return place.digest
 
     def _keep_given_target(self) -> tuple[str, str]:
-        weights = bundle.load_target(self.config).state_dict()
+        weights = bundle.load_target(self.config, self.open_path).state_dict()
         key = digest(
             {"target": stages.architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}}
         )
@@ -162,23 +160,24 @@ class Run:
         self,
         stage: Stage,
         inputs: dict[str, str | None],
-        modules: dict[str, nn.Module],
+        models: stages.Models,
+        names: tuple[str, ...],
         facts: dict[str, Any] | None = None,
     ) -> Place:
-        """Bring a stage to its end, from wherever it stands; its modules then hold the committed result."""
+        """Bring a stage to its end, from wherever it stands; the models of its ``names`` then hold the result."""
         config, parallel = self.config, self.parallel
         key = stages.stage_key(config, stage.name, inputs)
         folder = parallel.first_does(lambda: str(find_place(self.storage, stage.name, key, self.token).folder))
-        place = Place(stage.name, key, Path(folder))
+        place = Place(stage.name, key, self.open_path(folder))
         if not parallel.first_does(lambda: self._is_finished(place)):
-            with _alone(place, parallel):
-                self._train(stage, place, modules, facts or {})
+            self._train(stage, place, models, names, facts or {})
         elif parallel.first:
             self.console.say(f"{stage.name}: reused from {place.folder}")
             self.tracker.reused(stage.name, place.folder.name)
         finished = checkpoint.read(place.final, key)
-        for name, module in modules.items():
-            module.load_state_dict(finished.tensors[name])
+        models.renew(names)  # what was trained may lie in shards
+        for name in names:
+            getattr(models, name).load_state_dict(finished.tensors[name])
         self.selection[stage.name] = finished.state["best"]
         return place
 
@@ -192,7 +191,25 @@ class Run:
             return False
         return True
 
-    def _train(self, stage: Stage, place: Place, modules: dict[str, nn.Module], facts: dict[str, Any]) -> None:
+    def _train(
+        self, stage: Stage, place: Place, models: stages.Models, names: tuple[str, ...], facts: dict[str, Any]
+    ) -> None:
+        with contextlib.ExitStack() as held:
+            holder = alone(place.folder, self.owner, self.console.say)
+            checks: list[Callable[[], None]] = []
+            self.parallel.first_does(lambda: checks.append(held.enter_context(holder)))
+            guard = checks[0] if checks else _free
+            self._train_alone(stage, place, models, names, facts, guard)
+
+    def _train_alone(
+        self,
+        stage: Stage,
+        place: Place,
+        models: stages.Models,
+        names: tuple[str, ...],
+        facts: dict[str, Any],
+        guard: Callable[[], None],
+    ) -> None:
         config, parallel = self.config, self.parallel
         loader = Loader(
             self.data.train,
@@ -207,14 +224,15 @@ class Run:
         )
         settings = flatten(stages.stage_settings(config, stage.name))
         record = self.tracker.stage(stage.name, place.folder.name, settings)
-        checkpoints = Checkpoints(place.folder, place.key, self.console.say)
+        checkpoints = Checkpoints(place.folder, place.key, self.console.say, guard)
         trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
         status = "FAILED"
         try:
             best = trainer.run()
+            state = {"stage": stage.name, "best": best, **facts}
+            tensors = {name: whole(getattr(models, name).state_dict()) for name in names}
             if parallel.first:
-                state = {"stage": stage.name, "best": best, **facts}
-                tensors = {name: module.state_dict() for name, module in modules.items()}
+                guard()
                 checkpoint.write(place.final, tensors, state, place.key)
             parallel.wait()  # nobody reads before it is committed
             status = "FINISHED"
@@ -241,31 +259,12 @@ class Run:
             rows = to_plain(evaluate(denoiser, classifier, self.data.test, config, parallel, said))
         said(f"evaluation: done in {time.monotonic() - began:.0f} s")
         if parallel.first:
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(rows, indent=1))
-            partial.replace(file)
+            checkpoint.write_whole(file, json.dumps(rows, indent=1).encode())
         return rows
 
 
-@contextlib.contextmanager
-def _alone(place: Place, parallel: Parallel) -> Iterator[None]:
-    """One job trains a stage at a time. Raises ConfigError where another one does; a lock ends with its process."""
-    held: list[IO[str]] = []
-
-    def hold() -> None:
-        place.folder.mkdir(parents=True, exist_ok=True)
-        held.append((place.folder / "lock").open("w"))
-        try:
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another job is training {place.folder}; wait for it, or use --fresh") from error
-
-    parallel.first_does(hold)
-    try:
-        yield
-    finally:
-        for file in held:
-            file.close()
+def _free() -> None:
+    """Another worker holds the stage."""
 
 
 def _fingerprint(tensor: Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 
 class Interrupted(Exception):
@@ -75,6 +75,12 @@ class StageRecord(Protocol):
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """An image (H, W, 3) of a series."""
 
+    def unsent(self) -> tuple[list[list[Any]], dict[str, Tensor]]:
+        """What was recorded and has not arrived yet, to be kept with a checkpoint: points, and pictures by name."""
+
+    def resend(self, points: list[list[Any]], pictures: Mapping[str, Tensor]) -> None:
+        """Record again what :meth:`unsent` gave before the run was interrupted."""
+
     def end(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
 
@@ -109,6 +115,11 @@ class NoRecord:
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None: ...
+
+    def unsent(self) -> tuple[list[list[Any]], dict[str, Tensor]]:
+        return [], {}
+
+    def resend(self, points: list[list[Any]], pictures: Mapping[str, Tensor]) -> None: ...
 
     def end(self, status: str) -> None: ...
 

@@ -17,7 +17,7 @@ from dircluster.recipes.targets import TargetRecipe
 from dircluster.training.loop import Stage
 from dircluster.training.parallel import Parallel
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same config would give other numbers than before: older stages are then not reused."""
 
 
@@ -53,16 +53,33 @@ def build_denoiser(config: RunConfig) -> MaskedDenoiser:
         return MaskedDenoiser(config.model, data.channels, data.height, data.width)
 
 
-def place(config: RunConfig, classifier: nn.Module, denoiser: MaskedDenoiser, parallel: Parallel) -> None:
-    """Put the models on the worker's device, in the memory layout and form that it runs them best in."""
-    classifier.to(parallel.device)
-    denoiser.to(parallel.device)
-    if parallel.device.type == "cuda":
-        classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parallel.synchronise_statistics(classifier)
-    if config.training.compile:
-        classifier.compile()
-        denoiser.restore_each = torch.compile(denoiser.restore_each)  # type: ignore[method-assign]
+class Models:
+    """The run's two models on the worker's device, in the memory layout and form that it runs them best in."""
+
+    classifier: nn.Module
+    denoiser: MaskedDenoiser
+
+    def __init__(self, config: RunConfig, parallel: Parallel) -> None:
+        self.config, self.parallel = config, parallel
+        self.renew(("classifier", "denoiser"))
+
+    def renew(self, names: tuple[str, ...]) -> None:
+        """Make the models of those names anew, with initial weights."""
+        config, parallel = self.config, self.parallel
+        if "classifier" in names:
+            classifier = build_classifier(config).to(parallel.device)
+            if parallel.device.type == "cuda":
+                classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            parallel.synchronise_statistics(classifier)
+            if config.training.compile:
+                classifier.compile()
+            self.classifier = classifier
+        if "denoiser" in names:
+            denoiser = build_denoiser(config).to(parallel.device)
+            denoiser.recompute = config.parallel.activation_checkpointing
+            if config.training.compile:
+                denoiser.restore_each = torch.compile(denoiser.restore_each)  # type: ignore[method-assign]
+            self.denoiser = denoiser
 
 
 def architecture(config: RunConfig) -> str:

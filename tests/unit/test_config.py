@@ -21,7 +21,7 @@ from dircluster.presets import PRESETS, preset
         (lambda: c.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
         (lambda: c.DataConfig(name="custom"), "data.uri is missing"),
         (lambda: c.TargetConfig(architecture="resnet19"), "target.architecture must be"),
-        (lambda: c.StorageConfig(uri="s3://bucket/runs"), "object storage is not supported yet"),
+        (lambda: c.StorageConfig(uri="gs://bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
         (lambda: c.OptimizerConfig(lr=0), "optimizer.lr must be positive"),
     ],
 )
@@ -47,9 +47,37 @@ def test_every_number_must_be_finite() -> None:
         dataclasses.replace(preset("digits"), dir=c.DirConfig(alpha=float("inf")))
 
 
-def test_workers_must_share_a_batch_evenly() -> None:
-    with pytest.raises(c.ConfigError, match=r"training.batch_size must be a multiple of"):
-        dataclasses.replace(preset("digits"), scaling=c.ScalingConfig(workers=3))
+def test_every_worker_has_an_image_of_a_batch() -> None:
+    with pytest.raises(c.ConfigError, match=r"training.batch_size must be at least scaling.workers 200"):
+        dataclasses.replace(preset("digits"), scaling=c.ScalingConfig(workers="1:200"))
+
+
+@pytest.mark.parametrize(("workers", "least", "most"), [(2, 2, 2), ("3", 3, 3), ("1:4", 1, 4)])
+def test_workers_are_a_number_or_a_range(workers: int | str, least: int, most: int) -> None:
+    scaling = c.ScalingConfig(workers=workers)
+    assert (scaling.least, scaling.most) == (least, most)
+
+
+@pytest.mark.parametrize("workers", [0, "4:1", "two", "1:", ":2", "-1", "1.5"])
+def test_other_workers_are_refused(workers: int | str) -> None:
+    with pytest.raises(c.ConfigError, match=r"scaling.workers must be a number from 1, or LEAST:MOST"):
+        c.ScalingConfig(workers=workers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"storage": c.StorageConfig(uri="s3://key:CANARY@bucket/runs")},
+        {"storage": c.StorageConfig(uri="s3://bucket/runs", endpoint="http://key:CANARY@host")},
+        {"data": c.DataConfig(uri="s3://key:CANARY@bucket/data")},
+        {"target": c.TargetConfig(uri="s3://key:CANARY@bucket/target.safetensors")},
+        {"tracking": c.TrackingConfig(uri="postgresql://user:CANARY@host/mlflow")},
+    ],
+)
+def test_a_uri_with_a_password_is_refused_without_repeating_it(change: dict[str, Any]) -> None:
+    with pytest.raises(c.ConfigError, match="must not hold a user or password") as refusal:
+        dataclasses.replace(preset("digits"), **change)
+    assert "CANARY" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(("ratio", "masks"), [(0.3, 2), (0.5, 2), (0.7, 4), (0.75, 4), (0.9, 10)])

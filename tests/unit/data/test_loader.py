@@ -58,5 +58,5 @@ def test_flips_mirror_about_half() -> None:
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"training.batch_size 64 is more than the 40 training images"):
         Loader(SPLIT, 64, 0, "test")
-    with pytest.raises(ConfigError, match="multiple of the 3 workers"):
-        Loader(SPLIT, 8, 0, "test", world=3)
+    with pytest.raises(ConfigError, match="at least the 9 workers"):
+        Loader(SPLIT, 8, 0, "test", world=9)

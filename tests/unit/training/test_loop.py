@@ -40,8 +40,8 @@ def weights(outcome: dict[str, Any]) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
 
 
-def run(config: RunConfig, console: Any = None, token: str | None = None) -> dict[str, Any]:
-    return Run(config, ALONE, NoTracker(), console or Quiet(), token=token).execute()
+def run(config: RunConfig, console: Any = None, fresh: str = "") -> dict[str, Any]:
+    return Run(config, ALONE, NoTracker(), console or Quiet(), owner=fresh, fresh=bool(fresh)).execute()
 
 
 def elsewhere(config: RunConfig, folder: Path) -> RunConfig:
@@ -94,10 +94,10 @@ def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -
 
 def test_fresh_starts_beside_what_is_there(smoke: RunConfig) -> None:
     first = run(smoke)
-    anew = run(smoke, token="t1")
+    anew = run(smoke, fresh="t1")
     assert anew["checkpoint"] == first["checkpoint"].replace("/final", ".2/final")
     assert weights(anew) == weights(first)
-    assert run(smoke, token="t1")["checkpoint"] == anew["checkpoint"]
+    assert run(smoke, fresh="t1")["checkpoint"] == anew["checkpoint"]
     assert run(smoke)["checkpoint"] == anew["checkpoint"]
 
 

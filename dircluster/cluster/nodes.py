@@ -1,0 +1,77 @@
+"""What a cluster must be before a run starts on it: large enough, and of the same version as the job."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import dircluster
+from dircluster.config import ConfigError, ScalingConfig
+
+if TYPE_CHECKING:
+    from dircluster.cluster.console import Terminal
+
+PATIENCE = 60.0
+"""Seconds that the nodes have to say what they run."""
+
+
+def must_suffice(scaling: ScalingConfig, terminal: Terminal) -> None:
+    """Raise ConfigError unless the cluster has what ``scaling`` needs, or gets it within ``scaling.wait`` seconds."""
+    kind, deadline = "GPU" if scaling.device == "gpu" else "CPU", time.monotonic() + scaling.wait
+    while True:
+        found = ray.cluster_resources().get(kind, 0)
+        if found >= scaling.least:
+            return
+        if time.monotonic() >= deadline or terminal.stop_signal():
+            raise ConfigError(
+                f"scaling.workers {scaling.workers} need as many {kind}s, but the cluster has {found:g};"
+                " ask for fewer, or give an autoscaler time with --scaling.wait SECONDS"
+            )
+        time.sleep(1.0)
+
+
+def version() -> str:
+    """Version of this package and a digest of its source: what two processes must have in common."""
+    folder = Path(dircluster.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return f"{dircluster.__version__} ({digest.hexdigest()[:8]})"
+
+
+def must_run_this_version() -> None:
+    """Raise ConfigError unless every node that offers CPUs or GPUs imports the very code of this job."""
+
+    def ask() -> str:  # inside, so that it travels by value: the node may not have this module
+        try:
+            from dircluster.cluster.nodes import version
+
+            return version()
+        except Exception as error:
+            return f"none that is usable ({type(error).__name__})"
+
+    own, asked = version(), {}
+    for node in ray.nodes():
+        offers: dict[str, Any] = node["Resources"]
+        if node["Alive"] and (offers.get("CPU", 0) or offers.get("GPU", 0)):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0)(ask).options(scheduling_strategy=there)
+            asked[node["NodeManagerAddress"]] = task.remote()
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
+    for address, answer in asked.items():
+        try:
+            found = ray.get(answer, timeout=0.1)
+        except ray.exceptions.GetTimeoutError:
+            continue  # a slow node is no other version
+        except ray.exceptions.RayError as error:
+            raise ConfigError(f"node {address} cannot run this job: {str(error).splitlines()[0]}") from error
+        if found != own:
+            raise ConfigError(
+                f"node {address} runs dircluster {found}, this job is {own};"
+                " submit with --working-dir . or install the same version on all nodes"
+            )

@@ -1,0 +1,145 @@
+"""Object storage: one s3fs filesystem, made of URI, endpoint and region, for datasets, checkpoints, reports and Ray.
+
+Credentials are never arguments: botocore finds them in the environment, in a mounted file
+(AWS_SHARED_CREDENTIALS_FILE) or in the instance role. So a path can be pickled, logged and sent to workers. Its
+libraries are imported where they are used: a run in folders works without them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from dircluster.config import ConfigError, RunConfig, StorageConfig, local_path
+
+PATIENT, QUICK = 15, 1
+"""Tries of a request: about two minutes with s3fs's pauses, or one."""
+
+
+def is_remote(uri: str) -> bool:
+    """Whether ``uri`` lies in object storage."""
+    return uri.startswith("s3://")
+
+
+def endpoint(storage: StorageConfig) -> str | None:
+    """Address of the S3 server, None for AWS."""
+    return storage.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _options(storage: StorageConfig) -> dict[str, Any]:
+    client = {"region_name": storage.region} if storage.region else {}
+    return {
+        "endpoint_url": endpoint(storage),
+        "client_kwargs": client,
+        "config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 0}},
+        "use_listings_cache": False,  # other nodes write too
+    }
+
+
+def filesystem(storage: StorageConfig) -> Any:
+    """The s3fs filesystem of this process for ``storage``."""
+    import fsspec
+    import s3fs.core
+    from botocore.exceptions import BotoCoreError
+
+    if BotoCoreError not in s3fs.core.S3_RETRYABLE_ERRORS:  # a server that refuses connections may come back
+        s3fs.core.add_retryable_error(BotoCoreError)
+    found = fsspec.filesystem("s3", **_options(storage))
+    found.retries = PATIENT
+    return found
+
+
+def open_path(uri: str, storage: StorageConfig) -> Path:
+    """A folder, or a prefix in object storage that is used like one."""
+    if not is_remote(uri):
+        return local_path(uri)
+    from upath import UPath
+
+    filesystem(storage)
+    return cast(Path, UPath(uri, **_options(storage)))
+
+
+def check(config: RunConfig) -> None:
+    """Prove within seconds that ``storage.uri`` can be written. Raises ConfigError, one line, where it cannot."""
+    storage = config.storage
+    if not is_remote(storage.uri):
+        _check_folder(local_path(storage.uri), storage.uri)
+        return
+    import boto3
+    from botocore.exceptions import NoCredentialsError
+
+    bucket, where = storage.uri.removeprefix("s3://").partition("/")[0], endpoint(storage)
+    session = boto3.Session()
+    region = storage.region or session.region_name
+    if where is None and region is not None:
+        known = [r for p in session.get_available_partitions() for r in session.get_available_regions("s3", p)]
+        if region not in known:
+            near = difflib.get_close_matches(region, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"storage.region {region!r} is no region of AWS{hint}")
+    files, server = filesystem(storage), where or "AWS"
+    files.retries = QUICK
+    probe = f"{storage.uri.rstrip('/')}/.write-probe-{os.getpid()}"
+    try:
+        files.pipe_file(probe, b"")
+        files.rm_file(probe)
+    except FileNotFoundError as error:
+        raise ConfigError(f"storage.uri: there is no bucket {bucket!r} at {server}; make it first") from error
+    except PermissionError as error:
+        raise ConfigError(
+            f"storage.uri: {server} refuses the credentials at hand for bucket {bucket!r} ({_line(error)})"
+        ) from error
+    except NoCredentialsError as error:
+        raise ConfigError(
+            "storage.uri: no credentials for S3; set AWS_SHARED_CREDENTIALS_FILE, or AWS_ACCESS_KEY_ID and"
+            " AWS_SECRET_ACCESS_KEY, or run with an instance role"
+        ) from error
+    except Exception as error:  # whatever a network that is not there says
+        raise ConfigError(f"storage.uri: {server} does not answer ({_line(error)}); see storage.endpoint") from error
+    finally:
+        files.retries = PATIENT
+
+
+def _check_folder(folder: Path, uri: str) -> None:
+    """Make the storage folder and prove that it can be written. Raises ConfigError where it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.write_text("")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"storage.uri {uri!r} cannot be written: {error.strerror or error}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def local_copy(folder: Path) -> Path:
+    """``folder`` itself, or where it lies in object storage a copy of its files in a new folder here."""
+    if isinstance(folder, Path):
+        return folder
+    copy = Path(tempfile.mkdtemp(prefix="dircluster-"))
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def for_ray(config: RunConfig) -> dict[str, Any]:
+    """``storage_path`` and ``storage_filesystem`` of a Ray Train run."""
+    storage = config.storage
+    if not is_remote(storage.uri):
+        return {"storage_path": str(local_path(storage.uri) / "ray")}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    path = f"{storage.uri.removeprefix('s3://').rstrip('/')}/ray"
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem(storage)))}
+
+
+def opener(storage: StorageConfig) -> Callable[[str], Path]:
+    """:func:`open_path` for one storage, as the core takes it."""
+    return lambda uri: open_path(uri, storage)

@@ -1,0 +1,95 @@
+"""One job trains a stage at a time: a file lock in a folder, a lease with a heartbeat in object storage."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dircluster.config import ConfigError
+
+BEAT = 5.0
+"""Seconds between two heartbeats of a lease."""
+DEAD = 30.0
+"""Seconds without one after which its job is taken to be gone."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Hold ``folder`` for the job ``owner``; yields a check that raises ConfigError where it no longer does.
+
+    Raises ConfigError where another job holds it. A file lock ends with its process; a lease outlives it by ``DEAD``
+    seconds, but a job whose worker was restarted takes its own up again at once.
+    """
+    with _lock(folder) if isinstance(folder, Path) else _lease(folder, owner, say) as check:
+        yield check
+
+
+def _busy(folder: Path) -> ConfigError:
+    return ConfigError(f"another job is training {folder}; wait for it, or use --fresh")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[Callable[[], None]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _busy(folder) from error
+        yield lambda: None
+
+
+@contextlib.contextmanager
+def _lease(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    file, ended = folder / "lease.json", threading.Event()
+
+    def held() -> dict[str, Any] | None:
+        try:
+            found = json.loads(file.read_text())
+            return found if isinstance(found, dict) else None
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def check() -> None:
+        found = held()
+        if found is not None and found.get("owner") != owner:
+            raise _busy(folder)
+
+    first = held()
+    if first is not None and first.get("owner") != owner:
+        say(f"a job that has not said goodbye holds {folder}: looking for {DEAD:.0f} s whether it still lives")
+        deadline = time.monotonic() + DEAD
+        while time.monotonic() < deadline:  # by its beats alone: clocks of machines differ
+            time.sleep(BEAT / 2)
+            now = held()
+            if now is None:
+                break
+            if now != first:
+                raise _busy(folder)
+    begun = time.time()
+
+    def beat() -> None:
+        number = 0
+        while not ended.wait(BEAT if number else 0):
+            number += 1
+            with contextlib.suppress(Exception):  # storage may be away for a while
+                if number > 1:
+                    check()
+                file.write_text(json.dumps({"owner": owner, "begun": begun, "beat": number}))
+
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        ended.set()
+        thread.join(BEAT)
+        with contextlib.suppress(Exception):
+            check()
+            file.unlink(missing_ok=True)

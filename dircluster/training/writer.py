@@ -1,0 +1,116 @@
+"""Checkpoints on their way to storage, off the training thread: in order, tried again while storage refuses them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from dircluster.training.checkpoint import CheckpointError, Checkpoints
+
+
+@dataclass(frozen=True)
+class Save:
+    """The state after ``step`` steps, copied to this machine's memory, and new best weights where there are any."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    best: tuple[str, Mapping[str, Tensor], Mapping[str, Any]] | None = None
+    """Name of their folder, weights, and what is known of them."""
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in this machine's memory, which later steps leave alone."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+class Writer:
+    """A thread that commits one save while the next one waits; a third is waited for.
+
+    While storage refuses, training goes on: the newest save takes the place of the one that waits.
+    """
+
+    LONGEST_PAUSE = 5.0
+    """Seconds between two tries at the most."""
+
+    def __init__(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> None:
+        self.checkpoints, self.warn = checkpoints, warn
+        self.seconds = 0.0
+        """What the newest commit took."""
+        self._waiting: Save | None = None
+        self._busy = self._closing = self._abandoned = False
+        self._trouble: Exception | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def put(self, save: Save) -> None:
+        """Commit ``save`` soon."""
+        with self._changed:
+            while self._waiting is not None and self._trouble is None:
+                self._changed.wait(1.0)
+            if self._waiting is not None and save.best is None:
+                save = replace(save, best=self._waiting.best)
+            self._waiting = save
+            self._changed.notify_all()
+
+    def close(self, patience: float) -> None:
+        """Wait up to ``patience`` seconds until all is committed. Raises CheckpointError where it is not."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(patience)
+        self._abandoned = True
+        if self._thread.is_alive():
+            raise CheckpointError(
+                f"storage.uri: {self.checkpoints.folder} took no checkpoint for {patience:.0f} s"
+                f" ({_line(self._trouble)}); what was committed before stays"
+            )
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                while self._waiting is None:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                save, self._waiting, self._busy = self._waiting, None, True
+                self._changed.notify_all()
+            self._commit(save)
+
+    def _commit(self, save: Save) -> None:
+        pause, began = 0.5, time.monotonic()
+        while not self._abandoned:
+            try:
+                if save.best is not None:
+                    name, weights, facts = save.best
+                    self.checkpoints.save_at(name, {"model": weights}, {"best": facts})
+                self.checkpoints.save(save.step, save.tensors, save.state)
+            except Exception as trouble:  # whatever storage says: it may say otherwise later
+                if self._trouble is None:
+                    self.warn(f"checkpoint {save.step} cannot be stored ({_line(trouble)}); trying again meanwhile")
+                with self._changed:
+                    self._trouble = trouble
+                    self._changed.notify_all()
+                time.sleep(pause)
+                pause = min(2 * pause, self.LONGEST_PAUSE)
+                with self._changed:
+                    if self._waiting is not None:  # a newer one has come meanwhile
+                        newer, self._waiting = self._waiting, None
+                        save = newer if newer.best is not None else replace(newer, best=save.best)
+                continue
+            if self._trouble is not None:
+                self.warn(f"checkpoint {save.step} is stored: storage takes checkpoints again")
+            self.seconds, self._trouble = time.monotonic() - began, None
+            return
+
+
+def _line(trouble: Exception | None) -> str:
+    return "no answer" if trouble is None else (str(trouble).strip() or type(trouble).__name__).splitlines()[0]
