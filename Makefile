@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 RUN := .venv/bin/python
 
-.PHONY: train test lint ui lock clean
+.PHONY: train test proofs lint ui cluster cluster-down lock clean
 .DEFAULT_GOAL := train
 
 train: .venv/product  ## train and judge a DIR defense on scikit-learn's digits
@@ -13,8 +13,17 @@ ui: .venv/product  ## open the MLflow UI on what was trained
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow ui \
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
+cluster: .venv/dev  ## start S3, MLflow and a Ray cluster on this machine, on loopback
+	$(RUN) infra/laptop.py up $(ARGS)
+
+cluster-down: .venv/uv  ## end exactly what make cluster started
+	$(RUN) infra/laptop.py down $(ARGS)
+
 test: .venv/dev lint  ## every test that CI runs, with coverage
 	$(RUN) -m pytest --cov $(ARGS)
+
+proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, an outage of a minute (half an hour)
+	$(RUN) -m pytest -m slow $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .

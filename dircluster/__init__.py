@@ -11,23 +11,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load_defense(uri: str | Path, *, tracking_uri: str | None = None) -> DefendedClassifier:
+def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> DefendedClassifier:
     """A finished defence, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
 
     ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage
     (s3://..., read with the credentials of the environment), or an MLflow URI such as ``models:/dir-digits@champion``,
-    looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not
-    given). Raises dircluster.config.ConfigError where it is missing, damaged, or no defence.
+    looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not given). Only with ``trust_code`` is a
+    target of somebody's own (package.module:factory) imported. Raises dircluster.config.ConfigError where the defence
+    is missing, damaged, or none.
     """
     from dircluster.training.bundle import load_defense_folder
 
     if str(uri).startswith("models:/"):
         from dircluster.cluster.registry import fetch
 
-        return load_defense_folder(fetch(str(uri), tracking_uri))
+        return load_defense_folder(fetch(str(uri), tracking_uri), trust_code=trust_code)
     if str(uri).startswith("s3://"):
         from dircluster.cluster.storage import open_path
         from dircluster.config import StorageConfig
 
-        return load_defense_folder(open_path(str(uri), StorageConfig()))
-    return load_defense_folder(Path(uri))
+        return load_defense_folder(open_path(str(uri), StorageConfig()), trust_code=trust_code)
+    return load_defense_folder(Path(uri), trust_code=trust_code)

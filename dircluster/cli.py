@@ -65,7 +65,9 @@ class EvaluateJob(Job):
     """Judge a finished defense again: natural and robust accuracy, masks known and fresh."""
 
     defense: str = ""
-    """The folder of its checkpoint, or an MLflow URI (models:/dir-digits@champion)."""
+    """The folder of its checkpoint, its place in object storage, or an MLflow URI (models:/dir-digits@champion)."""
+    trust_code: Switch = False
+    """Import the target's own code (package.module:factory) where the defense names one."""
 
 
 @dataclass(frozen=True)

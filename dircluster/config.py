@@ -346,7 +346,7 @@ class ScalingConfig:
     """How many processes share a step, and on what."""
 
     workers: int | str = 1
-    """Ray Train workers, or LEAST:MOST to go with the nodes that there are (under torchrun its --nproc-per-node counts)."""
+    """Ray Train workers, or LEAST:MOST to go with the nodes there are (torchrun counts its own --nproc-per-node)."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes GPUs where every worker can have one."""
     threads: int | None = None

@@ -32,7 +32,7 @@ def _judge(job: cli.EvaluateJob) -> int:
 
         store = default_uri(job.run)
     with Terminal() as terminal, local_workers(job.run.scaling) as parallel:
-        defense = dircluster.load_defense(job.defense, tracking_uri=store)
+        defense = dircluster.load_defense(job.defense, tracking_uri=store, trust_code=job.trust_code)
         found = (defense.denoiser.channels, defense.denoiser.height, defense.denoiser.width)
         data = job.run.data
         if found != (data.channels, data.height, data.width):

@@ -159,7 +159,7 @@ class _Job:
             if self.came:
                 self.terminal.say(f"workers: {len(seen.workers)} at work after a change")
             self.came = dict(seen.workers)
-        if seen.beats != self.beats or not seen.events == []:
+        if seen.beats != self.beats or seen.events:
             self.beats, self.lived = seen.beats, now
         if not self.came and now - self.lived > SILENCE:
             self.lived = now
@@ -176,7 +176,7 @@ class _Job:
         stacks.end(self.came)
         return {
             "status": "FAILED",
-            "error": f"no worker made progress for {self.scaling.stall:.0f} s (scaling.stall); their stacks stand above,"
-            " and the same command resumes from the last checkpoint",
+            "error": f"no worker made progress for {self.scaling.stall:.0f} s (scaling.stall);"
+            " their stacks stand above, and the same command resumes from the last checkpoint",
             "exit": 1,
         }

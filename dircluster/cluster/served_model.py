@@ -17,7 +17,9 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defin
     """The defended classifier, with fresh masks at each call."""
 
     def load_context(self, context: Any) -> None:
-        self.defense = load_defense_folder(Path(context.artifacts["checkpoint"]))
+        self.defense = load_defense_folder(
+            Path(context.artifacts["checkpoint"]), trust_code=True
+        )  # who runs this file has trusted the model's code already
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
         with torch.no_grad():

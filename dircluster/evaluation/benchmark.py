@@ -57,8 +57,10 @@ class Judge:
         self.split, self.config, self.parallel, self.purpose = split, config, parallel, purpose
         self.batch_size = batch_size
         self.threat, self.step_size = LInf(config.attack.epsilon), config.attack.step
-        mine = torch.arange(len(split))[parallel.rank :: parallel.world]
-        self.batches = list(torch.split(mine, batch_size)) if len(mine) else []
+        share = -(-len(split) // parallel.world)
+        mine = torch.arange(share) * parallel.world + parallel.rank
+        # Where shares differ, the last image is judged twice: workers that share a model pass through it together.
+        self.batches = list(torch.split(mine.clamp(max=len(split) - 1), batch_size))
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of the rows, on the worker's device."""
@@ -76,13 +78,11 @@ class Judge:
         order = keys.transpose(0, 1).reshape(draws * len(rows), -1).argsort(dim=1)
         return windows(order, self.config.masking).to(self.parallel.device)
 
-    def collect(self, right: Callable[[Tensor], Tensor], columns: int, passes: int = 1) -> Tensor:
+    def collect(self, right: Callable[[Tensor], Tensor], passes: int = 1) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
         size = max(1, self.batch_size // passes)  # each image then passes so many times at once
         parts = [right(part).double().cpu() for rows in self.batches for part in torch.split(rows, size)]
-        mine = torch.cat(parts) if parts else torch.zeros(0, columns, dtype=torch.float64)
-        places = torch.cat(self.batches) if parts else torch.zeros(0, dtype=torch.int64)
-        return self.parallel.gather_rows(mine, places, len(self.split)) > 0.5
+        return self.parallel.gather_rows(torch.cat(parts), torch.cat(self.batches), len(self.split)) > 0.5
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def held_out_accuracy(recipe: Recipe, split: Split, config: RunConfig, parallel:
             with torch.no_grad():
                 return torch.stack([_right(model(images), labels), _right(model(adversarial), labels)], dim=1)
 
-    natural, robust = judge.collect(right, 2).double().mean(dim=0).tolist()
+    natural, robust = judge.collect(right).double().mean(dim=0).tolist()
     return natural, robust
 
 
@@ -168,11 +168,11 @@ def evaluate(
 
     pgd_facts = {"epsilon": config.attack.epsilon, "steps": steps, "step_size": judge.step_size}
     said(f"evaluation: {len(split)} test images, {attack} on the bare target")
-    alone = judge.collect(bare, 2 + draws)
+    alone = judge.collect(bare)
     said(f"evaluation: {attack} on the defence, masks fixed and known")
-    known = judge.collect(fixed, 2)
+    known = judge.collect(fixed)
     said(f"evaluation: {attack} on the defence, fresh masks, EOT {settings.eot}")
-    anew = judge.collect(fresh, 2 * draws, passes=settings.eot)
+    anew = judge.collect(fresh, passes=settings.eot)
     return [
         _result("none", "natural", "none", alone[:, :1]),
         _result("none", attack, "none", alone[:, 1:2], **pgd_facts),

@@ -18,19 +18,28 @@ from dircluster.training import checkpoint
 from dircluster.training.stages import build_classifier
 
 
-def load_defense_folder(folder: Path) -> DefendedClassifier:
+def load_defense_folder(folder: Path, *, trust_code: bool = False) -> DefendedClassifier:
     """The defence that a run left in ``folder``: on the CPU, in eval mode, with fresh masks at each call.
 
-    Raises CheckpointError where the folder is missing, damaged, or holds something else.
+    A target of the user's own (package.module:factory) is imported only where ``trust_code`` is set. Raises
+    CheckpointError where the folder is missing, damaged, or holds something else.
     """
     found = checkpoint.read(folder)
     facts = found.state.get("defense")
     if facts is None:
         raise checkpoint.CheckpointError(f"{folder} holds no finished defense (it is a {found.state.get('stage')})")
-    model, masking = from_dict(ModelConfig, facts["model"]), from_dict(MaskingConfig, facts["masking"])
-    data = from_dict(DataConfig, facts["data"])
+    try:
+        architecture = str(facts["architecture"])
+        model, masking = from_dict(ModelConfig, facts["model"]), from_dict(MaskingConfig, facts["masking"])
+        data = from_dict(DataConfig, facts["data"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {error}") from error
+    if ":" in architecture and not architecture.startswith("timm:") and not trust_code:
+        raise checkpoint.CheckpointError(
+            f"{folder} wants to import {architecture!r}: say that its code is trusted (trust_code=True, --trust-code)"
+        )
     denoiser = MaskedDenoiser(model, data.channels, data.height, data.width)
-    classifier = classifiers.build(facts["architecture"], data)
+    classifier = classifiers.build(architecture, data)
     _load(denoiser, found.tensors["denoiser"], str(folder))
     _load(classifier, found.tensors["classifier"], str(folder))
     return DefendedClassifier(denoiser, classifier, masking).eval()

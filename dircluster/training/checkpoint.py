@@ -26,6 +26,11 @@ from dircluster.training.parallel import like
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
+LARGEST = {MANIFEST: 1 << 20, COMMIT: 64, "state.json": 1 << 26}
+"""Bytes; a larger file of that name is refused unread."""
+LARGEST_TENSORS = 1 << 36
+"""Bytes of a file of tensors; a larger one is refused unread."""
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -75,7 +80,7 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
 def digest(folder: Path) -> str | None:
     """SHA-256 of the manifest of a committed folder, None where nothing is committed."""
     marker = folder / COMMIT
-    return marker.read_text(errors="replace") if marker.is_file() else None
+    return _bytes(marker).decode(errors="replace") if marker.is_file() else None
 
 
 def read(folder: Path, key: str | None = None) -> Checkpoint:
@@ -89,30 +94,40 @@ def read(folder: Path, key: str | None = None) -> Checkpoint:
     try:
         manifest = json.loads(manifest_blob)
         files, written_key = dict(manifest["files"]), str(manifest["config"])
-    except (ValueError, KeyError, TypeError) as error:
+        sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{folder} is damaged: its manifest cannot be read") from error
     if key is not None and written_key != key:
         raise CheckpointError(f"{folder} belongs to another config ({written_key[:12]}, not {key[:12]})")
     tensors: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Any] = {}
-    for name, entry in files.items():
-        if not _PLAIN_NAME.fullmatch(name) or (folder / name).is_symlink():
-            raise CheckpointError(f"{folder} is refused: {name!r} is not a plain file of its own")
-        blob = _bytes(folder / name)
-        if len(blob) != entry["bytes"] or hashlib.sha256(blob).hexdigest() != entry["sha256"]:
+    for name, (size, sha) in sizes.items():
+        if not _PLAIN_NAME.fullmatch(name) or not (name.endswith(".safetensors") or name == "state.json"):
+            raise CheckpointError(f"{folder} is refused: {name!r} is no file of tensors or state")
+        blob = _bytes(folder / name, size)
+        if len(blob) != size or hashlib.sha256(blob).hexdigest() != sha:
             raise DamagedError(f"{folder} is damaged: {name} is not what was written")
         try:
             if name.endswith(".safetensors"):
                 tensors[name.removesuffix(".safetensors")] = parse_tensors(blob)
-            elif name == "state.json":
-                state = json.loads(blob)
-        except (SafetensorError, ValueError) as error:
+            else:
+                state = dict(json.loads(blob))
+        except (SafetensorError, ValueError, TypeError, RecursionError, OverflowError) as error:
             raise DamagedError(f"{folder} is damaged: {name} cannot be parsed") from error
     return Checkpoint(folder, tensors, state)
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, size: int | None = None) -> bytes:
+    """A file's content. Raises CheckpointError unread where it is a link, too large, or not of the ``size`` told."""
+    most = LARGEST.get(path.name, LARGEST_TENSORS)
     try:
+        if path.is_symlink():
+            raise CheckpointError(f"{path.parent} is refused: {path.name} is a link")
+        found = path.stat().st_size
+        if found > most:
+            raise CheckpointError(f"{path.parent} is refused: {path.name} has {found:,} bytes, {most:,} at the most")
+        if size is not None and found != size:
+            raise DamagedError(f"{path.parent} is damaged: {path.name} is not what was written")
         return path.read_bytes()
     except OSError as error:
         raise DamagedError(f"{path.parent} is damaged: {path.name} cannot be read") from error
@@ -168,6 +183,8 @@ class Checkpoints:
 
     def at(self, name: str) -> Checkpoint:
         """The checkpoint of that folder, verified."""
+        if not _PLAIN_NAME.fullmatch(name):
+            raise CheckpointError(f"{self.folder} is refused: {name!r} is not the name of a checkpoint")
         return read(self.folder / name, self.key)
 
     def _committed(self, prefix: str) -> list[Path]:
@@ -175,8 +192,8 @@ class Checkpoints:
 
     def _best_of(self, folder: Path) -> str | None:
         try:
-            name = json.loads((folder / "state.json").read_bytes())["best"]["folder"]
-        except (OSError, ValueError, KeyError, TypeError):
+            name = json.loads(_bytes(folder / "state.json"))["best"]["folder"]
+        except (CheckpointError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return None if name is None else str(name)
 

@@ -191,7 +191,7 @@ def _share_of_sum(values: Tensor) -> Tensor:
     return _pairwise(received.view(dist.get_world_size(), -1))
 
 
-def _average_bucket(aside: PairwiseSum, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _average_bucket(aside: PairwiseSum, bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         aside.join(parameter, gradient)

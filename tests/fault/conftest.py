@@ -1,0 +1,198 @@
+"""Real parts to break: an S3 server, a whole cluster, and jobs on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from infra.laptop import BUCKET, Cluster
+from mlflow.tracking import MlflowClient
+
+from dircluster.cluster import storage
+from dircluster.config import StorageConfig
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ("digits_smoke", "--target.epochs", "2", "--pretrain.epochs", "2")
+"""A run whose first two stages take seconds; the DIR stage is what is broken into."""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """S3, MLflow, a Ray head and two nodes of two CPUs."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "OMP_NUM_THREADS": "1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)  # the nodes inherit them
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """An S3 server alone."""
+    made = Cluster(tmp_path_factory.mktemp("s3"))
+    try:
+        made.start_s3()
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture
+def bucket(s3: Cluster, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A prefix of the test's own in the bucket, with credentials in this process's environment."""
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    return storage.open_path(f"s3://{BUCKET}/{_plain(request.node.name)}", StorageConfig())
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class Job:
+    """jobs/train.py as a driver on a cluster, watched from outside."""
+
+    def __init__(self, cluster: Cluster, name: str, folder: Path, *words: str) -> None:
+        self.cluster, self.name = cluster, name
+        self.uri = f"s3://{BUCKET}/{name}"
+        self.words = [*SMOKE, *words, "--storage.uri", self.uri, "--tracking.experiment", name, "--seed", "3"]
+        self.folder = folder
+        self.summary = folder / "summary.json"
+        self.log = folder / "job.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        os.environ.update({k: v for k, v in cluster.environment().items() if not k.startswith("RAY_API")})
+        self.storage = storage.open_path(self.uri, StorageConfig())
+
+    def start(self) -> Job:
+        """Start it, or start it again under the same name."""
+        environment = os.environ | self.cluster.environment() | {"RAY_ADDRESS": self.cluster.gcs}
+        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *self.words, "--summary", str(self.summary)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
+            )
+        return self
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def end(self, seconds: float) -> int:
+        """Wait for its exit code; what takes longer than ``seconds`` fails the test."""
+        assert self.process is not None
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"the job did not end within {seconds} s:\n{self.said[-3000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL the driver."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def committed(self, stage: str = "dir") -> int:
+        """The newest committed step of a stage, 0 while there is none."""
+        steps = [int(f.parent.name[5:]) for f in self.storage.glob(f"{stage}-*/step-*/COMMIT")]
+        return max(steps, default=0)
+
+    def wait_for(self, step: int, seconds: float = 180.0) -> int:
+        """Until more than ``step`` steps of the DIR stage are committed; -> how many are."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            assert self.process.poll() is None, self.said[-3000:]
+            if (now := self.committed()) > step:
+                return now
+            time.sleep(0.2)
+        pytest.fail(f"nothing was committed after step {step} within {seconds} s:\n{self.said[-3000:]}")
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of its Ray Train workers."""
+        return [p for p in self.cluster.processes() if "RayTrainWorker" in " ".join(_command(p))]
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of the finished defence's weights."""
+        folder = storage.open_path(json.loads(self.summary.read_text())["checkpoint"], StorageConfig())
+        return weights_in(folder)
+
+    def must_have_one_whole_record(self, steps: int) -> None:
+        """One parent, one child a stage, and every step of the DIR stage once."""
+        client = MlflowClient(self.cluster.mlflow_url)
+        experiment = client.get_experiment_by_name(self.name)
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        stages = sorted(run.data.tags.get("dircluster.stage", "") for run in runs)
+        assert stages == ["", "dir", "pretrain", "target"]
+        assert {run.info.status for run in runs} == {"FINISHED"}
+        (stage,) = (run for run in runs if run.data.tags.get("dircluster.stage") == "dir")
+        points = [metric.step for metric in client.get_metric_history(stage.info.run_id, "loss/total")]
+        assert points == list(range(1, steps + 1))
+        pictures = [f.path for f in client.list_artifacts(stage.info.run_id, "images") if f.path.endswith(".png")]
+        assert len(pictures) == steps // 4  # one an epoch
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def weights_in(folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights in a checkpoint."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("*.safetensors")}
+
+
+@pytest.fixture
+def job(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
+    """Make jobs of the test's own; what still runs at its end is ended."""
+    made: list[Job] = []
+
+    def make(*words: str) -> Job:
+        made.append(Job(cluster, _plain(request.node.name), tmp_path, *words))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.process is not None and one.process.poll() is None:
+            one.kill()
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Weights of the same run that nothing happened to, on one local worker: words -> SHA-256 by file."""
+
+    def run(*words: str) -> dict[str, str]:
+        folder = tmp_path / "unbroken"
+        folder.mkdir()
+        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *SMOKE, *words, "--seed", "3"]
+        command += ["--launcher", "local", "--tracking.no-enabled", "--summary", "summary.json"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        return weights_in(Path(summary["checkpoint"]))
+
+    return run

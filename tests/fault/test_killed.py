@@ -1,0 +1,111 @@
+"""Workers, nodes, drivers and heads that die: a run loses no step that was committed, and ends in the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from infra.laptop import Cluster
+
+Make = Callable[..., Any]
+Unbroken = Callable[..., dict[str, str]]
+EPOCHS, STEPS = "60", 240
+LONG = ("--dir.epochs", EPOCHS, "--storage.checkpoint-every", "10")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1500)
+def test_workers_killed_at_random(job: Make, unbroken: Unbroken, kills: int) -> None:
+    chance = random.Random(kills)
+    words = ("--dir.epochs", str(20 * kills), "--storage.checkpoint-every", "10")
+    run = job(*words, "--scaling.workers", "2", "--scaling.max-failures", str(kills)).start()
+    done, known = 0, []
+    for _ in range(kills):
+        run.wait_for(done)
+        time.sleep(chance.random())
+        done = run.committed()
+        known.append(done)
+        os.kill(chance.choice(run.workers()).pid, signal.SIGKILL)
+    assert run.end(400) == 0, run.said[-3000:]
+    resumed = [int(step) for step in re.findall(r"dir: resuming at step (\d+)", run.said)]
+    assert len(resumed) == kills
+    assert all(at >= stored for at, stored in zip(resumed, known, strict=True)), (resumed, known)
+    assert run.weights() == unbroken(*words)
+    run.must_have_one_whole_record(4 * 20 * kills)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_driver_is_submitted_again(job: Make, unbroken: Unbroken) -> None:
+    run = job(*LONG, "--scaling.workers", "2").start()
+    stored = run.wait_for(20)
+    run.kill()
+    assert run.start().end(300) == 0, run.said[-3000:]
+    (resumed,) = re.findall(r"dir: resuming at step (\d+)", run.said)
+    assert int(resumed) >= stored
+    assert run.weights() == unbroken(*LONG)
+    run.must_have_one_whole_record(STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_shrinks_the_run_and_its_return_grows_it(job: Make, unbroken: Unbroken, cluster: Cluster) -> None:
+    long = ("--dir.epochs", "400", "--storage.checkpoint-every", "20")
+    run = job(*long, "--scaling.workers", "1:4", "--scaling.resize-every", "10").start()
+    run.wait_for(20)
+    assert len(run.workers()) == 4
+    cluster.end("node2")
+    stored = run.committed()
+    try:
+        run.wait_for(stored + 20, 300)
+        assert len(run.workers()) == 2
+    finally:
+        cluster.start_node(2)
+    deadline = time.monotonic() + 240
+    while len(run.workers()) < 4 and time.monotonic() < deadline:
+        time.sleep(1)
+    assert len(run.workers()) == 4, run.said[-3000:]
+    assert run.end(400) == 0, run.said[-3000:]
+    assert int(re.findall(r"dir: resuming at step (\d+)", run.said)[0]) >= stored
+    assert run.weights() == unbroken(*long)
+    run.must_have_one_whole_record(1600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_head_is_started_again(job: Make, unbroken: Unbroken, cluster: Cluster) -> None:
+    run = job(*LONG, "--scaling.workers", "2").start()
+    stored = run.wait_for(20)
+    for part in ("head", "node1", "node2"):
+        cluster.end(part)
+    assert run.end(120) != 0
+    cluster.up()
+    assert run.start().end(400) == 0, run.said[-3000:]
+    assert int(re.findall(r"dir: resuming at step (\d+)", run.said)[-1]) >= stored
+    assert run.weights() == unbroken(*LONG)
+    run.must_have_one_whole_record(STEPS)
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_worker_is_an_error_with_all_stacks(job: Make) -> None:
+    run = job(*LONG, "--scaling.workers", "2", "--scaling.stall", "15").start()
+    run.wait_for(10)
+    stopped = run.workers()[1]
+    began = time.monotonic()
+    stopped.suspend()
+    try:
+        assert run.end(90) == 1, run.said[-3000:]
+    finally:
+        if stopped.is_running():
+            stopped.kill()
+    assert time.monotonic() - began < 15 + 45
+    assert "no worker made progress for 15 s (scaling.stall)" in run.said
+    for rank in (0, 1):
+        assert re.search(rf"worker {rank}: .*(Thread|stack)", run.said), run.said[-3000:]
+    assert "stopped by a signal" in run.said
+    assert "dircluster/training/loop.py" in run.said
