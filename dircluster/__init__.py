@@ -16,8 +16,8 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code
 
     ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage
     (s3://..., read with the credentials of the environment), or an MLflow URI such as ``models:/dir-digits@champion``,
-    looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not given). Only with ``trust_code`` is a
-    target of somebody's own (package.module:factory) imported. Raises dircluster.config.ConfigError where the defence
+    looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not given). Only with ``trust_code`` a
+    target of one's own (package.module:factory) is imported. Raises dircluster.config.ConfigError where the defence
     is missing, damaged, or none.
     """
     from dircluster.training.bundle import load_defense_folder

@@ -77,7 +77,7 @@ class Cluster:
             "ray-token": secrets.token_hex(32),
             "mlflow.ini": "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
             f"database_uri = sqlite:///{self.folder}/mlflow-users.db\nadmin_username = researcher\n"
-            f"admin_password = {facts['password']}\n",
+            f"admin_password = {facts['password']}\nauth_cache_ttl_seconds = 60\n",
         }.items():
             (self.folder / name).touch(mode=0o600)
             (self.folder / name).write_text(text)
@@ -163,6 +163,7 @@ class Cluster:
             MLFLOW_AUTH_CONFIG_PATH=str(self.folder / "mlflow.ini"),
             MLFLOW_FLASK_SERVER_SECRET_KEY=self.facts["cookie"],
             MLFLOW_S3_ENDPOINT_URL=self.s3_url,
+            **{name: value for name, value in self.environment().items() if name.startswith("AWS_")},
             MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
             MLFLOW_DISABLE_TELEMETRY="true",
         )

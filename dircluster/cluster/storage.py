@@ -66,9 +66,19 @@ def open_path(uri: str, storage: StorageConfig) -> Path:
 def check(config: RunConfig) -> None:
     """Prove within seconds that ``storage.uri`` can be written. Raises ConfigError, one line, where it cannot."""
     storage = config.storage
-    if not is_remote(storage.uri):
+    if is_remote(storage.uri):
+        _check_bucket(storage)
+    else:
         _check_folder(local_path(storage.uri), storage.uri)
-        return
+    path = open_path(storage.uri, storage)
+    if any(path.glob("step-*")) or (path / "final").exists():
+        raise ConfigError(
+            f"storage.uri {storage.uri!r} is the folder of one stage of another run; give the folder above it,"
+            " where runs of any settings lie side by side"
+        )
+
+
+def _check_bucket(storage: StorageConfig) -> None:
     import boto3
     from botocore.exceptions import NoCredentialsError
 

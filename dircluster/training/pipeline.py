@@ -26,7 +26,8 @@ from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.lease import alone
 from dircluster.training.loop import Stage, Trainer
 from dircluster.training.parallel import Parallel, whole
-from dircluster.training.ports import Console, Interrupted, Tracker, interruptible
+from dircluster.training.ports import Console, Interrupted, StageRecord, Tracker, interruptible
+from dircluster.training.writer import copied
 
 TOKEN = "started-by"
 """File that names the job which started a stage anew."""
@@ -173,6 +174,7 @@ class Run:
             self._train(stage, place, models, names, facts or {})
         elif parallel.first:
             self.console.say(f"{stage.name}: reused from {place.folder}")
+            self._send_again(stage, place)
             self.tracker.reused(stage.name, place.folder.name)
         finished = checkpoint.read(place.final, key)
         models.renew(names)  # what was trained may lie in shards
@@ -222,8 +224,7 @@ class Run:
             world=parallel.world,
             device=parallel.device,
         )
-        settings = flatten(stages.stage_settings(config, stage.name))
-        record = self.tracker.stage(stage.name, place.folder.name, settings)
+        record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
         checkpoints = Checkpoints(place.folder, place.key, self.console.say, guard)
         trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
         status = "FAILED"
@@ -233,6 +234,7 @@ class Run:
             tensors = {name: whole(getattr(models, name).state_dict()) for name in names}
             if parallel.first:
                 guard()
+                self._keep_unsent(record, place)
                 checkpoint.write(place.final, tensors, state, place.key)
             parallel.wait()  # nobody reads before it is committed
             status = "FINISHED"
@@ -241,6 +243,23 @@ class Run:
             raise
         finally:
             record.end(status)
+
+    def _keep_unsent(self, record: StageRecord, place: Place) -> None:
+        """What the tracker has not received of a stage that ends: the process may be killed before it is sent."""
+        points, pictures = record.unsent()
+        if points or pictures:
+            checkpoint.write(place.folder / "unsent", {"unsent": copied(pictures)}, {"unsent": points}, place.key)
+
+    def _send_again(self, stage: Stage, place: Place) -> None:
+        if checkpoint.digest(place.folder / "unsent") is None:
+            return
+        kept = checkpoint.read(place.folder / "unsent", place.key)
+        record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
+        record.resend(kept.state["unsent"], kept.tensors["unsent"])
+        record.end("FINISHED")
+
+    def _facts(self, stage: Stage) -> dict[str, Any]:
+        return flatten(stages.stage_settings(self.config, stage.name))
 
     def _evaluate(self, place: Place, denoiser: MaskedDenoiser, classifier: nn.Module) -> list[dict[str, Any]]:
         config, parallel = self.config, self.parallel

@@ -32,19 +32,22 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Writer:
     """A thread that commits one save while the next one waits; a third is waited for.
 
-    While storage refuses, training goes on: the newest save takes the place of the one that waits.
+    Where storage refuses or stalls, training goes on: the newest save takes the place of the one that waits.
     """
 
     LONGEST_PAUSE = 5.0
     """Seconds between two tries at the most."""
+    LONGEST_WAIT = 5.0
+    """Seconds that training waits for a commit under way before it goes on without."""
 
     def __init__(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> None:
         self.checkpoints, self.warn = checkpoints, warn
         self.seconds = 0.0
         """What the newest commit took."""
         self._waiting: Save | None = None
-        self._busy = self._closing = self._abandoned = False
-        self._trouble: Exception | None = None
+        self._closing = self._abandoned = False
+        self._trouble = ""
+        """Why storage takes nothing, empty while it does."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -52,8 +55,9 @@ class Writer:
     def put(self, save: Save) -> None:
         """Commit ``save`` soon."""
         with self._changed:
-            while self._waiting is not None and self._trouble is None:
-                self._changed.wait(1.0)
+            free = self._changed.wait_for(lambda: self._waiting is None or self._trouble, self.LONGEST_WAIT)
+            if not free:
+                self._complain(self._waiting, f"no answer for {self.LONGEST_WAIT:.0f} s")
             if self._waiting is not None and save.best is None:
                 save = replace(save, best=self._waiting.best)
             self._waiting = save
@@ -69,19 +73,22 @@ class Writer:
         if self._thread.is_alive():
             raise CheckpointError(
                 f"storage.uri: {self.checkpoints.folder} took no checkpoint for {patience:.0f} s"
-                f" ({_line(self._trouble)}); what was committed before stays"
+                f" ({self._trouble or 'no answer'}); what was committed before stays"
             )
+
+    def _complain(self, save: Save | None, trouble: str) -> None:
+        if not self._trouble and save is not None:
+            self.warn(f"checkpoint {save.step} cannot be stored ({trouble}); training goes on, and it is tried again")
+        self._trouble = trouble
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._busy = False
-                self._changed.notify_all()
                 while self._waiting is None:
                     if self._closing:
                         return
                     self._changed.wait()
-                save, self._waiting, self._busy = self._waiting, None, True
+                save, self._waiting = self._waiting, None
                 self._changed.notify_all()
             self._commit(save)
 
@@ -94,10 +101,8 @@ class Writer:
                     self.checkpoints.save_at(name, {"model": weights}, {"best": facts})
                 self.checkpoints.save(save.step, save.tensors, save.state)
             except Exception as trouble:  # whatever storage says: it may say otherwise later
-                if self._trouble is None:
-                    self.warn(f"checkpoint {save.step} cannot be stored ({_line(trouble)}); trying again meanwhile")
                 with self._changed:
-                    self._trouble = trouble
+                    self._complain(save, _line(trouble))
                     self._changed.notify_all()
                 time.sleep(pause)
                 pause = min(2 * pause, self.LONGEST_PAUSE)
@@ -106,11 +111,13 @@ class Writer:
                         newer, self._waiting = self._waiting, None
                         save = newer if newer.best is not None else replace(newer, best=save.best)
                 continue
-            if self._trouble is not None:
-                self.warn(f"checkpoint {save.step} is stored: storage takes checkpoints again")
-            self.seconds, self._trouble = time.monotonic() - began, None
+            with self._changed:
+                if self._trouble:
+                    self.warn(f"checkpoint {save.step} is stored: storage takes checkpoints again")
+                self.seconds, self._trouble = time.monotonic() - began, ""
+                self._changed.notify_all()
             return
 
 
-def _line(trouble: Exception | None) -> str:
-    return "no answer" if trouble is None else (str(trouble).strip() or type(trouble).__name__).splitlines()[0]
+def _line(trouble: Exception) -> str:
+    return (str(trouble).strip() or type(trouble).__name__).splitlines()[0]

@@ -1,0 +1,255 @@
+"""Storage that dies with the writer, refuses, stalls or is full: runs go on, and end in the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from infra.laptop import BUCKET, Cluster
+
+from dircluster.cluster import storage
+from dircluster.config import ConfigError, StorageConfig
+from dircluster.presets import preset
+from dircluster.training.lease import alone
+from tests.fault.conftest import ROOT, SMOKE, weights_in
+from tests.fault.kill_at import MOMENTS
+
+ALONE = ("--launcher", "local", "--tracking.no-enabled", "--seed", "3")
+
+
+class Train:
+    """jobs/train.py, or kill_at.py, on one local worker."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], uri: str) -> None:
+        self.folder, self.uri = folder, uri
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        self.log = folder / "job.log"
+
+    def start(self, *words: str, moment: str = "") -> subprocess.Popen[bytes]:
+        script = [str(ROOT / "tests/fault/kill_at.py"), moment] if moment else [str(ROOT / "jobs/train.py")]
+        command = [sys.executable, *script, *SMOKE, *ALONE, "--storage.uri", self.uri, "--summary", "summary.json"]
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [*command, *words],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self.environment | {"PYTHONPATH": str(ROOT)},
+            )
+
+    def run(self, *words: str, moment: str = "") -> int:
+        return self.start(*words, moment=moment).wait(300)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def waits_for(self, text: str, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not re.search(text, self.said):
+            assert time.monotonic() < deadline, self.said[-2000:]
+            time.sleep(0.1)
+
+    def weights(self) -> dict[str, str]:
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return weights_in(storage.open_path(summary["checkpoint"], StorageConfig()))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Weights of the run that nothing happened to."""
+    train = Train(tmp_path_factory.mktemp("reference"), {}, "runs")
+    assert train.run() == 0, train.said
+    return train.weights()
+
+
+@pytest.fixture
+def train(bucket: Path, tmp_path: Path) -> Train:
+    return Train(tmp_path, {}, str(bucket))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_the_worst_moments(train: Train, reference: dict[str, str], moment: str) -> None:
+    words = ("--storage.checkpoint-every", "2")
+    if moment == "loading":
+        assert train.run(*words, moment="after the marker") == -9, train.said
+    assert train.run(*words, moment=moment) == -9, train.said
+    assert train.run(*words) == 0, train.said
+    assert "Traceback" not in train.said
+    (step,) = re.findall(r"dir: resuming at step (\d+)", train.said)
+    assert int(step) == (4 if moment in ("after the marker", "loading") else 2)
+    assert train.weights() == reference
+
+
+class Proxy:
+    """A TCP proxy before a server, which can refuse connections or fall silent."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.mode = port, "pass"
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self, mode: str) -> None:
+        """refuse: close connections at once; stall: accept and say nothing; pass: as before."""
+        self.mode = mode
+        if mode == "refuse":
+            for pair in self.pairs:
+                for side in pair:
+                    side.close()
+            self.pairs.clear()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.mode == "refuse":
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self.target))
+            self.pairs.append((client, server))
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                while self.mode == "stall":
+                    time.sleep(0.1)
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            source.close()
+            sink.close()
+
+
+@pytest.fixture
+def proxy(s3: Cluster) -> Iterator[Proxy]:
+    made = Proxy(s3.facts["s3"][0])
+    with closing(made.listener):
+        yield made
+
+
+@pytest.mark.parametrize("mode", ["refuse", "stall"])
+@pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_an_outage_of_storage(train: Train, proxy: Proxy, unbroken: Any, mode: str, seconds: float) -> None:
+    train.environment["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{proxy.port}"
+    words = ("--dir.epochs", str(int(30 + 10 * seconds)), "--storage.checkpoint-every", "4")
+    process = train.start(*words)
+    train.waits_for("^dir  epoch 1/")
+    time.sleep(1)
+    before = train.said
+    proxy.cut(mode)
+    time.sleep(seconds)
+    proxy.cut("pass")
+    assert process.wait(300) == 0, train.said
+    after = train.said.removeprefix(before)
+    assert "cannot be stored" in after
+    assert "storage takes checkpoints again" in after
+    assert after.index("dir  epoch") < after.index("evaluation:")
+    assert train.weights() == unbroken(*words)
+
+
+def test_a_full_disk(tmp_path: Path, unbroken: Any) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        train = Train(tmp_path, {}, str(disk / "runs"))
+        words = ("--dir.epochs", "120", "--storage.checkpoint-every", "4")
+        process = train.start(*words)
+        train.waits_for("^dir  epoch 1/")
+        filler = disk / "filler"
+        with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        train.waits_for("cannot be stored .*No space left on device")
+        filler.unlink()
+        assert process.wait(300) == 0, train.said
+        assert "storage takes checkpoints again" in train.said
+        assert train.weights() == unbroken(*words)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_one_job_holds_a_stage_in_object_storage(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dircluster.training.lease.BEAT", 0.2)
+    monkeypatch.setattr("dircluster.training.lease.DEAD", 2.0)
+    said: list[str] = []
+    with alone(bucket, "first", said.append) as check:
+        with pytest.raises(ConfigError, match="another job is training"), alone(bucket, "second", said.append):
+            pass
+        with alone(bucket, "first", said.append):  # its own worker, restarted
+            check()
+    with alone(bucket, "second", said.append):
+        pass
+    (bucket / "lease.json").write_text(json.dumps({"owner": "dead", "beat": 7}))
+    with alone(bucket, "third", said.append):
+        deadline = time.monotonic() + 10
+        while json.loads((bucket / "lease.json").read_text())["owner"] != "third":
+            assert time.monotonic() < deadline
+        (bucket / "lease.json").write_text(json.dumps({"owner": "thief", "beat": 1}))
+        with pytest.raises(ConfigError, match="another job is training"):
+            check()
+    assert "has not said goodbye" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "message"),
+    [
+        ({"uri": "s3://no-such-bucket/runs"}, {}, "there is no bucket 'no-such-bucket' at http://127.0.0.1"),
+        ({}, {"AWS_ACCESS_KEY_ID": "wrong", "AWS_SECRET_ACCESS_KEY": "wrong"}, "refuses the credentials at hand"),
+        ({"endpoint": "http://127.0.0.1:9"}, {}, "http://127.0.0.1:9 does not answer"),
+        ({"region": "eu-nowhere-1"}, {"AWS_ENDPOINT_URL_S3": ""}, "'eu-nowhere-1' is no region of AWS; did you mean"),
+        ({}, {"AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}, "no credentials for S3"),
+    ],
+)
+def test_storage_that_cannot_be_used_is_one_line_within_seconds(
+    train: Train, settings: dict[str, str], environment: dict[str, str], message: str
+) -> None:
+    train.environment |= environment
+    words = [word for name, value in settings.items() for word in (f"--storage.{name}", value)]
+    began = time.monotonic()
+    assert train.run(*words) == 2, train.said
+    assert time.monotonic() - began < 20
+    (line,) = train.said.strip().splitlines()
+    assert line.startswith("error: storage.")
+    assert message in line
+
+
+def test_the_folder_of_a_stage_is_not_storage(train: Train, bucket: Path) -> None:
+    (bucket / "step-00000001" / "COMMIT").write_text("x")
+    assert train.run() == 2
+    assert "is the folder of one stage of another run" in train.said
+
+
+def test_without_a_server_there_is_no_record_in_object_storage(train: Train) -> None:
+    assert train.run("--tracking.enabled") == 2
+    assert "tracking.uri is missing" in train.said
+
+
+def test_a_configs_storage_is_pickled_without_secrets(s3: Cluster, bucket: Path) -> None:
+    import pickle
+
+    run = preset("digits_smoke")
+    blob = pickle.dumps(bucket) + pickle.dumps(run) + pickle.dumps(storage.filesystem(run.storage))
+    assert s3.facts["secret"].encode() not in blob
+    assert s3.facts["key"].encode() not in blob
+    assert BUCKET.encode() in blob
