@@ -51,8 +51,9 @@ def _positive(section: str, config: Any, *names: str) -> None:
 class DataConfig:
     """Where images come from and how they look."""
 
-    name: Literal["digits", "cifar10", "svhn", "custom"] = "digits"
-    """digits lies in scikit-learn's wheel; cifar10 and svhn are downloaded by torchvision unless uri is given."""
+    name: Literal["digits", "photos", "cifar10", "svhn", "custom"] = "digits"
+    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10 and svhn are
+    downloaded by torchvision unless uri is given."""
     uri: str | None = None
     """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
     height: int = 8
@@ -71,6 +72,10 @@ class DataConfig:
     """Zero padding before a random crop back to size, in pixels; 0 switches it off."""
     flip: bool = False
     """Random horizontal flips."""
+    resize: bool = False
+    """Cut the middle square of every image and bring it to height x width."""
+    stream: bool = False
+    """Read the training shards (parquet) while they are trained on: for sets larger than memory."""
     limit: int | None = None
     """Read only this many images of each split (a smoke run)."""
 
@@ -86,6 +91,12 @@ class DataConfig:
             self.name != "custom" or self.uri is not None,
             "data.uri is missing: a custom data set needs --data.uri PATH (parquet files or image folders)",
         )
+        _require(
+            not self.stream or self.uri is not None or self.name == "photos",
+            "data.uri is missing: data.stream needs --data.uri PATH with parquet shards train* and test*",
+        )
+        _require(self.stream or self.name != "photos", "data.stream must be on for photos: they are shards")
+        _require(not self.stream or self.limit is None, f"data.limit has no use in a stream, got {self.limit}")
 
 
 @dataclass(frozen=True)

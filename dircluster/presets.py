@@ -136,8 +136,28 @@ def _short(optimizer: OptimizerConfig) -> OptimizerConfig:
     return replace(optimizer, warmup_epochs=min(optimizer.warmup_epochs, 0.5), lr=min(optimizer.lr, 1e-3))
 
 
+def imagenet_smoke() -> RunConfig:
+    """224 pixels, patch 16, a timm target, shards that are streamed from storage: the whole path in a minute or two.
+
+    The images are tiles of two photographs; nothing is learned. For ImageNet itself, give the shards and the sizes
+    (``--data.name custom --data.uri s3://BUCKET/imagenet --data.classes 1000 --target.uri timm:NAME``) and a model.
+    """
+    smoke = cifar10_smoke()
+    return replace(
+        smoke,
+        name="imagenet_smoke",
+        data=DataConfig(
+            name="photos", height=224, width=224, channels=3, classes=2, flip=True, resize=True, stream=True
+        ),
+        model=replace(smoke.model, patch=16),
+        target=replace(smoke.target, architecture="timm:test_vit"),
+    )
+
+
+cifar10_smoke = _smoke(cifar10)
 PRESETS: dict[str, Callable[[], RunConfig]] = {make.__name__: make for make in (digits, cifar10, cifar10_joint, svhn)}
 PRESETS |= {f"{name}_smoke": _smoke(make) for name, make in list(PRESETS.items())}
+PRESETS["imagenet_smoke"] = imagenet_smoke
 
 
 def preset(name: str) -> RunConfig:

@@ -23,7 +23,7 @@ def _benchmark(job: cli.BenchmarkJob) -> int:
 
 def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.cluster.storage import opener
-    from dircluster.data.sources import load
+    from dircluster.data.sources import Split, load
     from dircluster.training import stages
     from dircluster.training.bundle import load_target
     from dircluster.training.parallel import local_workers
@@ -33,10 +33,13 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     if job.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {job.steps}")
     config = job.run
+    if config.data.stream:
+        raise ConfigError("data.stream has no use in a benchmark of a step: it reads its images beforehand")
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
     with local_workers(config.scaling) as parallel:
         train = load(short, config.seed, data_cache(config), opener(config.storage)).train
+        assert isinstance(train, Split)
         models = stages.Models(config, parallel)
         if config.target.uri:
             models.classifier.load_state_dict(load_target(config, opener(config.storage)).state_dict())

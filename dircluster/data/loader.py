@@ -22,6 +22,17 @@ def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def augmented(images: Tensor, stream: rng.Stream, crop_padding: int, flip: bool) -> Tensor:
+    """Random crops and flips by the draws of a step: (n, C, H, W) -> (n, C, H, W)."""
+    if crop_padding:
+        places = 2 * crop_padding + 1
+        images = crop(images, (stream.uniform("crop", (2,)) * places).long(), crop_padding)
+    if flip:
+        mirrored = stream.uniform("flip", (1, 1, 1)) < 0.5
+        images = torch.where(mirrored, images.flip(3), images)
+    return images
+
+
 class Loader:
     """One worker's share of every global batch of a split that lies in memory on ``device``."""
 
@@ -59,10 +70,5 @@ class Loader:
         chosen = batch[self.rows].to(self.device)
         images, labels = self.split.images[chosen], self.split.labels[chosen]
         stream = rng.Stream(self.seed, epoch, step, self.batch_size, self.rows, self.device, prefix=self.purpose)
-        if self.crop_padding:
-            places = 2 * self.crop_padding + 1
-            images = crop(images, (stream.uniform("crop", (2,)) * places).long(), self.crop_padding)
-        if self.flip:
-            mirrored = stream.uniform("flip", (1, 1, 1)) < 0.5
-            images = torch.where(mirrored, images.flip(3), images)
+        images = augmented(images, stream, self.crop_padding, self.flip)
         return images.float() / 255, labels, stream

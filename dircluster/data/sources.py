@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,13 @@ from torch import Tensor
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig, local_path
 
+if TYPE_CHECKING:
+    from dircluster.data.stream import Shards
+
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
-KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "svhn": 73_257}
+MOST_HELD_OUT = 10_000
+"""Held-out images of a stream at the most: they lie in memory."""
+KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "svhn": 73_257, "photos": 96}
 """Training images of the named sets, before the held-out share is cut off."""
 SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
 """How files and folders of a split begin. Without a test split, val is it; extra is left out."""
@@ -49,11 +54,11 @@ class Split:
 class Dataset:
     """The three splits: training fits, held_out selects, and test is for the final evaluation alone."""
 
-    train: Split
+    train: Split | Shards
     held_out: Split
     test: Split
     fingerprint: str
-    """SHA-256 of the images and labels of all splits."""
+    """SHA-256 of the images and labels of all splits; of names, sizes and row counts of a split that is streamed."""
 
 
 def load(
@@ -68,6 +73,8 @@ def load(
 
     Raises ConfigError when data is missing, empty, unlabelled, of mixed size, or not what ``config`` says it is.
     """
+    if config.stream:
+        return _streamed(config, seed, open_path)
     if config.uri is not None:
         training, test = _from_path(config, open_path)
     elif config.name == "digits":
@@ -91,6 +98,26 @@ def load(
         digest.update(part.images.numpy().tobytes())
         digest.update(part.labels.numpy().tobytes())
     return Dataset(training.take(order[cut:]), training.take(order[:cut]), test, digest.hexdigest())
+
+
+def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -> Dataset:
+    """Training shards that stay where they are; held-out row groups and the test split in memory."""
+    from dircluster.data.stream import open_shards, read_group
+
+    train, test = _files(config, open_path)
+    if train[0].suffix != ".parquet" or not test:
+        raise ConfigError(f"data.stream needs parquet shards train* and test* in data.uri {config.uri!r}")
+    shards = open_shards(train, config)
+    rest, off = shards.split_off(config.held_out, MOST_HELD_OUT, seed)
+    read = [read_group(group) for group in off.groups]
+    blobs, labels = [b for part in read for b in part[0]], [i for part in read for i in part[1]]
+    held_out = Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
+    judged = _parquet(test, config)
+    for split in (held_out, judged):
+        _check(split, config)
+    digest = hashlib.sha256(shards.fingerprint().encode())
+    digest.update(judged.images.numpy().tobytes())
+    return Dataset(rest, held_out, judged, digest.hexdigest())
 
 
 def _check(split: Split, config: DataConfig) -> None:
@@ -185,15 +212,24 @@ def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Sp
     return _folder(train, names, config), (_folder(test, names, config) if test else None)
 
 
-def _decode(blobs: Iterable[bytes | Path | None], channels: int) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+def decode(blobs: Iterable[bytes | Path | None], config: DataConfig) -> Tensor:
+    """Encoded images as (n, C, H, W) uint8; with ``data.resize`` their middle squares, brought to size.
+
+    Raises ConfigError where one cannot be read or sizes differ.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    mode, size = "L" if config.channels == 1 else "RGB", (config.width, config.height)
 
     def one(blob: bytes | Path | None) -> np.ndarray[Any, Any]:
         try:
             with Image.open(
                 io.BytesIO((blob or b"") if isinstance(blob, bytes | None) else blob.read_bytes())
             ) as image:
-                return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+                converted = image.convert(mode)
+                return np.asarray(
+                    ImageOps.fit(converted, size, Image.Resampling.BILINEAR) if config.resize else converted
+                )
         except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -202,7 +238,9 @@ def _decode(blobs: Iterable[bytes | Path | None], channels: int) -> Tensor:
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
         some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:3])
-        raise ConfigError(f"the images have {len(sizes)} different sizes ({some}, ...); resize them to one")
+        raise ConfigError(
+            f"the images have {len(sizes)} different sizes ({some}, ...); bring them to one: --data.resize"
+        )
     stacked = torch.from_numpy(np.stack(images))
     return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
 
@@ -217,10 +255,18 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
         raise ConfigError(f"{files[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     if table.num_rows == 0:
         raise ConfigError(f"{files[0]} holds no rows")
+    blobs, labels = columns(table, files[0])
+    return Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
+
+
+def columns(table: Any, source: Path) -> tuple[list[bytes], list[int]]:
+    """Encoded images and labels of a parquet table. Raises ConfigError where ``source`` has no such columns."""
+    import pyarrow as pa
+
     kinds = {column.name: column.type for column in table.schema}
     label = next((name for name in LABEL_COLUMNS if name in kinds), None)
     if label is None or not pa.types.is_integer(kinds[label]):
-        raise ConfigError(f"{files[0]} has no integer column {' or '.join(LABEL_COLUMNS)}; columns: {list(kinds)}")
+        raise ConfigError(f"{source} has no integer column {' or '.join(LABEL_COLUMNS)}; columns: {list(kinds)}")
     images = [
         name
         for name, kind in kinds.items()
@@ -229,13 +275,13 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
         or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
     ]
     if not images:
-        raise ConfigError(f"{files[0]} has no column of image bytes; columns: {list(kinds)}")
+        raise ConfigError(f"{source} has no column of image bytes; columns: {list(kinds)}")
     cells = table.column(images[0]).to_pylist()
     blobs = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
     labels = table.column(label)
     if labels.null_count:
-        raise ConfigError(f"{files[0]} has {labels.null_count} rows without a label")
-    return Split(_decode(blobs, config.channels), torch.tensor(labels.to_pylist(), dtype=torch.int64))
+        raise ConfigError(f"{source} has {labels.null_count} rows without a label")
+    return blobs, labels.to_pylist()
 
 
 def _folder(files: list[Path], names: list[str], config: DataConfig) -> Split:
@@ -245,4 +291,4 @@ def _folder(files: list[Path], names: list[str], config: DataConfig) -> Split:
     if unknown:
         raise ConfigError(f"the test split has classes that the training split has not: {', '.join(unknown)}")
     labels = torch.tensor([names.index(f.parent.name) for f in files])
-    return Split(_decode(files, config.channels), labels)
+    return Split(decode(files, config), labels)

@@ -16,6 +16,7 @@ from dircluster import rng
 from dircluster.config import OptimizerConfig, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.sources import Split
+from dircluster.data.stream import StreamLoader
 from dircluster.evaluation.benchmark import held_out_accuracy
 from dircluster.evaluation.pictures import restoration_grid, to_pixels
 from dircluster.recipes.base import Batch, Recipe
@@ -73,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
-        loader: Loader,
+        loader: Loader | StreamLoader,
         held_out: Split,
         config: RunConfig,
         parallel: Parallel,

@@ -8,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from dircluster.config import RunConfig, digest, flatten, local_path, to_dict
 from dircluster.data.loader import Loader
+from dircluster.data.photos import write_photos
 from dircluster.data.sources import Dataset, load
+from dircluster.data.stream import Shards, StreamLoader
 from dircluster.evaluation.benchmark import evaluate, to_plain
 from dircluster.models import classifiers
 from dircluster.models.defended import frozen
@@ -133,7 +135,13 @@ class Run:
         }
 
     def _load_data(self) -> None:
-        self.data: Dataset = load(self.config.data, self.config.seed, data_cache(self.config), self.open_path)
+        data = self.config.data
+        if data.name == "photos" and data.uri is None:
+            folder = self.storage / "data" / "photos"
+            if self.parallel.first:
+                write_photos(folder)
+            data = replace(data, uri=str(folder))
+        self.data: Dataset = load(data, self.config.seed, data_cache(self.config), self.open_path)
 
     def _target(self, models: stages.Models, inputs: dict[str, str | None]) -> str | None:
         """Train the target, or take the given one; -> the digest of its weights."""
@@ -213,17 +221,7 @@ class Run:
         guard: Callable[[], None],
     ) -> None:
         config, parallel = self.config, self.parallel
-        loader = Loader(
-            self.data.train,
-            config.training.batch_size,
-            config.seed,
-            stage.name,
-            crop_padding=config.data.crop_padding,
-            flip=config.data.flip,
-            rank=parallel.rank,
-            world=parallel.world,
-            device=parallel.device,
-        )
+        loader = self._loader(stage.name)
         record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
         checkpoints = Checkpoints(place.folder, place.key, self.console.say, guard)
         trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
@@ -243,6 +241,21 @@ class Run:
             raise
         finally:
             record.end(status)
+
+    def _loader(self, purpose: str) -> Loader | StreamLoader:
+        config, parallel, train = self.config, self.parallel, self.data.train
+        place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
+        if isinstance(train, Shards):
+            return StreamLoader(train, config.training.batch_size, config.seed, purpose, **place)
+        return Loader(
+            train,
+            config.training.batch_size,
+            config.seed,
+            purpose,
+            crop_padding=config.data.crop_padding,
+            flip=config.data.flip,
+            **place,
+        )
 
     def _keep_unsent(self, record: StageRecord, place: Place) -> None:
         """What the tracker has not received of a stage that ends: the process may be killed before it is sent."""

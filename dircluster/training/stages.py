@@ -31,7 +31,9 @@ def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
     plain = to_dict(config)
     settings = {section: plain[section] for section in (*sections, "attack", "training")}
     settings.get("target", {}).pop("uri", None)
-    settings["data"] = {field: plain["data"][field] for field in ("held_out", "crop_padding", "flip")}
+    settings["data"] = {
+        field: plain["data"][field] for field in ("held_out", "crop_padding", "flip", "resize", "stream")
+    }
     return {"seed": config.seed, **settings}
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
-from infra.laptop import BUCKET, Cluster
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
+from infra.laptop import BUCKET, Cluster
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ("digits_smoke", "--target.epochs", "2", "--pretrain.epochs", "2")

@@ -57,7 +57,8 @@ def watch(kind: type, moment: str) -> None:
             strike()
         return read_bytes(self)
 
-    kind.write_bytes, kind.write_text, kind.read_bytes = writes_bytes, writes_text, reads_bytes  # type: ignore
+    for name, call in {"write_bytes": writes_bytes, "write_text": writes_text, "read_bytes": reads_bytes}.items():
+        setattr(kind, name, call)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from infra.laptop import Cluster
 
 Make = Callable[..., Any]

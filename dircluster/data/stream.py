@@ -1,0 +1,167 @@
+"""Training splits larger than memory: parquet shards, read while they are trained on, in an order that can be computed.
+
+The row groups of all shards are dealt out to lanes, anew in each epoch; a global batch takes equally many images from
+every lane. So a batch is a function of (seed, epoch, step) alone, whatever the number of workers; a worker reads the
+lanes of its own rows and no others; and a resumed run reads on where it stopped. What a stream gives up: an image is
+shuffled among the rows of its row group, and row groups among the lanes, but not among all images; and a lane that ends
+early begins again, so that in one epoch a few images come twice and as many not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data.loader import augmented
+from dircluster.data.sources import columns, decode
+
+MOST_LANES = 64
+"""Workers up to which nothing is read twice."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one shard."""
+
+    shard: Path
+    number: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The row groups of a training split that stays where it is."""
+
+    groups: tuple[RowGroup, ...]
+    config: DataConfig
+
+    def __len__(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+    def split_off(self, share: float, most: int, seed: int) -> tuple[Shards, Shards]:
+        """Whole row groups, chosen by ``seed``, of at least ``share`` of all rows or ``most``: -> rest, split off."""
+        order = torch.randperm(len(self.groups), generator=rng.generator(seed, "held_out")).tolist()
+        wanted, cut = max(1, min(round(share * len(self)), most)), 0
+        while wanted > 0 and cut < len(order):
+            wanted -= self.groups[order[cut]].rows
+            cut += 1
+        if cut == len(order):
+            raise ConfigError(f"data.held_out {share:g} leaves no row group of {len(order)}; write smaller row groups")
+        parts = (sorted(order[cut:]), sorted(order[:cut]))
+        rest, off = (Shards(tuple(self.groups[i] for i in part), self.config) for part in parts)
+        return rest, off
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names, sizes and row counts: the bytes of the images are not read for it."""
+        digest = hashlib.sha256()
+        for group in self.groups:
+            digest.update(f"{group.shard.name}/{group.number}/{group.rows}/{group.shard.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+
+def open_shards(files: list[Path], config: DataConfig) -> Shards:
+    """The row groups of parquet ``files``, from their footers. Raises ConfigError where one is no parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    groups: list[RowGroup] = []
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                footer = pq.ParquetFile(opened).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        groups += [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
+    return Shards(tuple(groups), config)
+
+
+def read_group(group: RowGroup) -> tuple[list[bytes], list[int]]:
+    """Encoded images and labels of a row group."""
+    import pyarrow.parquet as pq
+
+    with group.shard.open("rb") as opened:
+        table = pq.ParquetFile(opened).read_row_group(group.number)
+    return columns(table, group.shard)
+
+
+class StreamLoader:
+    """One worker's share of every global batch of ``shards``, read and decoded a batch ahead."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        seed: int,
+        purpose: str,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        if len(shards) < batch_size:
+            raise ConfigError(f"training.batch_size {batch_size} is more than the {len(shards)} training images")
+        self.shards, self.batch_size, self.seed, self.purpose = shards, batch_size, seed, purpose
+        self.device = device or torch.device("cpu")
+        self.rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self.steps_per_epoch = len(shards) // batch_size
+        most = min(MOST_LANES, len(shards.groups))
+        self.lanes = max(n for n in range(1, most + 1) if batch_size % n == 0)
+        self._lane_rows = batch_size // self.lanes
+        held = -(-(self.rows.stop - self.rows.start) // self._lane_rows) + 1
+        self._group = lru_cache(maxsize=2 * held)(read_group)
+        self._ahead: tuple[tuple[int, int], Future[Any]] | None = None
+        self._pool = ThreadPoolExecutor(1, "stream")
+
+    def __call__(self, epoch: int, step: int) -> tuple[Tensor, Tensor, rng.Stream]:
+        """Images (n, C, H, W) in [0, 1], labels (n,), and the draws of the step. ``step`` counts within the epoch."""
+        ahead, self._ahead = self._ahead, None
+        images, labels = ahead[1].result() if ahead and ahead[0] == (epoch, step) else self._read(epoch, step)
+        following = divmod(epoch * self.steps_per_epoch + step + 1, self.steps_per_epoch)
+        self._ahead = (following, self._pool.submit(self._read, *following))
+        stream = rng.Stream(self.seed, epoch, step, self.batch_size, self.rows, self.device, prefix=self.purpose)
+        config = self.shards.config
+        images = augmented(images.to(self.device), stream, config.crop_padding, config.flip)
+        return images.float() / 255, labels.to(self.device), stream
+
+    def _read(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        blobs, labels = [], []
+        for row in range(self.rows.start, self.rows.stop):
+            lane, offset = divmod(row, self._lane_rows)
+            blob, label = self._image(epoch, lane, step * self._lane_rows + offset)
+            blobs.append(blob)
+            labels.append(label)
+        return decode(blobs, self.shards.config), torch.tensor(labels, dtype=torch.int64)
+
+    def _image(self, epoch: int, lane: int, position: int) -> tuple[bytes, int]:
+        """The image at ``position`` of a lane in an epoch."""
+        ends, groups = self._lane(epoch, lane)
+        position %= ends[-1]
+        place = next(i for i, end in enumerate(ends) if position < end)
+        group = groups[place]
+        inside = position - (ends[place] - group.rows)
+        row = self._shuffled(epoch, lane, place, group.rows)[inside]
+        blobs, labels = self._group(group)
+        return blobs[row], labels[row]
+
+    @lru_cache(maxsize=2 * MOST_LANES)  # noqa: B019  # a loader lives as long as its stage
+    def _lane(self, epoch: int, lane: int) -> tuple[list[int], list[RowGroup]]:
+        generator = rng.generator(self.seed, f"{self.purpose}/order", epoch)
+        order = torch.randperm(len(self.shards.groups), generator=generator).tolist()
+        groups = [self.shards.groups[i] for i in order[lane :: self.lanes]]
+        return list(itertools.accumulate(group.rows for group in groups)), groups
+
+    @lru_cache(maxsize=2 * MOST_LANES)  # noqa: B019
+    def _shuffled(self, epoch: int, lane: int, place: int, rows: int) -> list[int]:
+        generator = rng.generator(self.seed, f"{self.purpose}/rows/{lane}/{place}", epoch)
+        order: list[int] = torch.randperm(rows, generator=generator).tolist()
+        return order
