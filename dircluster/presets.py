@@ -121,7 +121,7 @@ def _smoke(make: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
                 optimizer=_short(run.dir.optimizer),
                 target_optimizer=_short(run.dir.target_optimizer),
             ),
-            training=TrainingConfig(batch_size=16, microbatch=8, select_images=8),
+            training=TrainingConfig(batch_size=16, microbatch=4, select_images=8),
             scaling=ScalingConfig(threads=1),
             evaluation=EvaluationConfig(images=16, batch_size=8, steps=2, eot=2, draws=2),
             tracking=replace(run.tracking, log_every=1, picture_every=1),

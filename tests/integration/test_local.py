@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.integration.conftest import environment
 
 Train = Callable[..., Any]
 LOCAL = ("--launcher", "local", "--tracking.no-enabled")
@@ -30,20 +33,43 @@ def weights(folder: str) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in Path(folder).glob("*.safetensors")}
 
 
-def test_two_workers_compute_the_bits_of_one(train: Train, tmp_path: Path) -> None:
-    """20 steps a stage: masks, noise, order, losses and final weights; four workers share all draws."""
-    found = {}
-    for workers in (1, 2, 4):
-        storage = ("--storage.uri", str(tmp_path / f"runs{workers}"))
-        done = train("digits_smoke", *LOCAL, *TWENTY, *storage, workers=workers)
+def test_workers_compute_the_bits_of_one_replicated_or_sharded(train: Train, tmp_path: Path) -> None:
+    """20 steps a stage on 1, 2 and 4 workers, by DDP and FSDP: losses and final weights; then other numbers resume."""
+
+    def run(workers: int, strategy: str, storage: Path) -> Any:
+        words = (*LOCAL, *TWENTY, "--storage.checkpoint-every", "8", "--parallel.strategy", strategy)
+        done = train("digits_smoke", *words, "--storage.uri", str(storage), workers=workers)
         assert done.code == 0, done.err
-        found[workers] = done.summary
-    one, two, four = found[1], found[2], found[4]
-    assert weights(one["checkpoint"]) == weights(two["checkpoint"])
-    assert one["results"] == two["results"]
-    a, b = (load_file(Path(run["checkpoint"]) / "classifier.safetensors") for run in (one, four))
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-2, atol=1e-3)
+        return done
+
+    one = run(1, "ddp", tmp_path / "one")
+    expected = weights(one.summary["checkpoint"])
+    for workers, strategy in ((2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")):
+        done = run(workers, strategy, tmp_path / f"{strategy}{workers}")
+        assert losses(done.out) == losses(one.out), (workers, strategy)
+        assert weights(done.summary["checkpoint"]) == expected, (workers, strategy)
+        assert done.summary["results"] == one.summary["results"]
+    for workers, strategy in ((1, "ddp"), (4, "fsdp")):  # from what two sharding workers saved
+        storage = tmp_path / f"again{workers}"
+        shutil.copytree(tmp_path / "fsdp2", storage)
+        (stage,) = storage.glob("dir-*")
+        shutil.rmtree(stage / "final")
+        shutil.rmtree(stage / "step-00000020")
+        done = run(workers, strategy, storage)
+        assert "dir: resuming at step 16 of 20" in done.out
+        assert weights(done.summary["checkpoint"]) == expected, (workers, strategy)
+
+
+def test_a_sharded_model_crafts_without_gathering_gradients(root: Path) -> None:
+    script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script += [str(root / "tests/integration/sharded_step.py")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["while crafting"] == 0
+    assert found["in the backward pass"] == found["layers"] > 2
+    assert found["share of the weights on a worker"] == pytest.approx(0.5, abs=0.02)
+    assert found["recomputing changes the gradient by"] == 0.0
 
 
 def test_batch_statistics_are_those_of_the_global_batch(train: Train, tmp_path: Path, real_data: Path) -> None:
@@ -154,6 +180,9 @@ def test_bad_input_is_one_line_and_exit_2(train: Train, tmp_path: Path) -> None:
         "neither parquet files nor images": ["digits_smoke", *LOCAL, "--data.uri", "empty"],
         "does not fit the model": ["digits_smoke", *LOCAL, "--target.uri", "foreign.safetensors"],
         "target.uri": ["digits_smoke", *LOCAL, "--target.uri", "absent.safetensors"],
+        "password": ["digits", "--storage.uri", "s3://me:CANARY@bucket/runs"],
+        "scaling.workers must be a number": ["digits", "--scaling.workers", "4:2"],
+        "data.stream needs": ["digits", "--data.stream"],
         "cannot be written": ["digits_smoke", *LOCAL, "--storage.uri", "file/runs"],
         "its folder does not exist": ["digits_smoke", *LOCAL, "--summary", "absent/s.json"],
         "is more than the": ["digits_smoke", *LOCAL, "--training.batch-size", "1024", "--training.microbatch", "8"],
