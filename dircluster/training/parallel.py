@@ -7,6 +7,7 @@ workers, sharded or not. NCCL sums in its own order.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -235,6 +236,7 @@ def _shard(module: nn.Module, half: bool, ordered: bool) -> None:
             sharded.set_custom_reduce_scatter(OrderedReduceScatter())
     if isinstance(module, MaskedDenoiser):
         register_fsdp_forward_method(module, "restore_each")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here works in place
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Train:
 
     def waits_for(self, text: str, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
-        while not re.search(text, self.said):
+        while not re.search(text, self.said, re.MULTILINE):
             assert time.monotonic() < deadline, self.said[-2000:]
             time.sleep(0.1)
 
@@ -150,7 +150,7 @@ def proxy(s3: Cluster) -> Iterator[Proxy]:
 @pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_an_outage_of_storage(train: Train, proxy: Proxy, unbroken: Any, mode: str, seconds: float) -> None:
     train.environment["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{proxy.port}"
-    words = ("--dir.epochs", str(int(30 + 10 * seconds)), "--storage.checkpoint-every", "4")
+    words = ("--dir.epochs", str(int(30 + 4 * seconds)), "--storage.checkpoint-every", "4")
     process = train.start(*words)
     train.waits_for("^dir  epoch 1/")
     time.sleep(1)
