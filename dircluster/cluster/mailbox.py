@@ -76,6 +76,8 @@ class RemoteConsole:
                 "step": "Steps done of the stage",
                 "images_per_second": "Training images a second over all workers",
                 "loss": "Loss of the newest logged step",
+                "checkpoint_step": "Newest step whose checkpoint is committed",
+                "checkpoint_seconds": "Seconds that committing it took",
             }.items()
         }
         self._run = run
@@ -91,10 +93,15 @@ class RemoteConsole:
     def show(self, status: Status) -> None:
         with self._lock:
             self._events.append(asdict(status))
-        tags = {"run": self._run, "stage": status.stage}
-        self._gauges["step"].set(status.step, tags)
-        self._gauges["images_per_second"].set(status.images_per_second, tags)
-        self._gauges["loss"].set(status.terms["loss"], tags)
+        shown = {
+            "step": status.step,
+            "images_per_second": status.images_per_second,
+            "loss": status.terms["loss"],
+            "checkpoint_step": status.checkpoint,
+            "checkpoint_seconds": status.checkpoint_seconds,
+        }
+        for name, value in shown.items():
+            self._gauges[name].set(value, {"run": self._run, "stage": status.stage})
 
     def stop_signal(self) -> int:
         self._beats += 1  # who asks is alive

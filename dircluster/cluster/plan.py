@@ -34,6 +34,12 @@ def plan(job: cli.TrainJob) -> str:
                 f"{stage:9} {number} epochs of {steps} steps, {one / 1e9:,.1f} GFLOP a step,"
                 f" {one * steps * number / 1e12:,.1f} TFLOP in all"
             )
+    workers = config.scaling.most
+    if workers > 1:
+        lines.append(
+            f"exchange  {costs.exchanged(config, workers) / 2**20:,.1f} MiB sent and received by each of {workers}"
+            f" workers in a step of dir ({config.parallel.strategy})"
+        )
     lines += [
         f"evaluate  PGD-{config.evaluation.steps}, EOT {config.evaluation.eot}, on"
         f" {config.evaluation.images or 'all'} test images",

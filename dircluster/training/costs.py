@@ -1,4 +1,4 @@
-"""What a step costs: floating-point operations counted on the models themselves, parameters, steps."""
+"""What a step costs: floating-point operations counted on the models themselves, parameters, bytes exchanged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dircluster.config import RunConfig
 from dircluster.models import classifiers
 from dircluster.models.denoiser import MaskedDenoiser
+from dircluster.training.loop import pieces
 from dircluster.training.stages import architecture
 
 
@@ -22,6 +23,8 @@ class Costs:
     target_forward: int
     denoiser_parameters: int
     target_parameters: int
+    denoiser_block_parameters: int
+    """Of the denoiser's parameters, those in transformer blocks, which fsdp gathers block by block."""
 
     def step(self, config: RunConfig, stage: str) -> int:
         """Operations of one global batch in ``stage``; a backward pass to the input counts as one forward pass."""
@@ -38,6 +41,23 @@ class Costs:
             if config.dir.joint:  # its own reference logits, and two backward passes to the weights
                 image += 3 * h
         return image * config.training.batch_size
+
+    def exchanged(self, config: RunConfig, workers: int) -> int:
+        """Bytes that each of ``workers`` sends in a step of the DIR stage (frozen target), and receives.
+
+        ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and
+        update, those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes
+        four bytes, two in bf16 under fsdp; a gradient takes four.
+        """
+        if workers == 1:
+            return 0
+        weights = 4 * self.denoiser_parameters
+        if config.parallel.strategy == "ddp":
+            return 2 * weights * (workers - 1) // workers
+        passes = (config.attack.steps + 1) * pieces(config.training.batch_size, workers, config.training.microbatch)
+        width = 2 if config.training.precision == "bf16" else 4
+        gathered = passes * width * (self.denoiser_parameters + self.denoiser_block_parameters)
+        return (gathered + weights) * (workers - 1) // workers
 
 
 def forward_operations(module: nn.Module, *inputs: torch.Tensor) -> int:
@@ -61,6 +81,7 @@ def count(config: RunConfig) -> Costs:
         forward_operations(classifier.eval(), image),
         _parameters(denoiser),
         _parameters(classifier),
+        _parameters(denoiser.encoder) + _parameters(denoiser.decoder),
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from dircluster.config import ConfigError
 
-BEAT = 5.0
+BEAT = 3.0
 """Seconds between two heartbeats of a lease."""
-DEAD = 30.0
+DEAD = 15.0
 """Seconds without one after which its job is taken to be gone."""
 
 

@@ -333,7 +333,9 @@ class Trainer:
         self.record.metrics({**losses, **rates, "images_per_second": speed}, done)
         left = (self.steps - done) * self.config.training.batch_size / speed
         epoch = min(self.stage.epochs, 1 + (done - 1) // self.loader.steps_per_epoch)
-        self.console.show(Status(self.stage.name, epoch, self.stage.epochs, done, self.steps, terms, speed, left))
+        stored = (self.writer.step, self.writer.seconds) if self.writer is not None else (0, 0.0)
+        stage = self.stage
+        self.console.show(Status(stage.name, epoch, stage.epochs, done, self.steps, terms, speed, left, *stored))
 
 
 def _optimizer(parameters: list[Tensor], knobs: OptimizerConfig) -> torch.optim.Optimizer:

@@ -33,6 +33,10 @@ class Status:
     terms: Mapping[str, float]
     images_per_second: float
     eta_seconds: float
+    checkpoint: int = 0
+    """The newest committed step."""
+    checkpoint_seconds: float = 0.0
+    """What committing it took."""
 
 
 class Console(Protocol):

@@ -42,8 +42,8 @@ class Writer:
 
     def __init__(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> None:
         self.checkpoints, self.warn = checkpoints, warn
-        self.seconds = 0.0
-        """What the newest commit took."""
+        self.step, self.seconds = 0, 0.0
+        """The newest committed step, and what committing it took."""
         self._waiting: Save | None = None
         self._closing = self._abandoned = False
         self._trouble = ""
@@ -114,7 +114,7 @@ class Writer:
             with self._changed:
                 if self._trouble:
                     self.warn(f"checkpoint {save.step} is stored: storage takes checkpoints again")
-                self.seconds, self._trouble = time.monotonic() - began, ""
+                self.step, self.seconds, self._trouble = save.step, time.monotonic() - began, ""
                 self._changed.notify_all()
             return
 

@@ -150,7 +150,7 @@ def proxy(s3: Cluster) -> Iterator[Proxy]:
 @pytest.mark.parametrize("seconds", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_an_outage_of_storage(train: Train, proxy: Proxy, unbroken: Any, mode: str, seconds: float) -> None:
     train.environment["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{proxy.port}"
-    words = ("--dir.epochs", str(int(30 + 4 * seconds)), "--storage.checkpoint-every", "4")
+    words = ("--dir.epochs", str(int(60 + 12 * seconds)), "--storage.checkpoint-every", "4")
     process = train.start(*words)
     train.waits_for("^dir  epoch 1/")
     time.sleep(1)
@@ -181,7 +181,7 @@ def test_a_full_disk(tmp_path: Path, unbroken: Any) -> None:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
     try:
         train = Train(tmp_path, {}, str(disk / "runs"))
-        words = ("--dir.epochs", "120", "--storage.checkpoint-every", "4")
+        words = ("--dir.epochs", "200", "--storage.checkpoint-every", "4")
         process = train.start(*words)
         train.waits_for("^dir  epoch 1/")
         filler = disk / "filler"

@@ -1,53 +1,109 @@
-"""One DIR step on a sharded denoiser under torchrun; rank 0 prints what was exchanged, as JSON."""
+"""One DIR step, sharded and replicated, under torchrun; rank 0 prints what was exchanged, as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from dircluster.config import ParallelConfig, RunConfig
 from dircluster.presets import preset
-from dircluster.recipes.base import Batch
+from dircluster.recipes.base import Batch, Recipe
 from dircluster.rng import Stream
 from dircluster.training import stages
-from dircluster.training.parallel import OrderedReduceScatter, PairwiseSum, local_workers, whole
+from dircluster.training.costs import count
+from dircluster.training.parallel import OrderedReduceScatter, PairwiseSum, Parallel, local_workers, whole
+
+SENT = [0]
+"""Bytes that this worker has sent."""
+
+
+def count_bytes() -> None:
+    """Count what every collective of a training step sends."""
+    to_all, gathers = (
+        dist.all_to_all_single,
+        {n: getattr(dist, n) for n in ("all_gather_into_tensor", "all_gather_single")},
+    )
+
+    def counted_to_all(output: torch.Tensor, values: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        SENT[0] += values.numel() * values.element_size() * (dist.get_world_size() - 1) // dist.get_world_size()
+        return to_all(output, values, *rest, **named)
+
+    def counting(gather: Any) -> Any:
+        def counted(*rest: Any, **named: Any) -> Any:
+            part = named.get("input_tensor", named.get("input", rest[1] if len(rest) > 1 else None))
+            SENT[0] += part.numel() * part.element_size() * (dist.get_world_size() - 1)
+            return gather(*rest, **named)
+
+        return counted
+
+    dist.all_to_all_single = counted_to_all
+    for name, gather in gathers.items():
+        setattr(dist, name, counting(gather))
+
+
+def step(recipe: Recipe, wrapped: torch.nn.Module, parallel: Parallel) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes sent and gradients of a step, crafting included."""
+    SENT[0] = 0
+    recipe.zero_grad()
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(parallel.rank))
+    rows = slice(4 * parallel.rank, 4 * parallel.rank + 4)
+    batch = recipe.craft(Batch(images, torch.arange(4), Stream(0, 0, 0, 8, rows, parallel.device)))
+    crafted.append(OrderedReduceScatter.calls)
+    wrapped(batch)["loss"].backward()
+    sent = SENT[0]
+    return sent, whole({n: p.grad for n, p in recipe.named_parameters() if p.grad is not None})
+
+
+def made(config: RunConfig, parallel: Parallel, recompute: bool = False) -> tuple[Recipe, torch.nn.Module]:
+    models = stages.Models(config, parallel)
+    models.denoiser.recompute = recompute
+    recipe = stages.dir_stage(config, models.denoiser, models.classifier).recipe
+    recipe.train()
+    aside = PairwiseSum([])
+    return recipe, parallel.wrap(recipe, recipe.trained, config.parallel.strategy, False, aside)
+
+
+crafted: list[int] = []
 
 
 def main() -> None:
     config = preset("digits_smoke")
-    model = dataclasses.replace(config.model, encoder_depth=3)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, encoder_depth=3),
+        training=dataclasses.replace(config.training, batch_size=8),
+    )
+    sharded = dataclasses.replace(config, parallel=ParallelConfig("fsdp"))
     with local_workers(config.scaling) as parallel:
-        models = stages.Models(config, parallel)
-        total = sum(p.numel() for p in models.denoiser.parameters())
-        recipe = stages.dir_stage(config, models.denoiser, models.classifier).recipe
-        recipe.train()
-        parallel.wrap(recipe, recipe.trained, "fsdp", False, PairwiseSum([]))
-        here = sum(p.to_local().numel() for p in models.denoiser.parameters())
-        draws = torch.Generator().manual_seed(parallel.rank)
-        images = torch.rand(4, 1, 8, 8, generator=draws)
-        rows = slice(4 * parallel.rank, 4 * parallel.rank + 4)
-        batch = Batch(images, torch.arange(4), Stream(0, 0, 0, 8, rows, parallel.device))
-        crafted = recipe.craft(batch)
-        crafting = OrderedReduceScatter.calls
-        gradients = []
-        for again in (False, True):
-            models.denoiser.recompute = again
-            models.denoiser.zero_grad()
-            recipe(crafted)["loss"].backward()
-            gradients.append(whole({n: p.grad for n, p in models.denoiser.named_parameters()}))
+        count_bytes()
+        costs = count(config)
+        replicated_bytes, expected = step(*made(config, parallel), parallel)
+        recipe, wrapped = made(sharded, parallel)
+        here = sum(p.to_local().numel() for n, p in recipe.named_parameters() if n.startswith("denoiser"))
+        sharded_bytes, gradients = step(recipe, wrapped, parallel)
+        calls = OrderedReduceScatter.calls
+        _, again = step(*made(sharded, parallel, recompute=True), parallel)
         found = {
-            "while crafting": crafting,
-            "in the backward pass": (OrderedReduceScatter.calls - crafting) // 2,
+            "while crafting": crafted[1],
+            "in the backward pass": calls,
             "layers": config.model.encoder_depth + config.model.decoder_depth + 1,
-            "share of the weights on a worker": here / total,
-            "recomputing changes the gradient by": max(
-                float((a - gradients[1][n]).abs().max()) for n, a in gradients[0].items()
-            ),
+            "share of the weights on a worker": here / costs.denoiser_parameters,
+            "sharding changes the gradient by": _apart(expected, gradients),
+            "recomputing changes the gradient by": _apart(gradients, again),
+            "sent to predicted, ddp": replicated_bytes / costs.exchanged(config, 2),
+            "sent to predicted, fsdp": sharded_bytes / costs.exchanged(sharded, 2),
         }
         if parallel.first:
             print(json.dumps(found))
+
+
+def _apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((a - other[n]).abs().max()) for n, a in one.items())
 
 
 if __name__ == "__main__":

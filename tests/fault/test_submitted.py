@@ -1,0 +1,187 @@
+"""Jobs that are submitted to a cluster: from upload to table, exit codes, stops, and secrets that stay secret."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from dircluster.cluster import storage
+from dircluster.config import StorageConfig
+from infra.laptop import BUCKET, Cluster
+from tests.fault.conftest import ROOT
+
+Make = Callable[..., Any]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@pytest.fixture
+def submit(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """ray job submit with these words before -- and after it: -> how the command ended."""
+
+    def run(*words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        command = [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", "jobs/train.py", *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | cluster.environment(), capture_output=True, text=True, timeout=300
+        )
+
+    return run
+
+
+def places(cluster: Cluster) -> Iterator[tuple[str, bytes]]:
+    """Everything that the cluster stored or logged, by its place; not the files that hold the secrets themselves."""
+    own = {"cluster.json", "aws-credentials", "ray-token", "mlflow.ini", "env", "mlflow-users.db"}
+    for root in (cluster.folder, Path(cluster.facts["temporary"])):
+        for file in root.rglob("*"):
+            if file.is_file() and not file.is_symlink() and (file.parent != cluster.folder or file.name not in own):
+                yield str(file), file.read_bytes()
+    files = storage.filesystem(StorageConfig())
+    for path in files.find(BUCKET):
+        yield path, files.cat_file(path)
+
+
+@pytest.mark.timeout(600)
+def test_from_upload_to_table_and_no_secret_anywhere(
+    cluster: Cluster, submit: Any, job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    uri = ("--storage.uri", f"s3://{BUCKET}/submitted")
+    done = submit("digits_smoke", *uri, "--scaling.workers", "2")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Accuracy on the test split" in done.stdout
+    assert "model     models:/dir-digits_smoke@champion" in done.stdout
+    assert "succeeded" in done.stdout
+    assert "\r" not in done.stdout  # lines, no redrawn bars
+
+    again = subprocess.run(
+        [sys.executable, "jobs/evaluate.py", "digits_smoke", "--defense", "models:/dir-digits_smoke@champion"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0, again.stderr
+    refused = submit("digits_smoke", "--masking.ratio", "50")
+    assert refused.returncode == 1
+    assert "exit code 2" in refused.stdout
+    assert "error: masking.ratio must lie in (0, 1), got 50" in refused.stdout
+    alone = submit("digits_smoke")
+    assert "would lie in a copy of the working directory" in alone.stdout
+
+    crashed = job("--scaling.workers", "2", "--dir.epochs", "60", "--scaling.max-failures", "0").start()
+    crashed.wait_for(-1)
+    os.kill(crashed.workers()[0].pid, signal.SIGKILL)
+    assert crashed.end(120) == 1
+    plan = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/train.py"), "digits_smoke", *uri, "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert plan.returncode == 0
+    typed = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/train.py"), "--storage.uri", "s3://me:CANARY-IN-URI@bucket/x"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert typed.returncode == 2
+    facts = cluster.facts
+    canaries = [facts["key"], facts["secret"], facts["password"], (cluster.folder / "ray-token").read_text()]
+    canaries.append("CANARY-IN-URI")
+    outputs = [done, again, refused, alone, plan, typed]
+    texts = [("output", (o.stdout + o.stderr).encode()) for o in outputs] + [("crash", crashed.said.encode())]
+    searched = 0
+    for place, blob in [*texts, *places(cluster)]:
+        searched += 1
+        for number, canary in enumerate(canaries):
+            assert canary.encode() not in blob, f"secret {number} stands in {place}"
+    assert searched > 100
+
+
+@pytest.mark.timeout(600)
+def test_a_stopped_job_commits_and_is_marked_killed(cluster: Cluster, submit: Any, job: Make) -> None:
+    run = job()  # only to look at its storage
+    words = [word for word in run.words if not word.startswith("--scaling")]
+    submitted = submit(*words, "--dir.epochs", "2000", "--scaling.workers", "2", options=("--no-wait",))
+    (name,) = re.findall(r"Job '(raysubmit_\w+)' submitted", submitted.stdout)
+    deadline = time.monotonic() + 150
+    while run.committed("target") == 0 or not list(run.storage.glob("pretrain-*/final/COMMIT")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    time.sleep(5)
+    environment = os.environ | cluster.environment()
+    asked = subprocess.run([RAY, "job", "stop", name], env=environment, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0, asked.stdout
+    logs = subprocess.run([RAY, "job", "logs", name], env=environment, capture_output=True, text=True, timeout=60)
+    assert "stopped by signal 15; resume with: python jobs/train.py digits_smoke" in logs.stdout
+    assert run.committed() > 0
+    client = MlflowClient(cluster.mlflow_url)
+    experiment = client.get_experiment_by_name(run.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {r.info.status for r in runs if r.data.tags.get("dircluster.stage", "dir") == "dir"} == {"KILLED"}
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_that_does_not_suit_is_one_line(job: Make, tmp_path: Path) -> None:
+    small = job("--scaling.workers", "16", "--training.batch-size", "16").start()
+    began = time.monotonic()
+    assert small.end(60) == 2
+    assert time.monotonic() - began < 45
+    assert "error: scaling.workers 16 need as many CPUs, but the cluster has 4;" in small.said.splitlines()[-1]
+
+    copy = tmp_path / "older"
+    shutil.copytree(ROOT / "dircluster", copy / "dircluster")
+    shutil.copytree(ROOT / "jobs", copy / "jobs")
+    init = copy / "dircluster" / "__init__.py"
+    init.write_text(re.sub('__version__ = ".*"', '__version__ = "0.0.9"', init.read_text()))
+    environment = os.environ | small.cluster.environment()
+    environment |= {"RAY_ADDRESS": small.cluster.gcs, "PYTHONPATH": str(copy)}
+    words = [*small.words[:1], "--storage.uri", small.uri]
+    older = subprocess.run(
+        [sys.executable, str(copy / "jobs/train.py"), *words],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert older.returncode == 2, older.stderr
+    (line,) = older.stderr.strip().splitlines()
+    assert re.search(r"node 127\.\S+ runs dircluster 0\.1\.0 \(\w+\), this job is 0\.0\.9 \(\w+\); submit with", line)
+
+
+def test_every_part_listens_on_loopback_and_refuses_strangers(cluster: Cluster) -> None:
+    for url, code in {
+        f"{cluster.dashboard_url}/api/jobs/": 401,
+        f"{cluster.mlflow_url}/api/2.0/mlflow/experiments/get?experiment_id=0": 401,
+        f"{cluster.s3_url}/{BUCKET}": 403,
+    }.items():
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(url, timeout=10)
+        assert refusal.value.code == code, url
+    ports = {cluster.facts["dashboard"], cluster.facts["mlflow"], *cluster.facts["s3"]}
+    listening = {
+        c.laddr.port: c.laddr.ip
+        for process in cluster.processes()
+        for c in process.net_connections()
+        if c.status == "LISTEN" and c.laddr.port in ports
+    }
+    assert ports - set(cluster.facts["s3"][1:]) <= set(listening)
+    assert set(listening.values()) == {"127.0.0.1"}
