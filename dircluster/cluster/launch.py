@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
-import subprocess
 import sys
 import time
 import uuid
@@ -15,6 +13,7 @@ from typing import Any
 
 from dircluster import cli
 from dircluster.cluster import storage
+from dircluster.cluster.version import commit
 from dircluster.config import ConfigError, RunConfig
 
 
@@ -30,20 +29,6 @@ def _train(job: cli.TrainJob) -> int:
         print(plan(job))
         return 0
     return Launch(job).run()
-
-
-def commit() -> str:
-    """The version of this code: a git commit, with + where files differ from it; unknown outside a checkout."""
-    here = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    with contextlib.suppress(OSError):
-        sha = git("rev-parse", "HEAD")
-        return (sha + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
-    return "unknown"
 
 
 def resume_command(job: cli.TrainJob) -> str:

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 POLL = 1.0
 """Seconds between two looks into the mailbox."""
+GAUGES = {
+    "dircluster_step": "Steps done of the stage",
+    "dircluster_images_per_second": "Training images a second over all workers",
+    "dircluster_loss": "Loss of the newest logged step",
+    "dircluster_checkpoint_step": "Newest step whose checkpoint is committed",
+    "dircluster_checkpoint_seconds": "Seconds that committing it took",
+}
+"""What Prometheus is shown of a run, tagged with run and stage; Ray prefixes the names with ray_."""
 
 
 @dataclass
@@ -70,16 +78,7 @@ class RemoteConsole:
         self._mailbox = mailbox
         self._events: list[Any] = []
         self._signal = self._beats = 0
-        self._gauges = {
-            name: Gauge(f"dircluster_{name}", description, tag_keys=("run", "stage"))
-            for name, description in {
-                "step": "Steps done of the stage",
-                "images_per_second": "Training images a second over all workers",
-                "loss": "Loss of the newest logged step",
-                "checkpoint_step": "Newest step whose checkpoint is committed",
-                "checkpoint_seconds": "Seconds that committing it took",
-            }.items()
-        }
+        self._gauges = {name: Gauge(name, text, tag_keys=("run", "stage")) for name, text in GAUGES.items()}
         self._run = run
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -93,15 +92,15 @@ class RemoteConsole:
     def show(self, status: Status) -> None:
         with self._lock:
             self._events.append(asdict(status))
-        shown = {
-            "step": status.step,
-            "images_per_second": status.images_per_second,
-            "loss": status.terms["loss"],
-            "checkpoint_step": status.checkpoint,
-            "checkpoint_seconds": status.checkpoint_seconds,
-        }
-        for name, value in shown.items():
-            self._gauges[name].set(value, {"run": self._run, "stage": status.stage})
+        shown = (
+            status.step,
+            status.images_per_second,
+            status.terms["loss"],
+            status.checkpoint,
+            status.checkpoint_seconds,
+        )
+        for gauge, value in zip(self._gauges.values(), shown, strict=True):
+            gauge.set(value, {"run": self._run, "stage": status.stage})
 
     def stop_signal(self) -> int:
         self._beats += 1  # who asks is alive

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import dircluster
+from dircluster.cluster.version import source_version
 from dircluster.config import ConfigError, ScalingConfig
 
 if TYPE_CHECKING:
@@ -35,27 +33,18 @@ def must_suffice(scaling: ScalingConfig, terminal: Terminal) -> None:
         time.sleep(1.0)
 
 
-def version() -> str:
-    """Version of this package and a digest of its source: what two processes must have in common."""
-    folder = Path(dircluster.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return f"{dircluster.__version__} ({digest.hexdigest()[:8]})"
-
-
 def must_run_this_version() -> None:
     """Raise ConfigError unless every node that offers CPUs or GPUs imports the very code of this job."""
 
     def ask() -> str:  # inside, so that it travels by value: the node may not have this module
         try:
-            from dircluster.cluster.nodes import version
+            from dircluster.cluster.version import source_version
 
-            return version()
+            return source_version()
         except Exception as error:
             return f"none that is usable ({type(error).__name__})"
 
-    own, asked = version(), {}
+    own, asked = source_version(), {}
     for node in ray.nodes():
         offers: dict[str, Any] = node["Resources"]
         if node["Alive"] and (offers.get("CPU", 0) or offers.get("GPU", 0)):

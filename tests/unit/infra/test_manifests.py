@@ -113,15 +113,6 @@ JOB_FIELDS = {
     "ttlSecondsAfterFinished",
 }
 
-OUR_METRICS = {
-    "dircluster_step",
-    "dircluster_images_per_second",
-    "dircluster_loss",
-    "dircluster_checkpoint_step",
-    "dircluster_checkpoint_seconds",
-}
-"""Gauges that a run exports through ray.util.metrics, with the tags stage and run. Ray prefixes them with ray_."""
-
 SECRETIVE = re.compile(r"key|secret|password|passwd|token|credential", re.IGNORECASE)
 USER_IN_URL = re.compile(r"://[^/\s\"']*:[^/\s\"']*@")
 
@@ -913,8 +904,10 @@ def queries() -> str:
 
 
 def test_the_dashboard_shows_what_runs_export() -> None:
+    from dircluster.cluster.mailbox import GAUGES
+
     asked = {name.removeprefix("ray_") for name in re.findall(r"ray_dircluster_\w+", queries())}
-    assert asked == OUR_METRICS
+    assert asked == set(GAUGES)
     assert not re.search(r"(?<!ray_)\bdircluster_", queries()), "Ray's prefix is missing"
     assert not set(re.findall(r"(?:by|without)\s*\((.*?)\)", queries())) - {"run, stage"}
 

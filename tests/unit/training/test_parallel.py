@@ -1,0 +1,61 @@
+"""Sums in pairs, whoever holds the parts; shares that differ by an image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dircluster.training.loop import pieces
+from dircluster.training.parallel import PairwiseSum, Parallel, _pairwise
+
+PARTS = torch.tensor([1e8, 1.0, -1e8, 1.0, 3e7, 0.25, -3e7, 0.5])
+"""Their float32 sum depends on the order."""
+
+
+def accumulated(parts: torch.Tensor) -> float:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    aside = PairwiseSum([parameter])
+    for number, part in enumerate(parts):
+        parameter.grad = part.reshape(1).clone()
+        if number < len(parts) - 1:
+            aside.put()
+    aside.join_all()
+    assert parameter.grad is not None
+    return float(parameter.grad)
+
+
+def test_four_parts_are_summed_in_pairs() -> None:
+    a, b, c, d = PARTS[:4]
+    assert accumulated(PARTS[:4]) == float((a + b) + (c + d)) != float(((a + b) + c) + d)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_micro_batches_and_workers_make_one_tree(workers: int) -> None:
+    shares = PARTS.reshape(workers, -1)
+    over_workers = _pairwise(torch.tensor([[accumulated(share)] for share in shares]))
+    assert float(over_workers) == accumulated(PARTS)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7])
+def test_any_number_of_parts_is_summed(count: int) -> None:
+    parts = torch.arange(1.0, count + 1)
+    assert accumulated(parts) == float(_pairwise(parts[:, None])) == count * (count + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("images", "world", "microbatch", "expected"),
+    [(16, 1, 4, 4), (16, 2, 4, 2), (16, 4, 4, 1), (128, 1, None, 1), (128, 3, None, 1), (128, 3, 42, 2), (10, 4, 1, 3)],
+)
+def test_every_worker_passes_equally_often(images: int, world: int, microbatch: int | None, expected: int) -> None:
+    assert pieces(images, world, microbatch) == expected
+
+
+def test_gradients_are_scaled_to_the_norm() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    alone = Parallel(0, 1, torch.device("cpu"))
+    assert alone.clip(parameters, 100.0) == pytest.approx(28**0.5)
+    assert torch.equal(parameters[0].grad, torch.full((3,), 2.0))
+    assert alone.clip(parameters, 1.0) == pytest.approx(28**0.5)
+    assert torch.cat([p.grad for p in parameters]).norm() == pytest.approx(1.0)
