@@ -42,15 +42,19 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
 
     Raises ConfigError where the cluster is too small or runs another version of this code.
     """
+    job: _Job | None = None
     try:
         _start_ray(config)
         terminal.listen()
         nodes.must_suffice(config.scaling, terminal)
         if os.environ.get("RAY_ADDRESS"):
             nodes.must_run_this_version()
-        return _Job(config, owner, fresh, record, terminal).follow()
+        job = _Job(config, owner, fresh, record, terminal)
+        return job.follow()
     finally:
         ray.shutdown()
+        if job is not None:
+            job.fitting.join(15)  # a thread inside Ray must not outlive it
         with contextlib.suppress(Exception):
             _forget(config, owner)
 
@@ -116,6 +120,8 @@ class _Job:
                 **storage.for_ray(config),
             ),
         )
+        # Outside the main thread Ray leaves the signals alone.
+        self.fitting = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         self.errors: list[BaseException] = []
         self.beats, self.lived = 0, time.monotonic()
         self.came: dict[int, tuple[str, int]] = {}
@@ -129,16 +135,14 @@ class _Job:
     def follow(self) -> dict[str, Any]:
         """Until the run ends: -> its outcome."""
         terminal, asked = self.terminal, None
-        # Outside the main thread Ray leaves the signals alone.
-        fitting = threading.Thread(target=self._fit, name="ray-train", daemon=True)
-        fitting.start()
+        self.fitting.start()
         while True:
-            alive = fitting.is_alive()
+            alive = self.fitting.is_alive()
             seen = ray.get(self.mailbox.collect.remote(terminal.stop_signal()))
             for event in seen.events:
                 terminal.tell(event)
             if seen.outcome is not None:
-                fitting.join(5)
+                self.fitting.join(5)
                 return dict(seen.outcome)
             if not alive:
                 said = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker told why"

@@ -41,6 +41,7 @@ def test_workers_killed_at_random(job: Make, unbroken: Unbroken, kills: int) -> 
     run.must_have_one_whole_record(4 * 20 * kills)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_driver_is_submitted_again(job: Make, unbroken: Unbroken) -> None:
     run = job(*LONG, "--scaling.workers", "2").start()

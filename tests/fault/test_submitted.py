@@ -24,6 +24,7 @@ from infra.laptop import BUCKET, Cluster
 from tests.fault.conftest import ROOT
 
 Make = Callable[..., Any]
+OFTEN = ("--storage.checkpoint-every", "10")
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -81,8 +82,8 @@ def test_from_upload_to_table_and_no_secret_anywhere(
     alone = submit("digits_smoke")
     assert "would lie in a copy of the working directory" in alone.stdout
 
-    crashed = job("--scaling.workers", "2", "--dir.epochs", "60", "--scaling.max-failures", "0").start()
-    crashed.wait_for(-1)
+    crashed = job("--scaling.workers", "2", "--dir.epochs", "60", "--scaling.max-failures", "0", *OFTEN).start()
+    crashed.wait_for(0)
     os.kill(crashed.workers()[0].pid, signal.SIGKILL)
     assert crashed.end(120) == 1
     plan = subprocess.run(
