@@ -16,6 +16,7 @@ from ray.train import FailureConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import nodes, stacks, storage
 from dircluster.cluster.mailbox import POLL, Mailbox, Seen
@@ -51,6 +52,9 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
             nodes.must_run_this_version()
         job = _Job(config, owner, fresh, record, terminal)
         return job.follow()
+    except ray.exceptions.RayError as error:
+        reason = str(error).splitlines()[0]
+        return {"status": "FAILED", "error": f"the cluster is gone ({reason}); the same command resumes", "exit": 1}
     finally:
         ray.shutdown()
         if job is not None:
@@ -94,7 +98,8 @@ class _Job:
         self, config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal
     ) -> None:
         self.scaling, self.terminal = config.scaling, terminal
-        self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()  # nodes may go
         told = {
             "config": to_dict(config),
             "owner": owner,

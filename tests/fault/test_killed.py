@@ -85,7 +85,8 @@ def test_a_lost_head_is_started_again(job: Make, unbroken: Unbroken, cluster: Cl
     stored = run.wait_for(20)
     for part in ("head", "node1", "node2"):
         cluster.end(part)
-    assert run.end(120) != 0
+    assert run.end(180) == 1
+    assert "error: the cluster is gone" in run.said or "error: Ray Train gave up" in run.said
     cluster.up()
     assert run.start().end(400) == 0, run.said[-3000:]
     assert int(re.findall(r"dir: resuming at step (\d+)", run.said)[-1]) >= stored
@@ -108,6 +109,6 @@ def test_a_stopped_worker_is_an_error_with_all_stacks(job: Make) -> None:
     assert time.monotonic() - began < 15 + 45
     assert "no worker made progress for 15 s (scaling.stall)" in run.said
     for rank in (0, 1):
-        assert re.search(rf"worker {rank}: .*(Thread|stack)", run.said), run.said[-3000:]
+        assert re.search(rf"worker {rank}: .*?(Thread \d+|no stack)", run.said, re.DOTALL), run.said[-3000:]
     assert "stopped by a signal" in run.said
     assert "dircluster/training/loop.py" in run.said
