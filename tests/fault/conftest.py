@@ -134,6 +134,13 @@ class Job:
         """The processes of its Ray Train workers."""
         return [p for p in self.cluster.processes() if "RayTrainWorker" in " ".join(_command(p))]
 
+    def wait_for_workers(self, number: int, seconds: float = 240.0) -> None:
+        """Until so many workers are at work."""
+        deadline = time.monotonic() + seconds
+        while len(self.workers()) != number:
+            assert time.monotonic() < deadline, self.said[-3000:]
+            time.sleep(1)
+
     def weights(self) -> dict[str, str]:
         """SHA-256 of the finished defence's weights."""
         folder = storage.open_path(json.loads(self.summary.read_text())["checkpoint"], StorageConfig())
