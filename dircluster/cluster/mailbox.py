@@ -37,6 +37,8 @@ class Seen:
     """Signs of life so far: steps, evaluation passes, workers that came."""
     workers: dict[int, tuple[str, int]]
     """Node and process of each worker, by its rank."""
+    world: int
+    """How many workers there are to be."""
 
 
 class Mailbox:
@@ -45,12 +47,13 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.signal = 0
-        self.beats = 0
+        self.beats = self.world = 0
         self.workers: dict[int, tuple[str, int]] = {}
         self.outcome: dict[str, Any] | None = None
 
     def enter(self, rank: int, world: int, node: str, process: int) -> None:
         """Worker's side: this process is ``rank`` of ``world`` from now on."""
+        self.world = world
         self.workers = {r: place for r, place in self.workers.items() if r < world} | {rank: (node, process)}
         self.beats += 1
 
@@ -64,7 +67,7 @@ class Mailbox:
         """Driver's side: what has come since the last call."""
         self.signal = signal
         events, self.events = self.events, []
-        return Seen(events, self.outcome, self.beats, self.workers)
+        return Seen(events, self.outcome, self.beats, self.workers, self.world)
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """First worker's side: the run ended so."""

@@ -164,9 +164,9 @@ class _Job:
     def _stalled(self, seen: Seen) -> dict[str, Any] | None:
         """The outcome of a run that shows no life although all its workers exist; None otherwise."""
         now = time.monotonic()
-        if seen.workers != self.came:
+        if seen.workers != self.came and len(seen.workers) == seen.world:
             if self.came:
-                self.terminal.say(f"workers: {len(seen.workers)} at work after a change")
+                self.terminal.say(f"workers changed: {seen.world} at work")
             self.came = dict(seen.workers)
         if seen.beats != self.beats or seen.events:
             self.beats, self.lived = seen.beats, now

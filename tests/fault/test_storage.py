@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dircluster.cluster import storage
-from dircluster.config import ConfigError, StorageConfig
+from dircluster.config import ConfigError, DataConfig, StorageConfig
+from dircluster.data.photos import write_photos
+from dircluster.data.sources import load
+from dircluster.data.stream import Shards, StreamLoader
 from dircluster.presets import preset
 from dircluster.training.lease import alone
 from infra.laptop import BUCKET, Cluster
@@ -264,6 +268,20 @@ def test_the_folder_of_a_stage_is_not_storage(train: Train, bucket: Path) -> Non
 def test_without_a_server_there_is_no_record_in_object_storage(train: Train) -> None:
     assert train.run("--tracking.enabled") == 2
     assert "tracking.uri is missing" in train.said
+
+
+def test_shards_stream_from_object_storage(bucket: Path, tmp_path: Path) -> None:
+    batches = []
+    for folder in (bucket, tmp_path):
+        write_photos(folder)
+        config = DataConfig(
+            name="photos", uri=str(folder), height=224, width=224, channels=3, classes=2, resize=True, stream=True
+        )
+        data = load(config, 0, open_path=storage.opener(StorageConfig()))
+        assert isinstance(data.train, Shards)
+        batches.append(StreamLoader(data.train, 16, 0, "t")(1, 2)[:2])
+    for remote, here in zip(*batches, strict=True):
+        assert torch.equal(remote, here)
 
 
 def test_a_configs_storage_is_pickled_without_secrets(s3: Cluster, bucket: Path) -> None:
