@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from dircluster.config import ConfigError, RunConfig, flatten, to_dict
+from dircluster.config import ConfigError, RunConfig, flatten, to_dict, without_secrets
 from dircluster.presets import PRESETS, preset
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -108,7 +108,7 @@ def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], in
             raise ConfigError(f"--summary {job.summary}: its folder does not exist")
         return work(job)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -25,18 +25,20 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-_USER_IN_URI = re.compile(r"(?<=://)[^/\s]*@")
+_USER = re.compile(r"(?<=://)(?:[^/\s@]*|[^\s@]*:[^\s@]*)@")  # AWS's keys may hold slashes
+_FIELD = re.compile(r"(?<=[?&;])((?:password|passwd|pwd|secret|token)\w*=)[^&;\s]+", re.IGNORECASE)
 
 
-def _without_secret(uri: str) -> str:
-    return _USER_IN_URI.sub("...@", uri)
+def without_secrets(text: str) -> str:
+    """``text`` with users and passwords of its URIs taken out."""
+    return _FIELD.sub(r"\1...", _USER.sub("...@", text))
 
 
 def refuse_secret(name: str, value: str) -> None:
     """Raise ConfigError where a URI holds a user or password: configs are logged."""
     _require(
-        _USER_IN_URI.search(value) is None,
-        f"{name} must not hold a user or password ({_without_secret(value)});"
+        without_secrets(value) == value,
+        f"{name} must not hold a user or password ({without_secrets(value)});"
         " give credentials in the environment, a mounted file or the instance role",
     )
 
@@ -394,7 +396,7 @@ class ScalingConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How workers share a model that is trained. Neither changes what is computed, in fp32 to the bit on CPUs."""
+    """How workers share a model that is trained. Neither changes what is computed, but for rounding."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every worker holds all weights; fsdp: weights, gradients and optimiser state are sharded (FSDP2)."""
@@ -425,11 +427,11 @@ class StorageConfig:
         _require(self.uri != "", "storage.uri must not be empty")
         _require(
             re.fullmatch(r"(file:///?|s3://[a-z0-9]).*", self.uri) is not None or "://" not in self.uri,
-            f"storage.uri must be a folder or s3://BUCKET/PREFIX, got {_without_secret(self.uri)!r}",
+            f"storage.uri must be a folder or s3://BUCKET/PREFIX, got {without_secrets(self.uri)!r}",
         )
         _require(
             self.endpoint is None or self.endpoint.startswith(("http://", "https://")),
-            f"storage.endpoint must begin with http:// or https://, got {_without_secret(self.endpoint or '')!r}",
+            f"storage.endpoint must begin with http:// or https://, got {without_secrets(self.endpoint or '')!r}",
         )
         _require(self.patience >= 0, f"storage.patience must be 0 or more, got {self.patience}")
 

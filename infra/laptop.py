@@ -117,7 +117,8 @@ class Cluster:
 
     def up(self, ray: bool = True) -> None:
         """Start every part that does not run, and wait until each answers."""
-        waits = [self.start_s3(wait=False), self.start_mlflow(wait=False)]
+        starts = {"s3": self.start_s3, "mlflow": self.start_mlflow}
+        waits = [start(wait=False) for part, start in starts.items() if not self._runs(part)]
         if ray:
             self.start_head()
             begun = [
@@ -247,9 +248,7 @@ class Cluster:
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
-                ours = environment.get(MARK) == self.facts["mark"] and environment.get(PART) in (
-                    part or environment[PART]
-                )
+                ours = environment[MARK] == self.facts["mark"] and part in (None, environment[PART])
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.Error, OSError, KeyError):
@@ -347,10 +346,12 @@ def main(argv: list[str]) -> int:
     if told.verb == "down":
         cluster.down()
         return 0
+    ran = bool(cluster.processes())
     try:
         cluster.up()
     except BaseException:
-        cluster.down()
+        if not ran:
+            cluster.down()
         raise
     print(cluster.words())
     return 0

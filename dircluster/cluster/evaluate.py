@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dircluster import cli
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, refuse_secret
 
 
 def main(argv: list[str]) -> int:
@@ -16,23 +16,30 @@ def main(argv: list[str]) -> int:
 def _judge(job: cli.EvaluateJob) -> int:
     import dircluster
     from dircluster.cluster.console import Terminal
-    from dircluster.cluster.storage import opener
+    from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
     from dircluster.data.sources import load
     from dircluster.evaluation.benchmark import evaluate, to_plain
     from dircluster.models.classifiers import check_classes
+    from dircluster.training.bundle import load_defense_folder
     from dircluster.training.parallel import local_workers
     from dircluster.training.pipeline import data_cache
     from dircluster.training.ports import Interrupted, interruptible
 
     if not job.defense:
         raise ConfigError("--defense is missing: give the folder of a checkpoint, or models:/NAME@champion")
+    refuse_secret("--defense", job.defense)
     store = None
     if job.defense.startswith("models:/"):
         from dircluster.cluster.mlflow_tracker import default_uri
 
         store = default_uri(job.run)
     with Terminal() as terminal, local_workers(job.run.scaling) as parallel:
-        defense = dircluster.load_defense(job.defense, tracking_uri=store, trust_code=job.trust_code)
+        if is_remote(job.defense):
+            check_bucket(job.defense, job.run.storage)
+            folder = open_path(job.defense, job.run.storage)
+            defense = load_defense_folder(folder, trust_code=job.trust_code)
+        else:
+            defense = dircluster.load_defense(job.defense, tracking_uri=store, trust_code=job.trust_code)
         found = (defense.denoiser.channels, defense.denoiser.height, defense.denoiser.width)
         data = job.run.data
         if found != (data.channels, data.height, data.width):

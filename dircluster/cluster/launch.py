@@ -138,8 +138,13 @@ class Launch:
             return self.config
         from dircluster.cluster.mlflow_tracker import default_uri
         from dircluster.cluster.registry import fetch
+        from dircluster.training.checkpoint import digest
 
         folder = fetch(uri, default_uri(self.config))
+        if self.job.launcher == "ray":  # the worker that reads it may live on another node
+            kept = storage.open_path(self.config.storage.uri, self.config.storage) / "given" / str(digest(folder))[:12]
+            storage.copy(folder, kept)
+            folder = kept
         return dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=str(folder)))
 
     def _register(self, outcome: dict[str, Any], terminal: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.storage import opener
-from dircluster.config import RunConfig
+from dircluster.config import ConfigError, RunConfig
 from dircluster.training.parallel import local_workers
 from dircluster.training.pipeline import Run
 from dircluster.training.ports import NoTracker, Tracker
@@ -31,7 +31,10 @@ def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Termin
     def execute() -> dict[str, Any]:
         with local_workers(config.scaling) as parallel:
             run = Run(config, parallel, tracker, terminal, owner=owner, fresh=fresh, open_path=opener(config.storage))
-            return run.execute()
+            try:
+                return run.execute()
+            except OSError as error:
+                raise ConfigError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
     outcome = outcome_of(execute)
     if recorder is not None:

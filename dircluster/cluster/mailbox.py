@@ -6,6 +6,7 @@ Its actor's process imports neither torch nor MLflow: what passes through is pla
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 POLL = 1.0
 """Seconds between two looks into the mailbox."""
+LAST_WORD = 15.0
+"""Seconds that the first worker has to say how a run ended after another one has failed."""
 GAUGES = {
     "dircluster_step": "Steps done of the stage",
     "dircluster_images_per_second": "Training images a second over all workers",
@@ -50,6 +53,7 @@ class Mailbox:
         self.beats = self.world = 0
         self.workers: dict[int, tuple[str, int]] = {}
         self.outcome: dict[str, Any] | None = None
+        self.failed: tuple[float, dict[str, Any]] | None = None
 
     def enter(self, rank: int, world: int, node: str, process: int) -> None:
         """Worker's side: this process is ``rank`` of ``world`` from now on."""
@@ -67,11 +71,18 @@ class Mailbox:
         """Driver's side: what has come since the last call."""
         self.signal = signal
         events, self.events = self.events, []
+        if self.outcome is None and self.failed is not None and time.monotonic() - self.failed[0] > LAST_WORD:
+            self.outcome = self.failed[1]
         return Seen(events, self.outcome, self.beats, self.workers, self.world)
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """First worker's side: the run ended so."""
         self.outcome = outcome
+
+    def fail(self, outcome: dict[str, Any]) -> bool:
+        """Another worker's side: it failed so, should the first one not say how the run ended; -> whether it did."""
+        self.failed = self.failed or (time.monotonic(), outcome)
+        return self.outcome is not None
 
 
 class RemoteConsole:

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster.version import source_version
@@ -21,9 +22,13 @@ PATIENCE = 60.0
 def must_suffice(scaling: ScalingConfig, terminal: Terminal) -> None:
     """Raise ConfigError unless the cluster has what ``scaling`` needs, or gets it within ``scaling.wait`` seconds."""
     kind, deadline = "GPU" if scaling.device == "gpu" else "CPU", time.monotonic() + scaling.wait
+    if scaling.wait and ray.cluster_resources().get(kind, 0) < scaling.least:
+        request_resources(bundles=[{kind: 1}] * scaling.least)
     while True:
         found = ray.cluster_resources().get(kind, 0)
         if found >= scaling.least:
+            if scaling.wait:
+                request_resources(bundles=[])  # from here on Ray Train asks for itself
             return
         if time.monotonic() >= deadline or terminal.stop_signal():
             raise ConfigError(

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import nodes, stacks, storage
 from dircluster.cluster.mailbox import POLL, Mailbox, Seen
-from dircluster.config import RunConfig, to_dict
+from dircluster.config import ConfigError, RunConfig, to_dict
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
     from dircluster.cluster.console import Terminal
@@ -65,8 +65,14 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
 
 def _start_ray(config: RunConfig) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at RAY_ADDRESS {address}: {str(error).splitlines()[0]}"
+            ) from error
     else:
         ray.init(
             address="local",
@@ -130,6 +136,8 @@ class _Job:
         self.errors: list[BaseException] = []
         self.beats, self.lived = 0, time.monotonic()
         self.came: dict[int, tuple[str, int]] = {}
+        self.gone = 0.0
+        """Since when workers are missing, 0 while none is known to be."""
 
     def _fit(self) -> None:
         try:
@@ -169,17 +177,19 @@ class _Job:
                 self.terminal.say(f"workers changed: {seen.world} at work")
             self.came = dict(seen.workers)
         if seen.beats != self.beats or seen.events:
-            self.beats, self.lived = seen.beats, now
-        if not self.came and now - self.lived > SILENCE:
-            self.lived = now
+            self.beats, self.lived, self.gone = seen.beats, now, 0.0
+        patience = min(SILENCE, self.scaling.stall) if self.gone or not self.came else self.scaling.stall
+        if now - self.lived < patience:
+            return None
+        dumps = stacks.dump(self.came) if self.came and not self.gone else {}
+        if not dumps or stacks.GONE in dumps.values():  # Ray starts the workers again as soon as it can
+            self.lived, self.gone = now, self.gone or now
             free = ray.available_resources().get("CPU", 0)
             self.terminal.say(f"waiting for {self.scaling.least} workers: {free:g} CPUs of the cluster are free")
-        if not self.came or now - self.lived < self.scaling.stall:
-            return None
-        dumps = stacks.dump(self.came)
-        if stacks.GONE in dumps.values():  # Ray is about to start the workers again
-            self.lived = now
-            return None
+            if now - self.gone < self.scaling.stall + self.scaling.wait:
+                return None
+            error = f"no {self.scaling.least} workers for {now - self.gone:.0f} s (scaling.stall, scaling.wait)"
+            return {"status": "FAILED", "error": f"{error}; the same command resumes", "exit": 1}
         for rank, dump in sorted(dumps.items()):
             self.terminal.say(f"worker {rank}: {dump}")
         stacks.end(self.came)

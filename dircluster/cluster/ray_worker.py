@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 
-from dircluster.cluster.mailbox import RemoteConsole
+from dircluster.cluster.mailbox import LAST_WORD, RemoteConsole
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.storage import opener
 from dircluster.config import RunConfig, from_dict
 from dircluster.training.parallel import joined_workers
 from dircluster.training.pipeline import Run
-from dircluster.training.ports import Console, NoTracker, Quiet, Tracker
+from dircluster.training.ports import Console, NoTracker, Quiet, Tracker, waiting
 
 
 def work(config: dict[str, Any], owner: str, fresh: bool, record: dict[str, Any] | None, mailbox: Any) -> None:
@@ -41,8 +42,11 @@ def work(config: dict[str, Any], owner: str, fresh: bool, record: dict[str, Any]
     run = Run(run_config, parallel, tracker, console, owner=owner, fresh=fresh, open_path=opener(run_config.storage))
     outcome = outcome_of(run.execute)
     if recorder is not None:
-        recorder.close(hurry=outcome["status"] == "KILLED")
+        with waiting(console):
+            recorder.close(hurry=outcome["status"] != "FINISHED")
     if remote is not None:
         remote.finish(outcome)
     elif outcome["status"] == "FAILED":
-        raise RuntimeError(outcome["error"])  # the others may wait for this worker: let Ray end them
+        deadline = time.monotonic() + 2 * LAST_WORD  # Ray would start all again as soon as one ends
+        while not ray.get(mailbox.fail.remote(outcome)) and time.monotonic() < deadline:
+            time.sleep(1.0)

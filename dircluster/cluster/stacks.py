@@ -32,7 +32,10 @@ def _look(process: int) -> str:
     if tool is None:
         return f"{stopped}no stack: py-spy is not installed"
     command = [tool, "dump", "--nonblocking", "--pid", str(process)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE / 2, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{stopped}no stack: py-spy did not answer"
     return stopped + (done.stdout if done.returncode == 0 else f"no stack: {done.stderr.strip()}")
 
 
@@ -54,6 +57,8 @@ def _on_nodes(work: Any, workers: dict[int, tuple[str, int]]) -> dict[int, str]:
             answers[rank] = str(ray.get(answer, timeout=0.1))
         except ray.exceptions.GetTimeoutError:
             answers[rank] = f"no answer from its node within {PATIENCE:.0f} s"
+        except ray.exceptions.RayTaskError as error:
+            answers[rank] = f"no stack: {str(error).splitlines()[-1]}"
         except ray.exceptions.RayError:
             answers[rank] = GONE
     return answers

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from dircluster.config import ConfigError, RunConfig, StorageConfig, local_path
+from dircluster.config import ConfigError, RunConfig, StorageConfig, local_path, refuse_secret
 
 PATIENT, QUICK = 15, 1
 """Tries of a request: about two minutes with s3fs's pauses, or one."""
@@ -26,8 +26,10 @@ def is_remote(uri: str) -> bool:
 
 
 def endpoint(storage: StorageConfig) -> str | None:
-    """Address of the S3 server, None for AWS."""
-    return storage.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    """Address of the S3 server, None for AWS. Raises ConfigError where it holds a password."""
+    found = storage.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    refuse_secret("AWS_ENDPOINT_URL_S3", found or "")
+    return found
 
 
 def _options(storage: StorageConfig) -> dict[str, Any]:
@@ -48,9 +50,16 @@ def filesystem(storage: StorageConfig) -> Any:
 
     if BotoCoreError not in s3fs.core.S3_RETRYABLE_ERRORS:  # a server that refuses connections may come back
         s3fs.core.add_retryable_error(BotoCoreError)
+        s3fs.core.set_custom_error_handler(_is_passing)
     found = fsspec.filesystem("s3", **_options(storage))
     found.retries = PATIENT
     return found
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether a server's answer is its own trouble (5xx), which may pass."""
+    answer: dict[str, Any] = getattr(error, "response", {})
+    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
 
 
 def open_path(uri: str, storage: StorageConfig) -> Path:
@@ -67,7 +76,7 @@ def check(config: RunConfig) -> None:
     """Prove within seconds that ``storage.uri`` can be written. Raises ConfigError, one line, where it cannot."""
     storage = config.storage
     if is_remote(storage.uri):
-        _check_bucket(storage)
+        check_bucket(storage.uri, storage, write=True)
     else:
         _check_folder(local_path(storage.uri), storage.uri)
     path = open_path(storage.uri, storage)
@@ -78,11 +87,12 @@ def check(config: RunConfig) -> None:
         )
 
 
-def _check_bucket(storage: StorageConfig) -> None:
+def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
+    """Prove within seconds that ``uri`` can be read, or written. Raises ConfigError, one line, where it cannot."""
     import boto3
     from botocore.exceptions import NoCredentialsError
 
-    bucket, where = storage.uri.removeprefix("s3://").partition("/")[0], endpoint(storage)
+    bucket, where = uri.removeprefix("s3://").partition("/")[0], endpoint(storage)
     session = boto3.Session()
     region = storage.region or session.region_name
     if where is None and region is not None:
@@ -93,12 +103,16 @@ def _check_bucket(storage: StorageConfig) -> None:
             raise ConfigError(f"storage.region {region!r} is no region of AWS{hint}")
     files, server = filesystem(storage), where or "AWS"
     files.retries = QUICK
-    probe = f"{storage.uri.rstrip('/')}/.write-probe-{os.getpid()}"
+    probe = f"{uri.rstrip('/')}/.write-probe-{os.getpid()}"
     try:
-        files.pipe_file(probe, b"")
-        files.rm_file(probe)
+        if write:
+            files.pipe_file(probe, b"")
+            files.rm_file(probe)
+        else:
+            files.ls(uri, refresh=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"storage.uri: there is no bucket {bucket!r} at {server}; make it first") from error
+        missing = f"there is no bucket {bucket!r} at {server}; make it first" if write else f"{uri} does not exist"
+        raise ConfigError(f"storage.uri: {missing}") from error
     except PermissionError as error:
         raise ConfigError(
             f"storage.uri: {server} refuses the credentials at hand for bucket {bucket!r} ({_line(error)})"
@@ -129,14 +143,20 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copy the files of a folder; the commit marker of a checkpoint goes last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir(), key=lambda f: (f.name == "COMMIT", f.name)):
+        (target / file.name).write_bytes(file.read_bytes())
+
+
 def local_copy(folder: Path) -> Path:
     """``folder`` itself, or where it lies in object storage a copy of its files in a new folder here."""
     if isinstance(folder, Path):
         return folder
-    copy = Path(tempfile.mkdtemp(prefix="dircluster-"))
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
+    here = Path(tempfile.mkdtemp(prefix="dircluster-"))
+    copy(folder, here)
+    return here
 
 
 def for_ray(config: RunConfig) -> dict[str, Any]:

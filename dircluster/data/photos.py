@@ -42,4 +42,7 @@ def write_photos(folder: Path) -> None:
         written = io.BytesIO()
         pq.write_table(pa.table({"image": cells, "label": labels}), written, row_group_size=ROWS)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(written.getvalue())
+        partial = folder / f".{name}.partial" if isinstance(folder, Path) else folder / name  # an object is whole
+        partial.write_bytes(written.getvalue())
+        if isinstance(folder, Path):
+            partial.rename(folder / name)

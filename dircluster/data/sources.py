@@ -163,7 +163,11 @@ def _torchvision(name: str, cache: Path) -> tuple[Split, Split]:
 def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[Path], list[Path]]:
     """Parquet files or images under ``data.uri``, of the training and of the test split."""
     path = open_path(config.uri or "")
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise ConfigError(f"data.uri {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if not exists:
         raise ConfigError(f"data.uri {str(path)!r} does not exist")
     files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
     if not files:

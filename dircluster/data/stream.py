@@ -4,7 +4,8 @@ The row groups of all shards are dealt out to lanes, anew in each epoch; a globa
 every lane. So a batch is a function of (seed, epoch, step) alone, whatever the number of workers; a worker reads the
 lanes of its own rows and no others; and a resumed run reads on where it stopped. What a stream gives up: an image is
 shuffled among the rows of its row group, and row groups among the lanes, but not among all images; and a lane that ends
-early begins again, so that in one epoch a few images come twice and as many not at all.
+early begins again, so that in one epoch some images come twice and as many not at all (few where there are many row
+groups a lane). A worker keeps two row groups a lane in memory, as they are encoded.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Shards:
     def fingerprint(self) -> str:
         """SHA-256 of names, sizes and row counts: the bytes of the images are not read for it."""
         digest = hashlib.sha256()
+        sizes = {shard: shard.stat().st_size for shard in {group.shard for group in self.groups}}
         for group in self.groups:
-            digest.update(f"{group.shard.name}/{group.number}/{group.rows}/{group.shard.stat().st_size}\n".encode())
+            digest.update(f"{group.shard.name}/{group.number}/{group.rows}/{sizes[group.shard]}\n".encode())
         return digest.hexdigest()
 
 

@@ -6,11 +6,12 @@ folders only, verify sizes and SHA-256 before they parse, and fall back to the c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,10 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
 
 def digest(folder: Path) -> str | None:
     """SHA-256 of the manifest of a committed folder, None where nothing is committed."""
-    marker = folder / COMMIT
-    return _bytes(marker).decode(errors="replace") if marker.is_file() else None
+    try:
+        return _bytes(folder / COMMIT, missing=True).decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def read(folder: Path, key: str | None = None) -> Checkpoint:
@@ -117,8 +120,12 @@ def read(folder: Path, key: str | None = None) -> Checkpoint:
     return Checkpoint(folder, tensors, state)
 
 
-def _bytes(path: Path, size: int | None = None) -> bytes:
-    """A file's content. Raises CheckpointError unread where it is a link, too large, or not of the ``size`` told."""
+def _bytes(path: Path, size: int | None = None, missing: bool = False) -> bytes:
+    """A file's content. Raises CheckpointError unread where it is a link, too large, or not of the ``size`` told.
+
+    A file that is ``missing`` raises FileNotFoundError where that may be; object storage that does not answer raises
+    what it raises: it is no sign of damage.
+    """
     most = LARGEST.get(path.name, LARGEST_TENSORS)
     try:
         if path.is_symlink():
@@ -130,6 +137,9 @@ def _bytes(path: Path, size: int | None = None) -> bytes:
             raise DamagedError(f"{path.parent} is damaged: {path.name} is not what was written")
         return path.read_bytes()
     except OSError as error:
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if (gone and missing) or not (gone or isinstance(path, Path)):
+            raise
         raise DamagedError(f"{path.parent} is damaged: {path.name} cannot be read") from error
 
 
@@ -151,16 +161,20 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         """Commit the state after ``step`` steps, then drop what neither of the newest two refers to."""
         self.guard()
-        write(self.folder / f"step-{step:08d}", tensors, state, self.key)
+        written = self.folder / f"step-{step:08d}"
+        write(written, tensors, state, self.key)
         steps = self._committed("step-")
-        keep: set[str | None] = {folder.name for folder in steps[-self.KEEP :]}
-        keep |= {self._best_of(folder) for folder in steps[-self.KEEP :]}
+        newest = [folder for folder in steps if folder.name <= written.name][-self.KEEP :]  # later ones were unsound
+        keep: set[str | None] = {folder.name for folder in newest}
+        keep |= {self._best_of(folder) for folder in newest}
         for folder in [*steps, *self._committed("best-")]:
             if folder.name not in keep:
-                _remove(folder)
+                with contextlib.suppress(Exception):  # what stays too long is no harm
+                    _remove(folder)
 
     def save_at(self, name: str, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         """Commit a folder of that name; it stays while the ``best`` of a kept checkpoint refers to it."""
+        self.guard()
         write(self.folder / name, tensors, state, self.key)
 
     def latest(self) -> Checkpoint | None:
@@ -170,16 +184,23 @@ class Checkpoints:
         """
         for folder in reversed(self._committed("step-")):
             try:
-                found = read(folder, self.key)
-                best = self._best_of(folder)
-                if best is not None:
-                    self.at(best)
-                return found
+                return self._with_sound_best(read(folder, self.key))
             except CheckpointError as error:
                 if "another config" in str(error):
                     raise
                 self.warn(f"{error}; falling back to the checkpoint before")
         return None
+
+    def _with_sound_best(self, found: Checkpoint) -> Checkpoint:
+        """``found``, without its best weights where those are damaged: the next evaluation chooses again."""
+        best = self._best_of(found.folder)
+        try:
+            if best is not None:
+                self.at(best)
+        except CheckpointError as error:
+            self.warn(f"{error}; the best weights are chosen anew")
+            return replace(found, state={**found.state, "best": None})
+        return found
 
     def at(self, name: str) -> Checkpoint:
         """The checkpoint of that folder, verified."""
@@ -218,12 +239,13 @@ def write_whole(file: Path, blob: bytes) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """An optimiser's state by parameter name: ``NAME|momentum_buffer`` and the like."""
-    return {
+    found = {
         f"{names[parameter]}|{kind}": value
         for parameter, entry in optimizer.state.items()
         for kind, value in entry.items()
         if isinstance(value, Tensor)
     }
+    return dict(sorted(found.items()))  # workers gather shards one by one, in the same order
 
 
 def restore_optimizer(
@@ -231,7 +253,7 @@ def restore_optimizer(
 ) -> None:
     """The inverse of :func:`optimizer_tensors`."""
     optimizer.state.clear()
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         owner, _, kind = name.rpartition("|")
         parameter = parameters[owner]
         optimizer.state[parameter][kind] = value if kind == "step" else like(value, parameter)

@@ -17,21 +17,27 @@ BEAT = 3.0
 """Seconds between two heartbeats of a lease."""
 DEAD = 15.0
 """Seconds without one after which its job is taken to be gone."""
+SETTLE = 0.5
+"""Seconds between writing a lease and looking whether it stands."""
+
+
+class TakenOverError(ConfigError):
+    """Another job holds what this one wants to write."""
 
 
 @contextlib.contextmanager
 def alone(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Hold ``folder`` for the job ``owner``; yields a check that raises ConfigError where it no longer does.
+    """Hold ``folder`` for the job ``owner``; yields a check that raises TakenOverError where it no longer does.
 
-    Raises ConfigError where another job holds it. A file lock ends with its process; a lease outlives it by ``DEAD``
+    Raises TakenOverError where another job holds it. A file lock ends with its process; a lease outlives it by ``DEAD``
     seconds, but a job whose worker was restarted takes its own up again at once.
     """
     with _lock(folder) if isinstance(folder, Path) else _lease(folder, owner, say) as check:
         yield check
 
 
-def _busy(folder: Path) -> ConfigError:
-    return ConfigError(f"another job is training {folder}; wait for it, or use --fresh")
+def _busy(folder: Path) -> TakenOverError:
+    return TakenOverError(f"another job is training {folder}; wait for it, or use --fresh")
 
 
 @contextlib.contextmanager
@@ -74,14 +80,21 @@ def _lease(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Cal
                 raise _busy(folder)
     begun = time.time()
 
+    def write(number: int) -> None:
+        file.write_text(json.dumps({"owner": owner, "begun": begun, "beat": number}))
+
+    write(0)
+    if first is None or first.get("owner") != owner:
+        time.sleep(SETTLE)  # of two jobs that came at once the later writer has it
+        check()
+
     def beat() -> None:
         number = 0
-        while not ended.wait(BEAT if number else 0):
+        while not ended.wait(BEAT):
             number += 1
             with contextlib.suppress(Exception):  # storage may be away for a while
-                if number > 1:
-                    check()
-                file.write_text(json.dumps({"owner": owner, "begun": begun, "beat": number}))
+                check()
+                write(number)
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,8 +28,8 @@ from dircluster.training.checkpoint import (
     restore_optimizer,
 )
 from dircluster.training.parallel import PairwiseSum, Parallel, accumulates, like, whole, without_sync
-from dircluster.training.ports import Console, Interrupted, StageRecord, Status, interruptible
-from dircluster.training.writer import Save, Writer, copied
+from dircluster.training.ports import Console, Interrupted, StageRecord, Status, interruptible, waiting
+from dircluster.training.writer import Save, Writer
 
 INTERRUPTED_PATIENCE = 20.0
 """Seconds that an interrupted run takes to commit its checkpoint."""
@@ -65,7 +65,7 @@ def _half(config: RunConfig, device: torch.device) -> bool:
 def pieces(images: int, world: int, microbatch: int | None) -> int:
     """Micro-batches a worker cuts its share of a global batch into: as many on each, whoever has an image more."""
     share = math.ceil(images / world)
-    return math.ceil(share / (microbatch or share))
+    return min(math.ceil(share / (microbatch or share)), images // world)
 
 
 class Trainer:
@@ -125,7 +125,8 @@ class Trainer:
 
         def close() -> None:
             assert self.writer is not None
-            self.writer.close(patience)
+            with waiting(self.console):
+                self.writer.close(patience)
 
         self.parallel.first_does(close)
 
@@ -134,7 +135,8 @@ class Trainer:
         start = self._resume()
         if self._selects_after(start) and (self.best is None or self.best["last"]["step"] != start):
             self._judge_or_save(start)
-            self._save(start, judged=True)
+            if start == self.steps:
+                self._save(start, judged=True)
         for step in range(start, self.steps):
             done = step + 1
             terms, signal = self._step_or_save(step)
@@ -178,9 +180,8 @@ class Trainer:
 
     def _leavable(self, safe: bool = True) -> AbstractContextManager[None]:
         """Where a single worker may leave at once when it hears a signal; several have to agree on a step."""
-        if self.parallel.world > 1 or not safe:
-            return nullcontext()
-        return interruptible(self.recipe.get_submodule("classifier"), self.console)
+        alone = self.parallel.world == 1 and safe
+        return interruptible(self.recipe.get_submodule("classifier"), self.console, leave=alone)
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
@@ -243,13 +244,14 @@ class Trainer:
         return [p for n, p in self.parameters.items() if n.startswith(f"{module}.")]
 
     def _weights(self) -> dict[str, Tensor]:
-        """In full, on every worker: all call it together."""
+        """Copies in full, on the first worker: all call it together."""
         return whole(
             {
                 f"{name}.{k}": v
                 for name in self.recipe.trained
                 for k, v in self.recipe.get_submodule(name).state_dict().items()
-            }
+            },
+            keep=self.parallel.first,
         )
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -291,10 +293,11 @@ class Trainer:
         began = time.monotonic()
         names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         groups = {"model": self._weights()}
-        groups |= {f"optimizer-{m}": whole(optimizer_tensors(o, names)) for m, o in self.optimizers.items()}
+        for module, optimizer in self.optimizers.items():
+            groups[f"optimizer-{module}"] = whole(optimizer_tensors(optimizer, names), keep=self.parallel.first)
         if self.writer is not None:
             points, pictures = self.record.unsent()
-            tensors = {name: copied(group) for name, group in groups.items()} | {"unsent": copied(pictures)}
+            tensors = groups | {"unsent": dict(pictures)}
             state = {"stage": self.stage.name, "step": done, "steps": self.steps, "best": self.best, "unsent": points}
             self.writer.put(Save(done, tensors, state, self.new_best))
             self.record.metrics(
@@ -313,7 +316,7 @@ class Trainer:
             facts = {"step": done, "natural": natural, "robust": robust, "folder": folder}
             if folder is not None:
                 weights = self._weights()
-                self.new_best = (folder, copied(weights), facts) if self.parallel.first else None
+                self.new_best = (folder, weights, facts) if self.parallel.first else None
             self.best = facts
         self.best = {**self.best, "last": {"step": done, "natural": natural, "robust": robust}}
         if self.parallel.first:

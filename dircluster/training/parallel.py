@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -64,9 +65,9 @@ class Parallel:
                 _shard(module.get_submodule(name), half, ordered=self.device.type == "cpu")
             return module
         wrapped = DistributedDataParallel(module)
-        if self.device.type == "cpu":
-            # DDP checks annotations, which are strings in this file: a lambda has none.
-            wrapped.register_comm_hook(aside, lambda state, bucket: _average_bucket(state, bucket))
+        exchange: Any = _average_bucket if self.device.type == "cpu" else allreduce_hook
+        # DDP checks annotations, which are strings in this file: a lambda has none.
+        wrapped.register_comm_hook(aside, lambda state, bucket: exchange(None, _joined(state, bucket)))
         return wrapped
 
     def mean(self, values: Tensor) -> Tensor:
@@ -192,10 +193,15 @@ def _share_of_sum(values: Tensor) -> Tensor:
     return _pairwise(received.view(dist.get_world_size(), -1))
 
 
-def _average_bucket(aside: PairwiseSum, bucket: Any) -> torch.futures.Future[Tensor]:
-    """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
+def _joined(aside: PairwiseSum, bucket: Any) -> Any:
+    """``bucket`` with what was set aside of its parameters."""
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         aside.join(parameter, gradient)
+    return bucket
+
+
+def _average_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
     buffer, world = bucket.buffer(), dist.get_world_size()
     padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % world))
     dist.all_gather_into_tensor(padded, _share_of_sum(padded))
@@ -243,9 +249,17 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor in full, on each worker; all workers call it together where some are sharded."""
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """A copy of every tensor in full, in this machine's memory; nothing where the worker does not ``keep`` it.
+
+    All workers call it together where some are sharded: they are gathered one after the other.
+    """
+    made = {}
+    for name, value in tensors.items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            made[name] = full.detach().to("cpu", copy=True).contiguous()
+    return made
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:

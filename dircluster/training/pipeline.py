@@ -25,11 +25,10 @@ from dircluster.models.defended import frozen
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.training import bundle, checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
-from dircluster.training.lease import alone
+from dircluster.training.lease import TakenOverError, alone
 from dircluster.training.loop import Stage, Trainer
 from dircluster.training.parallel import Parallel, whole
-from dircluster.training.ports import Console, Interrupted, StageRecord, Tracker, interruptible
-from dircluster.training.writer import copied
+from dircluster.training.ports import Console, Interrupted, StageRecord, Tracker, interruptible, waiting
 
 TOKEN = "started-by"
 """File that names the job which started a stage anew."""
@@ -110,9 +109,8 @@ class Run:
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers alike.
         """
         config, parallel = self.config, self.parallel
-        parallel.first_does(self._load_data)  # one download or one error, then everybody reads
-        if not parallel.first:
-            self._load_data()
+        with waiting(self.console):
+            self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         models = stages.Models(config, parallel)
         classifiers.check_classes(models.classifier, config.data)
@@ -133,6 +131,12 @@ class Run:
             "selection": self.selection,
             "data": self.data.fingerprint,
         }
+
+    def _load_everywhere(self) -> None:
+        """One download or one error, then every worker reads."""
+        self.parallel.first_does(self._load_data)
+        if not self.parallel.first:
+            self._load_data()
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -229,11 +233,14 @@ class Run:
         try:
             best = trainer.run()
             state = {"stage": stage.name, "best": best, **facts}
-            tensors = {name: whole(getattr(models, name).state_dict()) for name in names}
-            if parallel.first:
+            tensors = {name: whole(getattr(models, name).state_dict(), parallel.first) for name in names}
+
+            def finish() -> None:
                 guard()
                 self._keep_unsent(record, place)
                 checkpoint.write(place.final, tensors, state, place.key)
+
+            parallel.first_does(lambda: self._persist(finish))
             parallel.wait()  # nobody reads before it is committed
             status = "FINISHED"
         except Interrupted:
@@ -261,12 +268,33 @@ class Run:
         """What the tracker has not received of a stage that ends: the process may be killed before it is sent."""
         points, pictures = record.unsent()
         if points or pictures:
-            checkpoint.write(place.folder / "unsent", {"unsent": copied(pictures)}, {"unsent": points}, place.key)
+            checkpoint.write(place.folder / "unsent", {"unsent": pictures}, {"unsent": points}, place.key)
+
+    def _persist(self, write: Callable[[], None]) -> None:
+        """``write``, tried again for up to ``storage.patience`` seconds while storage refuses."""
+        deadline, said = time.monotonic() + self.config.storage.patience, False
+        with waiting(self.console):
+            while True:
+                try:
+                    return write()
+                except TakenOverError:
+                    raise
+                except Exception as trouble:  # whatever storage says
+                    if time.monotonic() > deadline:
+                        raise
+                    if not said:
+                        self.console.say(f"the stage's result cannot be stored yet: {str(trouble).splitlines()[0]}")
+                    said = True
+                    time.sleep(1.0)
 
     def _send_again(self, stage: Stage, place: Place) -> None:
         if checkpoint.digest(place.folder / "unsent") is None:
             return
-        kept = checkpoint.read(place.folder / "unsent", place.key)
+        try:
+            kept = checkpoint.read(place.folder / "unsent", place.key)
+        except checkpoint.CheckpointError as error:
+            self.console.say(f"{error}; some points of {stage.name} may be missing in MLflow")
+            return
         record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
         record.resend(kept.state["unsent"], kept.tensors["unsent"])
         record.end("FINISHED")

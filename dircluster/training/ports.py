@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,18 +50,19 @@ class Console(Protocol):
         """Progress; called at every logged step."""
 
     def stop_signal(self) -> int:
-        """Number of the signal that asked the run to stop, 0 while none did."""
+        """Number of the signal that asked the run to stop, 0 while none did. Asking shows that the run lives."""
 
 
 @contextmanager
-def interruptible(module: nn.Module, console: Console) -> Iterator[None]:
+def interruptible(module: nn.Module, console: Console, leave: bool = True) -> Iterator[None]:
     """Raise Interrupted from a pass through ``module`` in eval mode once the console hears a signal.
 
-    Crafting runs in eval mode and changes nothing, so a long attack can be left at any of its steps.
+    Crafting runs in eval mode and changes nothing, so a long attack can be left at any of its steps. Without ``leave``
+    the passes only show the console that the run lives.
     """
 
     def check(module: nn.Module, inputs: object) -> None:
-        if not module.training and (signal := console.stop_signal()):
+        if not module.training and (signal := console.stop_signal()) and leave:
             raise Interrupted(signal)
 
     hook = module.register_forward_pre_hook(check)
@@ -68,6 +70,24 @@ def interruptible(module: nn.Module, console: Console) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def waiting(console: Console) -> Iterator[None]:
+    """Show the console that the run lives while it waits for something that has a time limit of its own."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(2.0):
+            console.stop_signal()
+
+    thread = threading.Thread(target=beat, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class StageRecord(Protocol):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dircluster.training.checkpoint import CheckpointError, Checkpoints
+from dircluster.training.lease import TakenOverError
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,6 @@ class Save:
     state: Mapping[str, Any]
     best: tuple[str, Mapping[str, Tensor], Mapping[str, Any]] | None = None
     """Name of their folder, weights, and what is known of them."""
-
-
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in this machine's memory, which later steps leave alone."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 class Writer:
@@ -46,6 +42,7 @@ class Writer:
         """The newest committed step, and what committing it took."""
         self._waiting: Save | None = None
         self._closing = self._abandoned = False
+        self._ended: TakenOverError | None = None
         self._trouble = ""
         """Why storage takes nothing, empty while it does."""
         self._changed = threading.Condition()
@@ -53,8 +50,10 @@ class Writer:
         self._thread.start()
 
     def put(self, save: Save) -> None:
-        """Commit ``save`` soon."""
+        """Commit ``save`` soon. Raises TakenOverError once another job holds the folder."""
         with self._changed:
+            if self._ended is not None:
+                raise self._ended
             free = self._changed.wait_for(lambda: self._waiting is None or self._trouble, self.LONGEST_WAIT)
             if not free:
                 self._complain(self._waiting, f"no answer for {self.LONGEST_WAIT:.0f} s")
@@ -70,6 +69,8 @@ class Writer:
             self._changed.notify_all()
         self._thread.join(patience)
         self._abandoned = True
+        if self._ended is not None:
+            raise self._ended
         if self._thread.is_alive():
             raise CheckpointError(
                 f"storage.uri: {self.checkpoints.folder} took no checkpoint for {patience:.0f} s"
@@ -91,6 +92,8 @@ class Writer:
                 save, self._waiting = self._waiting, None
                 self._changed.notify_all()
             self._commit(save)
+            if self._ended is not None:
+                return
 
     def _commit(self, save: Save) -> None:
         pause, began = 0.5, time.monotonic()
@@ -100,6 +103,9 @@ class Writer:
                     name, weights, facts = save.best
                     self.checkpoints.save_at(name, {"model": weights}, {"best": facts})
                 self.checkpoints.save(save.step, save.tensors, save.state)
+            except TakenOverError as error:
+                self._ended = error
+                return
             except Exception as trouble:  # whatever storage says: it may say otherwise later
                 with self._changed:
                     self._complain(save, _line(trouble))

@@ -69,6 +69,31 @@ def test_damage_in_object_storage_is_noticed_too(bucket: Path, seed: int) -> Non
     assert found.state["step"] == 1
 
 
+def test_damaged_best_weights_cost_the_choice_and_not_the_stage(tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = ck.Checkpoints(tmp_path, "key", said.append)
+    checkpoints.save_at("best-00000001", {"model": WEIGHTS["model"]}, {})
+    for step in (1, 2):
+        checkpoints.save(step, WEIGHTS, {"step": step, "best": {"folder": "best-00000001"}})
+    (tmp_path / "best-00000001" / "model.safetensors").write_bytes(b"")
+    found = checkpoints.latest()
+    assert found is not None
+    assert (found.state["step"], found.state["best"]) == (2, None)
+    assert "the best weights are chosen anew" in said[0]
+
+
+def test_what_is_written_after_a_fall_back_stays(tmp_path: Path) -> None:
+    checkpoints = two(tmp_path)
+    for step in (1, 2):
+        (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+    assert checkpoints.latest() is None
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000009")
+    checkpoints.save(5, WEIGHTS, {"step": 5, "best": None})
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.state["step"] == 5
+
+
 class Bomb:
     """A pickle that leaves a mark where it is loaded."""
 

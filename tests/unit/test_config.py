@@ -72,6 +72,8 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         {"data": c.DataConfig(uri="s3://key:CANARY@bucket/data")},
         {"target": c.TargetConfig(uri="s3://key:CANARY@bucket/target.safetensors")},
         {"tracking": c.TrackingConfig(uri="postgresql://user:CANARY@host/mlflow")},
+        {"tracking": c.TrackingConfig(uri="postgresql://host/mlflow?user=me&password=CANARY")},
+        {"storage": c.StorageConfig(uri="s3://akia:CAN/CANARY@bucket/runs")},
     ],
 )
 def test_a_uri_with_a_password_is_refused_without_repeating_it(change: dict[str, Any]) -> None:
