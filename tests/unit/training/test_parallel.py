@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dircluster.training.loop import pieces
-from dircluster.training.parallel import PairwiseSum, Parallel, _pairwise
+from dircluster.training.parallel import PairwiseSum, Parallel, _pairwise, whole
 
 PARTS = torch.tensor([1e8, 1.0, -1e8, 1.0, 3e7, 0.25, -3e7, 0.5])
 """Their float32 sum depends on the order."""
@@ -59,3 +59,11 @@ def test_gradients_are_scaled_to_the_norm() -> None:
     assert torch.equal(parameters[0].grad, torch.full((3,), 2.0))
     assert alone.clip(parameters, 1.0) == pytest.approx(28**0.5)
     assert torch.cat([p.grad for p in parameters]).norm() == pytest.approx(1.0)
+
+
+def test_copies_are_not_changed_by_later_steps() -> None:
+    weights = {"w": torch.zeros(2)}
+    kept = whole(weights)
+    weights["w"] += 1
+    assert kept["w"].tolist() == [0, 0]
+    assert whole(weights, keep=False) == {}
