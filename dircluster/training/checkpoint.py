@@ -180,27 +180,28 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest sound checkpoint; a damaged one is passed over with a warning.
 
-        Raises CheckpointError where the newest belongs to another config.
+        Where the best weights that it names are damaged, the one before is taken too; where those of all are, the newest
+        without its best weights, which the next evaluation chooses anew. Raises CheckpointError where the newest belongs
+        to another config.
         """
+        without_best: Checkpoint | None = None
         for folder in reversed(self._committed("step-")):
             try:
-                return self._with_sound_best(read(folder, self.key))
+                found = read(folder, self.key)
+                best = self._best_of(folder)
             except CheckpointError as error:
                 if "another config" in str(error):
                     raise
                 self.warn(f"{error}; falling back to the checkpoint before")
-        return None
-
-    def _with_sound_best(self, found: Checkpoint) -> Checkpoint:
-        """``found``, without its best weights where those are damaged: the next evaluation chooses again."""
-        best = self._best_of(found.folder)
-        try:
-            if best is not None:
-                self.at(best)
-        except CheckpointError as error:
-            self.warn(f"{error}; the best weights are chosen anew")
-            return replace(found, state={**found.state, "best": None})
-        return found
+                continue
+            try:
+                if best is not None:
+                    self.at(best)
+                return found
+            except CheckpointError as error:
+                self.warn(f"{error}; looking for a checkpoint with sound best weights")
+                without_best = without_best or replace(found, state={**found.state, "best": None})
+        return without_best
 
     def at(self, name: str) -> Checkpoint:
         """The checkpoint of that folder, verified."""
