@@ -180,9 +180,8 @@ class Checkpoints:
     def latest(self) -> Checkpoint | None:
         """The newest sound checkpoint; a damaged one is passed over with a warning.
 
-        Where the best weights that it names are damaged, the one before is taken too; where those of all are, the newest
-        without its best weights, which the next evaluation chooses anew. Raises CheckpointError where the newest belongs
-        to another config.
+        So is one whose best weights are damaged, as long as there is another; else the newest comes without them, and
+        the next evaluation chooses anew. Raises CheckpointError where the newest belongs to another config.
         """
         without_best: Checkpoint | None = None
         for folder in reversed(self._committed("step-")):
