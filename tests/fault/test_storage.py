@@ -30,8 +30,8 @@ from infra.laptop import BUCKET, Cluster
 from tests.fault.conftest import ROOT, SMOKE, weights_in
 from tests.fault.kill_at import MOMENTS
 
-QUICK_REMOTE = ("uploading", "before the marker")
-"""Moments that CI tries in object storage, and the others in a folder; the rest is slow."""
+QUICK = (("writing", False), ("before the marker", True), ("loading", False))
+"""Moments that CI tries, in object storage or in a folder; the rest is slow."""
 ALONE = ("--launcher", "local", "--tracking.no-enabled", "--seed", "3")
 
 
@@ -89,7 +89,7 @@ def train(bucket: Path, tmp_path: Path) -> Train:
 @pytest.mark.parametrize(
     ("moment", "remote"),
     [
-        pytest.param(moment, remote, marks=[] if remote == (moment in QUICK_REMOTE) else pytest.mark.slow)
+        pytest.param(moment, remote, marks=[] if (moment, remote) in QUICK else pytest.mark.slow)
         for moment in MOMENTS
         for remote in (False, True)
     ],
@@ -160,13 +160,9 @@ def proxy(s3: Cluster) -> Iterator[Proxy]:
         yield made
 
 
-@pytest.mark.parametrize(
-    ("mode", "seconds"),
-    [
-        ("refuse", 8),
-        *(pytest.param(m, s, marks=pytest.mark.slow) for m, s in (("stall", 8), ("refuse", 60), ("stall", 60))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["refuse", "stall"])
+@pytest.mark.parametrize("seconds", [8, 60])
 def test_an_outage_of_storage(train: Train, proxy: Proxy, unbroken: Any, mode: str, seconds: float) -> None:
     train.environment["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{proxy.port}"
     words = ("--dir.epochs", str(int(60 + 12 * seconds)), "--storage.checkpoint-every", "4")

@@ -84,6 +84,7 @@ def test_train_on_two_workers_then_again(train: Train, tmp_path: Path, monkeypat
     assert "target: taken from" in given.out
 
 
+@pytest.mark.slow
 def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
     train: Train, start: Any, tmp_path: Path
 ) -> None:
