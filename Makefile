@@ -22,7 +22,7 @@ cluster-down: .venv/uv  ## end exactly what make cluster started
 test: .venv/dev lint  ## every test that CI runs, with coverage
 	$(RUN) -m pytest --cov $(ARGS)
 
-proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, an outage of a minute (half an hour)
+proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (about an hour)
 	$(RUN) -m pytest -m slow $(ARGS)
 
 lint: .venv/dev
