@@ -62,12 +62,25 @@ class TrainJob(Job):
 
 @dataclass(frozen=True)
 class EvaluateJob(Job):
-    """Judge a finished defense again: natural and robust accuracy, masks known and fresh."""
+    """Judge a defense, whoever trained it. What is finished is kept: the same command goes on, or shows it again."""
 
     defense: str = ""
-    """The folder of its checkpoint, its place in object storage, or an MLflow URI (models:/dir-digits@champion)."""
+    """The folder of a checkpoint, its place in object storage, an MLflow URI (models:/dir-digits@champion),
+    package.module:factory (called without arguments, returns a torch.nn.Module), or none (the bare --target.uri)."""
+    suite: Literal["quick", "paper", "rigorous"] | None = None
+    """Short for --evaluation.suite."""
+    verdict: Switch = False
+    """Ask too whether the defense only hides gradients; paper and rigorous do so anyway."""
+    no_verdict: Switch = False
+    """Leave that out of paper and rigorous."""
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: as many workers as there are CPUs or GPUs, or --scaling.workers; local: this process, or torchrun's."""
+    keep_images: Switch = False
+    """Keep the adversarial images beside the report."""
+    natural_target: str = ""
+    """A naturally trained target (as --target.uri) to draw into Figure 2 beside the defense's own."""
     trust_code: Switch = False
-    """Import the target's own code (package.module:factory) where the defense names one."""
+    """Import the target's own code (package.module:factory) where a checkpoint names one."""
 
 
 @dataclass(frozen=True)

@@ -336,22 +336,36 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The final judgement on the test split."""
+    """The judgement on the test split: what a defense must face, and how surely it is said."""
 
+    suite: Literal["quick", "paper", "rigorous"] = "quick"
+    """quick: seconds; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
+    verdict: bool = False
+    """Ask too whether the defense only hides gradients (sixteen questions' worth of attacks on a few images)."""
     images: int | None = None
     """Test images judged; all when not given."""
-    batch_size: int = 256
-    """Images judged at a time on each worker."""
-    steps: int = 20
-    """PGD steps."""
-    eot: int = 8
-    """Mask draws whose gradients are averaged at each step against fresh masks."""
-    draws: int = 10
-    """Fresh mask draws on which every final adversarial image is judged again."""
+    verdict_images: int = 128
+    """Of these, as many answer for the verdict."""
+    batch_size: int = 128
+    """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
+    rows: int = 1024
+    """Most rows, images times mask draws, that pass through a model at a time."""
+    steps: int | None = None
+    """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
+    eot: int | None = None
+    """Mask draws whose gradients are averaged at each step against fresh masks; 8 in quick, else 20, when not given."""
+    draws: int | None = None
+    """Fresh mask draws on which every final image is judged again; 10 in quick, else 20, when not given."""
+    queries: int = 5000
+    """Queries of Square, alone and in AutoAttack."""
+    l2_epsilon: float = 0.5
+    """Radius of the L2 ball in rigorous."""
 
     def __post_init__(self) -> None:
-        _positive("evaluation", self, "batch_size", "steps", "eot", "draws")
-        _require(self.images is None or self.images > 0, f"evaluation.images must be positive, got {self.images}")
+        _positive("evaluation", self, "batch_size", "rows", "queries", "l2_epsilon", "verdict_images")
+        for name in ("images", "steps", "eot", "draws"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True)

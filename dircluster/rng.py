@@ -15,21 +15,22 @@ import torch
 from torch import Tensor
 
 
-def _entropy(seed: int, purpose: str, epoch: int, step: int) -> int:
+def entropy(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> int:
+    """A seed of 63 bits that is a function of the arguments alone."""
     text = f"{seed}/{purpose}/{epoch}/{step}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> torch.Generator:
     """A CPU generator whose stream is a function of its arguments alone."""
-    return torch.Generator().manual_seed(_entropy(seed, purpose, epoch, step))
+    return torch.Generator().manual_seed(entropy(seed, purpose, epoch, step))
 
 
 @contextmanager
 def ambient(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> Iterator[None]:
     """Seed what library code draws from PyTorch's own CPU stream (initial weights, dropout), and put it back."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_entropy(seed, purpose, epoch, step))
+        torch.default_generator.manual_seed(entropy(seed, purpose, epoch, step))
         yield
 
 

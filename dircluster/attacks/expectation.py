@@ -1,19 +1,52 @@
-"""Expectation over transformation (Athalye et al. 2018): the gradient of a randomised model, averaged over draws."""
+"""Attacks on randomised and non-differentiable models: EOT and BPDA (Athalye et al. 2018)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dircluster.attacks.gradient import Model, Objective
+from dircluster.attacks.gradient import Loss, Model, Slope, cross_entropy_loss, slope
 
 
-def expected_cross_entropy(model: Model, labels: Tensor, draws: int) -> Objective:
-    """Cross-entropy of each image averaged over ``draws`` passes through a model that draws anew for every row."""
+def expected(
+    model: Model, labels: Tensor, draws: int, loss: Loss = cross_entropy_loss, most_rows: int | None = None
+) -> Slope:
+    """The loss averaged over ``draws`` passes through a model that draws anew for every row, and its gradient.
 
-    def objective(images: Tensor) -> Tensor:
-        logits = model(images.repeat(draws, 1, 1, 1)).float()
-        losses = F.cross_entropy(logits, labels.repeat(draws), reduction="none")
-        return losses.view(draws, len(images)).mean(dim=0)
+    The draws of an image pass side by side, at most ``most_rows`` rows at a time (all at once when not given): one
+    call of many rows costs far less than many calls, and memory does not grow with ``draws``.
+    """
 
-    return objective
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        values, gradient = torch.zeros(len(images), device=images.device), torch.zeros_like(images)
+        at_once = draws if most_rows is None else max(1, min(draws, most_rows // len(images)))
+        for first in range(0, draws, at_once):
+            count = min(at_once, draws - first)
+
+            def objective(candidates: Tensor, count: int = count) -> Tensor:
+                logits = model(candidates.repeat(count, 1, 1, 1))
+                return loss(logits, labels.repeat(count)).view(count, len(candidates)).sum(dim=0)
+
+            some, steep = slope(objective)(images)
+            values, gradient = values + some / draws, gradient + steep / draws
+        return values, gradient
+
+    return both
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, made: Tensor) -> Tensor:
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(images: Tensor, made: Tensor) -> Tensor:
+    """``made`` from ``images``, both (N, C, H, W), with the identity for its backward pass (BPDA)."""
+    passed: Tensor = _StraightThrough.apply(images, made.detach())
+    return passed

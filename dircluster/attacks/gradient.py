@@ -1,45 +1,101 @@
-"""First-order attacks on any callable: FGSM, PGD and the ascent they share.
+"""First-order attacks on any callable: FGSM, PGD, MI-FGSM, VNI-FGSM, and the ascent they share.
 
 None of them asks for a parameter's gradient, draws from global random state, or knows what it attacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dircluster.attacks.threat import LInf
+from dircluster.attacks.threat import LInf, Threat
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> logits (N, classes)."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Logits (N, classes), labels (N,) -> what the attacker wants large, (N,)."""
 Objective = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> what the attacker wants large, (N,)."""
+Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images (N, C, H, W) -> an objective's values (N,) and its gradient (N, C, H, W), both detached."""
 
 
-def ascend(objective: Objective, start: Tensor, center: Tensor, threat: LInf, steps: int, step_size: float) -> Tensor:
-    """Projected sign-gradient ascent from ``start`` within ``threat`` around ``center``: -> (N, C, H, W), detached."""
-    reached = start.detach()
-    for _ in range(steps):
-        with torch.enable_grad():
-            reached.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(objective(reached).sum(), reached)
-        reached = threat.project(reached.detach() + step_size * gradient.sign(), center)
-    return reached.detach()
+def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p_y in nats: (N, classes), (N,) -> (N,)."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def cross_entropy(model: Model, labels: Tensor) -> Objective:
-    """Cross-entropy of each image at its true label."""
+def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """max over k != y of z_k, minus z_y: positive where the image is misclassified. (N, classes), (N,) -> (N,)."""
+    true = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None])[:, 0]
+
+
+def cross_entropy(model: Model, labels: Tensor, loss: Loss = cross_entropy_loss) -> Objective:
+    """The loss of each image at its true label."""
 
     def objective(images: Tensor) -> Tensor:
-        return F.cross_entropy(model(images).float(), labels, reduction="none")
+        return loss(model(images), labels)
 
     return objective
 
 
-def fgsm(model: Model, images: Tensor, labels: Tensor, threat: LInf) -> Tensor:
+def slope(objective: Objective) -> Slope:
+    """Values and gradient of an objective. Where nothing leads back to the images, the gradient is zero."""
+
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            asked = images.detach().requires_grad_(True)
+            values = objective(asked)
+            if not values.requires_grad:
+                return values.detach(), torch.zeros_like(images)
+            (gradient,) = torch.autograd.grad(values.sum(), asked, allow_unused=True)
+        return values.detach(), torch.zeros_like(images) if gradient is None else gradient
+
+    return both
+
+
+def ascend(objective: Objective, start: Tensor, center: Tensor, threat: Threat, steps: int, step_size: float) -> Tensor:
+    """Projected ascent from ``start`` within ``threat`` around ``center``: -> (N, C, H, W), detached."""
+    return climb(slope(objective), start, center, threat, steps, step_size)
+
+
+def climb(
+    both: Slope, start: Tensor, center: Tensor, threat: Threat, steps: int, step_size: float, keep_best: bool = False
+) -> Tensor:
+    """:func:`ascend` on a slope; with ``keep_best`` it returns each image's iterate of the highest value."""
+    reached = best = start.detach()
+    highest: Tensor | None = None
+    for _ in range(steps):
+        values, gradient = both(reached)
+        if keep_best:
+            best, highest = _better(best, highest, reached, values)
+        reached = threat.project(reached + step_size * threat.direction(gradient), center)
+    return _better(best, highest, reached, both(reached)[0])[0] if keep_best else reached
+
+
+def _better(best: Tensor, highest: Tensor | None, found: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    if highest is None:
+        return found, values
+    higher = values > highest
+    return torch.where(higher[:, None, None, None], found, best), torch.where(higher, values, highest)
+
+
+def strongest(values_of: Callable[[Tensor], Tensor], candidates: Iterable[Tensor]) -> Tensor:
+    """Of several sets of images, each image's of the highest value (the best of an attack's restarts)."""
+    best, highest = None, None
+    for found in candidates:
+        values = values_of(found)
+        best, highest = _better(found if best is None else best, highest, found, values)
+    if best is None:
+        raise ValueError("need at least one candidate")
+    return best
+
+
+def fgsm(model: Model, images: Tensor, labels: Tensor, threat: Threat) -> Tensor:
     """One step of the full radius (Goodfellow et al. 2015): (N, C, H, W), (N,) -> (N, C, H, W)."""
     return ascend(cross_entropy(model, labels), images, images, threat, 1, threat.epsilon)
 
@@ -48,7 +104,7 @@ def pgd(
     model: Model,
     images: Tensor,
     labels: Tensor,
-    threat: LInf,
+    threat: Threat,
     steps: int,
     step_size: float,
     uniform: Tensor | None = None,
@@ -59,6 +115,51 @@ def pgd(
     """
     start = images if uniform is None else threat.start(images, uniform)
     return ascend(cross_entropy(model, labels), start, images, threat, steps, step_size)
+
+
+def mi_fgsm(both: Slope, images: Tensor, threat: Threat, steps: int, step_size: float, decay: float = 1.0) -> Tensor:
+    """Momentum iterative FGSM (Dong et al. 2018) from the images: (N, C, H, W) -> (N, C, H, W).
+
+    Each gradient is divided by its mean absolute value before it joins the momentum; a zero gradient stays zero.
+    """
+    reached, momentum = images.detach(), torch.zeros_like(images)
+    for _ in range(steps):
+        momentum = decay * momentum + _unit(both(reached)[1])
+        reached = threat.project(reached + step_size * threat.direction(momentum), images)
+    return reached
+
+
+def vni_fgsm(
+    both: Slope,
+    images: Tensor,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    uniform: Callable[[], Tensor],
+    decay: float = 1.0,
+    samples: int = 20,
+    beta: float = 1.5,
+) -> Tensor:
+    """Variance-tuned Nesterov iterative FGSM (Wang and He 2021) from the images: (N, C, H, W) -> (N, C, H, W).
+
+    The gradient at the look-ahead point is corrected by its mean difference to ``samples`` neighbours within
+    ``beta * epsilon``, which ``uniform`` draws: in [0, 1), shaped like ``images``.
+    """
+    reached, momentum, variance = images.detach(), torch.zeros_like(images), torch.zeros_like(images)
+    radius = beta * threat.epsilon
+    for _ in range(steps):
+        gradient = both(reached + decay * step_size * momentum)[1]
+        momentum = decay * momentum + _unit(gradient + variance)
+        around = torch.zeros_like(images)
+        for _ in range(samples):
+            around += both(reached + radius * (2 * uniform() - 1))[1]
+        variance = around / samples - gradient
+        reached = threat.project(reached + step_size * threat.direction(momentum), images)
+    return reached
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    return gradient / gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)
 
 
 def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:

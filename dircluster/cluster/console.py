@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dircluster.evaluation.suites import how
 from dircluster.training.ports import Status
 
 EVERY = 10.0
@@ -75,7 +76,7 @@ class Terminal:
             table.add_column(name, justify="right" if number else "left", no_wrap=name != "how")
         for row in rows:
             low, high = row["interval"]
-            accuracy = f"{100 * row['correct'] / row['total']:.1f} %"
+            accuracy = f"{100 * row['accuracy']:.1f} %"
             table.add_row(
                 row["defense"],
                 row["attack"],
@@ -125,15 +126,3 @@ class Bystander(Terminal):
     def say(self, line: str) -> None: ...
 
     def show(self, status: Status) -> None: ...
-
-
-def how(row: dict[str, Any]) -> str:
-    """The evidence of a result in a few words."""
-    parts = []
-    if row["steps"]:
-        parts.append(f"eps {row['epsilon']:.4g}, {row['steps']} steps of {row['step_size']:.3g}")
-    if row["eot"] > 1:
-        parts.append(f"EOT {row['eot']}")
-    if row["draws"] > 1:
-        parts.append(f"{100 * row['mean']:.1f} % mean, {100 * row['always']:.1f} % always, of {row['draws']} draws")
-    return "; ".join(parts)

@@ -1,61 +1,195 @@
-"""One call behind jobs/evaluate.py: judge a finished defence on the test split of the data given."""
+"""One call behind jobs/evaluate.py: judge a defense, on Ray workers or here, and keep and tell what was found."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, refuse_secret
+from dircluster.config import ConfigError, RunConfig, refuse_secret, to_dict
+
+if TYPE_CHECKING:
+    from dircluster.cluster.bench import Bench, Brief
+    from dircluster.cluster.console import Terminal
 
 
 def main(argv: list[str]) -> int:
-    """Print the table of the defence that ``argv`` names; -> exit code. Errors are one line on stderr."""
+    """Judge the defense that ``argv`` names; -> exit code. Errors are one line on stderr."""
     return cli.execute(cli.EvaluateJob, argv, _judge)
 
 
 def _judge(job: cli.EvaluateJob) -> int:
-    import dircluster
-    from dircluster.cluster.console import Terminal
-    from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
-    from dircluster.data.sources import load
-    from dircluster.evaluation.benchmark import evaluate, to_plain
-    from dircluster.models.classifiers import check_classes
-    from dircluster.training.bundle import load_defense_folder
-    from dircluster.training.parallel import local_workers
-    from dircluster.training.pipeline import data_cache
-    from dircluster.training.ports import Interrupted, interruptible
+    from dircluster.cluster import storage
+    from dircluster.cluster.bench import with_suite
+    from dircluster.cluster.console import Bystander, Terminal
+    from dircluster.cluster.launch import with_absolute_paths
 
     if not job.defense:
-        raise ConfigError("--defense is missing: give the folder of a checkpoint, or models:/NAME@champion")
+        raise ConfigError(
+            "--defense is missing: give the folder of a checkpoint, models:/NAME@champion,"
+            " package.module:factory, or none"
+        )
     refuse_secret("--defense", job.defense)
-    store = None
-    if job.defense.startswith("models:/"):
-        from dircluster.cluster.mlflow_tracker import default_uri
+    suite = job.suite or job.run.evaluation.suite
+    config = with_suite(job.run, suite, job.verdict or (suite != "quick" and not job.no_verdict))
+    config = with_absolute_paths(config)
+    storage.check(config)
+    first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
+    with Terminal() if first else Bystander() as terminal:
+        signal = _Judging(job, config, terminal, first).run()
+        if signal:
+            terminal.say("stopped; what is finished is kept, and the same command goes on")
+    return 128 + signal if signal else 0
 
-        store = default_uri(job.run)
-    with Terminal() as terminal, local_workers(job.run.scaling) as parallel:
-        if is_remote(job.defense):
-            check_bucket(job.defense, job.run.storage)
-            folder = open_path(job.defense, job.run.storage)
-            defense = load_defense_folder(folder, trust_code=job.trust_code)
-        else:
-            defense = dircluster.load_defense(job.defense, tracking_uri=store, trust_code=job.trust_code)
-        found = (defense.denoiser.channels, defense.denoiser.height, defense.denoiser.width)
-        data = job.run.data
-        if found != (data.channels, data.height, data.width):
-            raise ConfigError(
-                f"--defense takes {'x'.join(map(str, found))} images, but preset {job.preset} has"
-                f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
-            )
-        check_classes(defense.classifier, data)
-        defense.to(parallel.device)
-        config = dataclasses.replace(job.run, model=defense.denoiser.config, masking=defense.masking)
-        test = load(data, config.seed, data_cache(config), opener(config.storage)).test
+
+class _Judging:
+    """One judgement, from the command line to its report."""
+
+    def __init__(self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool) -> None:
+        self.job, self.config, self.terminal, self.first = job, config, terminal, first
+        self.began, self.done = time.monotonic(), 0
+
+    def run(self) -> int:
+        """Judge; -> the signal that stopped it, or 0."""
+        from dircluster.training.parallel import local_workers
+
+        threads = self.config.scaling.threads or 1  # so that the bits do not depend on how many share a machine
+        scaling = dataclasses.replace(self.config.scaling, threads=threads)
+        with local_workers(scaling) as parallel:
+            brief = self._brief(parallel)
+            bench = self._bench(brief, parallel)
+            open_places = parallel.share(self._open_places(bench))
+            if self.job.launcher == "ray":
+                signal = self._on_ray(brief, bench, open_places)
+            else:
+                signal = self._here(bench, open_places, parallel)
+            if signal:
+                return signal
+            parallel.wait()
+            if self.first:
+                self._tell(bench)
+        return 0
+
+    def _brief(self, parallel: Any) -> Brief:
+        from dircluster.cluster.bench import FACTORY, Brief
+        from dircluster.cluster.storage import is_remote
+
+        defense = self.job.defense
+        if defense.startswith("models:/"):
+            defense = parallel.first_does(lambda: str(self._fetched(defense)))
+        elif defense != "none" and not is_remote(defense) and not FACTORY.fullmatch(defense):
+            defense = str(Path(defense).expanduser().resolve())
+        return Brief(to_dict(self.config), defense, os.getcwd(), self.job.trust_code, self.job.keep_images)
+
+    def _fetched(self, uri: str) -> Path:
+        """A registered defense, in a folder that all workers can read."""
+        from dircluster.cluster.mlflow_tracker import default_uri
+        from dircluster.cluster.registry import fetch
+        from dircluster.cluster.storage import copy, open_path
+        from dircluster.training.checkpoint import digest
+
+        folder = fetch(uri, default_uri(self.config))
+        kept = open_path(self.config.storage.uri, self.config.storage) / "given" / str(digest(folder))[:12]
+        if digest(kept) is None:
+            copy(folder, kept)
+        return kept
+
+    def _bench(self, brief: Brief, parallel: Any) -> Bench:
+        """This process's bench. Where Ray's workers do the work, it stays on the CPU."""
+        import torch
+
+        from dircluster.cluster.bench import Bench
+
+        return Bench(brief, torch.device("cpu") if self.job.launcher == "ray" else parallel.device)
+
+    def _open_places(self, bench: Bench) -> list[int]:
+        shelf = bench.judgement.shelf
+        places = [place for place, unit in enumerate(bench.units) if shelf.get(unit.name) is None]
+        kept = len(bench.units) - len(places)
+        resumed = f", {kept} of {len(bench.units)} units are finished already" if kept else ""
+        self.terminal.say(
+            f"judging {self.job.defense}: suite {bench.settings.suite}, {len(bench.test)} images{resumed}"
+        )
+        return places
+
+    def _on_ray(self, brief: Brief, bench: Bench, places: list[int]) -> int:
+        from dircluster.cluster import ray_evaluate
+
+        if not places:
+            return 0
+        workers = self.config.scaling.most if "scaling.workers" in cli.describe(self.job) else None
+        return ray_evaluate.work(
+            brief, self.config, workers, places, self.terminal, lambda place: self._finished(bench, place, len(places))
+        )
+
+    def _here(self, bench: Bench, places: list[int], parallel: Any) -> int:
+        from dircluster.models.defended import DefendedClassifier
+        from dircluster.training.ports import Interrupted, interruptible
+
+        module = bench.subject.module
+        heard = module.classifier if isinstance(module, DefendedClassifier) else module
+        mine = places[parallel.rank :: parallel.world]
         try:
-            with interruptible(defense.classifier, terminal):
-                rows = to_plain(evaluate(defense.denoiser, defense.classifier, test, config, parallel, terminal.say))
+            with interruptible(heard, self.terminal):
+                for place in mine:
+                    bench.work(place)
+                    self._finished(bench, place, len(mine))
         except Interrupted as stop:
-            return 128 + stop.signal
-        terminal.table(rows)
-    cli.write_summary(job, {"defense": job.defense, "seed": config.seed, "results": rows})
-    return 0
+            return stop.signal
+        return 0
+
+    def _finished(self, bench: Bench, place: int, total: int) -> None:
+        self.done += 1
+        elapsed, case = time.monotonic() - self.began, bench.units[place].case
+        left = timedelta(seconds=round(elapsed / self.done * (total - self.done)))
+        self.terminal.say(f"{self.done}/{total}  {case.name}, masks {case.masks}  ETA {left}")
+
+    def _tell(self, bench: Bench) -> None:
+        from dircluster.cluster.version import commit
+        from dircluster.evaluation.benchmark import report
+        from dircluster.evaluation.judgement import to_plain
+        from dircluster.evaluation.page import write_report
+
+        found = report(bench.judgement, bench.plan, bench.name, bench.settings)
+        self.terminal.table(to_plain(found.rows))
+        for finding in found.verdict:
+            self.terminal.say(f"{'passed ' if finding.passed else 'FLAGGED'}  {finding.question}  {finding.answer}")
+        facts = {**bench.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
+        natural = self._natural_target()
+        files = write_report(
+            found, bench.subject, bench.test, self.config, facts, bench.folder, natural, self.terminal.say
+        )
+        for file in files:
+            self.terminal.say(f"report    {file}")
+        run_id = self._record(found, files) if self.config.tracking.enabled else None
+        if run_id:
+            self.terminal.say(f"MLflow    run {run_id}")
+        self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
+        cli.write_summary(self.job, {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, **facts})
+
+    def _natural_target(self) -> Any:
+        """The naturally trained target of Figure 2, where one is given."""
+        from dircluster.cluster.storage import opener
+        from dircluster.training.bundle import load_target
+
+        if not self.job.natural_target:
+            return None
+        target = dataclasses.replace(self.config.target, uri=self.job.natural_target)
+        return load_target(dataclasses.replace(self.config, target=target), opener(self.config.storage)).eval()
+
+    def _record(self, found: Any, files: list[Path]) -> str | None:
+        from dircluster.cluster import local
+
+        if self.job.launcher == "local" and not local.has_mlflow():
+            return None
+        from dircluster.cluster.mlflow_tracker import record_evaluation
+
+        try:
+            return record_evaluation(self.config, self.job.defense, found.to_plain(), files)
+        except ConfigError as error:  # the report is in its folder, whatever MLflow says
+            self.terminal.say(str(error))
+            return None

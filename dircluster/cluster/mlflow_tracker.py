@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,13 +77,7 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
     job = digest(plain)[:16]
     try:
         client = MlflowClient(uri)
-        found = client.get_experiment_by_name(config.tracking.experiment)
-        artifacts = f"{storage}/artifacts" if "://" not in uri or uri.startswith("sqlite") else None
-        experiment = (
-            client.create_experiment(config.tracking.experiment, artifacts, {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW})
-            if found is None
-            else found.experiment_id
-        )
+        experiment = _experiment(client, config, uri)
         runs = [] if fresh else _search(client, experiment, JOB_TAG, job)
         if runs:
             run_id = runs[0]
@@ -99,6 +94,15 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
     return JobRecord(uri, experiment, run_id, storage, config.tracking.patience)
+
+
+def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
+    found = client.get_experiment_by_name(config.tracking.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    artifacts = f"{_storage_name(config)}/artifacts" if "://" not in uri or uri.startswith("sqlite") else None
+    tags = {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW}
+    return str(client.create_experiment(config.tracking.experiment, artifacts, tags))
 
 
 def _search(client: MlflowClient, experiment: str, tag: str, value: str) -> list[str]:
@@ -154,9 +158,7 @@ class MlflowTracker:
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 now = int(time.time() * 1000)
                 known = self.client.get_run(self.job.run_id).data.metrics
-                accuracies = {
-                    f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["correct"] / r["total"] for r in rows
-                }
+                accuracies = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in rows}
                 points = [Metric(name, value, now, 0) for name, value in accuracies.items() if name not in known]
                 self.client.log_batch(self.job.run_id, metrics=points)
 
@@ -259,6 +261,35 @@ class StageRun:
                 del self.points[: len(batch)]
                 raise
             del self.points[: len(batch)]
+
+
+def record_evaluation(config: RunConfig, defense: str, found: dict[str, Any], files: list[Path]) -> str:
+    """A run of its own for a judgement: settings, accuracies, flags, and the report's files; -> its id.
+
+    Raises ConfigError where the tracking server does not answer.
+    """
+    settings = {"defense": defense, **flatten({"evaluation": to_dict(config.evaluation)})}
+    settings |= flatten({"attack": to_dict(config.attack), "seed": config.seed})
+    uri = default_uri(config)
+    try:
+        client = MlflowClient(uri)
+        experiment = _experiment(client, config, uri)
+        run_id = str(client.create_run(experiment, run_name=f"judge-{config.name}-{found['suite']}").info.run_id)
+        _params(client, run_id, settings)
+        now = int(time.time() * 1000)
+        values = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in found["rows"]}
+        if found["verdict"]:
+            values["verdict/flags"] = float(sum(row["passed"] is False for row in found["verdict"]))
+        client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
+        for file in files:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / file.name
+                copy.write_bytes(file.read_bytes())
+                client.log_artifact(run_id, str(copy))
+        client.set_terminated(run_id, "FINISHED")
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+    return run_id
 
 
 def finish_job(job: JobRecord, status: str) -> None:

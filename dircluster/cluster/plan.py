@@ -41,8 +41,7 @@ def plan(job: cli.TrainJob) -> str:
             f" workers in a step of dir ({config.parallel.strategy})"
         )
     lines += [
-        f"evaluate  PGD-{config.evaluation.steps}, EOT {config.evaluation.eot}, on"
-        f" {config.evaluation.images or 'all'} test images",
+        f"evaluate  suite {config.evaluation.suite} on {config.evaluation.images or 'all'} test images",
         f"storage   {config.storage.uri}",
         f"MLflow    {(tracking.uri or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
     ]

@@ -45,7 +45,7 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
     """
     job: _Job | None = None
     try:
-        _start_ray(config)
+        start_ray(config)
         terminal.listen()
         nodes.must_suffice(config.scaling, terminal)
         if os.environ.get("RAY_ADDRESS"):
@@ -63,7 +63,7 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
             _forget(config, owner)
 
 
-def _start_ray(config: RunConfig) -> None:
+def start_ray(config: RunConfig) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
     address = os.environ.get("RAY_ADDRESS")
     if address:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dircluster.attacks.gradient import pgd
 from dircluster.config import RunConfig
 from dircluster.data.sources import Split
-from dircluster.evaluation.benchmark import Judge
+from dircluster.evaluation.selection import Judge
 from dircluster.models.masking import pixel_mask
 from dircluster.recipes.base import Recipe, crafting
 from dircluster.training.parallel import Parallel
@@ -24,7 +24,7 @@ def restoration_grid(recipe: Recipe, split: Split, config: RunConfig, device: to
     judge = Judge(split.take(slice(images)), config, Parallel(0, 1, device), "pictures", images)
     rows = torch.arange(len(judge.split))
     natural, labels = judge.batch(rows)
-    kept = judge.masks(rows, "masks")
+    kept = judge.masks(rows)
     with crafting(recipe):
         adversarial = pgd(
             lambda x: recipe.predict(x, kept),

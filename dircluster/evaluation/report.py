@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dircluster.config import RunConfig
+from dircluster.evaluation.suites import how
 
 CARD = """# {name}: a DIR defense
 
@@ -19,9 +20,9 @@ Masked auto-encoding denoiser in front of a classifier (Zhou et al., ICML 2023):
 
 {table}
 
-Fixed: the attacker knows each image's masks. Fresh: masks are drawn anew at every pass, the attack averages its
-gradient over {eot} draws a step, and the accuracy is that of one draw. None of these attacks is the strongest that
-a reviewer could bring; they bound the defense's accuracy from above.
+Fixed: the attacker knows the masks. Fresh: masks are drawn anew at every pass, the attack averages its gradient over
+so many of them (EOT) as the table says, and the accuracy is the mean over {draws} further draws. This is suite
+`{suite}`: a stronger attack may bring the accuracy further down, none can bring it up.
 
 ## Use
 
@@ -37,12 +38,12 @@ The defense protects against small L-infinity noise on images like those it was 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Results as a Markdown table."""
-    lines = ["| defense | attack | masks | accuracy | 95 % interval | n |", "|---|---|---|---|---|---|"]
+    lines = ["| defense | attack | masks | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
         lines.append(
-            f"| {row['defense']} | {row['attack']} | {row['masks']} | {100 * row['correct'] / row['total']:.1f} %"
-            f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} |"
+            f"| {row['defense']} | {row['attack']} | {row['masks']} | {100 * row['accuracy']:.1f} %"
+            f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
         )
     return "\n".join(lines)
 
@@ -72,5 +73,6 @@ def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
         seed=config.seed,
         commit=commit,
         table=markdown_table(outcome["results"]),
-        eot=config.evaluation.eot,
+        suite=config.evaluation.suite,
+        draws=max(row["draws"] for row in outcome["results"]),
     )

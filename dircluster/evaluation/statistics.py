@@ -8,7 +8,7 @@ Z95 = 1.959963984540054
 """Half-width of a normal distribution's central 95 %, in deviations."""
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927), as shares in [0, 1]. Raises ValueError when empty."""
     if total <= 0 or not 0 <= correct <= total:
         raise ValueError(f"need 0 <= correct <= total and total > 0, got {correct} of {total}")

@@ -17,8 +17,8 @@ from dircluster.config import OptimizerConfig, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.sources import Split
 from dircluster.data.stream import StreamLoader
-from dircluster.evaluation.benchmark import held_out_accuracy
 from dircluster.evaluation.pictures import restoration_grid, to_pixels
+from dircluster.evaluation.selection import held_out_accuracy
 from dircluster.recipes.base import Batch, Recipe
 from dircluster.training.checkpoint import (
     Checkpoint,

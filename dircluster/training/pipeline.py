@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable
@@ -14,14 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dircluster.config import RunConfig, digest, flatten, local_path, to_dict
+from dircluster.config import RunConfig, digest, flatten, local_path
 from dircluster.data.loader import Loader
 from dircluster.data.photos import write_photos
 from dircluster.data.sources import Dataset, load
 from dircluster.data.stream import Shards, StreamLoader
-from dircluster.evaluation.benchmark import evaluate, to_plain
+from dircluster.evaluation.benchmark import plan, report
+from dircluster.evaluation.judgement import Folder, Judgement, Unit, run, to_plain
+from dircluster.evaluation.subject import Subject
 from dircluster.models import classifiers
-from dircluster.models.defended import frozen
+from dircluster.models.defended import DefendedClassifier
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.training import bundle, checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
@@ -303,23 +305,39 @@ class Run:
         return flatten(stages.stage_settings(self.config, stage.name))
 
     def _evaluate(self, place: Place, denoiser: MaskedDenoiser, classifier: nn.Module) -> list[dict[str, Any]]:
-        config, parallel = self.config, self.parallel
-        settings = to_dict(config.evaluation) | {"attack": to_dict(config.attack), "seed": config.seed}
-        settings |= {"result": place.digest, "data": self.data.fingerprint}
-        file = place.folder / f"evaluation-{digest(settings)[:12]}.json"
-        known = parallel.first_does(lambda: json.loads(file.read_text()) if file.exists() else None)
-        if known is not None:
-            self.console.say(f"evaluation: reused from {file}")
-            return list(known)
+        """The rows of the suite. Workers share its units out; what is finished stays when a run is interrupted."""
+        config, parallel, settings = self.config, self.parallel, self.config.evaluation
         said: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
-        began = time.monotonic()
-        denoiser.eval()
-        classifier.eval()
-        with frozen(denoiser, classifier), interruptible(classifier, self.console):
-            rows = to_plain(evaluate(denoiser, classifier, self.data.test, config, parallel, said))
-        said(f"evaluation: done in {time.monotonic() - began:.0f} s")
-        if parallel.first:
-            checkpoint.write_whole(file, json.dumps(rows, indent=1).encode())
+        began, test = time.monotonic(), self.data.test.take(slice(settings.images))
+        defense = DefendedClassifier(denoiser, classifier, config.masking).to(parallel.device)
+        subject = Subject(defense, "dir")
+        planned = plan(subject, config.attack, dataclasses.replace(settings, verdict=False))
+        facts = {"result": place.digest, "data": self.data.fingerprint, "batch": settings.batch_size}
+        facts |= {"rows": settings.rows, "seed": config.seed, "images": len(test)}
+        shelf = Folder(place.folder / f"evaluation-{digest(facts)[:12]}")
+        judgement = Judgement(planned.cases, len(test), config.seed, settings.batch_size, settings.rows, shelf)
+
+        def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            rows = slice(start, stop)
+            return test.pixels(rows).to(parallel.device), test.labels[rows].to(parallel.device)
+
+        def told(unit: Unit, done: int, total: int) -> None:
+            if unit.number == 0 or done == 0:
+                said(f"evaluation: {unit.case.name}, masks {unit.case.masks}, of {unit.case.judged}")
+
+        left = parallel.first_does(lambda: len(judgement.open_units()))
+        if left:
+            said(f"evaluation: suite {settings.suite} on {len(test)} test images")
+            with interruptible(classifier, self.console):
+                run(judgement, subject, batch, told, lambda place: place % parallel.world == parallel.rank)
+            with waiting(self.console):
+                parallel.wait()
+            said(f"evaluation: done in {time.monotonic() - began:.0f} s")
+        else:
+            said(f"evaluation: reused from {shelf.folder}")
+        rows: list[dict[str, Any]] = parallel.first_does(
+            lambda: to_plain(report(judgement, planned, "dir", settings).rows)
+        )
         return rows
 
 

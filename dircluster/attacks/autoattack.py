@@ -1,0 +1,113 @@
+"""AutoAttack (Croce and Hein 2020) and Square (Andriushchenko et al. 2020), as pyautoattack has them.
+
+Both draw from PyTorch's own stream, which is seeded here and put back. The model must draw from another one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.attacks.gradient import Model, margin_loss
+from dircluster.attacks.threat import L2, LInf
+
+
+def autoattack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    threat: LInf | L2,
+    version: Literal["standard", "rand"],
+    seed: int,
+    batch_size: int = 250,
+    eot: int = 20,
+    queries: int | None = None,
+) -> tuple[Tensor, list[str]]:
+    """APGD-CE, targeted APGD, FAB and Square (standard), or APGD-CE and -DLR with EOT (rand).
+
+    (N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what the library warned of. With fewer than four
+    classes the attacks that need more are left out, and a warning says so.
+    """
+    from pyautoattack import AutoAttack
+
+    def attacked(candidates: Tensor) -> Tensor:
+        logits = model(candidates)
+        if torch.is_grad_enabled() and not logits.requires_grad:  # a gradient that is absent is zero, not an error
+            logits = logits + 0 * candidates.flatten(1).sum(dim=1, keepdim=True)
+        return logits
+
+    with torch.no_grad():
+        classes = model(images[:1]).shape[1]
+    warned: list[str] = []
+    with rng.ambient(seed, "autoattack"), _listening(warned):
+        attack = AutoAttack(
+            attacked, eps=threat.epsilon, norm=_norm(threat), seed=seed % 2**31, version=version, device=images.device
+        )
+        if version == "rand":
+            attack.apgd.eot_iter = eot
+        if queries is not None:
+            attack.square.n_queries = queries
+        targets = min(9, classes - 1)
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
+        possible = [a for a in attack.attacks_to_run if classes >= {"apgd-t": 4, "apgd-dlr": 3}.get(a, 2)]
+        if possible != attack.attacks_to_run:
+            left_out = ", ".join(a for a in attack.attacks_to_run if a not in possible)
+            warned.append(f"left out with {classes} classes: {left_out}")
+            attack.attacks_to_run = possible
+        found, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
+    return found.detach(), warned
+
+
+def square(
+    model: Model, images: Tensor, labels: Tensor, threat: LInf | L2, queries: int, draws: int, seed: int
+) -> Tensor:
+    """Random search without gradients, its margin averaged over ``draws`` passes.
+
+    (N, C, H, W), (N,) -> (N, C, H, W), each image's of the lowest margin that was found.
+    """
+    from pyautoattack.square import SquareAttack
+
+    class Averaged(SquareAttack):  # type: ignore[misc,no-any-unimported]
+        def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            margins = -margin_loss(model(x.repeat(draws, 1, 1, 1)), y.repeat(draws))
+            mean = margins.view(draws, len(x)).mean(dim=0)
+            return mean, mean.clone()
+
+    with rng.ambient(seed, "square"), torch.no_grad():
+        attack: Any = Averaged(
+            model, norm=_norm(threat), n_queries=queries, eps=threat.epsilon, seed=seed, device=images.device
+        )
+        attack.init_hyperparam(images)
+        found: Tensor = attack.attack_single_run(images, labels)[1]
+    return found.detach()
+
+
+def _norm(threat: LInf | L2) -> str:
+    return "Linf" if isinstance(threat, LInf) else "L2"
+
+
+@contextmanager
+def _listening(said: list[str]) -> Iterator[None]:
+    """Collect the warnings of the library, each once; it speaks only through its logger."""
+    logger = logging.getLogger("auto-attack")
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = record.getMessage().split(" See flags_doc.md")[0]
+            if record.levelno >= logging.WARNING and line not in said:
+                said.append(line)
+
+    ear, passed_on = Ear(), logger.propagate
+    logger.addHandler(ear)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(ear)
+        logger.propagate = passed_on

@@ -1,0 +1,162 @@
+"""Figures of a report: measured here (arrays), drawn there (PNG in a data URI, so that a page stands alone)."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dircluster import rng
+from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, slope
+from dircluster.attacks.threat import LInf
+from dircluster.config import AttackConfig
+from dircluster.evaluation.statistics import wilson_interval
+from dircluster.evaluation.subject import Subject
+from dircluster.models.defended import frozen
+
+SHARES = tuple(i / 10 for i in range(11))
+"""Shares of the noise that Figure 2 discards."""
+
+
+def discarded_noise(
+    targets: Mapping[str, nn.Module], images: Tensor, labels: Tensor, attack: AttackConfig, steps: int, seed: int
+) -> dict[str, list[float]]:
+    """Accuracy of each target while a random share of the pixels' adversarial noise is discarded (Figure 2).
+
+    (N, C, H, W), (N,) -> by "target, attack", a value for each of SHARES. The noise is PGD's and MI-FGSM's on that
+    target alone; a pixel's channels go together.
+    """
+    threat, found = LInf(attack.epsilon), {}
+    order = torch.rand(len(images), 1, *images.shape[2:], generator=rng.generator(seed, "figure2")).to(images)
+    start = torch.rand(images.shape, generator=rng.generator(seed, "figure2/start")).to(images)
+    for name, target in targets.items():
+        with frozen(target):
+            made = {
+                "PGD": pgd(target, images, labels, threat, steps, attack.step, start),
+                "MI-FGSM": mi_fgsm(slope(cross_entropy(target, labels)), images, threat, steps, attack.step),
+            }
+            for kind, adversarial in made.items():
+                noise = adversarial - images
+                with torch.no_grad():
+                    found[f"{name}, {kind}"] = [
+                        (target(images + noise * (order >= share)).argmax(1) == labels).double().mean().item()
+                        for share in SHARES
+                    ]
+    return found
+
+
+def restoration(
+    subject: Subject, images: Tensor, labels: Tensor, attack: AttackConfig, steps: int, seed: int
+) -> tuple[dict[str, Tensor], float]:
+    """Images on their way through a purifier (Figures 4 and 7): by row, (n, C, H, W); and a share.
+
+    The share is that of restored pixels outside [0, 1]: what a purifier does beyond cleaning.
+    """
+    model, restore = subject.model("fixed", seed), subject.restorer("fixed", seed)
+    start = torch.rand(images.shape, generator=rng.generator(seed, "figures/start")).to(images)
+    with frozen(subject.module):
+        adversarial = pgd(model, images, labels, LInf(attack.epsilon), steps, attack.step, start)
+        with torch.no_grad():
+            natural, cleaned = restore(images), restore(adversarial)
+    rows = {"natural": images, "adversarial": adversarial}
+    if subject.masked:
+        kept = subject.masks("fixed", seed, len(images))()
+        for number, mask in enumerate(subject.pixel_masks(kept), 1):
+            rows[f"under mask {number}"] = adversarial * mask.to(adversarial.device)
+    rows |= {"restored": cleaned, "restored natural": natural}
+    outside = ((cleaned < 0) | (cleaned > 1)).double().mean().item()
+    return rows, outside
+
+
+def embedding(restored: Tensor, seed: int) -> Tensor | None:
+    """UMAP of restored images (Figure 5): (N, C, H, W) -> (N, 2); None where umap-learn is not installed."""
+    try:
+        from umap import UMAP
+    except ImportError:
+        return None
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = restored.flatten(1).cpu().numpy()
+        return torch.as_tensor(UMAP(random_state=seed, n_neighbors=min(15, len(flat) - 1)).fit_transform(flat))
+
+
+def _drawn(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> str:
+    """A figure with ``columns`` axes side by side, as a data URI."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots(1, columns, squeeze=False)[0])
+    held = io.BytesIO()
+    figure.savefig(held, format="png")
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[float, float, int]]]) -> str:
+    """Accuracy with 95 % intervals against epsilon, steps and EOT draws."""
+
+    def draw(axes: Any) -> None:
+        for axis, (name, points) in zip(axes, curves.items(), strict=True):
+            x, y = [p[0] for p in points], [100 * p[1] for p in points]
+            ends = [wilson_interval(p[1] * p[2], p[2]) for p in points]
+            axis.fill_between(x, [100 * low for low, _ in ends], [100 * high for _, high in ends], alpha=0.15)
+            axis.plot(x, y, marker="o", markersize=4)
+            axis.set(xlabel=name, ylabel="accuracy, %", ylim=(-2, 102))
+            if name != "epsilon":
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(x, [f"{value:g}" for value in x])
+            axis.grid(alpha=0.3)
+
+    return _drawn(draw, 4 * len(curves), 3.2, len(curves))
+
+
+def draw_shares(found: Mapping[str, Sequence[float]]) -> str:
+    """Figure 2: accuracy against the share of the noise that is discarded."""
+
+    def draw(axes: Any) -> None:
+        for name, values in found.items():
+            style = {"linestyle": "-" if "natural" in name else ":", "marker": "s" if "MI" in name else "o"}
+            axes[0].plot([100 * s for s in SHARES], [100 * v for v in values], markersize=4, label=name, **style)
+        axes[0].set(xlabel="noise discarded, % of pixels", ylabel="accuracy, %", ylim=(-2, 102))
+        axes[0].grid(alpha=0.3)
+        axes[0].legend()
+
+    return _drawn(draw, 6, 4)
+
+
+def draw_images(rows: Mapping[str, Tensor]) -> str:
+    """Rows of images, each named."""
+
+    def draw(axes: Any) -> None:
+        sheet = [torch.cat([*image.clamp(0, 1).cpu()], dim=2) for image in rows.values()]
+        height = sheet[0].shape[1]
+        picture = torch.cat(sheet, dim=1).permute(1, 2, 0)
+        axes[0].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes[0].set_yticks([(i + 0.5) * height - 0.5 for i in range(len(rows))], list(rows))
+        axes[0].set_xticks([])
+        axes[0].tick_params(length=0)
+        for spine in axes[0].spines.values():
+            spine.set_visible(False)
+
+    count = len(next(iter(rows.values())))
+    return _drawn(draw, 1.5 + 0.95 * count, 0.95 * len(rows) + 0.2)
+
+
+def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> str:
+    """Figure 5: one colour a class, natural images as dots and adversarial ones as crosses."""
+
+    def draw(axes: Any) -> None:
+        for mask, marker, name in ((~adversarial, "o", "natural"), (adversarial, "x", "adversarial")):
+            x, y = points[mask].T
+            axes[0].scatter(x, y, c=labels[mask], cmap="tab10", marker=marker, s=12, linewidths=0.8, label=name)
+        axes[0].set(xticks=[], yticks=[])
+        axes[0].legend()
+
+    return _drawn(draw, 6, 5)

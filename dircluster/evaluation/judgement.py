@@ -1,0 +1,246 @@
+"""Judging: cases times shards of images, each a unit of work whose outcome is kept, then rows of a table.
+
+What a unit finds follows from the seed, the case and the shard's number alone: neither from who works on it, nor from
+what was done before. So units may be shared out to any number of workers, and a judgement that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.config import digest
+from dircluster.evaluation.craft import Crafter, judge
+from dircluster.evaluation.statistics import wilson_interval
+from dircluster.evaluation.subject import Subject
+from dircluster.evaluation.suites import Case
+from dircluster.models.defended import frozen
+
+
+@dataclass(frozen=True)
+class Result:
+    """One accuracy and the evidence for it. Shares lie in [0, 1]."""
+
+    defense: str
+    """none (the bare target), dir, or the name of somebody's module."""
+    attack: str
+    masks: str
+    """none (nothing is random), fixed (the attacker knows the draws), or fresh (anew at every pass)."""
+    accuracy: float
+    """correct / judged: under fresh draws the mean over all of them."""
+    correct: int
+    judged: int
+    """Images times draws."""
+    total: int
+    """Images."""
+    interval: tuple[float, float]
+    """95 % Wilson interval of the accuracy over ``total`` images; with draws averaged it is on the wide side."""
+    draws: int
+    """Fresh draws on which every final image was judged again; 1 where nothing is random."""
+    mean: float
+    """Accuracy over those draws."""
+    worst: float
+    """Accuracy in the worst of them."""
+    always: float
+    """Share of images that are right in every one: what an attacker with any draw leaves."""
+    norm: str
+    epsilon: float
+    steps: int
+    step_size: float
+    restarts: int
+    eot: int
+    loss: str
+    average: int
+    sha256: str
+    """Of the adversarial images, float32, in order."""
+    seconds: float
+    """Of one worker's time."""
+    warnings: tuple[str, ...] = ()
+
+
+class Shelf(Protocol):
+    """Keeps the outcomes of units, by name."""
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What was put under ``name``, None where nothing was."""
+
+    def put(self, name: str, outcome: dict[str, Any], images: Tensor) -> None:
+        """Keep an outcome, and where asked its adversarial images (N, C, H, W)."""
+
+
+class Memory:
+    """A shelf for one process."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[str, Any]] = {}
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What was put under ``name``."""
+        return self.kept.get(name)
+
+    def put(self, name: str, outcome: dict[str, Any], images: Tensor) -> None:
+        """Keep an outcome."""
+        self.kept[name] = outcome
+
+
+class Folder:
+    """A shelf in a folder or in object storage: one file a unit, written whole or not at all."""
+
+    def __init__(self, folder: Path, keep_images: bool = False) -> None:
+        self.folder, self.keep_images = folder, keep_images
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What the unit's file holds; None where there is none, or none that can be read."""
+        try:
+            outcome = json.loads((self.folder / f"{name}.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return outcome if isinstance(outcome, dict) and {"right", "sha256"} <= set(outcome) else None
+
+    def put(self, name: str, outcome: dict[str, Any], images: Tensor) -> None:
+        """Write images, then the outcome, which stands for both."""
+        from safetensors.torch import save
+
+        from dircluster.training.checkpoint import write_whole
+
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if self.keep_images:
+            write_whole(self.folder / f"{name}.safetensors", save({"images": images.contiguous()}))
+        write_whole(self.folder / f"{name}.json", json.dumps(outcome).encode())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One case on one shard."""
+
+    case: Case
+    number: int
+    rows: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Where its outcome is kept."""
+        place = f"{self.case.name}-{self.case.masks}-{digest(asdict(self.case))[:8]}"
+        return f"{place}/shard-{self.number:05d}"
+
+
+class Judgement:
+    """The units of a judgement and what has come of them."""
+
+    def __init__(self, cases: Sequence[Case], images: int, seed: int, shard: int, most_rows: int, shelf: Shelf) -> None:
+        self.cases, self.images, self.seed = list(cases), images, seed
+        self.shard, self.most_rows, self.shelf = shard, most_rows, shelf
+
+    def units(self, case: Case | None = None) -> Iterator[Unit]:
+        """All units, or those of one case, in the order of the table."""
+        for one in self.cases if case is None else [case]:
+            total = self.images if one.first is None else min(one.first, self.images)
+            for number, start in enumerate(range(0, total, self.shard)):
+                yield Unit(one, number, (start, min(start + self.shard, total)))
+
+    def open_units(self) -> list[Unit]:
+        """The units that nobody has finished."""
+        return [unit for unit in self.units() if self.shelf.get(unit.name) is None]
+
+    def work(self, unit: Unit, subject: Subject, images: Tensor, labels: Tensor) -> None:
+        """Craft and judge the unit's ``images`` (n, C, H, W) in [0, 1], and keep what came out."""
+        began = time.monotonic()
+        seed = rng.entropy(self.seed, f"judgement/{digest(asdict(unit.case))}", step=unit.number)
+        known = rng.entropy(self.seed, "judgement/known", step=unit.number)
+        anew = rng.entropy(self.seed, "judgement/anew", step=unit.number)
+        craft = Crafter(subject, unit.case, seed, known, self.most_rows)
+        with frozen(subject.module):
+            found, warned = craft(images, labels)
+            with torch.no_grad():
+                right = judge(subject, unit.case, known, anew, self.most_rows)(found, labels)
+        found = found.float().cpu()
+        outcome = {
+            "right": {
+                name: ["".join("01"[bit] for bit in row) for row in part.int().tolist()] for name, part in right.items()
+            },
+            "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
+            "warnings": warned,
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        self.shelf.put(unit.name, outcome, found)
+
+    def right(self, case: Case) -> dict[str, Tensor]:
+        """What was right in a finished case: known (N, 1) and anew (N, draws), bool, where it has them."""
+        parts: dict[str, list[str]] = {}
+        for outcome in self._outcomes(case):
+            for name, rows in outcome["right"].items():
+                parts.setdefault(name, []).extend(rows)
+        return {name: torch.tensor([[c == "1" for c in row] for row in rows]) for name, rows in parts.items()}
+
+    def shares(self, case: Case) -> Tensor:
+        """Each image's accuracy in a finished case, (N,) float64: under known draws, else over fresh ones."""
+        right = self.right(case)
+        return right.get("known", right.get("anew", torch.empty(0))).double().mean(dim=1)
+
+    def result(self, case: Case, defense: str) -> Result:
+        """A finished case as a row."""
+        right = self.right(case)
+        main = right.get("known", right.get("anew", torch.empty(0)))
+        again = right.get("anew", main)
+        outcomes = list(self._outcomes(case))
+        correct, judged, total = int(main.sum()), main.numel(), len(main)
+        return Result(
+            defense="none" if case.judged == "target" else defense,
+            attack=case.name,
+            masks="none" if case.judged == "target" else case.masks,
+            accuracy=correct / judged,
+            correct=correct,
+            judged=judged,
+            total=total,
+            interval=wilson_interval(correct / judged * total, total),
+            draws=again.shape[1],
+            mean=again.double().mean().item(),
+            worst=again.double().mean(dim=0).min().item(),
+            always=again.all(dim=1).double().mean().item(),
+            norm=case.norm,
+            epsilon=case.epsilon,
+            steps=case.steps,
+            step_size=case.step_size if case.steps and case.attack not in ("square", "autoattack") else 0.0,
+            restarts=case.restarts,
+            eot=case.eot,
+            loss=case.loss,
+            average=case.average,
+            sha256=hashlib.sha256("".join(o["sha256"] for o in outcomes).encode()).hexdigest(),
+            seconds=round(sum(o["seconds"] for o in outcomes), 1),
+            warnings=tuple(dict.fromkeys(w for o in outcomes for w in o["warnings"])),
+        )
+
+    def _outcomes(self, case: Case) -> Iterator[dict[str, Any]]:
+        for unit in self.units(case):
+            outcome = self.shelf.get(unit.name)
+            if outcome is None:
+                raise LookupError(f"{unit.name} is not finished")
+            yield outcome
+
+
+def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Rows for JSON."""
+    return [{**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings)} for row in results]
+
+
+def run(
+    judgement: Judgement,
+    subject: Subject,
+    batch: Callable[[int, int], tuple[Tensor, Tensor]],
+    told: Callable[[Unit, int, int], None] = lambda unit, done, total: None,
+    mine: Callable[[int], bool] = lambda place: True,
+) -> None:
+    """Work through the open ones of the units whose place is ``mine``; ``batch`` gives images and labels of rows."""
+    waiting = [u for place, u in enumerate(judgement.units()) if mine(place) and judgement.shelf.get(u.name) is None]
+    for done, unit in enumerate(waiting):
+        told(unit, done, len(waiting))
+        judgement.work(unit, subject, *batch(*unit.rows))

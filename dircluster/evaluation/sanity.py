@@ -1,0 +1,195 @@
+"""Is it only hiding gradients? A verdict of rows, each with the accuracies it rests on (Athalye et al. 2018,
+Carlini et al. 2019). Comparisons are paired, image by image, so that noise alone flags nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from dircluster.config import AttackConfig, EvaluationConfig
+from dircluster.evaluation.suites import Case
+
+RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Radii of the curve, in units of the threat's own."""
+SLACK = 0.02
+"""A change below two points is none."""
+HARM = 0.05
+"""Accuracy that random noise may cost."""
+LUCK = 0.10
+"""Robust accuracy that may vanish once the draws are known."""
+ZERO = 0.01
+"""Share of images that may have no gradient."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the verdict."""
+
+    question: str
+    passed: bool | None
+    """None where the question does not apply."""
+    answer: str
+    """What was seen, in numbers."""
+    evidence: dict[str, float]
+    """The accuracies, by what was done."""
+
+
+def sanity_cases(
+    attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, purifies: bool
+) -> dict[str, Case]:
+    """The cases that the verdict needs, by a name of their own."""
+    eot = (settings.eot or 16) if randomised else 1
+    steps = settings.steps or 20
+    base = Case(
+        "pgd",
+        masks="fresh" if randomised else "none",
+        epsilon=attack.epsilon,
+        step_size=attack.step,
+        steps=steps,
+        eot=eot,
+        draws=(settings.draws or 10) if randomised else 1,
+        first=settings.verdict_images,
+    )
+    cases = {"natural": replace(base, attack="natural", epsilon=0.0, steps=0, eot=1)}
+    for radius in RADII:
+        epsilon, step = radius * attack.epsilon, radius * attack.step
+        cases[f"epsilon {epsilon:.4g}"] = replace(base, epsilon=epsilon, step_size=step)
+    cases["epsilon 1"] = replace(base, epsilon=1.0, step_size=0.1, steps=2 * steps)
+    for count in sorted({max(1, steps // 4), max(1, steps // 2), steps, 2 * steps, 4 * steps}):
+        cases[f"{count} steps"] = replace(base, steps=count)
+    for count in (1, 2, 4):
+        cases[f"{count} restarts"] = replace(base, restarts=count)
+    if randomised:
+        for count in sorted({1, max(1, eot // 4), eot, 2 * eot}):
+            cases[f"EOT {count}"] = replace(base, eot=count)
+        cases["draws known"] = replace(base, masks="fixed", eot=1)
+    cases["one step"] = replace(base, attack="fgsm", steps=1, step_size=attack.epsilon)
+    cases["random noise"] = replace(base, attack="noise", steps=0, eot=1)
+    cases["square"] = replace(base, attack="square", steps=settings.queries // 5, eot=min(eot, 4))
+    if purifies:
+        cases["transfer"] = replace(base, on="target", eot=1)
+    cases["gradients"] = replace(base, attack="gradient", steps=0, draws=1)
+    return cases
+
+
+def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Finding]:
+    """The rows, from each case's accuracy image by image: (N,)."""
+    seen = {name: shares(case) for name, case in cases.items()}
+
+    def mean(name: str) -> float:
+        return seen[name].mean().item()
+
+    def gain(name: str, over: str) -> float:
+        """By how much ``name`` is surely above ``over``: the lower end of the paired 95 % interval, 0 at least."""
+        moved = seen[name] - seen[over]
+        spread = moved.std().item() / len(moved) ** 0.5 if len(moved) > 1 else 0.0
+        return max(0.0, moved.mean().item() - 1.96 * spread)
+
+    def row(question: str, passed: bool, answer: str, *names: str) -> Finding:
+        return Finding(question, passed, answer, {name: mean(name) for name in names})
+
+    def percent(*names: str) -> str:
+        return ", ".join(f"{name} {100 * mean(name):.1f} %" for name in names)
+
+    def starting(word: str) -> list[str]:
+        return [name for name in cases if name.startswith(word) or name.endswith(word)]
+
+    findings = []
+    limit = max(0.01, 1.0 / len(seen["epsilon 1"]))
+    findings.append(
+        row(
+            "Does a radius of 1 leave nothing?",
+            mean("epsilon 1") <= limit + 1e-9,
+            percent("epsilon 1"),
+            "epsilon 1",
+        )
+    )
+    curve = ["natural", *(name for name in starting("epsilon ") if name != "epsilon 1")]
+    rises = [f"{b} above {a}" for a, b in pairwise(curve) if gain(b, a) > SLACK]
+    findings.append(
+        row(
+            "Does accuracy fall as the radius grows?",
+            not rises,
+            "; ".join(rises) or percent(*curve),
+            *curve,
+            "epsilon 1",
+        )
+    )
+    for question, names in (
+        ("Has the attack converged in steps?", starting(" steps")),
+        ("Has the attack converged in restarts?", starting(" restarts")),
+        ("Has the attack converged in EOT draws?", starting("EOT ")),
+    ):
+        if len(names) > 1:
+            findings.append(row(question, gain(names[-2], names[-1]) <= SLACK, percent(*names), *names))
+    own = f"{cases['1 restarts'].steps} steps"
+    findings.append(
+        row(
+            "Is many steps no weaker than one?",
+            gain(own, "one step") <= SLACK,
+            percent("one step", own),
+            "one step",
+            own,
+        )
+    )
+    for name, question in (
+        ("transfer", "Is the white box no weaker than a transfer from the bare target?"),
+        ("square", "Is the white box no weaker than Square, which sees no gradient?"),
+    ):
+        if name in cases:
+            findings.append(row(question, gain(own, name) <= SLACK, percent(name, own), name, own))
+    findings.append(
+        row(
+            "Is random noise of the same size harmless?",
+            gain("natural", "random noise") <= HARM,
+            percent("natural", "random noise"),
+            "natural",
+            "random noise",
+        )
+    )
+    findings.append(
+        row(
+            "Do all images have a gradient?",
+            1 - mean("gradients") <= ZERO + 1e-9,
+            f"none at {100 * (1 - mean('gradients')):.1f} % of images",
+            "gradients",
+        )
+    )
+    if "draws known" in cases:
+        gap = mean(own) - mean("draws known")
+        findings.append(
+            row(
+                "Does robustness outlive its randomness?",
+                gain(own, "draws known") <= LUCK,
+                f"{100 * gap:+.1f} points rest on the draws being secret: {percent('draws known', own)}",
+                "draws known",
+                own,
+            )
+        )
+    return findings
+
+
+def curves(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> dict[str, list[tuple[float, float, int]]]:
+    """Accuracy against radius, steps and EOT draws: name -> (x, accuracy, images), rising in x."""
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for name, case in cases.items():
+        first, _, last = name.partition(" ")
+        for axis, x in (
+            ("epsilon", case.epsilon if first == "epsilon" or name == "natural" else None),
+            ("steps", case.steps if last == "steps" else None),
+            ("EOT draws", case.eot if first == "EOT" else None),
+        ):
+            if x is not None:
+                share = shares(case)
+                found.setdefault(axis, []).append((float(x), share.mean().item(), len(share)))
+    return {axis: sorted(points) for axis, points in found.items()}
+
+
+def to_plain(findings: list[Finding]) -> list[dict[str, Any]]:
+    """Rows for JSON."""
+    return [asdict(finding) for finding in findings]

@@ -1,0 +1,149 @@
+"""Suites: which attacks a defense must face, as plain data. A case is one attack and how its images are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+
+SuiteName = Literal["quick", "paper", "rigorous"]
+SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
+Masks = Literal["none", "fixed", "fresh"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attack on one form of the defense. Radii and steps are in units of the pixel range."""
+
+    attack: str
+    """natural, noise, fgsm, pgd, mifgsm, vnifgsm, autoattack, square, masked, bpda, or restored."""
+    masks: Masks = "none"
+    """Random draws, known to the attacker (fixed) or anew at every pass (fresh); none where nothing is random."""
+    on: Literal["defense", "target"] = "defense"
+    """What the attacker crafts on; what is crafted on the target and judged on the defense is a transfer."""
+    judged: Literal["defense", "target"] = "defense"
+    norm: Literal["linf", "l2"] = "linf"
+    epsilon: float = 0.0
+    steps: int = 0
+    """Steps, or queries of square."""
+    step_size: float = 0.0
+    restarts: int = 1
+    eot: int = 1
+    """Draws over which each step's gradient, or loss, is averaged."""
+    loss: Literal["ce", "margin"] = "ce"
+    source: Literal["natural", "adversarial"] = "natural"
+    """Where the attack on the restored image starts."""
+    draws: int = 1
+    """Fresh draws on which every final image is judged."""
+    average: int = 1
+    """Draws whose logits the defense averages before it answers; the attacker's too."""
+    first: int | None = None
+    """Judged on so many images alone."""
+    label: str = ""
+    """What the table calls it, if not its attack and steps."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it: pgd20, transfer-pgd20, autoattack-rand, ..."""
+        if self.label:
+            return self.label
+        plain = f"{self.attack}{self.steps}" if self.attack in ("pgd", "mifgsm", "vnifgsm") else self.attack
+        if self.on == "target" and self.judged == "defense":
+            plain = f"transfer-{plain}"
+        return plain
+
+
+def known_suite(name: str) -> SuiteName:
+    """``name``, if there is such a suite. Raises ConfigError otherwise."""
+    for known in SUITES:
+        if name == known:
+            return known
+    raise ConfigError(f"there is no suite {name!r}; choose {', '.join(SUITES)}")
+
+
+def suite(
+    name: SuiteName, attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, purifies: bool, masked: bool
+) -> list[Case]:
+    """The cases of suite ``name`` for a defense of this kind.
+
+    ``quick``: seconds. ``paper``: Tables 1 and 3, Eq. 8 and 9. ``rigorous``: what a strong reviewer adds.
+    """
+    eot = (settings.eot or (8 if name == "quick" else 20)) if randomised else 1
+    draws = (settings.draws or (10 if name == "quick" else 20)) if randomised else 1
+    ball = Case("pgd", epsilon=attack.epsilon, step_size=attack.step, steps=settings.steps or 20, draws=draws)
+    known = replace(ball, masks="fixed") if randomised else ball
+    anew = replace(ball, masks="fresh", eot=eot) if randomised else ball
+    bare = replace(ball, on="target", judged="target", draws=1)
+
+    cases = [_natural(bare), bare] if purifies else []
+    cases += [_natural(known), _natural(anew)]
+    if name == "quick":
+        cases += [known, anew]
+        cases += [replace(anew, on="target", eot=1)] if purifies else []
+    elif name == "paper":
+        cases += _paper(known, anew, settings, purifies=purifies, masked=masked)
+    else:
+        steps = settings.steps or 200
+        radius = settings.l2_epsilon
+        round_ball = replace(anew, norm="l2", epsilon=radius, step_size=radius * attack.step / attack.epsilon)
+        cases += [
+            replace(known, steps=steps, restarts=2),
+            replace(anew, steps=steps),
+            replace(anew, steps=steps, loss="margin", label=f"pgd{steps}-margin"),
+            replace(known, attack="autoattack", label="autoattack-standard", steps=settings.queries),
+            replace(anew, attack="square", steps=settings.queries),
+            replace(round_ball, steps=steps, label=f"l2-pgd{steps}"),
+        ]
+        if randomised:
+            best = replace(anew, eot=1, average=eot)
+            cases += [
+                replace(anew, attack="autoattack", label="autoattack-rand", steps=0),
+                replace(_natural(best), label=f"natural-mean-of-{eot}"),
+                replace(best, steps=steps, label=f"pgd{steps}-mean-of-{eot}"),
+            ]
+        cases += [replace(anew, steps=steps, on="target", eot=1)] if purifies else []
+    return list(dict.fromkeys(cases))
+
+
+def _natural(case: Case) -> Case:
+    return replace(case, attack="natural", epsilon=0.0, steps=0, step_size=0.0, eot=1)
+
+
+def _paper(known: Case, anew: Case, settings: EvaluationConfig, *, purifies: bool, masked: bool) -> list[Case]:
+    forty, eot = settings.steps or 40, anew.eot
+    cases = [
+        known,
+        anew,
+        replace(known, attack="autoattack", label="autoattack-standard", steps=settings.queries),
+        replace(known, attack="mifgsm"),
+        replace(anew, attack="mifgsm"),
+        replace(known, attack="vnifgsm"),
+    ]
+    if masked:
+        cases += [replace(m, attack="masked", steps=forty, eot=1, label=f"masked{forty}") for m in (known, anew)]
+    if purifies:
+        cases += [replace(anew, attack="bpda", steps=forty, label=f"bpda{forty}-eot{eot}")]
+        restored = replace(known, attack="restored", label=f"restored{known.steps}-from-natural")
+        label = f"restored{known.steps}-from-adversarial"
+        cases += [restored, replace(restored, source="adversarial", label=label)]
+    return cases
+
+
+def how(row: Mapping[str, Any]) -> str:
+    """The evidence of a row in a few words."""
+    parts = []
+    if row["epsilon"]:
+        ball = f"{'L2 ' if row['norm'] == 'l2' else ''}eps {row['epsilon']:.4g}"
+        counted = "queries of Square" if row["step_size"] == 0 else f"steps of {row['step_size']:.3g}"
+        parts.append(f"{ball}, {row['steps']} {counted}" if row["steps"] else ball)
+    for key, name in (("restarts", "restarts"), ("eot", "EOT"), ("average", "logits averaged over")):
+        if row[key] > 1:
+            parts.append(f"{name} {row[key]}")
+    if row["draws"] > 1:
+        mean = f"mean {100 * row['mean']:.1f}, " if row["masks"] == "fixed" else ""
+        parts.append(
+            f"of {row['draws']} fresh draws {mean}worst {100 * row['worst']:.1f}, all {100 * row['always']:.1f} %"
+        )
+    return "; ".join(parts)
