@@ -49,6 +49,8 @@ class Report:
     curves: dict[str, list[tuple[float, float, int]]]
     """Accuracy against epsilon, steps and EOT draws: (x, accuracy, images)."""
     seed: int
+    seconds: list[float]
+    """One worker's time for each row."""
 
     @property
     def flags(self) -> list[sanity.Finding]:
@@ -61,6 +63,7 @@ class Report:
             "defense": self.defense,
             "suite": self.suite,
             "seed": self.seed,
+            "seconds": [round(each, 1) for each in self.seconds],
             "rows": to_plain(self.rows),
             "verdict": sanity.to_plain(self.verdict),
             "curves": {axis: [list(point) for point in points] for axis, points in self.curves.items()},
@@ -83,6 +86,7 @@ def report(judgement: Judgement, planned: Plan, defense: str, settings: Evaluati
         sanity.verdict(planned.sanity, judgement.shares) if planned.sanity else [],
         sanity.curves(planned.sanity, judgement.shares),
         judgement.seed,
+        [judgement.seconds(case) for case in planned.table],
     )
 
 

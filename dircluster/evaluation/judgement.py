@@ -62,8 +62,6 @@ class Result:
     average: int
     sha256: str
     """Of the adversarial images, float32, in order."""
-    seconds: float
-    """Of one worker's time."""
     warnings: tuple[str, ...] = ()
 
 
@@ -215,9 +213,12 @@ class Judgement:
             loss=case.loss,
             average=case.average,
             sha256=hashlib.sha256("".join(o["sha256"] for o in outcomes).encode()).hexdigest(),
-            seconds=round(sum(o["seconds"] for o in outcomes), 1),
             warnings=tuple(dict.fromkeys(w for o in outcomes for w in o["warnings"])),
         )
+
+    def seconds(self, case: Case) -> float:
+        """One worker's time that a finished case took."""
+        return float(sum(outcome["seconds"] for outcome in self._outcomes(case)))
 
     def _outcomes(self, case: Case) -> Iterator[dict[str, Any]]:
         for unit in self.units(case):

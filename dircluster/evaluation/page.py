@@ -53,6 +53,7 @@ def write_report(
         data=config.data.uri or config.data.name,
         facts=facts,
         rows=plain["rows"],
+        seconds=found.seconds,
         any_published=any(row["published"] is not None for row in plain["rows"]),
         verdict=plain["verdict"],
         flags=len(found.flags),

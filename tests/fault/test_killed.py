@@ -91,6 +91,7 @@ def test_a_lost_head_is_started_again(job: Make, unbroken: Unbroken, cluster: Cl
     run.must_have_one_whole_record(STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stopped_worker_is_an_error_with_all_stacks(job: Make) -> None:
     run = job(*LONG, "--scaling.workers", "2", "--scaling.stall", "15").start()

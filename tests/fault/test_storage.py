@@ -30,7 +30,7 @@ from infra.laptop import BUCKET, Cluster
 from tests.fault.conftest import ROOT, SMOKE, weights_in
 from tests.fault.kill_at import MOMENTS
 
-QUICK = (("writing", False), ("before the marker", True), ("loading", False))
+QUICK = (("writing", False), ("before the marker", True))
 """Moments that CI tries, in object storage or in a folder; the rest is slow."""
 ALONE = ("--launcher", "local", "--tracking.no-enabled", "--seed", "3")
 
@@ -188,6 +188,7 @@ def fill(file: Path) -> None:
             opened.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, unbroken: Any) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -115,6 +115,7 @@ def test_from_upload_to_table_and_no_secret_anywhere(
     assert searched > 100
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_stopped_job_commits_and_is_marked_killed(cluster: Cluster, submit: Any, job: Make) -> None:
     run = job()  # only to look at its storage

@@ -122,6 +122,7 @@ def test_trouble_on_ray_is_one_line(train: Train) -> None:
         assert message in done.error[0]
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_and_comes_back_misses_nothing(mlflow_server: Any, root: Path, tmp_path: Path) -> None:
     words = ["digits_smoke", "--launcher", "local", "--dir.epochs", "150", "--tracking.uri", mlflow_server.uri]
     process = subprocess.Popen(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.expectation import expected_cross_entropy
+from dircluster.attacks.expectation import expected
 from dircluster.attacks.gradient import ascend, cross_entropy, fgsm, kl_ascent, kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import LInf
@@ -105,7 +105,7 @@ def test_eot_averages_over_draws() -> None:
         scale = torch.tensor([1.0 + next(draws) for _ in range(len(images))], dtype=torch.float64)
         return linear(images) * scale[:, None]
 
-    averaged = expected_cross_entropy(noisy, LABELS, 3)(IMAGES)
+    averaged, _ = expected(noisy, LABELS, 3)(IMAGES)
     plain = sum(
         torch.nn.functional.cross_entropy(
             (linear(IMAGES) * (1.0 + torch.arange(N) + N * d)[:, None]).float(), LABELS, reduction="none"
