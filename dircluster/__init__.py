@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dircluster.evaluation.benchmark import Report
     from dircluster.models.defended import DefendedClassifier
 
 __version__ = "0.1.0"
+
+
+def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "quick", **how: Any) -> Report:
+    """Judge any module of images (N, C, H, W) in [0, 1] -> logits; see dircluster.evaluation.benchmark.evaluate.
+
+    ``suite`` is quick, paper or rigorous; ``verdict=True`` asks whether the module only hides gradients.
+    """
+    from dircluster.evaluation import benchmark
+
+    return benchmark.evaluate(module, images, labels, suite, **how)
 
 
 def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> DefendedClassifier:

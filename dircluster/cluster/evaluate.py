@@ -169,7 +169,8 @@ class _Judging:
         if run_id:
             self.terminal.say(f"MLflow    run {run_id}")
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
-        cli.write_summary(self.job, {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, **facts})
+        outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
+        cli.write_summary(self.job, outcome)
 
     def _natural_target(self) -> Any:
         """The naturally trained target of Figure 2, where one is given."""

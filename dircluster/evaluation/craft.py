@@ -68,8 +68,9 @@ class Crafter:
             return self._restored(images, labels), []
         made = [self._first_order(images, labels, restart) for restart in range(case.restarts)]
         if len(made) > 1:
-            judged = self._slope(labels, "judge")
-            return strongest(lambda found: judged(found)[0], made), []
+            model = self._model("judge")
+            margin = expected(model, labels, case.eot, margin_loss, max(1, self.most_rows // case.average))
+            return strongest(lambda found: margin(found)[0], made), []
         return made[0], []
 
     @property

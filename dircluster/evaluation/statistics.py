@@ -15,4 +15,4 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     share, spread = correct / total, Z95**2 / total
     centre = (share + spread / 2) / (1 + spread)
     half = Z95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))

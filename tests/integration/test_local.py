@@ -246,22 +246,3 @@ def test_real_parquet_through_the_whole_job(train: Train, real_data: Path) -> No
     )
     assert done.code == 0, done.err
     assert {row["defense"] for row in done.summary["results"]} == {"none", "dir"}
-
-
-def test_evaluate_and_benchmark(train: Train, root: Path, tmp_path: Path) -> None:
-    trained = train("digits_smoke", *LOCAL).summary
-
-    def job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(root / "jobs" / f"{name}.py"), "digits_smoke", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-
-    judged = job("evaluate", "--defense", trained["checkpoint"], "--summary", "e.json")
-    assert judged.returncode == 0, judged.stderr
-    assert json.loads((tmp_path / "e.json").read_text())["results"] == trained["results"]
-    for words, message in {(): "--defense is missing", ("--defense", "nowhere"): "holds no committed"}.items():
-        wrong = job("evaluate", *words)
-        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-        assert message in wrong.stderr
-    timed = job("benchmark", "--steps", "2", "--summary", "b.json")
-    assert timed.returncode == 0, timed.stderr
-    assert set(json.loads((tmp_path / "b.json").read_text())["seconds"]) == {"craft", "restore", "perturb", "update"}
