@@ -57,7 +57,7 @@ def test_a_killed_driver_is_submitted_again(job: Make, unbroken: Unbroken) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_lost_node_shrinks_the_run_and_its_return_grows_it(job: Make, unbroken: Unbroken, cluster: Cluster) -> None:
-    long = ("--dir.epochs", "600", "--storage.checkpoint-every", "20")
+    long = ("--dir.epochs", "250", "--storage.checkpoint-every", "20")
     run = job(*long, "--scaling.workers", "1:4", "--scaling.resize-every", "10").start()
     run.wait_for_workers(4)
     run.wait_for(run.committed())

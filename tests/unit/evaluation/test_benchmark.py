@@ -207,7 +207,7 @@ def test_bad_input_is_one_line(at_model: nn.Module, change: dict[str, Any], mess
 
 
 def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
-    """PGD-40 from two starts against APGD-CE (pyautoattack, 100 steps) on an adversarially trained model."""
+    """PGD-40 from four starts against APGD-CE (pyautoattack, 100 steps) on an adversarially trained model."""
     from pyautoattack import AutoAttack
 
     test = load(preset("digits").data, 0).test
@@ -216,7 +216,7 @@ def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
     apgd.apgd.n_restarts = 1
     with torch.random.fork_rng():
         theirs, _ = apgd.run_standard_evaluation(images, labels, batch_size=len(images))
-    case = Case("pgd", epsilon=EPSILON, step_size=EPSILON / 4, steps=40, restarts=2)
+    case = Case("pgd", epsilon=EPSILON, step_size=EPSILON / 4, steps=40, restarts=4)
     subject = Subject(at_model, "at")
     with frozen(at_model):
         ours, _ = Crafter(subject, case, 0, 0, 1024)(images, labels)
@@ -307,3 +307,15 @@ def test_pictures(smoke: RunConfig) -> None:
     pixels = to_pixels(grid)
     assert pixels.shape == (5 * 66, 4 * 66, 3)
     assert pixels.dtype.name == "uint8"
+
+
+def test_the_readmes_lines_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (lines,) = (
+        part.split("```")[0]
+        for part in (root / "README.md").read_text().split("```python\n")[1:]
+        if "evaluate(" in part
+    )
+    exec(compile(lines, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "| defense | pgd20 | none |" in said
+    assert "Do all images have a gradient?" in said
