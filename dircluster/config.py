@@ -349,7 +349,8 @@ class EvaluationConfig:
     batch_size: int = 128
     """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
     rows: int = 1024
-    """Most rows, images times mask draws, that pass through a model at a time."""
+    """Most rows, images times mask draws, that pass through a model at a time; a shard with averaged logits passes
+    whole (lower batch_size where memory is short)."""
     steps: int | None = None
     """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
     eot: int | None = None

@@ -24,11 +24,12 @@ def _benchmark(job: cli.BenchmarkJob) -> int:
 def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.cluster.storage import opener
     from dircluster.data.sources import Split, load
+    from dircluster.models.defended import DefendedClassifier
     from dircluster.training import stages
     from dircluster.training.bundle import load_target
     from dircluster.training.parallel import local_workers
     from dircluster.training.pipeline import data_cache
-    from dircluster.training.timing import time_phases
+    from dircluster.training.timing import time_eot, time_phases
 
     if job.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {job.steps}")
@@ -44,12 +45,16 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
         if config.target.uri:
             models.classifier.load_state_dict(load_target(config, opener(config.storage)).state_dict())
         stage = stages.dir_stage(config, models.denoiser, models.classifier)
-        return time_phases(stage, train, config, parallel, job.steps)
+        measured = time_phases(stage, train, config, parallel, job.steps)
+        defense = DefendedClassifier(models.denoiser, models.classifier, config.masking).eval()
+        few = slice(min(8, len(train)))
+        images, labels = train.pixels(few).to(parallel.device), train.labels[few].to(parallel.device)
+        return measured | {"eot": time_eot(defense, images, labels, draws=20)}
 
 
 def _lines(measured: dict[str, Any]) -> str:
     seconds = measured["seconds"]
-    total = measured["seconds_a_step"]
+    total, eot = measured["seconds_a_step"], measured["eot"]
     lines = [
         f"{measured['device']}, {measured['precision']}, batch {measured['batch_size']}, {measured['steps']} steps"
     ]
@@ -60,6 +65,8 @@ def _lines(measured: dict[str, Any]) -> str:
         f" {measured['share_of_matrix_product_rate']:.0%} of the machine's matrix-product rate"
         f" ({measured['matrix_product_gflop_per_second']:,.0f} GFLOP/s)",
         f"  memory   {measured['peak_memory_mib']:,} MiB at the peak",
+        f"  EOT      {eot['draws']} draws of {eot['images']} images: {eot['batched']:.4f} s batched,"
+        f" {eot['calls']:.4f} s as {eot['draws']} calls, {eot['calls'] / eot['batched']:.1f} times",
         f"  loss     {measured['first_loss']:.4f} at the first step, {measured['last_loss']:.4f} at the last",
     ]
     return "\n".join(lines)

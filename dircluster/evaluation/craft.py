@@ -16,6 +16,7 @@ from dircluster.attacks.gradient import (
     Model,
     Slope,
     climb,
+    cross_entropy,
     cross_entropy_loss,
     margin_loss,
     mi_fgsm,
@@ -57,11 +58,11 @@ class Crafter:
             version: Literal["standard", "rand"] = "rand" if case.masks == "fresh" else "standard"
             model = self._model()
             return autoattack(
-                model, images, labels, self._ball(), version, self.seed, len(images), case.eot, case.steps or None
+                model, images, labels, self.threat, version, self.seed, len(images), case.eot, case.steps or None
             )
         if attack == "square":
             draws = case.eot if case.masks == "fresh" else 1
-            return square(self._model(), images, labels, self._ball(), case.steps, draws, self.seed), []
+            return square(self._model(), images, labels, self.threat, case.steps, draws, self.seed), []
         if attack == "masked":
             return self._masked(images, labels), []
         if attack == "restored":
@@ -76,9 +77,6 @@ class Crafter:
     @property
     def threat(self) -> LInf | L2:
         """The ball of the case."""
-        return self._ball()
-
-    def _ball(self) -> LInf | L2:
         return LInf(self.case.epsilon) if self.case.norm == "linf" else L2(self.case.epsilon)
 
     def _first_order(self, images: Tensor, labels: Tensor, restart: int) -> Tensor:
@@ -133,7 +131,7 @@ class Crafter:
     def _restored(self, images: Tensor, labels: Tensor) -> Tensor:
         case = self.case
         if case.source == "adversarial":
-            both = slope(lambda x: cross_entropy_loss(self._model()(x), labels))
+            both = slope(cross_entropy(self._model(), labels))
             start = self.threat.start(images, self._uniform("source", images))
             images = climb(both, start, images, self.threat, case.steps, case.step_size)
         with torch.no_grad():

@@ -8,10 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dircluster import rng
+from dircluster.attacks.expectation import expected
 from dircluster.config import RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.sources import Split
+from dircluster.models import masking
+from dircluster.models.defended import DefendedClassifier, frozen
 from dircluster.recipes.base import Batch
 from dircluster.recipes.dir import DirRecipe
 from dircluster.training.costs import count
@@ -121,3 +126,22 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def time_eot(defense: DefendedClassifier, images: Tensor, labels: Tensor, draws: int, tries: int = 3) -> dict[str, Any]:
+    """Best seconds of one EOT gradient, its draws side by side and one after the other; images (N, C, H, W)."""
+    generator, best = rng.generator(0, "eot"), {"batched": float("inf"), "calls": float("inf")}
+
+    def model(candidates: Tensor) -> Tensor:
+        kept = masking.draw(generator, len(candidates), defense.denoiser.tokens, defense.masking)
+        return defense.logits(candidates, kept.to(candidates.device))
+
+    with frozen(defense):
+        for _ in range(tries + 1):
+            for name, rows in (("batched", None), ("calls", len(images))):
+                _wait(images.device)
+                began = time.perf_counter()
+                expected(model, labels, draws, most_rows=rows)(images)
+                _wait(images.device)
+                best[name] = min(best[name], time.perf_counter() - began)
+    return {"images": len(images), "draws": draws, **best}
