@@ -135,7 +135,8 @@ def draw_images(rows: Mapping[str, Tensor]) -> str:
     """Rows of images, each named."""
 
     def draw(axes: Any) -> None:
-        sheet = [torch.cat([*image.clamp(0, 1).cpu()], dim=2) for image in rows.values()]
+        framed = [torch.nn.functional.pad(image.clamp(0, 1).cpu(), (1, 1, 1, 1), value=1.0) for image in rows.values()]
+        sheet = [torch.cat([*image], dim=2) for image in framed]
         height = sheet[0].shape[1]
         picture = torch.cat(sheet, dim=1).permute(1, 2, 0)
         axes[0].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -146,7 +147,7 @@ def draw_images(rows: Mapping[str, Tensor]) -> str:
             spine.set_visible(False)
 
     count = len(next(iter(rows.values())))
-    return _drawn(draw, 1.5 + 0.95 * count, 0.95 * len(rows) + 0.2)
+    return _drawn(draw, 2.2 + 0.95 * count, 0.95 * len(rows) + 0.2)
 
 
 def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> str:

@@ -131,8 +131,8 @@ def _paper(known: Case, anew: Case, settings: EvaluationConfig, *, purifies: boo
     return cases
 
 
-def how(row: Mapping[str, Any]) -> str:
-    """The evidence of a row in a few words."""
+def how(row: Mapping[str, Any], draws: bool = True) -> str:
+    """The evidence of a row in a few words, with what its ``draws`` showed unless columns say so."""
     parts = []
     if row["epsilon"]:
         ball = f"{'L2 ' if row['norm'] == 'l2' else ''}eps {row['epsilon']:.4g}"
@@ -141,7 +141,7 @@ def how(row: Mapping[str, Any]) -> str:
     for key, name in (("restarts", "restarts"), ("eot", "EOT"), ("average", "logits averaged over")):
         if row[key] > 1:
             parts.append(f"{name} {row[key]}")
-    if row["draws"] > 1:
+    if draws and row["draws"] > 1:
         mean = f"mean {100 * row['mean']:.1f}, " if row["masks"] == "fixed" else ""
         parts.append(
             f"of {row['draws']} fresh draws {mean}worst {100 * row['worst']:.1f}, all {100 * row['always']:.1f} %"
