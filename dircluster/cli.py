@@ -77,6 +77,8 @@ class EvaluateJob(Job):
     """ray: as many workers as there are CPUs or GPUs, or --scaling.workers; local: this process, or torchrun's."""
     keep_images: Switch = False
     """Keep the adversarial images beside the report."""
+    surrogate: str = ""
+    """The model that transfers are crafted on (as --target.uri), instead of the defense's own target."""
     natural_target: str = ""
     """A naturally trained target (as --target.uri) to draw into Figure 2 beside the defense's own."""
     trust_code: Switch = False

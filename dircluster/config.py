@@ -353,6 +353,8 @@ class EvaluationConfig:
     whole (lower batch_size where memory is short)."""
     steps: int | None = None
     """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
+    restarts: int | None = None
+    """Random starts of PGD, of which the strongest counts; 1, or 2 against fixed masks in rigorous, when not given."""
     eot: int | None = None
     """Mask draws whose gradients are averaged at each step against fresh masks; 8 in quick, else 20, when not given."""
     draws: int | None = None
@@ -364,7 +366,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive("evaluation", self, "batch_size", "rows", "queries", "l2_epsilon", "verdict_images")
-        for name in ("images", "steps", "eot", "draws"):
+        for name in ("images", "steps", "restarts", "eot", "draws"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
 

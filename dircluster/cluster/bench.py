@@ -39,6 +39,8 @@ class Brief:
     """none, package.module:factory, or the folder of a checkpoint, here or in object storage."""
     path: str
     """Folder that package.module is looked for in, before the installed ones."""
+    surrogate: str = ""
+    """A classifier's URI to craft transfers on, empty for the defense's own target."""
     trust_code: bool = False
     keep_images: bool = False
 
@@ -55,11 +57,13 @@ class Bench:
         self.name = {"none": "none"}.get(
             brief.defense, "dir" if isinstance(module, DefendedClassifier) else brief.defense
         )
-        self.subject = Subject(module, self.name)
+        surrogate = load_classifier(brief.surrogate, self.config).to(device) if brief.surrogate else None
+        self.subject = Subject(module, self.name, surrogate)
         images, _ = self.batch(0, min(8, len(self.test)))
         self.subject.meet(images, int(self.test.labels.max()), self.config.data.classes)
         self.facts = {
             "defense": fingerprint(module, brief.defense),
+            "surrogate": None if surrogate is None else fingerprint(surrogate, ""),
             "data": data.fingerprint,
             "images": len(self.test),
             "seed": self.config.seed,
@@ -102,7 +106,7 @@ def load_module(brief: Brief, config: RunConfig) -> nn.Module:
     if brief.defense == "none":
         if config.target.uri is None:
             raise ConfigError("--defense none judges the bare target: say which with --target.uri")
-        return load_target(config, opener(storage)).eval()
+        return load_classifier(config.target.uri, config)
     if FACTORY.fullmatch(brief.defense):
         return _made(brief).eval()
     if is_remote(brief.defense):
@@ -116,6 +120,12 @@ def load_module(brief: Brief, config: RunConfig) -> nn.Module:
             f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
         )
     return defense
+
+
+def load_classifier(uri: str, config: RunConfig) -> nn.Module:
+    """The classifier that ``uri`` names as ``target.uri`` would, in eval mode on the CPU."""
+    target = dataclasses.replace(config.target, uri=uri)
+    return load_target(dataclasses.replace(config, target=target), opener(config.storage)).eval()
 
 
 def _made(brief: Brief) -> nn.Module:

@@ -83,7 +83,10 @@ class _Judging:
             defense = parallel.first_does(lambda: str(self._fetched(defense)))
         elif defense != "none" and not is_remote(defense) and not FACTORY.fullmatch(defense):
             defense = str(Path(defense).expanduser().resolve())
-        return Brief(to_dict(self.config), defense, os.getcwd(), self.job.trust_code, self.job.keep_images)
+        surrogate = self.job.surrogate
+        if surrogate and ":" not in surrogate:
+            surrogate = str(Path(surrogate).expanduser().resolve())  # workers live in other folders
+        return Brief(to_dict(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images)
 
     def _fetched(self, uri: str) -> Path:
         """A registered defense, in a folder that all workers can read."""
@@ -149,6 +152,7 @@ class _Judging:
         self.terminal.say(f"{self.done}/{total}  {case.name}, masks {case.masks}  ETA {left}")
 
     def _tell(self, bench: Bench) -> None:
+        from dircluster.cluster.bench import load_classifier
         from dircluster.cluster.version import commit
         from dircluster.evaluation.benchmark import report
         from dircluster.evaluation.judgement import to_plain
@@ -159,7 +163,7 @@ class _Judging:
         for finding in found.verdict:
             self.terminal.say(f"{'passed ' if finding.passed else 'FLAGGED'}  {finding.question}  {finding.answer}")
         facts = {**bench.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
-        natural = self._natural_target()
+        natural = load_classifier(self.job.natural_target, self.config) if self.job.natural_target else None
         files = write_report(
             found, bench.subject, bench.test, self.config, facts, bench.folder, natural, self.terminal.say
         )
@@ -171,16 +175,6 @@ class _Judging:
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
         outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
         cli.write_summary(self.job, outcome)
-
-    def _natural_target(self) -> Any:
-        """The naturally trained target of Figure 2, where one is given."""
-        from dircluster.cluster.storage import opener
-        from dircluster.training.bundle import load_target
-
-        if not self.job.natural_target:
-            return None
-        target = dataclasses.replace(self.config.target, uri=self.job.natural_target)
-        return load_target(dataclasses.replace(self.config, target=target), opener(self.config.storage)).eval()
 
     def _record(self, found: Any, files: list[Path]) -> str | None:
         from dircluster.cluster import local

@@ -33,9 +33,19 @@ class Plan:
 
 def plan(subject: Subject, attack: AttackConfig, settings: EvaluationConfig) -> Plan:
     """Suite ``settings.suite`` for a subject that has been met, with the verdict's cases where it is asked for."""
-    kind = {"randomised": subject.randomised, "purifies": subject.target is not None}
-    table = cases_of(settings.suite, attack, settings, masked=subject.masked, **kind)
-    return Plan(table, sanity.sanity_cases(attack, settings, **kind) if settings.verdict else {})
+    drawn, transfers = subject.randomised, subject.source is not None
+    purifies = subject.target is not None
+    table = cases_of(
+        settings.suite,
+        attack,
+        settings,
+        randomised=drawn,
+        purifies=purifies,
+        transfers=transfers,
+        masked=subject.masked,
+    )
+    asked = sanity.sanity_cases(attack, settings, randomised=drawn, transfers=transfers) if settings.verdict else {}
+    return Plan(table, asked)
 
 
 @dataclass(frozen=True)
@@ -102,14 +112,16 @@ def evaluate(
     settings: EvaluationConfig | None = None,
     seed: int = 0,
     name: str = "defense",
+    surrogate: nn.Module | None = None,
     shelf: Shelf | None = None,
     told: Callable[[Unit, int, int], None] = lambda unit, done, total: None,
 ) -> Report:
     """Judge any module that maps images (N, C, H, W) in [0, 1] to logits (N, classes), on the device it lies on.
 
     ``images`` with ``labels`` (N,) int64; ``suite`` is quick, paper or rigorous, and ``verdict`` asks whether the
-    module only hides gradients. ``shelf`` keeps finished units, so that a judgement can go on; ``told`` is called
-    before each unit with the units done and open. Raises ConfigError, one line, for images out of range, labels out
+    module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``shelf``
+    keeps finished units, so that a judgement can go on; ``told`` is called before each unit with the units done and
+    open. Raises ConfigError, one line, for images out of range, labels out
     of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or another shape.
     """
     given = EvaluationConfig() if settings is None else settings
@@ -118,7 +130,7 @@ def evaluate(
     check_images(images, labels)
     device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
     images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
-    subject = Subject(module, name)
+    subject = Subject(module, name, surrogate)
     was_training = module.training
     try:
         subject.meet(images[:8].to(device), int(labels.max()))

@@ -106,7 +106,9 @@ class Crafter:
     def _model(self, purpose: str = "craft") -> Model:
         case = self.case
         if case.on == "target":
-            return self._target()
+            source = self.subject.target if case.judged == "target" else self.subject.source
+            assert source is not None
+            return source
         return self.subject.model(case.masks, self._seed(case.masks, purpose), case.average)
 
     def _target(self) -> Model:

@@ -139,7 +139,7 @@ def draw_images(rows: Mapping[str, Tensor]) -> str:
         sheet = [torch.cat([*image], dim=2) for image in framed]
         height = sheet[0].shape[1]
         picture = torch.cat(sheet, dim=1).permute(1, 2, 0)
-        axes[0].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes[0].imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes[0].set_yticks([(i + 0.5) * height - 0.5 for i in range(len(rows))], list(rows))
         axes[0].set_xticks([])
         axes[0].tick_params(length=0)
@@ -155,8 +155,8 @@ def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> str:
 
     def draw(axes: Any) -> None:
         for mask, marker, name in ((~adversarial, "o", "natural"), (adversarial, "x", "adversarial")):
-            x, y = points[mask].T
-            axes[0].scatter(x, y, c=labels[mask], cmap="tab10", marker=marker, s=12, linewidths=0.8, label=name)
+            x, y = points[mask].T.numpy()
+            axes[0].scatter(x, y, c=labels[mask].numpy(), cmap="tab10", marker=marker, s=12, linewidths=0.8, label=name)
         axes[0].set(xticks=[], yticks=[])
         axes[0].legend()
 

@@ -40,7 +40,7 @@ class Finding:
 
 
 def sanity_cases(
-    attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, purifies: bool
+    attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, transfers: bool
 ) -> dict[str, Case]:
     """The cases that the verdict needs, by a name of their own."""
     eot = (settings.eot or 16) if randomised else 1
@@ -71,7 +71,7 @@ def sanity_cases(
     cases["one step"] = replace(base, attack="fgsm", steps=1, step_size=attack.epsilon)
     cases["random noise"] = replace(base, attack="noise", steps=0, eot=1)
     cases["square"] = replace(base, attack="square", steps=settings.queries // 5, eot=min(eot, 4))
-    if purifies:
+    if transfers:
         cases["transfer"] = replace(base, on="target", eot=1)
     cases["gradients"] = replace(base, attack="gradient", steps=0, draws=1)
     return cases
@@ -138,7 +138,7 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
         )
     )
     for name, question in (
-        ("transfer", "Is the white box no weaker than a transfer from the bare target?"),
+        ("transfer", "Is the white box no weaker than a transfer from another model?"),
         ("square", "Is the white box no weaker than Square, which sees no gradient?"),
     ):
         if name in cases:

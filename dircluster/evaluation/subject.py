@@ -29,11 +29,13 @@ class Subject:
     transfer and the attack of Eq. 9 make use of. What it draws must come from PyTorch's own streams, or from masks.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module, name: str, surrogate: nn.Module | None = None) -> None:
         self.module, self.name = module.eval(), name
         self.masked = isinstance(module, DefendedClassifier)
         restore, classifier = getattr(module, "restore", None), getattr(module, "classifier", None)
         self.target: Model | None = classifier if callable(classifier) and callable(restore) else None
+        self.source: Model | None = self.target if surrogate is None else surrogate.eval()
+        """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
         self.randomised = self.masked
 
     def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:

@@ -64,7 +64,14 @@ def known_suite(name: str) -> SuiteName:
 
 
 def suite(
-    name: SuiteName, attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, purifies: bool, masked: bool
+    name: SuiteName,
+    attack: AttackConfig,
+    settings: EvaluationConfig,
+    *,
+    randomised: bool,
+    purifies: bool,
+    transfers: bool,
+    masked: bool,
 ) -> list[Case]:
     """The cases of suite ``name`` for a defense of this kind.
 
@@ -73,6 +80,7 @@ def suite(
     eot = (settings.eot or (8 if name == "quick" else 20)) if randomised else 1
     draws = (settings.draws or (10 if name == "quick" else 20)) if randomised else 1
     ball = Case("pgd", epsilon=attack.epsilon, step_size=attack.step, steps=settings.steps or 20, draws=draws)
+    restarts = settings.restarts or 1
     known = replace(ball, masks="fixed") if randomised else ball
     anew = replace(ball, masks="fresh", eot=eot) if randomised else ball
     bare = replace(ball, on="target", judged="target", draws=1)
@@ -80,8 +88,8 @@ def suite(
     cases = [_natural(bare), bare] if purifies else []
     cases += [_natural(known), _natural(anew)]
     if name == "quick":
-        cases += [known, anew]
-        cases += [replace(anew, on="target", eot=1)] if purifies else []
+        cases += [replace(known, restarts=restarts), replace(anew, restarts=restarts)]
+        cases += [replace(anew, on="target", eot=1)] if transfers else []
     elif name == "paper":
         cases += _paper(known, anew, settings, purifies=purifies, masked=masked)
     else:
@@ -89,8 +97,8 @@ def suite(
         radius = settings.l2_epsilon
         round_ball = replace(anew, norm="l2", epsilon=radius, step_size=radius * attack.step / attack.epsilon)
         cases += [
-            replace(known, steps=steps, restarts=2),
-            replace(anew, steps=steps),
+            replace(known, steps=steps, restarts=settings.restarts or 2),
+            replace(anew, steps=steps, restarts=restarts),
             replace(anew, steps=steps, loss="margin", label=f"pgd{steps}-margin"),
             replace(known, attack="autoattack", label="autoattack-standard", steps=settings.queries),
             replace(anew, attack="square", steps=settings.queries),
@@ -103,7 +111,7 @@ def suite(
                 replace(_natural(best), label=f"natural-mean-of-{eot}"),
                 replace(best, steps=steps, label=f"pgd{steps}-mean-of-{eot}"),
             ]
-        cases += [replace(anew, steps=steps, on="target", eot=1)] if purifies else []
+        cases += [replace(anew, steps=steps, on="target", eot=1)] if transfers else []
     return list(dict.fromkeys(cases))
 
 
@@ -113,9 +121,10 @@ def _natural(case: Case) -> Case:
 
 def _paper(known: Case, anew: Case, settings: EvaluationConfig, *, purifies: bool, masked: bool) -> list[Case]:
     forty, eot = settings.steps or 40, anew.eot
+    restarts = settings.restarts or 1
     cases = [
-        known,
-        anew,
+        replace(known, restarts=restarts),
+        replace(anew, restarts=restarts),
         replace(known, attack="autoattack", label="autoattack-standard", steps=settings.queries),
         replace(known, attack="mifgsm"),
         replace(anew, attack="mifgsm"),

@@ -225,7 +225,7 @@ def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
 
 
 def test_the_verdict_from_known_accuracies() -> None:
-    cases = sanity.sanity_cases(AttackConfig(epsilon=0.1), EvaluationConfig(), randomised=True, purifies=True)
+    cases = sanity.sanity_cases(AttackConfig(epsilon=0.1), EvaluationConfig(), randomised=True, transfers=True)
     fine = dict.fromkeys(cases, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
     fine |= {"epsilon 0.025": 0.8, "epsilon 0.05": 0.7, "epsilon 0.2": 0.3, "epsilon 0.4": 0.1}
 
@@ -244,7 +244,7 @@ def test_the_verdict_from_known_accuracies() -> None:
     assert flagged(epsilon_1=0.05) == {"Does a radius of 1 leave nothing"}
     assert flagged(random_noise=0.7) == {"Is random noise of the same size harmless"}
     assert flagged(draws_known=0.2) == {"Does robustness outlive its randomness"}
-    assert flagged(transfer=0.3) == {"Is the white box no weaker than a transfer from the bare target"}
+    assert flagged(transfer=0.3) == {"Is the white box no weaker than a transfer from another model"}
     assert flagged(square=0.3) == {"Is the white box no weaker than Square, which sees no gradient"}
     assert flagged(one_step=0.3) == {"Is many steps no weaker than one"}
     assert flagged(gradients=0.9) == {"Do all images have a gradient"}
@@ -292,7 +292,9 @@ def test_published_numbers_stand_beside_their_rows() -> None:
 
 def test_a_suite_without_randomness_has_no_draws() -> None:
     for name in ("quick", "paper", "rigorous"):
-        cases = suite(name, AttackConfig(), EvaluationConfig(), randomised=False, purifies=True, masked=False)
+        cases = suite(
+            name, AttackConfig(), EvaluationConfig(), randomised=False, purifies=True, transfers=True, masked=False
+        )
         assert {(case.masks, case.draws, case.eot, case.average) for case in cases} == {("none", 1, 1, 1)}
     assert Memory().get("nothing") is None
 
@@ -319,3 +321,12 @@ def test_the_readmes_lines_run(root: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().out
     assert "| defense | pgd20 | none |" in said
     assert "Do all images have a gradient?" in said
+
+
+def test_a_transfer_is_crafted_on_the_surrogate(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    rows = [{r.attack: r for r in judged(at_model, digits, surrogate=s).rows} for s in (at_model, other, None)]
+    assert rows[0]["transfer-pgd3"].sha256 == rows[0]["pgd3"].sha256
+    assert rows[1]["transfer-pgd3"].sha256 != rows[0]["pgd3"].sha256
+    assert rows[1]["pgd3"] == rows[0]["pgd3"]
+    assert set(rows[2]) == {"natural", "pgd3"}
