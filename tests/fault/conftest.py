@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,10 @@ class Job:
         """The processes of its Ray Train workers."""
         return [p for p in self.cluster.processes() if "RayTrainWorker" in " ".join(_command(p))]
 
-    def wait_for_workers(self, number: int, seconds: float = 240.0) -> None:
-        """Until so many workers are at work."""
+    def wait_for_workers(self, number: int, seconds: float = 240.0, gone: Sequence[psutil.Process] = ()) -> None:
+        """Until so many workers are at work, none of them one of ``gone``."""
         deadline = time.monotonic() + seconds
-        while len(self.workers()) != number:
+        while len(found := self.workers()) != number or any(worker in gone for worker in found):
             assert time.monotonic() < deadline, self.said[-3000:]
             time.sleep(1)
 
