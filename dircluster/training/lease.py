@@ -57,7 +57,8 @@ def _lease(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Cal
 
     def held() -> dict[str, Any] | None:
         try:
-            found = json.loads(file.read_text())
+            remote: Any = file  # in one request: an open file must not change, and this one does at every beat
+            found = json.loads(remote.fs.cat_file(remote.path))
             return found if isinstance(found, dict) else None
         except (FileNotFoundError, ValueError):
             return None
