@@ -69,8 +69,10 @@ class _Judging:
                 signal = self._here(bench, open_places, parallel)
             if signal:
                 return signal
-            parallel.wait()
             if self.first:
+                signal = bench.judgement.wait(self.terminal.stop_signal)  # no collective: others may take long
+                if signal:
+                    return signal
                 self._tell(bench)
         return 0
 

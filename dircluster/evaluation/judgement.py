@@ -149,6 +149,16 @@ class Judgement:
         """The units that nobody has finished."""
         return [unit for unit in self.units() if self.shelf.get(unit.name) is None]
 
+    def wait(self, asked_to_stop: Callable[[], int]) -> int:
+        """Until all units are finished, whoever works on them, or a signal asks to stop; -> the signal, or 0."""
+        left = self.open_units()
+        while left:
+            if signal := asked_to_stop():
+                return signal
+            time.sleep(0.5)
+            left = [unit for unit in left if self.shelf.get(unit.name) is None]
+        return 0
+
     def work(self, unit: Unit, subject: Subject, images: Tensor, labels: Tensor) -> None:
         """Craft and judge the unit's ``images`` (n, C, H, W) in [0, 1], and keep what came out."""
         began = time.monotonic()

@@ -330,8 +330,9 @@ class Run:
             said(f"evaluation: suite {settings.suite} on {len(test)} test images")
             with interruptible(classifier, self.console):
                 run(judgement, subject, batch, told, lambda place: place % parallel.world == parallel.rank)
-            with waiting(self.console):
-                parallel.wait()
+            if signal := judgement.wait(self.console.stop_signal):  # no collective: another worker may take long
+                raise Interrupted(signal)
+            parallel.wait()
             said(f"evaluation: done in {time.monotonic() - began:.0f} s")
         else:
             said(f"evaluation: reused from {shelf.folder}")
