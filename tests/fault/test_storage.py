@@ -161,11 +161,12 @@ def proxy(s3: Cluster) -> Iterator[Proxy]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["refuse", "stall"])
 @pytest.mark.parametrize("seconds", [8, 60])
 def test_an_outage_of_storage(train: Train, proxy: Proxy, unbroken: Any, mode: str, seconds: float) -> None:
     train.environment["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{proxy.port}"
-    words = ("--dir.epochs", str(int(60 + 12 * seconds)), "--storage.checkpoint-every", "4")
+    words = ("--dir.epochs", str(int(60 + 5 * seconds)), "--storage.checkpoint-every", "4")
     process = train.start(*words)
     train.waits_for("^dir  epoch 1/")
     time.sleep(1)
@@ -173,7 +174,7 @@ def test_an_outage_of_storage(train: Train, proxy: Proxy, unbroken: Any, mode: s
     proxy.cut(mode)
     time.sleep(seconds)
     proxy.cut("pass")
-    assert process.wait(300) == 0, train.said
+    assert process.wait(700) == 0, train.said
     after = train.said.removeprefix(before)
     assert "cannot be stored" in after
     assert "storage takes checkpoints again" in after
