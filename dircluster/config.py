@@ -348,9 +348,8 @@ class EvaluationConfig:
     """Of these, as many answer for the verdict."""
     batch_size: int = 128
     """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
-    rows: int = 1024
-    """Most rows, images times mask draws, that pass through a model at a time; a shard with averaged logits passes
-    whole (lower batch_size where memory is short)."""
+    rows: int = 256
+    """Most rows, images times mask draws, that pass through a model at a time: memory against speed."""
     steps: int | None = None
     """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
     restarts: int | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dircluster.attacks.gradient import Loss, Model, Slope, cross_entropy_loss, slope
+from dircluster.attacks.gradient import Loss, Model, Objective, Slope, cross_entropy_loss, slope
 
 
 def expected(
@@ -21,9 +22,7 @@ def expected(
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
         values, gradient = torch.zeros(len(images), device=images.device), torch.zeros_like(images)
-        at_once = draws if most_rows is None else max(1, min(draws, most_rows // len(images)))
-        for first in range(0, draws, at_once):
-            count = min(at_once, draws - first)
+        for count in _portions(draws, len(images), most_rows):
 
             def objective(candidates: Tensor, count: int = count) -> Tensor:
                 logits = model(candidates.repeat(count, 1, 1, 1))
@@ -34,6 +33,27 @@ def expected(
         return values, gradient
 
     return both
+
+
+def expected_values(
+    model: Model, labels: Tensor, draws: int, loss: Loss = cross_entropy_loss, most_rows: int | None = None
+) -> Objective:
+    """The values of :func:`expected` alone."""
+
+    def values(images: Tensor) -> Tensor:
+        total = torch.zeros(len(images), device=images.device)
+        for count in _portions(draws, len(images), most_rows):
+            logits = model(images.repeat(count, 1, 1, 1))
+            total = total + loss(logits, labels.repeat(count)).view(count, len(images)).sum(dim=0)
+        return total / draws
+
+    return values
+
+
+def _portions(draws: int, images: int, most_rows: int | None) -> Iterator[int]:
+    at_once = draws if most_rows is None else max(1, min(draws, most_rows // images))
+    for first in range(0, draws, at_once):
+        yield min(at_once, draws - first)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -44,7 +44,7 @@ def cross_entropy(model: Model, labels: Tensor, loss: Loss = cross_entropy_loss)
 
 
 def slope(objective: Objective) -> Slope:
-    """Values and gradient of an objective. Where nothing leads back to the images, the gradient is zero."""
+    """Values and gradient of an objective. The gradient is zero where nothing, or nothing finite, leads back."""
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -53,7 +53,8 @@ def slope(objective: Objective) -> Slope:
             if not values.requires_grad:
                 return values.detach(), torch.zeros_like(images)
             (gradient,) = torch.autograd.grad(values.sum(), asked, allow_unused=True)
-        return values.detach(), torch.zeros_like(images) if gradient is None else gradient
+        found = torch.zeros_like(images) if gradient is None else torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
+        return values.detach(), found
 
     return both
 

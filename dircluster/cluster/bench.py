@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
-from dircluster.config import ConfigError, RunConfig, digest, from_dict
+from dircluster.config import ConfigError, DataConfig, RunConfig, digest, from_dict
 from dircluster.data.sources import Split, load
 from dircluster.evaluation.benchmark import Plan, plan
 from dircluster.evaluation.judgement import Folder, Judgement
@@ -43,6 +43,8 @@ class Brief:
     """A classifier's URI to craft transfers on, empty for the defense's own target."""
     trust_code: bool = False
     keep_images: bool = False
+    key: str = ""
+    """What the first process found: workers that find something else do not begin."""
 
 
 class Bench:
@@ -52,7 +54,7 @@ class Bench:
         self.config: RunConfig = from_dict(RunConfig, brief.config)
         self.device, self.settings = device, self.config.evaluation
         module = load_module(brief, self.config).to(device)
-        data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
+        data = load(with_photos(self.config), self.config.seed, data_cache(self.config), opener(self.config.storage))
         self.test: Split = data.test.take(slice(self.settings.images))
         self.name = {"none": "none"}.get(
             brief.defense, "dir" if isinstance(module, DefendedClassifier) else brief.defense
@@ -70,9 +72,14 @@ class Bench:
             "batch": self.settings.batch_size,
             "rows": self.settings.rows,
         }
+        self.key = digest(self.facts)
+        if brief.key not in ("", self.key):
+            raise ConfigError(
+                f"--defense {brief.defense} is not the same on every worker: seed its weights, and install one version"
+            )
         storage = open_path(self.config.storage.uri, self.config.storage)
         label = re.sub(r"\W+", "-", self.name)
-        self.folder = storage / "evaluations" / f"{self.config.name}-{label}-{digest(self.facts)[:12]}"
+        self.folder = storage / "evaluations" / f"{self.config.name}-{label}-{self.key[:12]}"
         self.plan: Plan = plan(self.subject, self.config.attack, self.settings)
         self.judgement = Judgement(
             self.plan.cases,
@@ -96,8 +103,17 @@ class Bench:
     def work(self, place: int) -> None:
         """Do the unit at ``place``, unless it is done."""
         unit = self.units[place]
-        if self.judgement.shelf.get(unit.name) is None:
+        if self.judgement.outcome(unit) is None:
             self.judgement.work(unit, self.subject, *self.batch(*unit.rows))
+
+
+def with_photos(config: RunConfig) -> DataConfig:
+    """``config.data``; where it names the photos that a run writes into storage, the place where they lie."""
+    data = config.data
+    if data.name != "photos" or data.uri is not None:
+        return data
+    folder = open_path(config.storage.uri, config.storage) / "data" / "photos"
+    return dataclasses.replace(data, uri=str(folder))
 
 
 def load_module(brief: Brief, config: RunConfig) -> nn.Module:
@@ -148,7 +164,8 @@ def fingerprint(module: nn.Module, name: str) -> str:
     for key, value in sorted(module.state_dict().items()):
         found.update(key.encode())
         if isinstance(value, Tensor):
-            found.update(value.detach().cpu().contiguous().numpy().tobytes())
+            plain = value.detach().cpu().contiguous().flatten()
+            found.update(str(value.dtype).encode() + plain.view(torch.uint8).numpy().tobytes())
     if isinstance(module, DefendedClassifier):
         found.update(repr(module.masking).encode())
     if FACTORY.fullmatch(name):

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Judge the defense that ``argv`` names; -> exit code. Errors are one line on stderr."""
-    return cli.execute(cli.EvaluateJob, argv, _judge)
+    chosen = any(word.split("=")[0] == "--scaling.workers" for word in argv)
+    return cli.execute(cli.EvaluateJob, argv, lambda job: _judge(job, chosen))
 
 
-def _judge(job: cli.EvaluateJob) -> int:
+def _judge(job: cli.EvaluateJob, workers_chosen: bool) -> int:
     from dircluster.cluster import storage
     from dircluster.cluster.bench import with_suite
     from dircluster.cluster.console import Bystander, Terminal
@@ -40,7 +41,7 @@ def _judge(job: cli.EvaluateJob) -> int:
     storage.check(config)
     first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
     with Terminal() if first else Bystander() as terminal:
-        signal = _Judging(job, config, terminal, first).run()
+        signal = _Judging(job, config, terminal, first, workers_chosen).run()
         if signal:
             terminal.say("stopped; what is finished is kept, and the same command goes on")
     return 128 + signal if signal else 0
@@ -49,8 +50,11 @@ def _judge(job: cli.EvaluateJob) -> int:
 class _Judging:
     """One judgement, from the command line to its report."""
 
-    def __init__(self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool) -> None:
+    def __init__(
+        self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool, workers_chosen: bool
+    ) -> None:
         self.job, self.config, self.terminal, self.first = job, config, terminal, first
+        self.workers = config.scaling.most if workers_chosen else None
         self.began, self.done = time.monotonic(), 0
 
     def run(self) -> int:
@@ -59,6 +63,8 @@ class _Judging:
 
         threads = self.config.scaling.threads or 1  # so that the bits do not depend on how many share a machine
         scaling = dataclasses.replace(self.config.scaling, threads=threads)
+        if self.job.launcher == "ray":
+            scaling = dataclasses.replace(scaling, device="cpu")  # of this process; the workers have their own
         with local_workers(scaling) as parallel:
             brief = self._brief(parallel)
             bench = self._bench(brief, parallel)
@@ -112,8 +118,7 @@ class _Judging:
         return Bench(brief, torch.device("cpu") if self.job.launcher == "ray" else parallel.device)
 
     def _open_places(self, bench: Bench) -> list[int]:
-        shelf = bench.judgement.shelf
-        places = [place for place, unit in enumerate(bench.units) if shelf.get(unit.name) is None]
+        places = [place for place, unit in enumerate(bench.units) if bench.judgement.outcome(unit) is None]
         kept = len(bench.units) - len(places)
         resumed = f", {kept} of {len(bench.units)} units are finished already" if kept else ""
         self.terminal.say(
@@ -126,9 +131,14 @@ class _Judging:
 
         if not places:
             return 0
-        workers = self.config.scaling.most if "scaling.workers" in cli.describe(self.job) else None
+        brief = dataclasses.replace(brief, key=bench.key)
         return ray_evaluate.work(
-            brief, self.config, workers, places, self.terminal, lambda place: self._finished(bench, place, len(places))
+            brief,
+            self.config,
+            self.workers,
+            places,
+            self.terminal,
+            lambda place: self._finished(bench, place, len(places)),
         )
 
     def _here(self, bench: Bench, places: list[int], parallel: Any) -> int:
@@ -171,14 +181,14 @@ class _Judging:
         )
         for file in files:
             self.terminal.say(f"report    {file}")
-        run_id = self._record(found, files) if self.config.tracking.enabled else None
+        run_id = self._record(found, facts, files) if self.config.tracking.enabled else None
         if run_id:
             self.terminal.say(f"MLflow    run {run_id}")
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
         outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
         cli.write_summary(self.job, outcome)
 
-    def _record(self, found: Any, files: list[Path]) -> str | None:
+    def _record(self, found: Any, facts: dict[str, Any], files: list[Path]) -> str | None:
         from dircluster.cluster import local
 
         if self.job.launcher == "local" and not local.has_mlflow():
@@ -186,7 +196,7 @@ class _Judging:
         from dircluster.cluster.mlflow_tracker import record_evaluation
 
         try:
-            return record_evaluation(self.config, self.job.defense, found.to_plain(), files)
+            return record_evaluation(self.config, facts, found.to_plain(), files)
         except ConfigError as error:  # the report is in its folder, whatever MLflow says
             self.terminal.say(str(error))
             return None

@@ -263,18 +263,21 @@ class StageRun:
             del self.points[: len(batch)]
 
 
-def record_evaluation(config: RunConfig, defense: str, found: dict[str, Any], files: list[Path]) -> str:
+def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str, Any], files: list[Path]) -> str:
     """A run of its own for a judgement: settings, accuracies, flags, and the report's files; -> its id.
 
     Raises ConfigError where the tracking server does not answer.
     """
-    settings = {"defense": defense, **flatten({"evaluation": to_dict(config.evaluation)})}
+    settings = {"defense": facts["defense"], **flatten({"evaluation": to_dict(config.evaluation)})}
     settings |= flatten({"attack": to_dict(config.attack), "seed": config.seed})
     uri = default_uri(config)
+    tags = {"dircluster.commit": facts["commit"], "dircluster.data": facts["data"]}
     try:
         client = MlflowClient(uri)
         experiment = _experiment(client, config, uri)
-        run_id = str(client.create_run(experiment, run_name=f"judge-{config.name}-{found['suite']}").info.run_id)
+        run_id = str(
+            client.create_run(experiment, run_name=f"judge-{config.name}-{found['suite']}", tags=tags).info.run_id
+        )
         _params(client, run_id, settings)
         now = int(time.time() * 1000)
         values = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in found["rows"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,8 @@ from dircluster.config import ConfigError, RunConfig
 
 RETRIES = 4
 """Times that a worker which died is started again, and its unit with it."""
+PATIENCE = 30.0
+"""Seconds without any worker after which the person is told."""
 
 
 class _Worker:
@@ -28,6 +31,9 @@ class _Worker:
         torch.set_num_threads(threads)
         self.brief, self.device = Brief(**brief), torch.device("cuda" if on_gpu else "cpu")
         self.bench: Bench | None = None
+
+    def ready(self) -> None:
+        """Answered once the actor has a place in the cluster."""
 
     def work(self, place: int) -> str | None:
         """Do one unit; -> None, or why it cannot be done."""
@@ -60,7 +66,12 @@ def work(
             nodes.must_run_this_version()
         gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
         on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and gpus > 0)
-        count = min(workers or (gpus if on_gpu else cpus), len(places))
+        there = gpus if on_gpu else cpus
+        if workers is not None and workers > there:
+            raise ConfigError(
+                f"scaling.workers {workers} need as many {'GPUs' if on_gpu else 'CPUs'}, there are {there}"
+            )
+        count = min(workers or there, len(places))
         kind = ray.remote(_Worker).options(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=RETRIES, max_task_retries=RETRIES
         )
@@ -68,26 +79,34 @@ def work(
         terminal.say(f"{count} worker(s) on {'GPUs' if on_gpu else 'CPUs'}, {len(places)} units to do")
         return _share_out(actors, places, terminal, told)
     except ray.exceptions.RayError as error:
-        line = str(error).strip().splitlines()[0]
+        cause = getattr(error, "cause", None) or error
+        line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ConfigError(
-            f"the judgement stopped ({type(error).__name__}: {line}); the same command goes on"
+            f"the judgement stopped ({type(cause).__name__}: {line}); the same command goes on"
         ) from error
     finally:
         ray.shutdown()
 
 
 def _share_out(actors: list[Any], places: list[int], terminal: Terminal, told: Callable[[int], None]) -> int:
-    left = list(reversed(places))
-    busy = {actor.work.remote(place): (actor, place) for actor in actors if left and (place := left.pop()) >= 0}
-    while busy:
+    """Units go to actors that have a place in the cluster, one at a time."""
+    left, busy = list(reversed(places)), {actor.ready.remote(): (actor, -1) for actor in actors}
+    heard = time.monotonic()
+    while left or any(place >= 0 for _, place in busy.values()):
         ready, _ = ray.wait(list(busy), timeout=0.5)
         if signal := terminal.stop_signal():
             return signal
+        if all(place < 0 for _, place in busy.values()) and not ready and time.monotonic() - heard > PATIENCE:
+            heard = time.monotonic()
+            terminal.say(
+                f"waiting for a place in the cluster: {ray.available_resources().get('CPU', 0):g} CPUs are free"
+            )
         for future in ready:
             actor, place = busy.pop(future)
             if trouble := ray.get(future):
                 raise ConfigError(trouble)
-            told(place)
+            if place >= 0:
+                told(place)
             if left:
                 place = left.pop()
                 busy[actor.work.remote(place)] = (actor, place)

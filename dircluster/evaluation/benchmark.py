@@ -130,14 +130,16 @@ def evaluate(
     check_images(images, labels)
     device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
     images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
-    subject = Subject(module, name, surrogate)
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
+    surrogate = None if surrogate is None else surrogate.to(device)
     try:
+        subject = Subject(module, name, surrogate)
         subject.meet(images[:8].to(device), int(labels.max()))
         planned = plan(subject, attack, chosen)
         shelf = Memory() if shelf is None else shelf
         judgement = Judgement(planned.cases, len(images), seed, chosen.batch_size, chosen.rows, shelf)
         run(judgement, subject, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), told)
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training
     return report(judgement, planned, name, chosen)

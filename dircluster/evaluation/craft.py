@@ -56,21 +56,22 @@ class Crafter:
             return self.threat.start(images, self._uniform("noise", images)), []
         if attack == "autoattack":
             version: Literal["standard", "rand"] = "rand" if case.masks == "fresh" else "standard"
-            model = self._model()
+            model = self._model(len(images))
             return autoattack(
                 model, images, labels, self.threat, version, self.seed, len(images), case.eot, case.steps or None
             )
         if attack == "square":
             draws = case.eot if case.masks == "fresh" else 1
-            return square(self._model(), images, labels, self.threat, case.steps, draws, self.seed), []
+            model = self._model(len(images))
+            return square(model, images, labels, self.threat, case.steps, draws, self.seed, self.most_rows), []
         if attack == "masked":
             return self._masked(images, labels), []
         if attack == "restored":
             return self._restored(images, labels), []
         made = [self._first_order(images, labels, restart) for restart in range(case.restarts)]
         if len(made) > 1:
-            model = self._model("judge")
-            margin = expected(model, labels, case.eot, margin_loss, max(1, self.most_rows // case.average))
+            model = self._model(len(images), "judge")
+            margin = expected(model, labels, case.eot, margin_loss, self.most_rows)
             return strongest(lambda found: margin(found)[0], made), []
         return made[0], []
 
@@ -95,21 +96,22 @@ class Crafter:
 
     def _slope(self, labels: Tensor, purpose: str) -> Slope:
         """Loss and gradient of the form that the attacker faces, averaged over draws where they are fresh."""
-        case = self.case
-        rows = max(1, self.most_rows // case.average)
+        case, images = self.case, len(labels)
         if case.attack == "bpda":
-            model = self.subject.bypassed(case.masks, self._seed(case.masks, purpose))
+            model = self.subject.bypassed(case.masks, self._seed(case.masks, purpose), known_images(case, images))
         else:
-            model = self._model(purpose)
-        return expected(model, labels, case.eot, LOSSES[case.loss], rows)
+            model = self._model(images, purpose)
+        return expected(model, labels, case.eot, LOSSES[case.loss], self.most_rows)
 
-    def _model(self, purpose: str = "craft") -> Model:
+    def _model(self, images: int, purpose: str = "craft") -> Model:
         case = self.case
         if case.on == "target":
             source = self.subject.target if case.judged == "target" else self.subject.source
             assert source is not None
             return source
-        return self.subject.model(case.masks, self._seed(case.masks, purpose), case.average)
+        return self.subject.model(
+            case.masks, self._seed(case.masks, purpose), case.average, known_images(case, images), self.most_rows
+        )
 
     def _target(self) -> Model:
         assert self.subject.target is not None
@@ -133,11 +135,14 @@ class Crafter:
     def _restored(self, images: Tensor, labels: Tensor) -> Tensor:
         case = self.case
         if case.source == "adversarial":
-            both = slope(cross_entropy(self._model(), labels))
+            both = slope(cross_entropy(self._model(len(images)), labels))
             start = self.threat.start(images, self._uniform("source", images))
             images = climb(both, start, images, self.threat, case.steps, case.step_size)
         with torch.no_grad():
-            restored = self.subject.restorer(case.masks, self._seed(case.masks, "craft"))(images)
+            restore = self.subject.restorer(
+                case.masks, self._seed(case.masks, "craft"), known_images(case, len(images))
+            )
+            restored = restore(images)
         uniform = self._uniform("start", images)
         return restored_attack(self._target(), restored, labels, case.epsilon, case.steps, case.step_size, uniform)
 
@@ -150,6 +155,11 @@ class Crafter:
 
 def _draw(generator: torch.Generator, images: Tensor) -> Tensor:
     return torch.rand(images.shape, generator=generator).to(images)
+
+
+def known_images(case: Case, images: int) -> int:
+    """How many images' fixed masks there are: one for each, or one for all where an attack passes some alone."""
+    return 1 if case.attack == "autoattack" else images
 
 
 def judge(
@@ -173,10 +183,12 @@ def judge(
             assert subject.target is not None
             return {"known": right(subject.target, images, labels)[:, None]}
         if case.masks != "fresh":
-            verdicts["known"] = right(subject.model(case.masks, defense_seed), images, labels)[:, None]
+            known = subject.model(case.masks, defense_seed, images=known_images(case, len(images)))
+            verdicts["known"] = right(known, images, labels)[:, None]
         if case.masks != "none":
-            rows = max(1, most_rows // (len(images) * case.average))
-            verdicts["anew"] = _anew(subject.model("fresh", seed, case.average), images, labels, case.draws, rows)
+            rows = max(1, most_rows // len(images)) if case.average == 1 else 1
+            anew = subject.model("fresh", seed, case.average, most_rows=most_rows)
+            verdicts["anew"] = _anew(anew, images, labels, case.draws, rows)
         return verdicts
 
     return judged

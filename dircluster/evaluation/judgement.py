@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +62,7 @@ class Result:
     loss: str
     average: int
     sha256: str
-    """Of the adversarial images, float32, in order."""
+    """Of the shards' digests, in order, each of its adversarial images (float32)."""
     warnings: tuple[str, ...] = ()
 
 
@@ -101,6 +102,8 @@ class Folder:
         try:
             outcome = json.loads((self.folder / f"{name}.json").read_bytes())
         except (FileNotFoundError, ValueError):
+            return None
+        if self.keep_images and not (self.folder / f"{name}.safetensors").exists():
             return None
         return outcome if isinstance(outcome, dict) and {"right", "sha256"} <= set(outcome) else None
 
@@ -147,7 +150,12 @@ class Judgement:
 
     def open_units(self) -> list[Unit]:
         """The units that nobody has finished."""
-        return [unit for unit in self.units() if self.shelf.get(unit.name) is None]
+        return [unit for unit in self.units() if self.outcome(unit) is None]
+
+    def outcome(self, unit: Unit) -> dict[str, Any] | None:
+        """What came out of a unit; None while it is not finished, or only by other code than this."""
+        found = self.shelf.get(unit.name)
+        return found if found is not None and found.get("code") == code() else None
 
     def wait(self, asked_to_stop: Callable[[], int]) -> int:
         """Until all units are finished, whoever works on them, or a signal asks to stop; -> the signal, or 0."""
@@ -156,7 +164,7 @@ class Judgement:
             if signal := asked_to_stop():
                 return signal
             time.sleep(0.5)
-            left = [unit for unit in left if self.shelf.get(unit.name) is None]
+            left = [unit for unit in left if self.outcome(unit) is None]
         return 0
 
     def work(self, unit: Unit, subject: Subject, images: Tensor, labels: Tensor) -> None:
@@ -170,11 +178,15 @@ class Judgement:
             found, warned = craft(images, labels)
             with torch.no_grad():
                 right = judge(subject, unit.case, known, anew, self.most_rows)(found, labels)
+        lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
+        if lost:
+            warned = [*warned, f"{lost} of {len(found)} final images of a shard are not finite"]
         found = found.float().cpu()
         outcome = {
             "right": {
                 name: ["".join("01"[bit] for bit in row) for row in part.int().tolist()] for name, part in right.items()
             },
+            "code": code(),
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
             "seconds": round(time.monotonic() - began, 3),
@@ -232,10 +244,19 @@ class Judgement:
 
     def _outcomes(self, case: Case) -> Iterator[dict[str, Any]]:
         for unit in self.units(case):
-            outcome = self.shelf.get(unit.name)
+            outcome = self.outcome(unit)
             if outcome is None:
                 raise LookupError(f"{unit.name} is not finished")
             yield outcome
+
+
+@cache
+def code() -> str:
+    """Digest of the source that decides what a unit finds."""
+    here = Path(__file__).parent
+    files = [*here.parent.glob("attacks/*.py"), *here.parent.glob("models/*.py")]
+    files += [here / f"{name}.py" for name in ("craft", "judgement", "subject", "suites")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -251,7 +272,7 @@ def run(
     mine: Callable[[int], bool] = lambda place: True,
 ) -> None:
     """Work through the open ones of the units whose place is ``mine``; ``batch`` gives images and labels of rows."""
-    waiting = [u for place, u in enumerate(judgement.units()) if mine(place) and judgement.shelf.get(u.name) is None]
+    waiting = [u for place, u in enumerate(judgement.units()) if mine(place) and judgement.outcome(u) is None]
     for done, unit in enumerate(waiting):
         told(unit, done, len(waiting))
         judgement.work(unit, subject, *batch(*unit.rows))

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dircluster.config import RunConfig
+from dircluster.config import RunConfig, digest
 from dircluster.data.sources import Split
 from dircluster.evaluation import figures
 from dircluster.evaluation.benchmark import Report
 from dircluster.evaluation.published import published
 from dircluster.evaluation.subject import Subject
 from dircluster.evaluation.suites import how
+from dircluster.models.defended import DefendedClassifier
 
 SHOWN, EMBEDDED, DISCARDED = 8, 200, 256
 """Images in the pictures, in the embedding (natural and adversarial each), and behind Figure 2."""
@@ -39,7 +40,7 @@ def write_report(
 
     from dircluster.training.checkpoint import write_whole
 
-    dataset = config.data.name if config.data.name != "custom" else config.name
+    dataset = config.data.name if _as_published(config, subject) else ""
     plain = found.to_plain()
     for row in plain["rows"]:
         row["published"] = published(dataset, row)
@@ -62,15 +63,25 @@ def write_report(
         pc=lambda share: f"{100 * share:.1f}",
         how=how,
     )
-    whole = {**plain, "facts": facts, "figures": measured, "robustbench": robustbench_entry(found, config)}
-    paths = [folder / f"report-{found.suite}.html", folder / f"report-{found.suite}.json"]
+    passes = subject.module.masking.masks if isinstance(subject.module, DefendedClassifier) else 1
+    whole = {**plain, "facts": facts, "figures": measured, "robustbench": robustbench_entry(found, config, passes)}
+    name = f"report-{found.suite}-{digest([whole['rows'], whole['verdict']])[:6]}"  # other settings, another report
+    paths = [folder / f"{name}.html", folder / f"{name}.json"]
     for path, text in zip(paths, (html, json.dumps(whole, indent=1)), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text.encode())
     return paths
 
 
-def robustbench_entry(found: Report, config: RunConfig) -> dict[str, Any]:
+def _as_published(config: RunConfig, subject: Subject) -> bool:
+    """Whether the paper's Tables 1 and 3 were measured under these settings."""
+    attack = config.attack
+    masks = subject.module.masking.ratio if isinstance(subject.module, DefendedClassifier) else 0.5
+    usual = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step - 2 / 255) < 1e-6
+    return usual and masks == 0.5 and config.target.objective == "at"
+
+
+def robustbench_entry(found: Report, config: RunConfig, passes: int = 1) -> dict[str, Any]:
     """The defense in the form of RobustBench's model_info; its figures are this report's, not the leaderboard's.
 
     ``autoattack_acc`` is AutoAttack standard's on fixed draws; None where the suite has not run it.
@@ -78,21 +89,22 @@ def robustbench_entry(found: Report, config: RunConfig) -> dict[str, Any]:
     own = [row for row in found.rows if row.defense == found.defense]
     natural = next((row for row in own if row.attack == "natural"), None)
     auto = next((row for row in own if row.attack == "autoattack-standard"), None)
-    attacked = [row for row in own if row.epsilon and row.norm == "linf" and row.average == 1]
+    whole = [row for row in own if row.norm == "linf" and row.average == 1 and not row.attack.startswith("restored")]
+    attacked = [row for row in whole if row.epsilon]
     return {
         "link": None,
         "name": config.name,
         "authors": None,
         "venue": None,
         "additional_data": False,
-        "number_forward_passes": config.masking.masks if found.defense == "dir" else 1,
+        "number_forward_passes": passes,
         "dataset": config.data.name,
-        "architecture": f"{found.defense} + {config.target.uri or config.target.architecture}",
+        "architecture": found.defense,
         "eps": f"{255 * config.attack.epsilon:.4g}/255",
         "clean_acc": None if natural is None else f"{100 * natural.accuracy:.2f}",
         "reported": f"{100 * min(row.accuracy for row in attacked):.2f}" if attacked else None,
         "autoattack_acc": None if auto is None else f"{100 * auto.accuracy:.2f}",
-        "unreliable": bool(found.flags),
+        "unreliable": bool(found.flags) if found.verdict else None,
         "footnote": "; ".join(flag.question for flag in found.flags) or None,
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
@@ -30,6 +31,10 @@ class Subject:
     """
 
     def __init__(self, module: nn.Module, name: str, surrogate: nn.Module | None = None) -> None:
+        if isinstance(module, DefendedClassifier) and (module.draws != 1 or module.is_fixed):
+            raise ConfigError(
+                "the defense stands at fixed masks or averaged logits; give it with fresh masks (defense.fresh())"
+            )
         self.module, self.name = module.eval(), name
         self.masked = isinstance(module, DefendedClassifier)
         restore, classifier = getattr(module, "restore", None), getattr(module, "classifier", None)
@@ -66,36 +71,64 @@ class Subject:
         if first.min() >= 0 and (sums - 1).abs().max() < 1e-4:
             raise ConfigError("the defense returns probabilities; return logits (what comes before the softmax)")
         self.randomised = self.masked or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
+        if not torch.allclose(once, again, rtol=1e-4, atol=1e-5):
+            raise ConfigError(
+                "the defense draws from a random stream of its own: let it draw from PyTorch's, so that what an"
+                " attacker knows can be held fixed"
+            )
 
-    def model(self, masks: str, seed: int, draws: int = 1) -> Model:
+    def model(self, masks: str, seed: int, draws: int = 1, images: int = 1, most_rows: int | None = None) -> Model:
         """Images -> logits: under draws that are ``fixed`` and known by ``seed``, or ``fresh`` at every pass.
 
-        With ``draws`` > 1 the logits are averaged over so many fresh draws.
+        A DIR defense's fixed masks are those of ``images`` images, which must then pass together, or one for all.
+        With ``draws`` > 1 the logits are averaged over so many fresh draws, ``most_rows`` rows at a time.
         """
-        run = self._runner(masks, seed)
+        run = self._runner(masks, seed, images)
         if draws == 1:
-            return lambda images: run(self._logits, images)
+            return lambda batch: run(self._logits, batch)
 
-        def averaged(images: Tensor) -> Tensor:
-            return run(self._logits, images.repeat(draws, 1, 1, 1)).view(draws, len(images), -1).mean(dim=0)
+        def averaged(batch: Tensor) -> Tensor:
+            at_once = draws if most_rows is None or not self.masked else max(1, min(draws, most_rows // len(batch)))
+            total = torch.zeros((), device=batch.device)
+            for first in range(0, draws, at_once):
+                total = total + run(self._summed(min(at_once, draws - first)), batch)
+            return total / draws
 
         return averaged
 
-    def bypassed(self, masks: str, seed: int) -> Model:
-        """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
-        run, classifier = self._runner(masks, seed), self._classifier()
-        return lambda images: run(lambda x, kept: classifier(straight_through(x, self._restore(x, kept))), images)
+    def _summed(self, count: int) -> Part:
+        """Logits summed over ``count`` passes side by side; a DIR defense computes them anew for the backward pass."""
 
-    def restorer(self, masks: str, seed: int) -> Callable[[Tensor], Tensor]:
+        def part(batch: Tensor, kept: Tensor | None) -> Tensor:
+            def passed(candidates: Tensor) -> Tensor:
+                logits = self._logits(candidates.repeat(count, 1, 1, 1), kept)
+                return logits.view(count, len(candidates), -1).sum(dim=0)
+
+            if kept is None or not torch.is_grad_enabled():
+                return passed(batch)
+            recomputed: Tensor = checkpoint(passed, batch, use_reentrant=False)
+            return recomputed
+
+        part.rows = count  # type: ignore[attr-defined]
+        return part
+
+    def bypassed(self, masks: str, seed: int, images: int = 1) -> Model:
+        """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
+        run, classifier = self._runner(masks, seed, images), self._classifier()
+        return lambda batch: run(lambda x, kept: classifier(straight_through(x, self._restore(x, kept))), batch)
+
+    def restorer(self, masks: str, seed: int, images: int = 1) -> Callable[[Tensor], Tensor]:
         """Images -> restored images."""
-        run = self._runner(masks, seed)
-        return lambda images: run(self._restore, images)
+        run = self._runner(masks, seed, images)
+        return lambda batch: run(self._restore, batch)
 
     def masks(self, form: str, seed: int, images: int) -> Callable[[], Tensor]:
         """A DIR defense's masks (K, N, n) as the attacker of Eq. 8 meets them: the same or new ones at each call."""
-        generator, known = self._masks(form, seed)
+        generator, known = self._masks(form, seed, images)
         device = next(self._defense.parameters()).device
-        return lambda: (known.expand(-1, images, -1) if known is not None else self._draw(generator, images)).to(device)
+        return lambda: (known if known is not None else self._draw(generator, images)).to(device)
 
     def logits_under(self, images: Tensor, kept: Tensor) -> Tensor:
         """Logits of a DIR defense through given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
@@ -125,7 +158,7 @@ class Subject:
         restored: Tensor = module.restore(images) if kept is None else module.denoiser(images, kept)
         return restored
 
-    def _runner(self, masks: str, seed: int) -> Runner:
+    def _runner(self, masks: str, seed: int, known_images: int = 1) -> Runner:
         if not self.masked:
             stream = _Stream(seed, again=masks == "fixed")
 
@@ -134,17 +167,18 @@ class Subject:
                     return part(images, None)
 
             return run
-        generator, known = self._masks(masks, seed)
+        generator, known = self._masks(masks, seed, known_images)
 
         def run_masked(part: Part, images: Tensor) -> Tensor:
-            kept = self._draw(generator, len(images)) if known is None else known.expand(-1, len(images), -1)
-            return part(images, kept.to(images.device))
+            rows = len(images) * getattr(part, "rows", 1)
+            kept = self._draw(generator, rows) if known is None else known
+            return part(images, (kept.expand(-1, rows, -1) if kept.shape[1] == 1 else kept).to(images.device))
 
         return run_masked
 
-    def _masks(self, form: str, seed: int) -> tuple[torch.Generator, Tensor | None]:
+    def _masks(self, form: str, seed: int, images: int) -> tuple[torch.Generator, Tensor | None]:
         generator = rng.generator(seed, f"{form}_masks")
-        return generator, self._draw(generator, 1) if form == "fixed" else None
+        return generator, self._draw(generator, images) if form == "fixed" else None
 
     def _draw(self, generator: torch.Generator, images: int) -> Tensor:
         return masking.draw(generator, images, self._defense.denoiser.tokens, self._defense.masking)

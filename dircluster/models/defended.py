@@ -57,6 +57,11 @@ class DefendedClassifier(nn.Module):
         self._seed, self.draws = seed, draws
         return self
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every call uses the same masks."""
+        return self._seed is not None
+
     def masks(self, images: int) -> Tensor:
         """The masks of the next call: -> (K, N, n) int64 on the CPU."""
         tokens = self.denoiser.tokens

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.attacks.autoattack import autoattack, square
-from dircluster.attacks.expectation import expected, straight_through
+from dircluster.attacks.expectation import expected, expected_values, straight_through
 from dircluster.attacks.gradient import (
     climb,
     cross_entropy,
@@ -161,16 +161,19 @@ def test_the_attack_of_eq_9_is_not_cut_with_the_pixel_range() -> None:
 
 
 def test_square_averages_its_margin_over_draws() -> None:
-    counted: list[int] = []
+    """Every second row meets a shifted model: one draw alone would find images broken that the mean does not."""
+    shift = torch.arange(10.0) * 0.002
 
-    def noisy(images: Tensor) -> Tensor:
-        counted.append(len(images))
-        return model(images)
+    def odd(images: Tensor) -> Tensor:
+        return model(images) + shift * (torch.arange(len(images)) // len(IMAGES) % 2)[:, None]
 
-    found = square(noisy, IMAGES, LABELS, LInf(EPSILON), 40, 3, 0)
-    assert counted[0] == 3 * len(IMAGES)
-    before, after = margin_loss(model(IMAGES), LABELS), margin_loss(model(found), LABELS)
-    assert after.sum() > before.sum()
+    averaged, alone = (expected_values(odd, LABELS, draws, margin_loss) for draws in (2, 1))
+    assert not torch.allclose(averaged(IMAGES), alone(IMAGES))
+    both = (margin_loss(model(IMAGES), LABELS) + margin_loss(model(IMAGES) + shift, LABELS)) / 2
+    torch.testing.assert_close(averaged(IMAGES), both)
+    found = [square(odd, IMAGES, LABELS, LInf(EPSILON), 60, 2, 0, rows) for rows in (None, 10**6)]
+    assert torch.equal(*found)
+    assert averaged(found[0]).sum() > averaged(IMAGES).sum()
 
 
 def test_autoattack_speaks_and_leaves_the_global_stream_alone() -> None:

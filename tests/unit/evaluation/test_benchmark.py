@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,51 @@ def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
     assert torch.allclose(known(images)[2:4], known(images[2:4]), atol=1e-5)  # AutoAttack passes some images alone
     assert not torch.equal(anew(images), anew(images))
     assert torch.equal(subject.model("fresh", 5)(images), subject.model("fresh", 5)(images))
+    each = subject.model("fixed", 5, images=6)  # every image its own
+    assert torch.equal(each(images), each(images))
+    assert not torch.allclose(each(images[:1].expand(6, -1, -1, -1)), known(images[:1]), atol=1e-5)
+
+
+def test_averaged_logits_and_their_gradients_do_not_depend_on_the_bound_of_rows(
+    defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
+) -> None:
+    subject, images, found = Subject(defense, "dir"), digits[0][:4], []
+    for most in (None, 8, 4):
+        asked = images.clone().requires_grad_(True)
+        logits = subject.model("fresh", 3, draws=5, most_rows=most)(asked)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), asked)
+        found.append((logits.detach(), gradient))
+    for logits, gradient in found[1:]:
+        torch.testing.assert_close(logits, found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_modes_that_would_be_ignored_are_refused(defense: DefendedClassifier, digits: tuple[Tensor, Tensor]) -> None:
+    for made in (defense.fixed(3), defense.fresh(draws=4)):
+        with pytest.raises(ConfigError, match="give it with fresh masks"):
+            judged(made, digits)
+    wrapped = nn.Sequential(defense.fresh())
+    with pytest.raises(ConfigError, match="a random stream of its own"):
+        judged(wrapped, digits)
+
+
+def test_a_module_comes_back_in_the_mode_it_came_in(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    module = nn.Sequential(at_model, nn.Dropout(0.1)).train()
+    at_model.eval()
+    judged(module, digits)
+    assert (module.training, at_model.training, module[1].training) == (True, False, True)
+
+
+def test_what_other_code_found_is_found_again(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, seen = Memory(), []
+    judged(at_model, digits, shelf=shelf)
+    judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
+    assert seen == []
+    monkeypatch.setattr("dircluster.evaluation.judgement.code", lambda: "other")
+    judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
+    assert len(seen) == 6
 
 
 class Masked(nn.Module):
@@ -267,7 +313,7 @@ def test_the_report_stands_alone(
     html, plain = page.read_text(), json.loads(data.read_text())
     assert "<script>" not in html
     assert "<b>bold" not in html
-    assert "http" not in html  # nothing is fetched
+    assert "http" not in re.sub(r"base64,[^\"]+", "", html)  # nothing is fetched
     assert html.count("data:image/png;base64,") >= 3
     assert set(plain["figures"]["discarded_noise"]) == {
         "shares",
