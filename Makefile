@@ -19,8 +19,8 @@ cluster: .venv/dev  ## start S3, MLflow and a Ray cluster on this machine, on lo
 cluster-down: .venv/uv  ## end exactly what make cluster started
 	$(RUN) infra/laptop.py down $(ARGS)
 
-test: .venv/dev lint  ## every test that CI runs, with coverage
-	$(RUN) -m pytest --cov $(ARGS)
+test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they cover
+	$(RUN) -m pytest $(ARGS)
 
 proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (about an hour)
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -94,6 +94,7 @@ def test_a_sharded_model_crafts_without_gathering_gradients(root: Path) -> None:
         assert found[f"sent to predicted, {strategy}"] == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_those_of_the_global_batch(train: Train, tmp_path: Path, real_data: Path) -> None:
     """A ResNet with batch normalisation, on real images: one worker and two agree on what its statistics are."""
     found = {}

@@ -79,6 +79,10 @@ def test_train_on_two_workers_then_again(train: Train, tmp_path: Path, monkeypat
     assert any(file.suffix == ".safetensors" for file in stored)
     assert not [file for file in stored if file.suffix in (".pkl", ".pt", ".pth", ".pickle")]
 
+
+@pytest.mark.slow
+def test_a_registered_defense_gives_its_target(train: Train) -> None:
+    assert train("digits_smoke", "--launcher", "local").code == 0
     given = train("digits_smoke", "--launcher", "local", "--target.uri", "models:/dir-digits_smoke@champion")
     assert given.code == 0, given.err
     assert "target: taken from" in given.out
