@@ -118,7 +118,6 @@ def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
 def test_trouble_on_ray_is_one_line(train: Train) -> None:
     cases = {
         "scaling.workers 2 need as many GPUs": ("--scaling.workers", "2", "--scaling.device", "gpu"),
-        "does not exist": ("--data.uri", "nowhere"),
     }
     for message, words in cases.items():
         done = train("digits_smoke", *words)
