@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,10 +9,9 @@ from typing import Any
 
 import ray
 
-from dircluster.cluster import nodes
 from dircluster.cluster.bench import Bench, Brief
 from dircluster.cluster.console import Terminal
-from dircluster.cluster.ray_train import start_ray
+from dircluster.cluster.ray_train import join_cluster
 from dircluster.config import ConfigError, RunConfig
 
 RETRIES = 4
@@ -59,11 +57,7 @@ def work(
     ``told`` hears the place of each unit that is finished. Raises ConfigError where the cluster cannot do it.
     """
     try:
-        start_ray(config)
-        terminal.listen()
-        nodes.must_suffice(config.scaling, terminal)
-        if os.environ.get("RAY_ADDRESS"):
-            nodes.must_run_this_version()
+        join_cluster(config, terminal)
         gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
         on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and gpus > 0)
         there = gpus if on_gpu else cpus

@@ -45,11 +45,7 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
     """
     job: _Job | None = None
     try:
-        start_ray(config)
-        terminal.listen()
-        nodes.must_suffice(config.scaling, terminal)
-        if os.environ.get("RAY_ADDRESS"):
-            nodes.must_run_this_version()
+        join_cluster(config, terminal)
         job = _Job(config, owner, fresh, record, terminal)
         return job.follow()
     except ray.exceptions.RayError as error:
@@ -63,7 +59,16 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
             _forget(config, owner)
 
 
-def start_ray(config: RunConfig) -> None:
+def join_cluster(config: RunConfig, terminal: Terminal) -> None:
+    """Join or start a cluster that is large enough and runs this version. Raises ConfigError where there is none."""
+    _start_ray(config)
+    terminal.listen()
+    nodes.must_suffice(config.scaling, terminal)
+    if os.environ.get("RAY_ADDRESS"):
+        nodes.must_run_this_version()
+
+
+def _start_ray(config: RunConfig) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
     address = os.environ.get("RAY_ADDRESS")
     if address:

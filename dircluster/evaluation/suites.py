@@ -22,7 +22,7 @@ class Case:
     masks: Masks = "none"
     """Random draws, known to the attacker (fixed) or anew at every pass (fresh); none where nothing is random."""
     on: Literal["defense", "target"] = "defense"
-    """What the attacker crafts on; what is crafted on the target and judged on the defense is a transfer."""
+    """What the attacker crafts on; what is crafted elsewhere and judged on the defense is a transfer."""
     judged: Literal["defense", "target"] = "defense"
     norm: Literal["linf", "l2"] = "linf"
     epsilon: float = 0.0
