@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import inspect
 import re
 import sys
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def _made(brief: Brief) -> nn.Module:
 
 
 def fingerprint(module: nn.Module, name: str) -> str:
-    """SHA-256 of a module's weights and, where it is somebody's own, of the file that makes it."""
+    """SHA-256 of a module's weights and, where it is somebody's own, of the package that makes it, unless installed."""
     found = hashlib.sha256(repr(module).encode())
     for key, value in sorted(module.state_dict().items()):
         found.update(key.encode())
@@ -169,8 +168,11 @@ def fingerprint(module: nn.Module, name: str) -> str:
     if isinstance(module, DefendedClassifier):
         found.update(repr(module.masking).encode())
     if FACTORY.fullmatch(name):
-        source = inspect.getsourcefile(sys.modules[name.partition(":")[0]])
-        found.update(Path(source).read_bytes() if source else b"")
+        package = name.partition(":")[0].partition(".")[0]
+        for key, part in sorted(sys.modules.items()):
+            file = Path(getattr(part, "__file__", None) or "")
+            if key.partition(".")[0] == package and file.is_file() and "site-packages" not in file.parts:
+                found.update(file.read_bytes())
     return found.hexdigest()
 
 

@@ -56,6 +56,7 @@ class _Judging:
         self.job, self.config, self.terminal, self.first = job, config, terminal, first
         self.workers = config.scaling.most if workers_chosen else None
         self.began, self.done = time.monotonic(), 0
+        self.natural_target = ""
 
     def run(self) -> int:
         """Judge; -> the signal that stopped it, or 0."""
@@ -67,7 +68,9 @@ class _Judging:
             scaling = dataclasses.replace(scaling, device="cpu")  # of this process; the workers have their own
         with local_workers(scaling) as parallel:
             brief = self._brief(parallel)
-            bench = self._bench(brief, parallel)
+            benches: list[Bench] = []
+            parallel.first_does(lambda: benches.append(self._bench(brief, parallel)))  # one download, or one error
+            bench = benches[0] if benches else self._bench(brief, parallel)
             open_places = parallel.share(self._open_places(bench))
             if self.job.launcher == "ray":
                 signal = self._on_ray(brief, bench, open_places)
@@ -83,31 +86,30 @@ class _Judging:
         return 0
 
     def _brief(self, parallel: Any) -> Brief:
-        from dircluster.cluster.bench import FACTORY, Brief
-        from dircluster.cluster.storage import is_remote
+        """What is judged, with every model where all workers can read it."""
+        from dircluster.cluster.bench import Brief
 
-        defense = self.job.defense
-        if defense.startswith("models:/"):
-            defense = parallel.first_does(lambda: str(self._fetched(defense)))
-        elif defense != "none" and not is_remote(defense) and not FACTORY.fullmatch(defense):
-            defense = str(Path(defense).expanduser().resolve())
-        surrogate = self.job.surrogate
-        if surrogate and ":" not in surrogate:
-            surrogate = str(Path(surrogate).expanduser().resolve())  # workers live in other folders
+        named = [self.job.defense, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
+        found: list[str] = parallel.first_does(lambda: [self._reachable(uri) for uri in named])
+        defense, surrogate, self.natural_target, target = found
+        if target:
+            self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
         return Brief(to_dict(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images)
 
-    def _fetched(self, uri: str) -> Path:
-        """A registered defense, in a folder that all workers can read."""
-        from dircluster.cluster.mlflow_tracker import default_uri
-        from dircluster.cluster.registry import fetch
-        from dircluster.cluster.storage import copy, open_path
-        from dircluster.training.checkpoint import digest
+    def _reachable(self, uri: str) -> str:
+        from dircluster.cluster import local
+        from dircluster.cluster.bench import FACTORY
+        from dircluster.cluster.storage import is_remote
 
-        folder = fetch(uri, default_uri(self.config))
-        kept = open_path(self.config.storage.uri, self.config.storage) / "given" / str(digest(folder))[:12]
-        if digest(kept) is None:
-            copy(folder, kept)
-        return kept
+        if uri.startswith("models:/"):
+            if not local.has_mlflow():
+                raise ConfigError(f"{uri} is fetched with MLflow, which is not installed")
+            from dircluster.cluster.registry import reachable
+
+            return reachable(uri, self.config)
+        if uri in ("", "none") or is_remote(uri) or uri.startswith("timm:") or FACTORY.fullmatch(uri):
+            return uri
+        return str(Path(uri.removeprefix("file://")).expanduser().resolve())  # workers live in other folders
 
     def _bench(self, brief: Brief, parallel: Any) -> Bench:
         """This process's bench. Where Ray's workers do the work, it stays on the CPU."""
@@ -175,7 +177,7 @@ class _Judging:
         for finding in found.verdict:
             self.terminal.say(f"{'passed ' if finding.passed else 'FLAGGED'}  {finding.question}  {finding.answer}")
         facts = {**bench.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
-        natural = load_classifier(self.job.natural_target, self.config) if self.job.natural_target else None
+        natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
             found, bench.subject, bench.test, self.config, facts, bench.folder, natural, self.terminal.say
         )

@@ -122,7 +122,7 @@ class Launch:
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
 
     def _train(self, terminal: Any) -> dict[str, Any]:
-        config, owner = self._with_local_target(), uuid.uuid4().hex  # under torchrun the first worker's counts
+        config, owner = self._with_reachable_target(), uuid.uuid4().hex  # under torchrun the first worker's counts
         if self.job.launcher == "ray":
             from dircluster.cluster import ray_train
 
@@ -131,21 +131,16 @@ class Launch:
 
         return local.train(config, owner, self.job.fresh, self.record, terminal)
 
-    def _with_local_target(self) -> RunConfig:
+    def _with_reachable_target(self) -> RunConfig:
         """The config with a registered target fetched into a folder that workers can read."""
-        uri = self.config.target.uri
-        if uri is None or not uri.startswith("models:/"):
+        target = self.config.target
+        if target.uri is None or not target.uri.startswith("models:/"):
             return self.config
-        from dircluster.cluster.mlflow_tracker import default_uri
-        from dircluster.cluster.registry import fetch
-        from dircluster.training.checkpoint import digest
+        from dircluster.cluster.registry import reachable
 
-        folder = fetch(uri, default_uri(self.config))
-        if self.job.launcher == "ray":  # the worker that reads it may live on another node
-            kept = storage.open_path(self.config.storage.uri, self.config.storage) / "given" / str(digest(folder))[:12]
-            storage.copy(folder, kept)
-            folder = kept
-        return dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=str(folder)))
+        return dataclasses.replace(
+            self.config, target=dataclasses.replace(target, uri=reachable(target.uri, self.config))
+        )
 
     def _register(self, outcome: dict[str, Any], terminal: Any) -> str | None:
         from dircluster.cluster.mlflow_tracker import log_dataset, log_files

@@ -18,7 +18,8 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from dircluster.cluster.mlflow_tracker import JobRecord
+from dircluster.cluster.mlflow_tracker import JobRecord, default_uri
+from dircluster.cluster.storage import copy, open_path
 from dircluster.config import ConfigError, RunConfig
 from dircluster.training import checkpoint
 
@@ -109,3 +110,17 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     if not folders:
         raise ConfigError(f"{uri} is not a model that dircluster registered: it holds no checkpoint")
     return folders[0].parent
+
+
+def reachable(uri: str, config: RunConfig) -> str:
+    """``uri``; where it names a registered model, the folder in ``config.storage`` that it is fetched into for all.
+
+    Raises ConfigError where it is not to be had.
+    """
+    if not uri.startswith("models:/"):
+        return uri
+    folder = fetch(uri, default_uri(config))
+    kept = open_path(config.storage.uri, config.storage) / "given" / str(checkpoint.digest(folder))[:12]
+    if checkpoint.digest(kept) is None:
+        copy(folder, kept)
+    return str(kept)

@@ -30,10 +30,12 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 @pytest.fixture
 def submit(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """ray job submit with these words before -- and after it: -> how the command ended."""
+    """ray job submit of a job with these words, and options of the submission: -> how the command ended."""
 
-    def run(*words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        command = [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", "jobs/train.py", *words]
+    def run(
+        *words: str, script: str = "jobs/train.py", options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        command = [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", script, *words]
         return subprocess.run(
             command, cwd=ROOT, env=os.environ | cluster.environment(), capture_output=True, text=True, timeout=300
         )
@@ -67,14 +69,9 @@ def test_from_upload_to_table_and_no_secret_anywhere(
     assert "succeeded" in done.stdout
     assert "\r" not in done.stdout  # lines, no redrawn bars
 
-    again = subprocess.run(
-        [sys.executable, "jobs/evaluate.py", "digits_smoke", "--defense", "models:/dir-digits_smoke@champion"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert again.returncode == 0, again.stderr
+    again = submit("digits_smoke", "--defense", "models:/dir-digits_smoke@champion", *uri, script="jobs/evaluate.py")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert re.search(r"report    s3://\S+\.html", again.stdout)
     refused = submit("digits_smoke", "--masking.ratio", "50")
     assert refused.returncode == 1
     assert "exit code 2" in refused.stdout
@@ -113,6 +110,18 @@ def test_from_upload_to_table_and_no_secret_anywhere(
         for number, canary in enumerate(canaries):
             assert canary.encode() not in blob, f"secret {number} stands in {place}"
     assert searched > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_streamed_shards_in_object_storage(cluster: Cluster, submit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    done = submit("imagenet_smoke", "--storage.uri", f"s3://{BUCKET}/shards", "--scaling.workers", "2")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Accuracy on the test split" in done.stdout
+    files = storage.filesystem(StorageConfig())
+    assert [path for path in files.find(f"{BUCKET}/shards/data/photos") if path.endswith(".parquet")]
 
 
 @pytest.mark.slow

@@ -107,8 +107,8 @@ def test_somebodys_module_and_the_bare_target(place: Path) -> None:
         ("mine:make", "natural"),
         ("mine:make", "pgd2"),
     ]
-    target = str(next((place / "runs").glob("target-*/final")))
-    bare = judge(place, "--defense", "none", "--target.uri", target, *words)
+    registered = ("--target.uri", "models:/dir-digits_smoke@champion", "--storage.uri", "runs")
+    bare = judge(place, "--defense", "none", *words, *registered)
     trained = json.loads((place / "t.json").read_text())
     assert [row["accuracy"] for row in bare["rows"]] == [row["accuracy"] for row in trained["results"][:2]]
 
