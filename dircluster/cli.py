@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -83,6 +83,35 @@ class EvaluateJob(Job):
     """A naturally trained target (as --target.uri) to draw into Figure 2 beside the defense's own."""
     trust_code: Switch = False
     """Import the target's own code (package.module:factory) where a checkpoint names one."""
+
+
+@dataclass(frozen=True)
+class TuneJob(Job):
+    """Train a DIR defense at every point of a space, on Ray, and say which is best on the held-out images.
+
+    Stages that points have in common are trained once. What is finished is kept: the same command goes on.
+    """
+
+    space: Path | None = None
+    """A file with GRID, the points, or SEARCH, the ranges, over names of settings; see tune_spaces."""
+    search: Switch = False
+    """Let Optuna choose points from SEARCH instead of training all of GRID."""
+    points: int = 20
+    """Points that a search tries."""
+    seeds: int = 1
+    """Seeds at each point: --seed and those after it."""
+    asha: Switch = False
+    """Stop trials early whose held-out robust accuracy is behind (ASHA)."""
+    max_concurrent: int | None = None
+    """Trials at a time; as many as the cluster has CPUs or GPUs for when not given."""
+    retries: int = 1
+    """Times that a trial which failed goes on from its checkpoint before it counts as failed."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("points", 1), ("seeds", 1), ("max_concurrent", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -211,7 +240,14 @@ def _plain(boxed: str) -> str:
     return text or "the command line cannot be understood; see --help"
 
 
-def describe(job: Job) -> dict[str, Any]:
-    """The settings of a job that differ from its preset's, dotted."""
-    usual, chosen = flatten(to_dict(preset(job.preset))), flatten(to_dict(job.run))
+def describe(job: Job, run: RunConfig | None = None) -> dict[str, Any]:
+    """The settings of a job, or of ``run``, that differ from its preset's, dotted."""
+    usual, chosen = flatten(to_dict(preset(job.preset))), flatten(to_dict(run or job.run))
     return {name: value for name, value in chosen.items() if usual.get(name) != value}
+
+
+def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """``run`` with settings by their dotted names, checked as those of a command line. Raises ConfigError."""
+    words = [word for name, value in settings.items() for word in as_words(name, value)]
+    with _one_line_errors():
+        return tyro.cli(RunConfig, default=run, args=words)

@@ -90,6 +90,16 @@ class Terminal:
         wide.print(table)
         self._flush()
 
+    def lines(self, title: str, rows: list[dict[str, str]]) -> None:
+        """A table of texts, its columns those of the first row."""
+        table = Table(title=title)
+        for name in rows[0]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row.values())
+        self.rich.print(table)
+        self._flush()
+
     def __enter__(self) -> Terminal:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.listen()

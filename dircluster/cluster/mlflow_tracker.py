@@ -25,6 +25,7 @@ from torch import Tensor
 from dircluster.cluster.outbox import Outbox, Refused
 from dircluster.cluster.storage import is_remote
 from dircluster.config import ConfigError, RunConfig, digest, flatten, local_path, refuse_secret, to_dict
+from dircluster.evaluation.ablation import Trial
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
@@ -66,14 +67,30 @@ class JobRecord:
     patience: float
 
 
-def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobRecord:
+def open_job(
+    config: RunConfig,
+    tags: Mapping[str, str],
+    *,
+    fresh: bool = False,
+    sweep: Mapping[str, Any] | None = None,
+    trial: tuple[str, Mapping[str, Any]] | None = None,
+) -> JobRecord:
     """Begin the parent run of a job, or continue the newest one with the same settings.
 
-    Raises ConfigError where the tracking server does not answer.
+    With ``sweep``, what it varies, it is the parent of trials; with ``trial``, the id of that parent and what varies,
+    it is a child with these parameters alone. Raises ConfigError where the tracking server does not answer.
     """
     uri = default_uri(config)
     storage = _storage_name(config)
     plain = {**config.identity, "name": config.name, "storage": storage}
+    params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
+    if sweep is not None:
+        plain["sweep"], name = sweep, f"{config.name}-{sweep['space']}"
+        params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}
+    if trial is not None:
+        parent, params = trial[0], dict(trial[1])
+        plain["parent"], tags = parent, {**tags, MLFLOW_PARENT_RUN_ID: parent}
+        name = ", ".join(f"{n.rpartition('.')[2]} {v}" for n, v in params.items())
     job = digest(plain)[:16]
     try:
         client = MlflowClient(uri)
@@ -83,12 +100,10 @@ def open_job(config: RunConfig, tags: Mapping[str, str], *, fresh: bool) -> JobR
             run_id = runs[0]
             client.update_run(run_id, status="RUNNING")
         else:
-            run = client.create_run(
-                experiment, run_name=f"{config.name}-seed{config.seed}", tags={JOB_TAG: job, **tags}
-            )
+            run = client.create_run(experiment, run_name=name, tags={JOB_TAG: job, **tags})
             run_id = run.info.run_id
             client.log_text(run_id, json.dumps(to_dict(config), indent=1), "config.json")
-        _params(client, run_id, flatten(config.identity))
+        _params(client, run_id, params)
         for name, value in tags.items():
             client.set_tag(run_id, name, value)
     except Exception as error:  # MLflow raises what its transport raises
@@ -293,6 +308,44 @@ def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str,
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
     return run_id
+
+
+def record_trial(
+    sweep: JobRecord, run: RunConfig, tags: Mapping[str, str], varied: Mapping[str, Any], trial: Trial
+) -> None:
+    """Record in its child run, once, what a trial found. Raises ConfigError where the server does not answer."""
+    job = open_job(run, tags, trial=(sweep.run_id, varied))
+    try:
+        client, now = MlflowClient(job.uri), int(time.time() * 1000)
+        known = client.get_run(job.run_id).data.metrics
+        values = {"held_out": trial.held_out, "natural": trial.natural, "robust": trial.robust}
+        values["seconds"] = trial.seconds or None
+        points = [Metric(n, value, now, 0) for n, value in values.items() if value is not None and n not in known]
+        client.log_batch(job.run_id, metrics=points)
+        if trial.error:
+            client.set_tag(job.run_id, "dircluster.error", trial.error[:500])
+        status = {"STOPPED": "KILLED"}.get(trial.status, trial.status)
+        client.set_terminated(job.run_id, status)
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"MLflow keeps no record of a trial: {str(error).strip().splitlines()[0]}") from error
+
+
+def log_sweep(
+    sweep: JobRecord, rows: list[dict[str, str]], files: Mapping[str, bytes], say: Callable[[str], None]
+) -> None:
+    """The table and the files of a sweep, in its run."""
+    table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+    try:
+        client = MlflowClient(sweep.uri)
+        client.log_text(sweep.run_id, json.dumps(table), "results_table.json")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            client.log_artifacts(sweep.run_id, folder)
+        if "best.txt" in files:
+            client.set_tag(sweep.run_id, "dircluster.best", files["best.txt"].decode().strip())
+    except Exception as error:  # all of it is in storage, whatever MLflow says
+        say(f"MLflow keeps no table of the sweep: {str(error).strip().splitlines()[0]}")
 
 
 def finish_job(job: JobRecord, status: str) -> None:

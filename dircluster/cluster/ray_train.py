@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.train import FailureConfig
@@ -43,10 +43,10 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
 
     Raises ConfigError where the cluster is too small or runs another version of this code.
     """
-    job: _Job | None = None
+    job: Job | None = None
     try:
         join_cluster(config, terminal)
-        job = _Job(config, owner, fresh, record, terminal)
+        job = Job(config, owner, fresh, record, terminal)
         return job.follow()
     except ray.exceptions.RayError as error:
         reason = str(error).splitlines()[0]
@@ -55,8 +55,7 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
         ray.shutdown()
         if job is not None:
             job.fitting.join(15)  # a thread inside Ray must not outlive it
-        with contextlib.suppress(Exception):
-            _forget(config, owner)
+        forget(config, owner)
 
 
 def join_cluster(config: RunConfig, terminal: Terminal) -> None:
@@ -89,24 +88,42 @@ def _start_ray(config: RunConfig) -> None:
         )
 
 
-def _forget(config: RunConfig, owner: str) -> None:
-    """Remove what Ray noted of this job in storage: runs resume from their own checkpoints."""
+def forget(config: RunConfig, owner: str) -> None:
+    """Remove what Ray noted of this job in storage, as far as that goes: runs resume from their own checkpoints."""
     import shutil
     from pathlib import Path
 
-    folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner
-    if isinstance(folder, Path):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.rmdir()
-    else:
-        folder.fs.rm(folder.path, recursive=True)
+    with contextlib.suppress(Exception):
+        folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner
+        if isinstance(folder, Path):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.rmdir()
+        else:
+            folder.fs.rm(folder.path, recursive=True)
 
 
-class _Job:
-    """One run while it lasts."""
+class Follower(Protocol):
+    """Whom a run is told to while it lasts."""
+
+    def say(self, line: str) -> None: ...
+
+    def tell(self, event: str | dict[str, Any]) -> None:
+        """What a worker said, or showed as a Status."""
+
+    def stop_signal(self) -> int: ...
+
+
+class Job:
+    """One run while it lasts, in a process that has joined the cluster."""
 
     def __init__(
-        self, config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal
+        self,
+        config: RunConfig,
+        owner: str,
+        fresh: bool,
+        record: JobRecord | None,
+        terminal: Follower,
+        until: str = "",
     ) -> None:
         self.scaling, self.terminal = config.scaling, terminal
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -115,6 +132,7 @@ class _Job:
             "config": to_dict(config),
             "owner": owner,
             "fresh": fresh,
+            "until": until,
             "record": None if record is None else asdict(record),
             "mailbox": self.mailbox,
         }

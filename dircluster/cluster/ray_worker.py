@@ -19,7 +19,9 @@ from dircluster.training.pipeline import Run
 from dircluster.training.ports import Console, NoTracker, Quiet, Tracker, waiting
 
 
-def work(config: dict[str, Any], owner: str, fresh: bool, record: dict[str, Any] | None, mailbox: Any) -> None:
+def work(
+    config: dict[str, Any], owner: str, fresh: bool, until: str, record: dict[str, Any] | None, mailbox: Any
+) -> None:
     """Run on this worker; the first one hands the outcome to the mailbox.
 
     Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
@@ -39,7 +41,16 @@ def work(config: dict[str, Any], owner: str, fresh: bool, record: dict[str, Any]
             from dircluster.cluster.mlflow_tracker import JobRecord, MlflowTracker  # the others go without
 
             tracker = recorder = MlflowTracker(JobRecord(**record), remote.say)
-    run = Run(run_config, parallel, tracker, console, owner=owner, fresh=fresh, open_path=opener(run_config.storage))
+    run = Run(
+        run_config,
+        parallel,
+        tracker,
+        console,
+        owner=owner,
+        fresh=fresh,
+        until=until,
+        open_path=opener(run_config.storage),
+    )
     outcome = outcome_of(run.execute)
     if recorder is not None:
         with waiting(console):

@@ -86,8 +86,8 @@ def embedding(restored: Tensor, seed: int) -> Tensor | None:
         return torch.as_tensor(UMAP(random_state=seed, n_neighbors=min(15, len(flat) - 1)).fit_transform(flat))
 
 
-def _drawn(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> str:
-    """A figure with ``columns`` axes side by side, as a data URI."""
+def drawing(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> bytes:
+    """PNG of a figure with ``columns`` axes side by side, which ``draw`` is given."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,7 +96,11 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float, columns: in
     draw(figure.subplots(1, columns, squeeze=False)[0])
     held = io.BytesIO()
     figure.savefig(held, format="png")
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    return held.getvalue()
+
+
+def _drawn(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> str:
+    return "data:image/png;base64," + base64.b64encode(drawing(draw, width, height, columns)).decode()
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[float, float, int]]]) -> str:

@@ -22,6 +22,31 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 
+ABLATIONS: dict[str, dict[tuple[tuple[str, Any], ...], tuple[float, float]]] = {
+    "cifar10": {
+        **{
+            (("masking.ratio", ratio),): printed  # Section 4.3
+            for ratio, printed in ((0.3, (87.34, 49.63)), (0.5, (85.11, 54.27)), (0.7, (77.68, 50.16)))
+        },
+        **{
+            (("model.encoder_depth", encoder), ("model.decoder_depth", decoder)): printed  # Table 5
+            for encoder, decoder, printed in (
+                (4, 1, (84.2, 48.23)),
+                (4, 2, (84.21, 49.97)),
+                (6, 1, (84.25, 52.01)),
+                (6, 2, (84.27, 52.63)),
+                (8, 2, (85.11, 54.27)),
+                (12, 4, (85.37, 54.32)),
+            )
+        },
+    }
+}
+
+
+def published_ablation(dataset: str, settings: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Natural accuracy and that under PGD-20 that the paper prints where only ``settings`` differ from it, or None."""
+    return ABLATIONS.get(dataset, {}).get(tuple(settings.items()))
+
 
 def published(dataset: str, row: Mapping[str, Any]) -> float | None:
     """What the paper prints for a row of a table on ``dataset``, None where it prints nothing."""

@@ -337,8 +337,9 @@ class Trainer:
         left = (self.steps - done) * self.config.training.batch_size / speed
         epoch = min(self.stage.epochs, 1 + (done - 1) // self.loader.steps_per_epoch)
         stored = (self.writer.step, self.writer.seconds) if self.writer is not None else (0, 0.0)
-        stage = self.stage
-        self.console.show(Status(stage.name, epoch, stage.epochs, done, self.steps, terms, speed, left, *stored))
+        stage, held_out = self.stage, self.best["last"] if self.best else {}
+        status = Status(stage.name, epoch, stage.epochs, done, self.steps, terms, speed, left, *stored, held_out)
+        self.console.show(status)
 
 
 def _optimizer(parameters: list[Tensor], knobs: OptimizerConfig) -> torch.optim.Optimizer:

@@ -93,20 +93,24 @@ class Run:
         *,
         owner: str = "",
         fresh: bool = False,
+        until: str = "",
         open_path: Callable[[str], Path] = local_path,
     ) -> None:
         """``owner`` names the job; with ``fresh`` its stages start anew, in folders that bear the name.
 
+        ``until`` names a stage, target or pretrain, after which the run ends.
         ``open_path`` opens the URIs of storage, data and target.
         """
         self.config, self.parallel, self.tracker, self.console = config, parallel, tracker, console
-        self.owner, self.token = owner, owner if fresh else None
+        self.owner, self.token, self.until = owner, owner if fresh else None, until
         self.open_path = open_path
         self.storage = open_path(config.storage.uri)
         self.selection: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
         """Train what is not there yet and judge it: -> checkpoint, results and selection, as plain data.
+
+        Where the run ends early, -> the selection alone.
 
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers alike.
         """
@@ -118,9 +122,11 @@ class Run:
         classifiers.check_classes(models.classifier, config.data)
         if not config.dir.joint:
             inputs["target"] = self._target(models, inputs)
-            if config.pretrain.epochs:
+            if config.pretrain.epochs and self.until != "target":
                 stage = stages.pretrain_stage(config, models.denoiser, models.classifier)
                 inputs["pretrain"] = self._stage(stage, inputs, models, ("denoiser",)).digest
+        if self.until:
+            return {"selection": self.selection}
         facts = {"defense": stages.defense_facts(config)}
         stage = stages.dir_stage(config, models.denoiser, models.classifier)
         done = self._stage(stage, inputs, models, ("denoiser", "classifier"), facts)

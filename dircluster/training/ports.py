@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ class Status:
     """The newest committed step."""
     checkpoint_seconds: float = 0.0
     """What committing it took."""
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    """The newest selection: its step, natural and robust accuracy on held-out images; empty before the first."""
 
 
 class Console(Protocol):

@@ -1,0 +1,328 @@
+"""The trials of a sweep on Ray Tune: each a Ray Train run of its own, followed by a small actor on the head node.
+
+A trial's actor takes no CPU, so that its workers always find theirs; how many trials run at a time is for the caller
+to say. What a trial found is kept in storage, where the next sweep finds it: Tune's own notes are thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from dircluster import cli
+from dircluster.cluster import storage
+from dircluster.cluster.mailbox import POLL, Mailbox
+from dircluster.cluster.mlflow_tracker import finish_job, open_job
+from dircluster.cluster.ray_train import GRACE, Job, forget
+from dircluster.cluster.space import Range, Settings
+from dircluster.config import RunConfig, digest, from_dict
+from dircluster.evaluation.ablation import Trial, accuracies
+
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""What a trial's actor takes: a place on the head node, which every cluster has."""
+METRIC = "held_out"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training: settings that differ from the sweep's config, and where it does not go to its end, until which."""
+
+    settings: Settings
+    seed: int
+    until: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a sweep share, as plain data that can be sent to their actors."""
+
+    config: dict[str, Any]
+    """The RunConfig that they vary."""
+    record: dict[str, Any] | None
+    """The sweep's JobRecord."""
+    seeds: tuple[int, ...]
+    tags: dict[str, str]
+    """Of every trial's run in MLflow."""
+    retries: int = 0
+    at_once: int = 1
+    asha: bool = False
+    mailbox: Any = field(default=None)
+
+    def run_of(self, task: Task) -> RunConfig:
+        """The whole run of a task."""
+        config: RunConfig = from_dict(RunConfig, self.config)
+        return cli.with_settings(config, {**task.settings, "seed": task.seed})
+
+
+class Failed(Exception):
+    """A trial that did not come to its end; Tune starts it again, as often as it may."""
+
+
+def place_of(run: RunConfig, until: str = "") -> Path:
+    """Where the result of a run is kept."""
+    key = digest({**run.identity, "until": until})
+    return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key[:24]}.json"
+
+
+def kept(run: RunConfig, until: str = "") -> Trial | None:
+    """The result of a run that has finished, or None."""
+    try:
+        return Trial(**json.loads(place_of(run, until).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def keep(run: RunConfig, trial: Trial, until: str = "") -> None:
+    """Store the result of a run."""
+    place = place_of(run, until)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(asdict(trial)))
+
+
+class _Post:
+    """A trial's own console: what matters goes to the sweep, held-out accuracies to Tune."""
+
+    def __init__(self, mailbox: Any, reports: bool) -> None:
+        self._mailbox, self._reports = mailbox, reports
+        self._signal, self._asked, self._judged = 0, 0.0, 0
+        self.last = ""
+
+    def say(self, line: str) -> None:
+        """Not passed on, but for the last line of a failure: the sweep shows one quiet table."""
+        self.last = line.strip().splitlines()[-1] if line.strip() else self.last
+
+    def tell(self, event: str | dict[str, Any]) -> None:
+        if isinstance(event, dict) and event["stage"] == "dir" and self._reports:
+            found = event["held_out"]
+            if found and found["step"] > self._judged:
+                self._judged = found["step"]
+                tune.report({METRIC: found["robust"], "epoch": event["epoch"]})
+
+    def stop_signal(self) -> int:
+        if time.monotonic() - self._asked > POLL:
+            self._asked = time.monotonic()
+            self._signal = ray.get(self._mailbox.exchange.remote([], 1))
+        return self._signal
+
+    def post(self, trial: Trial, until: str) -> None:
+        """How a task ended."""
+        ray.get(self._mailbox.exchange.remote([(asdict(trial), until)], 1))
+
+
+def _train(plan: Plan, task: Task, post: _Post) -> Trial:
+    """Train, judge and keep: -> what came out. Raises Failed."""
+    run = plan.run_of(task)
+    found = kept(run, task.until)
+    if found is not None:
+        return found
+    record, owner, began = None, uuid.uuid4().hex, time.monotonic()
+    if plan.record is not None and not task.until:
+        varied = {**task.settings, **({"seed": task.seed} if len(plan.seeds) > 1 else {})}
+        record = open_job(run, plan.tags, trial=(plan.record["run_id"], varied))
+    status = "FAILED"
+    try:
+        outcome = Job(run, owner, False, record, post, task.until).follow()
+        status = outcome["status"]
+    finally:
+        if record is not None:
+            finish_job(record, status)
+        forget(run, owner)
+    if status != "FINISHED":
+        error = outcome.get("error", f"stopped by signal {outcome.get('signal')}")
+        raise Failed(post.last if error.endswith("stands above") else error)
+    rows = outcome.get("results", [])
+    natural, robust = accuracies(rows, "dir") or (None, None)
+    trial = Trial(
+        dict(task.settings),
+        task.seed,
+        "FINISHED",
+        outcome["selection"].get("dir", {}).get("robust"),
+        natural,
+        robust,
+        accuracies(rows, "none"),
+        time.monotonic() - began,
+        outcome.get("checkpoint", ""),
+    )
+    keep(run, trial, task.until)
+    return trial
+
+
+def _trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
+    def trial(config: dict[str, Any]) -> None:
+        """One task, or a point that a search chose, at every seed."""
+        tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
+        done = []
+        for number, task in enumerate(tasks):
+            post = _Post(plan.mailbox, reports=plan.asha and number == 0)
+            try:
+                done.append(_train(plan, task, post))
+            except Exception as error:
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                post.post(Trial(dict(task.settings), task.seed, "FAILED", error=line), task.until)
+                raise
+            post.post(done[-1], task.until)
+        scores = [found.held_out for found in done if found.held_out is not None]
+        epochs = int(plan.config["dir"]["epochs"])
+        tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": epochs + 1})
+
+    return trial
+
+
+class _Ends(tune.Callback):
+    """Hears in the sweep's own process which trials are over, and how."""
+
+    def __init__(self) -> None:
+        self.heard: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.heard.put(("begun", trial.config, {}))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.heard.put(("ended", trial.config, dict(trial.last_result or {})))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.heard.put(("failed", trial.config, {}))
+
+
+class Tuning:
+    """One call of Tune while it lasts: some tasks, or a search."""
+
+    def __init__(
+        self, plan: Plan, told: Callable[[Trial, str], None], begun: Callable[[Settings], None] = lambda settings: None
+    ) -> None:
+        """In the caller's thread, ``told`` hears of every training that is over, with the stage it was to end after;
+        ``begun`` of points that a search has chosen.
+        """
+        self.plan, self.told, self.begun = plan, told, begun
+        self.config: RunConfig = from_dict(RunConfig, plan.config)
+        self.name = f"sweep-{uuid.uuid4().hex}"
+        self.errors: list[BaseException] = []
+
+    def tasks(self, tasks: Sequence[Task], stop_signal: Callable[[], int]) -> int:
+        """Do ``tasks``; -> the signal that stopped it, or 0."""
+        space = {"task": tune.grid_search([asdict(task) for task in tasks])}
+        return self._fit(space, None, 1, stop_signal)
+
+    def search(
+        self,
+        ranges: Mapping[str, Range],
+        known: Sequence[tuple[Settings, float]],
+        points: int,
+        stop_signal: Callable[[], int],
+    ) -> int:
+        """Try ``points`` points that Optuna chooses, knowing what others gave; -> the signal that stopped it, or 0."""
+        from ray.tune.search.optuna import OptunaSearch
+
+        space = {name: _distribution(values) for name, values in ranges.items()}
+        chooser = OptunaSearch(
+            metric=METRIC,
+            mode="max",
+            seed=self.config.seed + len(known),  # after a resumption, not the same points again
+            points_to_evaluate=[dict(settings) for settings, _ in known] or None,
+            evaluated_rewards=[score for _, score in known] or None,
+        )
+        return self._fit(space, chooser, points, stop_signal)
+
+    def _fit(self, space: dict[str, Any], chooser: Any, samples: int, stop_signal: Callable[[], int]) -> int:
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        mailbox, ends = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends()
+        plan = Plan(**{**self.plan.__dict__, "mailbox": mailbox})
+        tuner = tune.Tuner(
+            tune.with_resources(_trainable(plan), ON_HEAD),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                search_alg=chooser,
+                scheduler=self._scheduler(),
+                num_samples=samples,
+                max_concurrent_trials=self.plan.at_once,
+            ),
+            run_config=tune.RunConfig(
+                name=self.name,
+                failure_config=tune.FailureConfig(max_failures=self.plan.retries),
+                callbacks=[ends],
+                verbose=0,
+                **storage.for_ray(self.config),
+            ),
+        )
+        fitting = threading.Thread(target=self._run, args=(tuner,), name="ray-tune", daemon=True)
+        fitting.start()  # outside the main thread Ray leaves the signals alone
+        try:
+            return self._follow(fitting, mailbox, ends, stop_signal)
+        finally:
+            forget(self.config, self.name)
+
+    def _scheduler(self) -> TrialScheduler | None:
+        if not self.plan.asha:
+            return None
+        epochs, every = self.config.dir.epochs, self.config.training.select_every
+        return ASHAScheduler(
+            time_attr="epoch", max_t=epochs + 1, grace_period=max(every, epochs // 8), reduction_factor=2
+        )
+
+    def _run(self, tuner: tune.Tuner) -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:  # told by _follow, in the main thread
+            self.errors.append(error)
+
+    def _follow(self, fitting: threading.Thread, mailbox: Any, ends: _Ends, stop_signal: Callable[[], int]) -> int:
+        failures: dict[str, Trial] = {}
+        asked = 0.0
+        while True:
+            alive, signal = fitting.is_alive(), stop_signal()
+            for plain, until in ray.get(mailbox.collect.remote(signal)).events:
+                trial = Trial(**plain)
+                if trial.status == "FAILED":
+                    failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
+                else:
+                    self.told(trial, until)
+            while not ends.heard.empty():
+                self._ended(*ends.heard.get(), failures)
+            if signal:
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > GRACE + 5:
+                    return signal
+            if not alive:
+                if self.errors and not signal:
+                    raise self.errors[0]
+                return signal
+            time.sleep(POLL)
+
+    def _ended(self, how: str, config: dict[str, Any], last: dict[str, Any], failures: Mapping[str, Trial]) -> None:
+        """A trial that Tune has begun or done with: what its own actor could not say."""
+        if how == "begun":
+            if "task" not in config:
+                self.begun(config)
+            return
+        tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in self.plan.seeds]
+        epochs = int(self.plan.config["dir"]["epochs"])
+        for task in tasks:
+            if how == "failed":
+                silent = Trial(dict(task.settings), task.seed, "FAILED", error="its process ended without a word")
+                if kept(self.plan.run_of(task), task.until) is None:
+                    self.told(failures.get(digest([task.settings, task.seed]), silent), task.until)
+            elif last.get("epoch", 0) <= epochs:  # ASHA stopped it
+                stopped = Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC))
+                keep(self.plan.run_of(task), stopped)
+                self.told(stopped, "")
+
+
+def _distribution(values: Range) -> Any:
+    if isinstance(values, list):
+        return tune.choice(values)
+    low, high = values
+    return tune.randint(low, high + 1) if isinstance(low, int) and isinstance(high, int) else tune.uniform(low, high)

@@ -1,0 +1,94 @@
+"""What a sweep varies and over what: plain data from a file, checked against the run that it varies."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dircluster import cli
+from dircluster.config import ConfigError, RunConfig, flatten
+
+Settings = Mapping[str, Any]
+Range = tuple[float, float] | list[Any]
+"""Two ends, both included, of whole numbers where both are; or the values to choose from."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Points to train, and ranges to search, over names of settings such as ``dir.alpha``."""
+
+    name: str
+    points: tuple[Settings, ...]
+    ranges: Mapping[str, Range]
+
+    @property
+    def varied(self) -> list[str]:
+        """The names of what varies, in the file's order."""
+        return list(dict.fromkeys(name for settings in (*self.points, self.ranges) for name in settings))
+
+
+def load_space(path: Path) -> Space:
+    """The space in a Python file: ``GRID``, a list of points or lists of values whose product they are, ``SEARCH``,
+    ranges (low, high) or lists of values, or both. Raises ConfigError where it holds none.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--space {path} does not exist")
+    try:
+        found = runpy.run_path(str(path))
+    except Exception as error:  # somebody's file may raise anything
+        raise ConfigError(f"--space {path}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    grid, ranges = found.get("GRID", []), found.get("SEARCH", {})
+    if not grid and not ranges:
+        raise ConfigError(f"--space {path} has neither GRID nor SEARCH")
+    if isinstance(grid, Mapping):
+        short = next((name for name, values in grid.items() if not isinstance(values, list) or not values), None)
+        if short is not None:
+            raise ConfigError(f"--space {path}: GRID gives no list of values for {short}")
+        grid = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if not isinstance(grid, Sequence) or not all(isinstance(point, Mapping) and point for point in grid):
+        raise ConfigError(f"--space {path}: GRID must be a list of points, or lists of values by name")
+    if not isinstance(ranges, Mapping) or not all(_is_range(values) for values in ranges.values()):
+        raise ConfigError(f"--space {path}: SEARCH must give (low, high) or a list of values by name")
+    return Space(path.stem, tuple(grid), dict(ranges))
+
+
+def _is_range(values: Any) -> bool:
+    if isinstance(values, tuple):
+        return len(values) == 2 and all(isinstance(v, int | float) for v in values) and values[0] < values[1]
+    return isinstance(values, list) and bool(values)
+
+
+def must_fit(space: Space, run: RunConfig, search: bool) -> None:
+    """Raise ConfigError unless every point, or every end of a range, is a setting that ``run`` can have."""
+    wanted, missing = (space.ranges, "SEARCH") if search else (space.points, "GRID")
+    if not wanted:
+        raise ConfigError(f"--space {space.name} has no {missing}; {'leave out' if search else 'give'} --search")
+    decides = flatten(run.identity)
+    for name in space.varied:
+        if name not in decides or name == "seed":
+            known = ", ".join(n for n in decides if n.split(".")[0] == name.split(".")[0] and n != "seed")
+            hint = f"; there are {known}" if known else ""
+            raise ConfigError(f"--space {space.name} varies {name}, which is no setting that decides results{hint}")
+    for settings in space.points if not search else _corners(space.ranges):
+        try:
+            cli.with_settings(run, settings)
+        except ConfigError as error:
+            raise ConfigError(f"--space {space.name}: {error}") from error
+
+
+def _corners(ranges: Mapping[str, Range]) -> Iterator[Settings]:
+    for name, values in ranges.items():
+        yield from ({name: value} for value in values)
+
+
+def told(settings: Settings) -> str:
+    """Settings in a few words: ``alpha 2, ratio 0.5``."""
+    return ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in settings.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,190 @@
+"""What a sweep found: its trials, gathered by point, in a table and a figure (Figure 6a, section 4.3, Table 5)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dircluster.evaluation.figures import drawing
+from dircluster.evaluation.published import published_ablation
+
+KINDS: tuple[Literal["natural", "robust"], ...] = ("natural", "robust")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a sweep. Accuracies are shares of images, None where it did not come so far."""
+
+    settings: Mapping[str, Any]
+    """What varies, by name."""
+    seed: int
+    status: Literal["FINISHED", "STOPPED", "FAILED"]
+    """STOPPED: early, because others were ahead."""
+    held_out: float | None = None
+    """Robust accuracy on held-out images, by which the best is chosen."""
+    natural: float | None = None
+    """Accuracy of the defense on natural test images, masks fresh."""
+    robust: float | None = None
+    """The lowest accuracy of the defense under any attack of the suite that knows it."""
+    bare: tuple[float, float] | None = None
+    """The same two of the bare target."""
+    seconds: float = 0.0
+    checkpoint: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n - 1) over seeds; the deviation is NaN for one."""
+
+    mean: float
+    deviation: float
+    n: int
+
+    def percent(self) -> str:
+        """``76.2 ± 3.1`` or ``76.2``."""
+        plain = f"{100 * self.mean:.1f}"
+        return plain if math.isnan(self.deviation) else f"{plain} ± {100 * self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """All seeds of one setting."""
+
+    settings: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+
+    def spread(self, name: Literal["held_out", "natural", "robust"]) -> Spread | None:
+        """Over the finished trials; None without any."""
+        values = [v for t in self.trials if t.status == "FINISHED" and (v := getattr(t, name)) is not None]
+        if not values:
+            return None
+        return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+def accuracies(rows: Iterable[Mapping[str, Any]], defense: str) -> tuple[float, float] | None:
+    """Natural and robust accuracy of ``defense`` in a table of results; None where it has no such rows.
+
+    Natural is that of fresh masks where masks there are; robust is the lowest of all attacks but transfers.
+    """
+    own = [row for row in rows if row["defense"] == defense]
+    natural = [row["mean"] for row in own if row["attack"] == "natural" and row["masks"] != "fixed"]
+    attacked = [
+        row["accuracy"] if row["masks"] == "fixed" else row["mean"]
+        for row in own
+        if row["epsilon"] and not row["attack"].startswith("transfer")
+    ]
+    return (natural[0], min(attacked)) if natural and attacked else None
+
+
+def by_point(trials: Iterable[Trial]) -> list[Point]:
+    """Trials with equal settings together, in the order in which settings first appear."""
+    found: dict[tuple[tuple[str, Any], ...], list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(tuple(trial.settings.items()), []).append(trial)
+    return [Point(dict(settings), tuple(sorted(group, key=lambda t: t.seed))) for settings, group in found.items()]
+
+
+def best(points: Sequence[Point]) -> Point | None:
+    """The point of the highest mean held-out robust accuracy; None while none has finished."""
+    judged = [(spread.mean, point) for point in points if (spread := point.spread("held_out")) is not None]
+    return max(judged, key=lambda pair: pair[0])[1] if judged else None
+
+
+def table(points: Sequence[Point], dataset: str) -> list[dict[str, str]]:
+    """A line a point, as text by column; the paper's numbers (on ``dataset``) where it prints some."""
+    lines, winner = [], best(points)
+    for point in points:
+        line = {
+            name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in point.settings.items()
+        }
+        for column, name in (("held-out", "held_out"), ("natural", "natural"), ("robust", "robust")):
+            spread = point.spread(name)  # type: ignore[arg-type]
+            line[column] = "" if spread is None else spread.percent()
+        printed = published_ablation(dataset, point.settings)
+        line["paper"] = "" if printed is None else f"{printed[0]:.2f} / {printed[1]:.2f}"
+        finished = sum(trial.status == "FINISHED" for trial in point.trials)
+        others = sorted({trial.status.lower() for trial in point.trials if trial.status != "FINISHED"})
+        line["seeds"] = " ".join([str(finished), *(["and " + ", ".join(others)] if others else [])])
+        line["seconds"] = f"{sum(trial.seconds for trial in point.trials):.0f}"
+        line["best"] = "best" if point is winner else ""
+        lines.append(line)
+    return lines
+
+
+def figure(points: Sequence[Point]) -> bytes:
+    """PNG: curves with error bars over one number (Figure 6a), bars over few values, a grid over two whole numbers.
+
+    Points without a finished trial are left out; raises ValueError where none has one.
+    """
+    judged = [point for point in points if point.spread("robust") is not None]
+    if not judged:
+        raise ValueError("no trial has finished")
+    names = list(judged[0].settings)
+    values = [tuple(point.settings.values()) for point in judged]
+
+    def grids(axes: Any) -> None:
+        for axis, kind in zip(axes, KINDS, strict=True):
+            _grid(axis, judged, names, kind)
+
+    if len(names) == 2 and all(isinstance(v, int) for pair in values for v in pair):
+        return drawing(grids, 9, 3.6, 2)
+    if len(names) == 1 and len(judged) > 4 and all(isinstance(v, int | float) for (v,) in values):
+        return drawing(lambda axes: _curves(axes[0], judged, names[0]), 6, 4)
+    return drawing(lambda axes: _bars(axes[0], judged), max(5.0, 0.6 * len(judged)), 4)
+
+
+def _heights(points: Sequence[Point], kind: Literal["natural", "robust"]) -> tuple[list[float], list[float]]:
+    spreads = [spread for point in points if (spread := point.spread(kind)) is not None]
+    return [100 * s.mean for s in spreads], [0.0 if math.isnan(s.deviation) else 100 * s.deviation for s in spreads]
+
+
+def _target_lines(axis: Any, points: Sequence[Point]) -> None:
+    bare = [trial.bare for point in points for trial in point.trials if trial.bare is not None]
+    for place, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
+        if bare:
+            mean = 100 * statistics.fmean(pair[place] for pair in bare)
+            axis.axhline(mean, linestyle="--", color=colour, linewidth=1, label=f"bare target, {kind}")
+
+
+def _curves(axis: Any, points: Sequence[Point], name: str) -> None:
+    ordered = sorted(points, key=lambda point: float(point.settings[name]))
+    x = [point.settings[name] for point in ordered]
+    for kind, colour in zip(KINDS, ("C0", "C1"), strict=True):
+        heights, deviations = _heights(ordered, kind)
+        axis.errorbar(x, heights, deviations, marker="o", markersize=4, capsize=3, color=colour, label=kind)
+    _target_lines(axis, points)
+    axis.set(xlabel=name, ylabel="accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _bars(axis: Any, points: Sequence[Point]) -> None:
+    for place, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
+        heights, deviations = _heights(points, kind)
+        x = [number + 0.4 * place - 0.2 for number in range(len(points))]
+        axis.bar(x, heights, 0.38, yerr=deviations, capsize=3, color=colour, label=kind)
+    _target_lines(axis, points)
+    words = ["\n".join(f"{name.rpartition('.')[2]} {value:.4g}" for name, value in p.settings.items()) for p in points]
+    axis.set_xticks(range(len(points)), words, fontsize=8)
+    axis.set(ylabel="accuracy, %", ylim=(0, 119))
+    axis.legend(ncols=2, fontsize=8)
+
+
+def _grid(axis: Any, points: Sequence[Point], names: Sequence[str], kind: Literal["natural", "robust"]) -> None:
+    rows, columns = (sorted({point.settings[name] for point in points}) for name in names)
+    heights, _ = _heights(points, kind)
+    cells = [[math.nan] * len(columns) for _ in rows]
+    for point, height in zip(points, heights, strict=True):
+        row, column = rows.index(point.settings[names[0]]), columns.index(point.settings[names[1]])
+        cells[row][column] = height
+        spread = point.spread(kind)
+        assert spread is not None
+        axis.text(column, row, spread.percent(), ha="center", va="center", fontsize=9)
+    axis.imshow(cells, cmap="Blues", aspect="auto", alpha=0.6)
+    axis.set_xticks(range(len(columns)), [str(value) for value in columns])
+    axis.set_yticks(range(len(rows)), [str(value) for value in rows])
+    axis.set(xlabel=names[1], ylabel=names[0], title=f"{kind}, %")

@@ -1,0 +1,12 @@
+"""Train a DIR defense at every point of the depth of encoder and decoder (Table 5), and compare them.
+
+python jobs/tune_depth.py [PRESET] [--seeds N] [--search] [--asha] [--section.field VALUE ...]
+"""
+
+import sys
+from pathlib import Path
+
+from dircluster.cluster.tune import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], Path(__file__).parents[1] / "tune_spaces" / "depth.py"))
