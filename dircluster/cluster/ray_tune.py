@@ -94,8 +94,8 @@ def keep(run: RunConfig, trial: Trial, until: str = "") -> None:
 class _Post:
     """A trial's own console: what matters goes to the sweep, held-out accuracies to Tune."""
 
-    def __init__(self, mailbox: Any, reports: bool) -> None:
-        self._mailbox, self._reports = mailbox, reports
+    def __init__(self, mailbox: Any, key: str, reports: bool) -> None:
+        self._mailbox, self._key, self._reports = mailbox, key, reports
         self._signal, self._asked, self._judged = 0, 0.0, 0
         self.last = ""
 
@@ -118,7 +118,7 @@ class _Post:
 
     def post(self, trial: Trial, until: str) -> None:
         """How a task ended."""
-        ray.get(self._mailbox.exchange.remote([(asdict(trial), until)], 1))
+        ray.get(self._mailbox.exchange.remote([(self._key, asdict(trial), until)], 1))
 
 
 def _train(plan: Plan, task: Task, post: _Post) -> Trial:
@@ -165,7 +165,7 @@ def _trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
         done = []
         for number, task in enumerate(tasks):
-            post = _Post(plan.mailbox, reports=plan.asha and number == 0)
+            post = _Post(plan.mailbox, digest(config), reports=plan.asha and number == 0)
             try:
                 done.append(_train(plan, task, post))
             except Exception as error:
@@ -194,6 +194,19 @@ class _Ends(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.heard.put(("failed", trial.config, {}))
+
+
+class _Leave(tune.Stopper):
+    """Ends a call of Tune once it is asked to."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.asked
 
 
 class Tuning:
@@ -237,7 +250,7 @@ class Tuning:
 
     def _fit(self, space: dict[str, Any], chooser: Any, samples: int, stop_signal: Callable[[], int]) -> int:
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-        mailbox, ends = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends()
+        mailbox, ends, leave = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends(), _Leave()
         plan = Plan(**{**self.plan.__dict__, "mailbox": mailbox})
         tuner = tune.Tuner(
             tune.with_resources(_trainable(plan), ON_HEAD),
@@ -254,6 +267,7 @@ class Tuning:
                 name=self.name,
                 failure_config=tune.FailureConfig(max_failures=self.plan.retries),
                 callbacks=[ends],
+                stop=leave,
                 verbose=0,
                 **storage.for_ray(self.config),
             ),
@@ -263,6 +277,8 @@ class Tuning:
         try:
             return self._follow(fitting, mailbox, ends, stop_signal)
         finally:
+            leave.asked = True
+            fitting.join(GRACE)
             forget(self.config, self.name)
 
     def _scheduler(self) -> TrialScheduler | None:
@@ -281,20 +297,29 @@ class Tuning:
 
     def _follow(self, fitting: threading.Thread, mailbox: Any, ends: _Ends, stop_signal: Callable[[], int]) -> int:
         failures: dict[str, Trial] = {}
+        busy: set[str] = set()
         asked = 0.0
         while True:
             alive, signal = fitting.is_alive(), stop_signal()
-            for plain, until in ray.get(mailbox.collect.remote(signal)).events:
+            heard = [ends.heard.get() for _ in range(ends.heard.qsize())]
+            for config in (config for how, config, _ in heard if how == "begun"):
+                busy.add(digest(config))
+                if "task" not in config:
+                    self.begun(config)
+            for key, plain, until in ray.get(mailbox.collect.remote(signal)).events:
                 trial = Trial(**plain)
                 if trial.status == "FAILED":
                     failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
+                    busy.discard(key)
                 else:
                     self.told(trial, until)
-            while not ends.heard.empty():
-                self._ended(*ends.heard.get(), failures)
+            for how, config, last in heard:
+                if how != "begun":
+                    busy.discard(digest(config))
+                    self._ended(how, config, last, failures)
             if signal:
                 asked = asked or time.monotonic()
-                if time.monotonic() - asked > GRACE + 5:
+                if not busy or time.monotonic() - asked > GRACE + 5:  # each has committed a checkpoint
                     return signal
             if not alive:
                 if self.errors and not signal:
@@ -303,11 +328,7 @@ class Tuning:
             time.sleep(POLL)
 
     def _ended(self, how: str, config: dict[str, Any], last: dict[str, Any], failures: Mapping[str, Trial]) -> None:
-        """A trial that Tune has begun or done with: what its own actor could not say."""
-        if how == "begun":
-            if "task" not in config:
-                self.begun(config)
-            return
+        """A trial that Tune has done with: what its own actor could not say."""
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in self.plan.seeds]
         epochs = int(self.plan.config["dir"]["epochs"])
         for task in tasks:
