@@ -7,11 +7,12 @@ to say. What a trial found is kept in storage, where the next sweep finds it: Tu
 from __future__ import annotations
 
 import json
+import logging
 import os
-import queue
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -184,16 +185,16 @@ class _Ends(tune.Callback):
     """Hears in the sweep's own process which trials are over, and how."""
 
     def __init__(self) -> None:
-        self.heard: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
+        self.heard: deque[tuple[str, dict[str, Any], dict[str, Any]]] = deque()  # Tune pickles it: no locks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.put(("begun", trial.config, {}))
+        self.heard.append(("begun", trial.config, {}))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.put(("ended", trial.config, dict(trial.last_result or {})))
+        self.heard.append(("ended", trial.config, dict(trial.last_result or {})))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.put(("failed", trial.config, {}))
+        self.heard.append(("failed", trial.config, {}))
 
 
 class _Leave(tune.Stopper):
@@ -249,7 +250,9 @@ class Tuning:
         return self._fit(space, chooser, points, stop_signal)
 
     def _fit(self, space: dict[str, Any], chooser: Any, samples: int, stop_signal: Callable[[], int]) -> int:
-        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+        os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
         mailbox, ends, leave = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends(), _Leave()
         plan = Plan(**{**self.plan.__dict__, "mailbox": mailbox})
         tuner = tune.Tuner(
@@ -301,7 +304,7 @@ class Tuning:
         asked = 0.0
         while True:
             alive, signal = fitting.is_alive(), stop_signal()
-            heard = [ends.heard.get() for _ in range(ends.heard.qsize())]
+            heard = [ends.heard.popleft() for _ in range(len(ends.heard))]
             for config in (config for how, config, _ in heard if how == "begun"):
                 busy.add(digest(config))
                 if "task" not in config:

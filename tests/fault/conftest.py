@@ -72,10 +72,10 @@ def _plain(name: str) -> str:
 
 
 class Job:
-    """jobs/train.py as a driver on a cluster, watched from outside."""
+    """jobs/train.py, or another script, as a driver on a cluster, watched from outside."""
 
-    def __init__(self, cluster: Cluster, name: str, folder: Path, *words: str) -> None:
-        self.cluster, self.name = cluster, name
+    def __init__(self, cluster: Cluster, name: str, folder: Path, *words: str, script: str = "train") -> None:
+        self.cluster, self.name, self.script = cluster, name, script
         self.uri = f"s3://{BUCKET}/{name}"
         self.words = [*SMOKE, *words, "--storage.uri", self.uri, "--tracking.experiment", name, "--seed", "3"]
         self.folder = folder
@@ -88,7 +88,13 @@ class Job:
     def start(self) -> Job:
         """Start it, or start it again under the same name."""
         environment = os.environ | self.cluster.environment() | {"RAY_ADDRESS": self.cluster.gcs}
-        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *self.words, "--summary", str(self.summary)]
+        command = [
+            sys.executable,
+            str(ROOT / "jobs" / f"{self.script}.py"),
+            *self.words,
+            "--summary",
+            str(self.summary),
+        ]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
@@ -179,8 +185,8 @@ def job(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
     """Make jobs of the test's own; what still runs at its end is ended."""
     made: list[Job] = []
 
-    def make(*words: str) -> Job:
-        made.append(Job(cluster, _plain(request.node.name), tmp_path, *words))
+    def make(*words: str, script: str = "train") -> Job:
+        made.append(Job(cluster, _plain(request.node.name), tmp_path, *words, script=script))
         return made[-1]
 
     yield make
@@ -198,7 +204,8 @@ def unbroken(tmp_path: Path) -> Callable[..., dict[str, str]]:
         folder.mkdir()
         command = [sys.executable, str(ROOT / "jobs" / "train.py"), *SMOKE, *words, "--seed", "3"]
         command += ["--launcher", "local", "--tracking.no-enabled", "--summary", "summary.json"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return weights_in(Path(summary["checkpoint"]))
 
