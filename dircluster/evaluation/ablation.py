@@ -112,7 +112,8 @@ def table(points: Sequence[Point], dataset: str) -> list[dict[str, str]]:
         line["seconds"] = f"{sum(trial.seconds for trial in point.trials):.0f}"
         line["best"] = "best" if point is winner else ""
         lines.append(line)
-    return lines
+    silent = not any(line["paper"] for line in lines)
+    return [{name: text for name, text in line.items() if name != "paper" or not silent} for line in lines]
 
 
 def figure(points: Sequence[Point]) -> bytes:
