@@ -86,9 +86,7 @@ class Terminal:
                 str(row["total"]),
                 how(row),
             )
-        wide = Rich(highlight=False, width=max(self.rich.width, 118)) if not self.rich.is_terminal else self.rich
-        wide.print(table)
-        self._flush()
+        self._print(table)
 
     def lines(self, title: str, rows: list[dict[str, str]]) -> None:
         """A table of texts, its columns those of the first row."""
@@ -97,7 +95,11 @@ class Terminal:
             table.add_column(name, justify="right")
         for row in rows:
             table.add_row(*row.values())
-        self.rich.print(table)
+        self._print(table)
+
+    def _print(self, table: Table) -> None:
+        wide = Rich(highlight=False, width=max(self.rich.width, 118)) if not self.rich.is_terminal else self.rich
+        wide.print(table)
         self._flush()
 
     def __enter__(self) -> Terminal:

@@ -252,7 +252,7 @@ class Tuning:
     def _fit(self, space: dict[str, Any], chooser: Any, samples: int, stop_signal: Callable[[], int]) -> int:
         quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told in a line
         mailbox, ends, leave = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends(), _Leave()
         plan = Plan(**{**self.plan.__dict__, "mailbox": mailbox})
         tuner = tune.Tuner(

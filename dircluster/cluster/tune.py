@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ class _Sweep:
         from dircluster.cluster.mlflow_tracker import finish_job
         from dircluster.cluster.ray_train import join_cluster
 
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # a trial has many small actors, as meant
         signal, status = 0, "FAILED"
         try:
             join_cluster(self.config, self.terminal)
