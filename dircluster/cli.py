@@ -236,7 +236,7 @@ def _plain(boxed: str) -> str:
     if "Perhaps you meant:" in lines:
         found = lines.index("Perhaps you meant:")
         message += lines[found : found + 2]
-    text = re.sub(r"^Error parsing (run\.?[\w.]*): ", "", " ".join(message))
+    text = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(message))
     return text or "the command line cannot be understood; see --help"
 
 

@@ -237,8 +237,10 @@ class Tuning:
         stop_signal: Callable[[], int],
     ) -> int:
         """Try ``points`` points that Optuna chooses, knowing what others gave; -> the signal that stopped it, or 0."""
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = {name: _distribution(values) for name, values in ranges.items()}
         chooser = OptunaSearch(
             metric=METRIC,

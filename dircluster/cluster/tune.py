@@ -31,14 +31,15 @@ def main(argv: Sequence[str], space: Path | None = None) -> int:
 
 
 def _tune(job: cli.TuneJob) -> int:
-    from dircluster.cluster import storage
-    from dircluster.cluster.console import Terminal
-    from dircluster.cluster.launch import with_absolute_paths
-
     if job.space is None:
         raise ConfigError("--space is missing: give a file such as tune_spaces/alpha.py")
     space = load_space(job.space)
     must_fit(space, job.run, job.search)
+
+    from dircluster.cluster import storage
+    from dircluster.cluster.console import Terminal
+    from dircluster.cluster.launch import with_absolute_paths
+
     config = with_absolute_paths(job.run)
     storage.check(config)
     with Terminal() as terminal:
