@@ -41,7 +41,7 @@ def wait_for(job: Job, holds: Callable[[], bool], seconds: float) -> None:
 
 def actors(cluster: Cluster) -> list[psutil.Process]:
     """The processes of trials at work."""
-    return [p for p in cluster.processes() if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::trial")]
+    return [p for p in cluster.processes() if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::ImplicitFunc")]
 
 
 @pytest.mark.timeout(900)
