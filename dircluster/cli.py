@@ -228,11 +228,16 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _plain(boxed: str) -> str:
-    """tyro's message without its box: what is wrong, and the first thing that may have been meant."""
-    lines = [line.strip("│ ").strip() for line in boxed.splitlines() if line.startswith("│")]
-    lines = [line for line in lines if line and not line.startswith("For full helptext")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
-    message = lines[:rule]
+    """tyro's message without its box, drawn or in plain characters: what is wrong, and what may have been meant."""
+    parts: list[list[str]] = [[]]
+    for line in boxed.splitlines():
+        words = line.strip("│ ")
+        if words.startswith(("╭", "╰")) or re.fullmatch("[-─]{3,}", words):
+            parts.append([])
+        elif words:
+            parts[-1].append(words)
+    lines = [line for part in parts[1:] for line in part]
+    message = list(parts[1]) if len(parts) > 1 else []
     if "Perhaps you meant:" in lines:
         found = lines.index("Perhaps you meant:")
         message += lines[found : found + 2]

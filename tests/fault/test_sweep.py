@@ -44,6 +44,7 @@ def actors(cluster: Cluster) -> list[psutil.Process]:
     return [p for p in cluster.processes() if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::ImplicitFunc")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_raising_trial_a_killed_one_and_a_killed_driver(
     job: Make, unbroken: Make, cluster: Cluster, tmp_path: Path

@@ -47,16 +47,16 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def train(root: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Run jobs/train.py in ``tmp_path`` to its end: words -> Outcome. ``workers`` runs it under torchrun."""
+    """Run jobs/train.py, or another script, in ``tmp_path`` to its end: words -> Outcome; ``workers`` of torchrun."""
 
-    def run(*words: str, workers: int = 0, env: dict[str, str] | None = None) -> Outcome:
+    def run(*words: str, script: str = "train", workers: int = 0, env: dict[str, str] | None = None) -> Outcome:
         summary = tmp_path / "summary.json"
         summary.unlink(missing_ok=True)
         command = [sys.executable]
         if workers:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
         told = () if "--summary" in words else ("--summary", str(summary))
-        command += [str(root / "jobs" / "train.py"), *words, *told]
+        command += [str(root / "jobs" / f"{script}.py"), *words, *told]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=environment() | (env or {}), timeout=420
         )

@@ -1,0 +1,78 @@
+"""Sweeps through jobs/tune.py: trained once, shown, recorded, not done again; bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from dircluster.cluster import tune
+
+Train = Callable[..., Any]
+
+
+def test_a_sweep_then_again(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [0.0, 2.0]}\n")
+    words = ("digits_smoke", "--space", "mine.py", "--dir.epochs", "1")
+    done = train(*words, script="tune")
+    assert done.code == 0, done.out + done.err
+    assert "training what trials share, until pretrain: 1 runs" in done.out
+    assert done.out.count("1 of 2 trials, ETA") == 1
+    assert "2 of 2 trials" in done.out
+    assert done.err == ""  # one quiet table, nothing of Ray's
+    runs = tmp_path / "runs"
+    assert len(list(runs.glob("target-*/final"))) == len(list(runs.glob("pretrain-*/final"))) == 1
+    assert len(list(runs.glob("dir-*/final"))) == 2
+    assert not (runs / "ray").exists()
+    kept = Path(done.summary["folder"])
+    assert {file.name for file in kept.iterdir()} == {"best.txt", "best.yaml", "figure.png", "table.json"}
+    assert (kept / "best.txt").read_text().startswith("python jobs/train.py digits_smoke ")
+    assert [trial["settings"] for trial in done.summary["trials"]] == [{"dir.alpha": 0.0}, {"dir.alpha": 2.0}]
+
+    again = train(*words, script="tune")
+    assert again.code == 0, again.err
+    assert "training what trials share" not in again.out
+    assert again.out.count("2 of 2 trials") == 1
+    assert again.summary["trials"] == done.summary["trials"]
+
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
+    found = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
+    trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.params["dir.alpha"] for run in trials) == ["0.0", "2.0"]
+    for run in trials:
+        assert set(run.data.params) == {"dir.alpha"}
+        assert len(client.get_metric_history(run.info.run_id, "robust")) == 1
+        assert run.info.status == "FINISHED"
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"best.txt", "best.yaml", "figure.png", "results_table.json"} <= artifacts
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "error: --space is missing"),
+        (("--space", "none.py"), "error: --space none.py does not exist"),
+        (("--space", "mine.py"), "error: --space mine: masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
+        (("--space", "mine.py", "--seeds", "0"), "error: --seeds must be at least 1, got 0"),
+        (("--space", "other.py"), "error: --space other varies dir.beta, which is no setting that decides results;"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("GRID = {'masking.ratio': [50]}\n")
+    Path("other.py").write_text("GRID = {'dir.beta': [1]}\n")
+    assert tune.main(["digits_smoke", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(message)
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.py", "other.py"}
