@@ -60,6 +60,16 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, storage=kept, data=replaced(config.data), target=replaced(config.target))
 
 
+def with_reachable_target(config: RunConfig) -> RunConfig:
+    """``config`` with a registered target fetched into a folder that workers can read."""
+    target = config.target
+    if target.uri is None or not target.uri.startswith("models:/"):
+        return config
+    from dircluster.cluster.registry import reachable
+
+    return dataclasses.replace(config, target=dataclasses.replace(target, uri=reachable(target.uri, config)))
+
+
 class Launch:
     """A job on its way from the command line to its summary."""
 
@@ -122,7 +132,7 @@ class Launch:
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
 
     def _train(self, terminal: Any) -> dict[str, Any]:
-        config, owner = self._with_reachable_target(), uuid.uuid4().hex  # under torchrun the first worker's counts
+        config, owner = with_reachable_target(self.config), uuid.uuid4().hex  # under torchrun the first worker's counts
         if self.job.launcher == "ray":
             from dircluster.cluster import ray_train
 
@@ -130,17 +140,6 @@ class Launch:
         from dircluster.cluster import local
 
         return local.train(config, owner, self.job.fresh, self.record, terminal)
-
-    def _with_reachable_target(self) -> RunConfig:
-        """The config with a registered target fetched into a folder that workers can read."""
-        target = self.config.target
-        if target.uri is None or not target.uri.startswith("models:/"):
-            return self.config
-        from dircluster.cluster.registry import reachable
-
-        return dataclasses.replace(
-            self.config, target=dataclasses.replace(target, uri=reachable(target.uri, self.config))
-        )
 
     def _register(self, outcome: dict[str, Any], terminal: Any) -> str | None:
         from dircluster.cluster.mlflow_tracker import log_dataset, log_files

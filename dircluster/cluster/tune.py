@@ -38,10 +38,11 @@ def _tune(job: cli.TuneJob) -> int:
 
     from dircluster.cluster import storage
     from dircluster.cluster.console import Terminal
-    from dircluster.cluster.launch import with_absolute_paths
+    from dircluster.cluster.launch import with_absolute_paths, with_reachable_target
 
     config = with_absolute_paths(job.run)
     storage.check(config)
+    config = with_reachable_target(config)
     with Terminal() as terminal:
         return _Sweep(job, config, space, terminal).run()
 
