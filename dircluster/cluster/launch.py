@@ -31,9 +31,9 @@ def _train(job: cli.TrainJob) -> int:
     return Launch(job).run()
 
 
-def resume_command(job: cli.TrainJob) -> str:
-    """The command that continues this job, or shows its result again."""
-    words = ["python", "jobs/train.py", job.preset]
+def command(job: cli.TrainJob, script: str = "train") -> str:
+    """The command that continues this job, or shows its result again; or another script's with the same settings."""
+    words = ["python", f"jobs/{script}.py", job.preset]
     for name, value in cli.describe(job).items():
         words += cli.as_words(name, value)
     if job.launcher != "ray":
@@ -127,7 +127,7 @@ class Launch:
             "dircluster.commit": self.commit,
             "dircluster.launcher": self.job.launcher,
             "dircluster.workers": str(self.config.scaling.workers),
-            "dircluster.command": resume_command(self.job),
+            "dircluster.command": command(self.job),
         }
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
 
@@ -169,10 +169,10 @@ class Launch:
             look = f"make ui, or: mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
             terminal.say(f"MLflow    {look}  (run {self.record.run_id})")
         if outcome["status"] == "FINISHED":
-            terminal.say(f"judge it  python jobs/evaluate.py {self.job.preset} --defense {outcome['checkpoint']}")
+            terminal.say(f"judge it  {command(self.job, 'evaluate')} --defense {outcome['checkpoint']}")
             terminal.say(f"took      {seconds:.0f} s")
         if outcome["status"] == "KILLED":
-            terminal.say(f"stopped by signal {outcome['signal']}; resume with: {resume_command(self.job)}")
+            terminal.say(f"stopped by signal {outcome['signal']}; resume with: {command(self.job)}")
         cli.write_summary(self.job, self._summary(outcome, seconds))
 
     def _summary(self, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
