@@ -577,6 +577,11 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def short(value: Any) -> str:
+    """A setting's value as tables show it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def digest(plain: Any) -> str:
     """SHA-256 of plain data, in hexadecimal."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

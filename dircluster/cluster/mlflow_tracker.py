@@ -28,6 +28,7 @@ from dircluster.config import ConfigError, RunConfig, digest, flatten, local_pat
 from dircluster.evaluation.ablation import Trial
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
+ERROR_TAG = "dircluster.error"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
 MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
@@ -323,8 +324,13 @@ def record_trial(
         points = [Metric(n, value, now, 0) for n, value in values.items() if value is not None and n not in known]
         client.log_batch(job.run_id, metrics=points)
         if trial.error:
-            client.set_tag(job.run_id, "dircluster.error", trial.error[:500])
+            client.set_tag(job.run_id, ERROR_TAG, trial.error[:500])
+        elif ERROR_TAG in client.get_run(job.run_id).data.tags:
+            client.delete_tag(job.run_id, ERROR_TAG)
         status = {"STOPPED": "KILLED"}.get(trial.status, trial.status)
+        for stage in _search(client, job.experiment_id, MLFLOW_PARENT_RUN_ID, job.run_id):
+            if client.get_run(stage).info.status == "RUNNING":  # its process is gone
+                client.set_terminated(stage, status)
         client.set_terminated(job.run_id, status)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"MLflow keeps no record of a trial: {str(error).strip().splitlines()[0]}") from error

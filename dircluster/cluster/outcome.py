@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from dircluster.config import ConfigError
+from dircluster.training.lease import TakenOverError
 from dircluster.training.loop import NonFiniteLoss
 from dircluster.training.ports import Interrupted
 
 
 def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``execute`` returned with ``status`` FINISHED; KILLED and the signal; or FAILED, the line and exit code.
+    """What ``execute`` returned with ``status`` FINISHED; KILLED and the signal; or FAILED, the line and exit code,
+    and whether it is ``busy``: another job trains a stage just now.
 
     Any other exception passes through: a restart may help against it.
     """
@@ -20,6 +22,6 @@ def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Interrupted as stop:
         return {"status": "KILLED", "signal": stop.signal}
     except ConfigError as error:
-        return {"status": "FAILED", "error": str(error), "exit": 2}
+        return {"status": "FAILED", "error": str(error), "exit": 2, "busy": isinstance(error, TakenOverError)}
     except NonFiniteLoss as error:
         return {"status": "FAILED", "error": str(error), "exit": 1}

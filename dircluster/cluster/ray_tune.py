@@ -6,6 +6,7 @@ to say. What a trial found is kept in storage, where the next sweep finds it: Tu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ from dircluster.cluster.mailbox import POLL, Mailbox
 from dircluster.cluster.mlflow_tracker import finish_job, open_job
 from dircluster.cluster.ray_train import GRACE, Job, forget
 from dircluster.cluster.space import Range, Settings
-from dircluster.config import RunConfig, digest, from_dict
+from dircluster.config import ConfigError, RunConfig, digest, from_dict
 from dircluster.evaluation.ablation import Trial, accuracies
+from dircluster.training.stages import FORMAT
 
+LATEST = 1_000_000
+"""The epoch that stands for a trial's end."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """What a trial's actor takes: a place on the head node, which every cluster has."""
 METRIC = "held_out"
+WAIT = 10.0
+"""Seconds until a trial looks again whether a stage that another job trains is free."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Failed(Exception):
 
 def place_of(run: RunConfig, until: str = "") -> Path:
     """Where the result of a run is kept."""
-    key = digest({**run.identity, "until": until})
+    key = digest({**run.identity, "until": until, "format": FORMAT})
     return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key[:24]}.json"
 
 
@@ -126,15 +132,21 @@ def _train(plan: Plan, task: Task, post: _Post) -> Trial:
     """Train, judge and keep: -> what came out. Raises Failed."""
     run = plan.run_of(task)
     found = kept(run, task.until)
-    if found is not None:
-        return found
+    if found is not None:  # perhaps by another sweep, which varied something else
+        return replace(found, settings=dict(task.settings), seed=task.seed)
+    if signal := post.stop_signal():
+        raise Failed(f"stopped by signal {signal}")
     record, owner, began = None, uuid.uuid4().hex, time.monotonic()
     if plan.record is not None and not task.until:
         varied = {**task.settings, **({"seed": task.seed} if len(plan.seeds) > 1 else {})}
-        record = open_job(run, plan.tags, trial=(plan.record["run_id"], varied))
-    status = "FAILED"
+        with contextlib.suppress(ConfigError):  # the sweep records what came out once MLflow answers
+            record = open_job(run, plan.tags, trial=(plan.record["run_id"], varied))
+    status = "KILLED"
     try:
         outcome = Job(run, owner, False, record, post, task.until).follow()
+        while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
+            time.sleep(WAIT)
+            outcome = Job(run, owner, False, record, post, task.until).follow()
         status = outcome["status"]
     finally:
         if record is not None:
@@ -175,26 +187,36 @@ def _trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
                 raise
             post.post(done[-1], task.until)
         scores = [found.held_out for found in done if found.held_out is not None]
-        epochs = int(plan.config["dir"]["epochs"])
-        tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": epochs + 1})
+        tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": LATEST, "whole": True})
 
     return trial
+
+
+@dataclass(frozen=True)
+class _End:
+    """That a trial has begun, ended or failed for good."""
+
+    how: str
+    name: str
+    config: dict[str, Any]
+    last: dict[str, Any]
+    """What it reported last."""
 
 
 class _Ends(tune.Callback):
     """Hears in the sweep's own process which trials are over, and how."""
 
     def __init__(self) -> None:
-        self.heard: deque[tuple[str, dict[str, Any], dict[str, Any]]] = deque()  # Tune pickles it: no locks
+        self.heard: deque[_End] = deque()  # Tune pickles it: no locks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.append(("begun", trial.config, {}))
+        self.heard.append(_End("begun", trial.trial_id, trial.config, {}))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.append(("ended", trial.config, dict(trial.last_result or {})))
+        self.heard.append(_End("ended", trial.trial_id, trial.config, dict(trial.last_result or {})))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.append(("failed", trial.config, {}))
+        self.heard.append(_End("failed", trial.trial_id, trial.config, {}))
 
 
 class _Leave(tune.Stopper):
@@ -214,10 +236,10 @@ class Tuning:
     """One call of Tune while it lasts: some tasks, or a search."""
 
     def __init__(
-        self, plan: Plan, told: Callable[[Trial, str], None], begun: Callable[[Settings], None] = lambda settings: None
+        self, plan: Plan, told: Callable[[Trial, str], None], begun: Callable[[str, Settings], None] = lambda *_: None
     ) -> None:
         """In the caller's thread, ``told`` hears of every training that is over, with the stage it was to end after;
-        ``begun`` of points that a search has chosen.
+        ``begun`` of points that a search has chosen, and by what name.
         """
         self.plan, self.told, self.begun = plan, told, begun
         self.config: RunConfig = from_dict(RunConfig, plan.config)
@@ -289,9 +311,13 @@ class Tuning:
     def _scheduler(self) -> TrialScheduler | None:
         if not self.plan.asha:
             return None
-        epochs, every = self.config.dir.epochs, self.config.training.select_every
+        grace = max(self.config.training.select_every, self.config.dir.epochs // 8)
         return ASHAScheduler(
-            time_attr="epoch", max_t=epochs + 1, grace_period=max(every, epochs // 8), reduction_factor=2
+            time_attr="epoch",
+            max_t=LATEST,
+            grace_period=grace,
+            reduction_factor=2,
+            stop_last_trials=False,  # or resumed trials would raise the bar for those that begin
         )
 
     def _run(self, tuner: tune.Tuner) -> None:
@@ -307,10 +333,10 @@ class Tuning:
         while True:
             alive, signal = fitting.is_alive(), stop_signal()
             heard = [ends.heard.popleft() for _ in range(len(ends.heard))]
-            for config in (config for how, config, _ in heard if how == "begun"):
-                busy.add(digest(config))
-                if "task" not in config:
-                    self.begun(config)
+            for begun in (end for end in heard if end.how == "begun"):
+                busy.add(digest(begun.config))
+                if "task" not in begun.config:
+                    self.begun(begun.name, begun.config)
             for key, plain, until in ray.get(mailbox.collect.remote(signal)).events:
                 trial = Trial(**plain)
                 if trial.status == "FAILED":
@@ -318,10 +344,10 @@ class Tuning:
                     busy.discard(key)
                 else:
                     self.told(trial, until)
-            for how, config, last in heard:
-                if how != "begun":
-                    busy.discard(digest(config))
-                    self._ended(how, config, last, failures)
+            for ended in (end for end in heard if end.how != "begun"):
+                busy.discard(digest(ended.config))
+                if not signal:  # what is stopped has not failed
+                    self._ended(ended, failures)
             if signal:
                 asked = asked or time.monotonic()
                 if not busy or time.monotonic() - asked > GRACE + 5:  # each has committed a checkpoint
@@ -332,19 +358,17 @@ class Tuning:
                 return signal
             time.sleep(POLL)
 
-    def _ended(self, how: str, config: dict[str, Any], last: dict[str, Any], failures: Mapping[str, Trial]) -> None:
+    def _ended(self, ended: _End, failures: Mapping[str, Trial]) -> None:
         """A trial that Tune has done with: what its own actor could not say."""
+        config, last = ended.config, ended.last
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in self.plan.seeds]
-        epochs = int(self.plan.config["dir"]["epochs"])
         for task in tasks:
-            if how == "failed":
+            if ended.how == "failed":
                 silent = Trial(dict(task.settings), task.seed, "FAILED", error="its process ended without a word")
                 if kept(self.plan.run_of(task), task.until) is None:
                     self.told(failures.get(digest([task.settings, task.seed]), silent), task.until)
-            elif last.get("epoch", 0) <= epochs:  # ASHA stopped it
-                stopped = Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC))
-                keep(self.plan.run_of(task), stopped)
-                self.told(stopped, "")
+            elif not last.get("whole"):  # ASHA stopped it
+                self.told(Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC)), "")
 
 
 def _distribution(values: Range) -> Any:

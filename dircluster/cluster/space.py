@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, RunConfig, flatten
+from dircluster.config import ConfigError, RunConfig, flatten, short, to_dict
 
 Settings = Mapping[str, Any]
 Range = tuple[float, float] | list[Any]
@@ -40,7 +41,8 @@ def load_space(path: Path) -> Space:
     try:
         found = runpy.run_path(str(path))
     except Exception as error:  # somebody's file may raise anything
-        raise ConfigError(f"--space {path}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        line = (str(error).strip() or "no more is said").splitlines()[0]
+        raise ConfigError(f"--space {path}: {type(error).__name__}: {line}") from error
     grid, ranges = found.get("GRID", []), found.get("SEARCH", {})
     if not grid and not ranges:
         raise ConfigError(f"--space {path} has neither GRID nor SEARCH")
@@ -53,6 +55,11 @@ def load_space(path: Path) -> Space:
         raise ConfigError(f"--space {path}: GRID must be a list of points, or lists of values by name")
     if not isinstance(ranges, Mapping) or not all(_is_range(values) for values in ranges.values()):
         raise ConfigError(f"--space {path}: SEARCH must give (low, high) or a list of values by name")
+    names = [name for settings in (*grid, ranges) for name in settings]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"--space {path}: names of settings must be texts")
+    if any(set(point) != set(grid[0]) for point in grid):
+        raise ConfigError(f"--space {path}: every point of GRID must give the same settings")
     return Space(path.stem, tuple(grid), dict(ranges))
 
 
@@ -62,8 +69,11 @@ def _is_range(values: Any) -> bool:
     return isinstance(values, list) and bool(values)
 
 
-def must_fit(space: Space, run: RunConfig, search: bool) -> None:
-    """Raise ConfigError unless every point, or every end of a range, is a setting that ``run`` can have."""
+def fitted(space: Space, run: RunConfig, search: bool) -> Space:
+    """The space with its points as ``run`` would hold them (0 becomes 0.0 where a setting is a fraction).
+
+    Raises ConfigError unless every point, or every end of a range, is a setting that ``run`` can have.
+    """
     wanted, missing = (space.ranges, "SEARCH") if search else (space.points, "GRID")
     if not wanted:
         raise ConfigError(f"--space {space.name} has no {missing}; {'leave out' if search else 'give'} --search")
@@ -73,22 +83,21 @@ def must_fit(space: Space, run: RunConfig, search: bool) -> None:
             known = ", ".join(n for n in decides if n.split(".")[0] == name.split(".")[0] and n != "seed")
             hint = f"; there are {known}" if known else ""
             raise ConfigError(f"--space {space.name} varies {name}, which is no setting that decides results{hint}")
-    for settings in space.points if not search else _corners(space.ranges):
+    held = []
+    for settings in corners(space.ranges) if search else space.points:
         try:
-            cli.with_settings(run, settings)
+            found = flatten(to_dict(cli.with_settings(run, settings)))
         except ConfigError as error:
             raise ConfigError(f"--space {space.name}: {error}") from error
+        held.append({name: found[name] for name in settings})
+    return space if search else dataclasses.replace(space, points=tuple(held))
 
 
-def _corners(ranges: Mapping[str, Range]) -> Iterator[Settings]:
-    for name, values in ranges.items():
-        yield from ({name: value} for value in values)
+def corners(ranges: Mapping[str, Range]) -> list[Settings]:
+    """Every end or value of every range, one setting at a time."""
+    return [{name: value} for name, values in ranges.items() for value in values]
 
 
 def told(settings: Settings) -> str:
     """Settings in a few words: ``alpha 2, ratio 0.5``."""
-    return ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in settings.items())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{name.rpartition('.')[2]} {short(value)}" for name, value in settings.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,10 +11,10 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
-from dircluster.cluster.space import load_space, must_fit, told
+from dircluster.cluster.space import corners, fitted, load_space, told
 from dircluster.config import ConfigError, RunConfig, digest, to_dict
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def main(argv: Sequence[str], space: Path | None = None) -> int:
 def _tune(job: cli.TuneJob) -> int:
     if job.space is None:
         raise ConfigError("--space is missing: give a file such as tune_spaces/alpha.py")
-    space = load_space(job.space)
-    must_fit(space, job.run, job.search)
+    if job.asha and job.seeds > 1:
+        raise ConfigError("--asha compares trials of one seed each: leave out --seeds, or --asha")
+    space = fitted(load_space(job.space), job.run, job.search)
 
     from dircluster.cluster import storage
     from dircluster.cluster.console import Terminal
@@ -62,6 +64,8 @@ class _Sweep:
     def run(self) -> int:
         """Train, show, keep; -> exit code. Raises ConfigError before anything was started."""
         import ray
+        from botocore.exceptions import BotoCoreError
+        from ray.tune import TuneError
 
         from dircluster.cluster.mlflow_tracker import finish_job
         from dircluster.cluster.ray_train import join_cluster
@@ -78,9 +82,9 @@ class _Sweep:
             signal = self._prepare(plan) or self._train(plan)
             failed = [trial for trial in self.trials.values() if trial.status == "FAILED"]
             status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
-        except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"the cluster is gone ({reason}); the same command goes on") from error
+        except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
         finally:
             ray.shutdown()
             if self.record is not None:
@@ -98,8 +102,10 @@ class _Sweep:
         if not self.config.tracking.enabled:
             return
         self.tags = {"dircluster.commit": commit()}
-        sweep = {"space": self.space.name, "varied": self.space.varied, "seeds": len(self.seeds)}
+        sweep = {"space": self.space.name, "varied": self.space.varied, "seeds": len(self.seeds), "key": self.key}
         self.record = open_job(self.config, self.tags, sweep=sweep)
+        tracking = dataclasses.replace(self.config.tracking, uri=self.record.uri)  # trials have another environment
+        self.config = dataclasses.replace(self.config, tracking=tracking)
         self.terminal.say(f"MLflow    run {self.record.run_id}")
 
     def _plan(self) -> Plan:
@@ -111,13 +117,18 @@ class _Sweep:
         there = found.get("GPU", 0) if scaling.device == "gpu" else found.get("CPU", 0)
         if scaling.device == "auto" and found.get("GPU", 0) >= scaling.least:
             there = found["GPU"]
+        room, wanted = int(there) // scaling.most, self.job.max_concurrent
+        if wanted is not None and wanted > max(1, room) and not scaling.wait:
+            raise ConfigError(
+                f"--max-concurrent {wanted} trials of {scaling.most} workers do not fit: the cluster has {there:g}"
+            )
         return Plan(
             to_dict(self.config),
             None if self.record is None else dataclasses.asdict(self.record),
             self.seeds,
             self.tags,
             self.job.retries,
-            self.job.max_concurrent or max(1, int(there) // scaling.most),
+            wanted or max(1, room),
             self.job.asha,
         )
 
@@ -133,11 +144,16 @@ class _Sweep:
             if not left:
                 continue
             self.terminal.say(f"training what trials share, until {until}: {len(left)} runs")
-            signal = Tuning(plan, _must_have_ended).tasks(left, self.terminal.stop_signal)
+            signal = Tuning(plan, self._shared).tasks(left, self.terminal.stop_signal)
             if signal:
                 return signal
         self.began = time.monotonic()
         return 0
+
+    def _shared(self, trial: Trial, until: str) -> None:
+        """A stage that trials share is trained, or has failed, and then each of them will say so."""
+        if trial.error:
+            self.terminal.say(f"failed until {until}: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
 
     def _train(self, plan: Plan) -> int:
         """Train the trials; -> the signal that stopped it, or 0."""
@@ -148,7 +164,7 @@ class _Sweep:
         tasks = [Task(dict(point), seed) for point in points for seed in self.seeds]
         left = []
         for task in tasks:
-            found = kept(plan.run_of(task))
+            found = kept(plan.run_of(task)) or self._stopped(task)
             if found is None:
                 left.append(task)
             else:
@@ -168,27 +184,45 @@ class _Sweep:
         return tuning.search(self.space.ranges, known, self.job.points - len(points), self.terminal.stop_signal)
 
     @property
+    def key(self) -> str:
+        """What tells this sweep from others."""
+        wanted = dict(self.space.ranges) if self.job.search else list(self.space.points)
+        return digest({**self.config.identity, "space": wanted, "asha": self.job.asha})[:12]
+
+    @property
     def folder(self) -> Path:
-        """Where the sweep keeps its table, its figure and the points that a search began."""
+        """Where the sweep keeps its table and figure, the points that a search began, and what ASHA stopped."""
         from dircluster.cluster.storage import open_path
 
-        key = digest({**self.config.identity, "space": [list(self.space.points), dict(self.space.ranges)]})
-        name = f"{self.config.name}-{self.space.name}-{key[:12]}"
+        name = f"{self.config.name}-{self.space.name}-{self.key}"
         return open_path(self.config.storage.uri, self.config.storage) / "sweeps" / name
 
-    def _begun(self, settings: Settings) -> None:
+    def _begun(self, name: str, settings: Settings) -> None:
         """A search chose a point: it is trained to its end, now or when the command is given again."""
-        place = self.folder / "points" / f"{digest(dict(settings))[:16]}.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(dict(settings)))
+        with contextlib.suppress(ConfigError):  # within a range there may be points that cannot be
+            cli.with_settings(self.config, settings)
+            self._note_down("points", name, dict(settings))
 
     def _begun_points(self) -> list[Settings]:
-        return [json.loads(place.read_text()) for place in sorted((self.folder / "points").glob("*.json"))]
+        return [settings for place in sorted((self.folder / "points").glob("*.json")) if (settings := _read(place))]
+
+    def _stopped(self, task: Task) -> Trial | None:
+        from dircluster.evaluation.ablation import Trial
+
+        found = _read(self.folder / "stopped" / f"{_name(task.settings, task.seed)}.json") if self.job.asha else None
+        return None if found is None else Trial(**found)
+
+    def _note_down(self, kind: str, name: str, plain: dict[str, Any]) -> None:
+        place = self.folder / kind / f"{name}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(plain))
 
     def _over(self, trial: Trial, until: str) -> None:
         """A trial is over."""
         self.trained += 1
         self._note(trial)
+        if trial.status == "STOPPED":
+            self._note_down("stopped", _name(trial.settings, trial.seed), dataclasses.asdict(trial))
         if trial.status == "FAILED":
             self.terminal.say(f"failed: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
         self._show()
@@ -196,7 +230,7 @@ class _Sweep:
     def _note(self, trial: Trial) -> None:
         from dircluster.cluster.mlflow_tracker import record_trial
 
-        self.trials[digest([dict(trial.settings), trial.seed])] = trial
+        self.trials[_name(trial.settings, trial.seed)] = trial
         if self.record is not None:
             run = cli.with_settings(self.config, {**trial.settings, "seed": trial.seed})
             varied = {**trial.settings, **({"seed": trial.seed} if len(self.seeds) > 1 else {})}
@@ -244,9 +278,17 @@ class _Sweep:
         cli.write_summary(self.job, {"trials": trials, "table": self._lines(), "folder": str(self.folder)})
 
 
-def _must_have_ended(trial: Trial, until: str) -> None:
-    if trial.error:
-        raise ConfigError(f"what trials share, until {until}, cannot be trained: {trial.error}")
+def _name(settings: Settings, seed: int) -> str:
+    return digest([dict(settings), seed])[:24]
+
+
+def _read(place: Path) -> dict[str, Any] | None:
+    """What was noted down; None where it is not there or not whole."""
+    try:
+        found: dict[str, Any] = json.loads(place.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
 
 
 def shared_stages(plan: Plan, space: Space, search: bool) -> list[tuple[str, list[Task]]]:
@@ -254,18 +296,23 @@ def shared_stages(plan: Plan, space: Space, search: bool) -> list[tuple[str, lis
     from dircluster.cluster.ray_tune import Task
     from dircluster.training.stages import stage_settings
 
-    corners = [{n: v} for n, values in space.ranges.items() for v in values]
-    tasks = [Task(point, seed) for point in (corners if search else space.points) for seed in plan.seeds]
-    runs = [(task, plan.run_of(task)) for task in tasks]
-    if len(runs) < 2 or runs[0][1].dir.joint:
-        return []
+    points = corners(space.ranges) if search else space.points
+    enough = max(2, len(points) if search else 2)  # a search shares what none of its ranges changes
     targets: dict[str, dict[str, list[Task]]] = {}
-    for task, run in runs:
+    for task in (Task(point, seed) for point in points for seed in plan.seeds):
+        run = plan.run_of(task)
+        if run.dir.joint:
+            continue
         pretrain = stage_settings(run, "pretrain") if run.pretrain.epochs else {}
-        of_target = targets.setdefault(digest(stage_settings(run, "target")), {})
+        given = [to_dict(run.data), run.target.uri]
+        of_target = targets.setdefault(digest([stage_settings(run, "target"), given]), {})
         of_target.setdefault(digest(pretrain), []).append(task)
-    first = [group[0] for groups in targets.values() if len(groups) > 1 for group in [*groups.values()][:1]]
-    then = [group[0] for groups in targets.values() for group in groups.values() if len(group) > 1]
+    first = [
+        next(iter(groups.values()))[0]
+        for groups in targets.values()
+        if len(groups) > 1 and sum(len(group) for group in groups.values()) >= enough
+    ]
+    then = [group[0] for groups in targets.values() for group in groups.values() if len(group) >= enough]
     return [
         (until, [dataclasses.replace(task, until=until) for task in tasks])
         for until, tasks in (("target", first), ("pretrain", then))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dircluster.config import digest, short
 from dircluster.evaluation.figures import drawing
 from dircluster.evaluation.published import published_ablation
 
@@ -82,25 +83,23 @@ def accuracies(rows: Iterable[Mapping[str, Any]], defense: str) -> tuple[float, 
 
 def by_point(trials: Iterable[Trial]) -> list[Point]:
     """Trials with equal settings together, in the order in which settings first appear."""
-    found: dict[tuple[tuple[str, Any], ...], list[Trial]] = {}
+    found: dict[str, list[Trial]] = {}
     for trial in trials:
-        found.setdefault(tuple(trial.settings.items()), []).append(trial)
-    return [Point(dict(settings), tuple(sorted(group, key=lambda t: t.seed))) for settings, group in found.items()]
+        found.setdefault(digest(dict(trial.settings)), []).append(trial)
+    return [Point(group[0].settings, tuple(sorted(group, key=lambda t: t.seed))) for group in found.values()]
 
 
 def best(points: Sequence[Point]) -> Point | None:
-    """The point of the highest mean held-out robust accuracy; None while none has finished."""
-    judged = [(spread.mean, point) for point in points if (spread := point.spread("held_out")) is not None]
-    return max(judged, key=lambda pair: pair[0])[1] if judged else None
+    """The point of the highest mean held-out robust accuracy, of those with most finished seeds; None without any."""
+    judged = [(spread.n, spread.mean, point) for point in points if (spread := point.spread("held_out")) is not None]
+    return max(judged, key=lambda found: found[:2])[2] if judged else None
 
 
 def table(points: Sequence[Point], dataset: str) -> list[dict[str, str]]:
     """A line a point, as text by column; the paper's numbers (on ``dataset``) where it prints some."""
     lines, winner = [], best(points)
     for point in points:
-        line = {
-            name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in point.settings.items()
-        }
+        line = {name: short(value) for name, value in point.settings.items()}
         for column, name in (("held-out", "held_out"), ("natural", "natural"), ("robust", "robust")):
             spread = point.spread(name)  # type: ignore[arg-type]
             line[column] = "" if spread is None else spread.percent()
@@ -133,7 +132,11 @@ def figure(points: Sequence[Point]) -> bytes:
 
     if len(names) == 2 and all(isinstance(v, int) for pair in values for v in pair):
         return drawing(grids, 9, 3.6, 2)
-    if len(names) == 1 and len(judged) > 4 and all(isinstance(v, int | float) for (v,) in values):
+    if (
+        len(names) == 1
+        and len(judged) > 4
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for (v,) in values)
+    ):
         return drawing(lambda axes: _curves(axes[0], judged, names[0]), 6, 4)
     return drawing(lambda axes: _bars(axes[0], judged), max(5.0, 0.6 * len(judged)), 4)
 
@@ -169,7 +172,9 @@ def _bars(axis: Any, points: Sequence[Point]) -> None:
         x = [number + 0.4 * place - 0.2 for number in range(len(points))]
         axis.bar(x, heights, 0.38, yerr=deviations, capsize=3, color=colour, label=kind)
     _target_lines(axis, points)
-    words = ["\n".join(f"{name.rpartition('.')[2]} {value:.4g}" for name, value in p.settings.items()) for p in points]
+    words = [
+        "\n".join(f"{name.rpartition('.')[2]} {short(value)}" for name, value in p.settings.items()) for p in points
+    ]
     axis.set_xticks(range(len(points)), words, fontsize=8)
     axis.set(ylabel="accuracy, %", ylim=(0, 119))
     axis.legend(ncols=2, fontsize=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dircluster.cluster.space import load_space, must_fit, told
+from dircluster.cluster.space import fitted, load_space, told
 from dircluster.cluster.tune import shared_stages
 from dircluster.config import ConfigError, to_dict
 from dircluster.presets import preset
@@ -27,7 +27,7 @@ def written(folder: Path, text: str) -> Path:
 def test_spaces_of_the_paper_fit_every_preset(file: Path, name: str) -> None:
     space = load_space(file)
     for search in (False, True):
-        must_fit(space, preset(name), search)
+        fitted(space, preset(name), search)
 
 
 def test_spaces_of_the_paper_are_those_of_the_paper() -> None:
@@ -49,6 +49,9 @@ def test_spaces_of_the_paper_are_those_of_the_paper() -> None:
         ("GRID = {'dir.alpha': 2}", "GRID gives no list of values for dir.alpha"),
         ("GRID = [1, 2]", "GRID must be a list of points"),
         ("SEARCH = {'dir.alpha': (5, 0)}", "SEARCH must give (low, high)"),
+        ("GRID = [{'dir.alpha': 0}, {'masking.ratio': 0.3}]", "every point of GRID must give the same settings"),
+        ("GRID = {1: [2]}", "names of settings must be texts"),
+        ("assert False", "AssertionError: no more is said"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
     ],
 )
@@ -74,26 +77,33 @@ def test_files_that_are_no_space(tmp_path: Path, text: str, message: str) -> Non
 )
 def test_spaces_that_do_not_fit_are_one_line(tmp_path: Path, text: str, search: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        must_fit(load_space(written(tmp_path, text)), preset("digits"), search)
+        fitted(load_space(written(tmp_path, text)), preset("digits"), search)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("file", "shared"),
+    ("file", "search", "shared"),
     [
-        ("alpha", {"target": 0, "pretrain": 2}),  # a run for each seed, which makes the target on its way
-        ("mask_ratio", {"target": 2, "pretrain": 0}),
-        ("depth", {"target": 2, "pretrain": 0}),
-        ("joint", {"target": 2, "pretrain": 18}),  # ratio and depth, at two seeds
+        ("alpha", False, {"target": 0, "pretrain": 2}),  # a run for each seed, which makes the target on its way
+        ("mask_ratio", False, {"target": 2, "pretrain": 0}),
+        ("depth", False, {"target": 2, "pretrain": 0}),
+        ("joint", False, {"target": 2, "pretrain": 18}),  # ratio and depth, at two seeds
+        ("alpha", True, {"target": 0, "pretrain": 2}),
+        ("joint", True, {"target": 2, "pretrain": 0}),
     ],
 )
-def test_stages_that_trials_share_are_trained_once(file: str, shared: dict[str, int]) -> None:
+def test_stages_that_trials_share_are_trained_once(file: str, search: bool, shared: dict[str, int]) -> None:
     from dircluster.cluster.ray_tune import Plan
 
     plan = Plan(to_dict(preset("digits")), None, (0, 1), {})
-    found = shared_stages(plan, load_space(SPACES / f"{file}.py"), search=False)
+    found = shared_stages(plan, load_space(SPACES / f"{file}.py"), search)
     assert {until: len(tasks) for until, tasks in found} == shared
     assert all(task.until == until for until, tasks in found for task in tasks)
+
+
+def test_points_are_held_as_the_config_holds_them(tmp_path: Path) -> None:
+    space = fitted(load_space(written(tmp_path, "GRID = {'dir.alpha': [0, 2]}")), preset("digits"), search=False)
+    assert [repr(point["dir.alpha"]) for point in space.points] == ["0.0", "2.0"]
 
 
 def test_settings_are_told_in_a_few_words() -> None:

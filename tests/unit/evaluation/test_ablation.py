@@ -49,6 +49,13 @@ def test_the_best_is_chosen_on_held_out_images_not_on_test_images() -> None:
     assert best(by_point([Trial({"dir.alpha": 5.0}, 0, "FAILED")])) is None
 
 
+def test_a_point_whose_other_seeds_failed_is_not_the_best() -> None:
+    lucky = [trial(5.0, 0, 0.9, 0.9), Trial({"dir.alpha": 5.0}, 1, "FAILED")]
+    winner = best(by_point([*lucky, trial(2.0, 0, 0.6, 0.6), trial(2.0, 1, 0.6, 0.7)]))
+    assert winner is not None
+    assert winner.settings == {"dir.alpha": 2.0}
+
+
 def test_robust_is_the_lowest_of_the_attacks_that_know_the_defense() -> None:
     rows = [
         row("none", "natural", "none", 0.95, 0.95, 0.0),
@@ -77,8 +84,9 @@ def test_the_papers_numbers_stand_beside_ours_on_its_data() -> None:
         [{"masking.ratio": value} for value in (0.3, 0.5, 0.7)],
         [{"model.encoder_depth": e, "model.decoder_depth": d} for e, d in ((4, 1), (4, 2), (12, 4))],
         [{"dir.alpha": 0.5, "masking.ratio": 0.3, "model.encoder_depth": 4}],
+        [{"target.objective": name, "dir.optimizer.milestones": [3, 4]} for name in ("at", "trades")],
     ],
-    ids=["curve", "bars", "grid", "joint"],
+    ids=["curve", "bars", "grid", "joint", "words"],
 )
 def test_every_kind_of_sweep_has_a_figure(settings: list[dict[str, Any]]) -> None:
     trials = [trial(point, seed, 0.5 + 0.01 * seed, 0.5) for point in settings for seed in (0, 1)]
