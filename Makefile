@@ -22,7 +22,7 @@ cluster-down: .venv/uv  ## end exactly what make cluster started
 test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they cover
 	$(RUN) -m pytest $(ARGS)
 
-proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (75 minutes)
+proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (80 minutes)
 	$(RUN) -m pytest -m slow $(ARGS)
 
 lint: .venv/dev

@@ -41,18 +41,13 @@ def weights(folder: str) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in Path(folder).glob("*.safetensors")}
 
 
-ALL_WORKERS = (((2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")), ((1, "ddp"), (4, "fsdp")))
+TRAINED = ((2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp"))
+RESUMED = ((1, "ddp"), (4, "fsdp"))
 """Who trains, and who resumes what two sharding workers saved."""
 
 
-@pytest.mark.parametrize(
-    ("trained", "resumed"),
-    [(((2, "fsdp"),), ()), pytest.param(*ALL_WORKERS, marks=pytest.mark.slow)],
-    ids=["some", "all"],
-)
-def test_workers_compute_the_bits_of_one_replicated_or_sharded(
-    train: Train, tmp_path: Path, trained: Any, resumed: Any
-) -> None:
+@pytest.mark.slow  # CI compares the bits of two workers and one in tests/fault
+def test_workers_compute_the_bits_of_one_replicated_or_sharded(train: Train, tmp_path: Path) -> None:
     """20 steps a stage by DDP and FSDP, against one worker: losses, results and final weights."""
 
     def run(workers: int, strategy: str, storage: Path) -> Any:
@@ -63,12 +58,12 @@ def test_workers_compute_the_bits_of_one_replicated_or_sharded(
 
     one = run(1, "ddp", tmp_path / "one")
     expected = weights(one.summary["checkpoint"])
-    for workers, strategy in trained:
+    for workers, strategy in TRAINED:
         done = run(workers, strategy, tmp_path / f"{strategy}{workers}")
         must_agree(losses(done.out), losses(one.out))
         assert weights(done.summary["checkpoint"]) == expected, (workers, strategy)
         assert done.summary["results"] == one.summary["results"]
-    for workers, strategy in resumed:
+    for workers, strategy in RESUMED:
         storage = tmp_path / f"again{workers}"
         shutil.copytree(tmp_path / "fsdp2", storage)
         (stage,) = storage.glob("dir-*")
@@ -142,9 +137,8 @@ def test_it_runs_with_ray_mlflow_and_s3fs_not_installed(root: Path, tmp_path: Pa
     assert "MLflow is not installed: no record is kept" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(
     train: Train, start: Any, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -14,6 +14,7 @@ from dircluster.cluster import tune
 Train = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_a_sweep_then_again(train: Train, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [0.0, 2.0]}\n")
     words = ("digits_smoke", "--space", "mine.py", "--dir.epochs", "1")

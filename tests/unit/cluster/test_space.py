@@ -87,7 +87,6 @@ def test_spaces_that_do_not_fit_are_one_line(tmp_path: Path, text: str, search: 
         ("alpha", False, {"target": 0, "pretrain": 2}),  # a run for each seed, which makes the target on its way
         ("mask_ratio", False, {"target": 2, "pretrain": 0}),
         ("depth", False, {"target": 2, "pretrain": 0}),
-        ("joint", False, {"target": 2, "pretrain": 18}),  # ratio and depth, at two seeds
         ("alpha", True, {"target": 0, "pretrain": 2}),
         ("joint", True, {"target": 2, "pretrain": 0}),
     ],
