@@ -38,6 +38,13 @@ def must_suffice(scaling: ScalingConfig, terminal: Terminal) -> None:
         time.sleep(1.0)
 
 
+def fewest_cores() -> int:
+    """CPUs of the smallest node that has any: what trials may share that all come to lie on it."""
+    return min(
+        (int(cores) for node in ray.nodes() if node["Alive"] and (cores := node["Resources"].get("CPU"))), default=1
+    )
+
+
 def must_run_this_version() -> None:
     """Raise ConfigError unless every node that offers CPUs or GPUs imports the very code of this job."""
 

@@ -72,6 +72,10 @@ class Plan:
         config: RunConfig = from_dict(RunConfig, self.config)
         return cli.with_settings(config, {**task.settings, "seed": task.seed})
 
+    def varied(self, task: Task) -> dict[str, Any]:
+        """What tells a task from the sweep's others, by name: the parameters of its run in MLflow."""
+        return {**task.settings, **({"seed": task.seed} if len(self.seeds) > 1 else {})}
+
 
 class Failed(Exception):
     """A trial that did not come to its end; Tune starts it again, as often as it may."""
@@ -138,9 +142,8 @@ def _train(plan: Plan, task: Task, post: _Post) -> Trial:
         raise Failed(f"stopped by signal {signal}")
     record, owner, began = None, uuid.uuid4().hex, time.monotonic()
     if plan.record is not None and not task.until:
-        varied = {**task.settings, **({"seed": task.seed} if len(plan.seeds) > 1 else {})}
         with contextlib.suppress(ConfigError):  # the sweep records what came out once MLflow answers
-            record = open_job(run, plan.tags, trial=(plan.record["run_id"], varied))
+            record = open_job(run, plan.tags, trial=(plan.record["run_id"], plan.varied(task)))
     status = "KILLED"
     try:
         outcome = Job(run, owner, False, record, post, task.until).follow()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
 from dircluster.cluster.space import corners, fitted, load_space, told
+from dircluster.cluster.version import commit
 from dircluster.config import ConfigError, RunConfig, digest, to_dict
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class _Sweep:
         """What is over, by settings and seed."""
         self.began, self.trained = time.monotonic(), 0
         self.record: JobRecord | None = None
-        self.tags: dict[str, str] = {}
+        self.tags = {"dircluster.commit": commit()}
+        self.plan: Plan
 
     def run(self) -> int:
         """Train, show, keep; -> exit code. Raises ConfigError before anything was started."""
@@ -75,11 +77,10 @@ class _Sweep:
         try:
             join_cluster(self.config, self.terminal)
             self._open_record()
-            plan = self._plan()
-            self.terminal.say(
-                f"sweep {self.space.name} of {self.config.name}: {self._expected()} trials, {plan.at_once} at a time"
-            )
-            signal = self._prepare(plan) or self._train(plan)
+            self.plan = self._plan()
+            trials = f"{self._expected()} trials, {self.plan.at_once} at a time"
+            self.terminal.say(f"sweep {self.space.name} of {self.config.name}: {trials}")
+            signal = self._prepare() or self._train()
             failed = [trial for trial in self.trials.values() if trial.status == "FAILED"]
             status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
         except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
@@ -97,11 +98,9 @@ class _Sweep:
 
     def _open_record(self) -> None:
         from dircluster.cluster.mlflow_tracker import open_job
-        from dircluster.cluster.version import commit
 
         if not self.config.tracking.enabled:
             return
-        self.tags = {"dircluster.commit": commit()}
         sweep = {"space": self.space.name, "varied": self.space.varied, "seeds": len(self.seeds), "key": self.key}
         self.record = open_job(self.config, self.tags, sweep=sweep)
         tracking = dataclasses.replace(self.config.tracking, uri=self.record.uri)  # trials have another environment
@@ -111,6 +110,7 @@ class _Sweep:
     def _plan(self) -> Plan:
         import ray
 
+        from dircluster.cluster import nodes
         from dircluster.cluster.ray_tune import Plan
 
         scaling, found = self.config.scaling, ray.cluster_resources()
@@ -122,29 +122,32 @@ class _Sweep:
             raise ConfigError(
                 f"--max-concurrent {wanted} trials of {scaling.most} workers do not fit: the cluster has {there:g}"
             )
+        at_once = wanted or max(1, room)
+        threads = scaling.threads or max(1, nodes.fewest_cores() // (at_once * scaling.most))
+        config = dataclasses.replace(self.config, scaling=dataclasses.replace(scaling, threads=threads))
         return Plan(
-            to_dict(self.config),
+            to_dict(config),
             None if self.record is None else dataclasses.asdict(self.record),
             self.seeds,
             self.tags,
             self.job.retries,
-            wanted or max(1, room),
+            at_once,
             self.job.asha,
         )
 
     def _expected(self) -> int:
         return (self.job.points if self.job.search else len(self.space.points)) * len(self.seeds)
 
-    def _prepare(self, plan: Plan) -> int:
+    def _prepare(self) -> int:
         """Train once the stages that trials share; -> the signal that stopped it, or 0."""
         from dircluster.cluster.ray_tune import Tuning, kept
 
-        for until, tasks in shared_stages(plan, self.space, self.job.search):
-            left = [task for task in tasks if kept(plan.run_of(task), until) is None]
+        for until, tasks in shared_stages(self.plan, self.space, self.job.search):
+            left = [task for task in tasks if kept(self.plan.run_of(task), until) is None]
             if not left:
                 continue
             self.terminal.say(f"training what trials share, until {until}: {len(left)} runs")
-            signal = Tuning(plan, self._shared).tasks(left, self.terminal.stop_signal)
+            signal = Tuning(self.plan, self._shared).tasks(left, self.terminal.stop_signal)
             if signal:
                 return signal
         self.began = time.monotonic()
@@ -155,16 +158,16 @@ class _Sweep:
         if trial.error:
             self.terminal.say(f"failed until {until}: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
 
-    def _train(self, plan: Plan) -> int:
+    def _train(self) -> int:
         """Train the trials; -> the signal that stopped it, or 0."""
         from dircluster.cluster.ray_tune import Task, Tuning, kept
 
-        tuning = Tuning(plan, self._over, self._begun)
+        tuning = Tuning(self.plan, self._over, self._begun)
         points = self._begun_points() if self.job.search else list(self.space.points)
         tasks = [Task(dict(point), seed) for point in points for seed in self.seeds]
         left = []
         for task in tasks:
-            found = kept(plan.run_of(task)) or self._stopped(task)
+            found = kept(self.plan.run_of(task)) or self._stopped(task)
             if found is None:
                 left.append(task)
             else:
@@ -229,13 +232,13 @@ class _Sweep:
 
     def _note(self, trial: Trial) -> None:
         from dircluster.cluster.mlflow_tracker import record_trial
+        from dircluster.cluster.ray_tune import Task
 
         self.trials[_name(trial.settings, trial.seed)] = trial
         if self.record is not None:
-            run = cli.with_settings(self.config, {**trial.settings, "seed": trial.seed})
-            varied = {**trial.settings, **({"seed": trial.seed} if len(self.seeds) > 1 else {})}
+            task = Task(trial.settings, trial.seed)
             try:
-                record_trial(self.record, run, self.tags, varied, trial)
+                record_trial(self.record, self.plan.run_of(task), self.plan.tags, self.plan.varied(task), trial)
             except ConfigError as error:  # the result is in storage, whatever MLflow says
                 self.terminal.say(str(error))
 
@@ -253,6 +256,7 @@ class _Sweep:
         self.terminal.lines(title, self._lines())
 
     def _tell(self) -> None:
+        from dircluster.cluster import launch
         from dircluster.evaluation.ablation import best, by_point, figure
 
         points, files = by_point(self.trials.values()), {}
@@ -260,8 +264,7 @@ class _Sweep:
         files["table.json"] = json.dumps(self._lines(), indent=1).encode()
         if winner is not None:
             run = cli.with_settings(self.job.run, winner.settings)
-            words = [word for n, v in cli.describe(self.job, run).items() for word in cli.as_words(n, v)]
-            command = " ".join(["python", "jobs/train.py", self.job.preset, *words])
+            command = launch.command(cli.TrainJob(self.job.preset, run))
             files |= {"figure.png": figure(points), "best.yaml": cli.to_yaml(run).encode()}
             files["best.txt"] = f"{command}\n".encode()
             self.terminal.say(f"best      {told(winner.settings)} (by held-out robust accuracy): {command}")
