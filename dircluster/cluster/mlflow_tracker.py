@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -58,6 +59,17 @@ def _storage_name(config: RunConfig) -> str:
 
 
 @dataclass(frozen=True)
+class Child:
+    """What a run in a sweep is to it: a trial, or what trials share."""
+
+    sweep: str
+    """The id of the sweep's run."""
+    name: str
+    params: Mapping[str, Any]
+    """What varies: its only parameters, so that views over them work at once."""
+
+
+@dataclass(frozen=True)
 class JobRecord:
     """Where a job is recorded, as plain data that can be sent to a worker."""
 
@@ -74,12 +86,12 @@ def open_job(
     *,
     fresh: bool = False,
     sweep: Mapping[str, Any] | None = None,
-    trial: tuple[str, Mapping[str, Any]] | None = None,
+    child: Child | None = None,
 ) -> JobRecord:
     """Begin the parent run of a job, or continue the newest one with the same settings.
 
-    With ``sweep``, what it varies, it is the parent of trials; with ``trial``, the id of that parent and what varies,
-    it is a child with these parameters alone. Raises ConfigError where the tracking server does not answer.
+    With ``sweep``, what it varies, it is the parent of trials; as ``child`` it belongs to one. Raises ConfigError where
+    the tracking server does not answer.
     """
     uri = default_uri(config)
     storage = _storage_name(config)
@@ -88,10 +100,9 @@ def open_job(
     if sweep is not None:
         plain["sweep"], name = sweep, f"{config.name}-{sweep['space']}"
         params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}
-    if trial is not None:
-        parent, params = trial[0], dict(trial[1])
-        plain["parent"], tags = parent, {**tags, MLFLOW_PARENT_RUN_ID: parent}
-        name = ", ".join(f"{n.rpartition('.')[2]} {v}" for n, v in params.items())
+    if child is not None:
+        plain["child"], params, name = dataclasses.asdict(child), dict(child.params), child.name
+        tags = {**tags, MLFLOW_PARENT_RUN_ID: child.sweep}
     job = digest(plain)[:16]
     try:
         client = MlflowClient(uri)
@@ -311,11 +322,9 @@ def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str,
     return run_id
 
 
-def record_trial(
-    sweep: JobRecord, run: RunConfig, tags: Mapping[str, str], varied: Mapping[str, Any], trial: Trial
-) -> None:
+def record_trial(child: Child, run: RunConfig, tags: Mapping[str, str], trial: Trial) -> None:
     """Record in its child run, once, what a trial found. Raises ConfigError where the server does not answer."""
-    job = open_job(run, tags, trial=(sweep.run_id, varied))
+    job = open_job(run, tags, child=child)
     try:
         client, now = MlflowClient(job.uri), int(time.time() * 1000)
         known = client.get_run(job.run_id).data.metrics

@@ -46,7 +46,7 @@ def fewest_cores() -> int:
 
 
 def must_run_this_version() -> None:
-    """Raise ConfigError unless every node that offers CPUs or GPUs imports the very code of this job."""
+    """Raise ConfigError unless the head and every node that offers CPUs or GPUs import the very code of this job."""
 
     def ask() -> str:  # inside, so that it travels by value: the node may not have this module
         try:
@@ -59,7 +59,7 @@ def must_run_this_version() -> None:
     own, asked = source_version(), {}
     for node in ray.nodes():
         offers: dict[str, Any] = node["Resources"]
-        if node["Alive"] and (offers.get("CPU", 0) or offers.get("GPU", 0)):
+        if node["Alive"] and any(offers.get(kind) for kind in ("CPU", "GPU", "node:__internal_head__")):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=0)(ask).options(scheduling_strategy=there)
             asked[node["NodeManagerAddress"]] = task.remote()

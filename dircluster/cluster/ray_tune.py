@@ -26,9 +26,9 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from dircluster import cli
 from dircluster.cluster import storage
 from dircluster.cluster.mailbox import POLL, Mailbox
-from dircluster.cluster.mlflow_tracker import finish_job, open_job
+from dircluster.cluster.mlflow_tracker import Child, finish_job, open_job
 from dircluster.cluster.ray_train import GRACE, Job, forget
-from dircluster.cluster.space import Range, Settings
+from dircluster.cluster.space import Range, Settings, told
 from dircluster.config import ConfigError, RunConfig, digest, from_dict
 from dircluster.evaluation.ablation import Trial, accuracies
 from dircluster.training.stages import FORMAT
@@ -72,9 +72,15 @@ class Plan:
         config: RunConfig = from_dict(RunConfig, self.config)
         return cli.with_settings(config, {**task.settings, "seed": task.seed})
 
-    def varied(self, task: Task) -> dict[str, Any]:
-        """What tells a task from the sweep's others, by name: the parameters of its run in MLflow."""
-        return {**task.settings, **({"seed": task.seed} if len(self.seeds) > 1 else {})}
+    def child(self, task: Task) -> Child | None:
+        """What its run in MLflow is to the sweep's; None where there is no record."""
+        if self.record is None:
+            return None
+        seed = {"seed": task.seed} if len(self.seeds) > 1 else {}
+        varied = {**task.settings, **seed}
+        if task.until:
+            return Child(self.record["run_id"], f"shared, until {task.until}, seed {task.seed}", {})
+        return Child(self.record["run_id"], told(varied), varied)
 
 
 class Failed(Exception):
@@ -141,9 +147,9 @@ def _train(plan: Plan, task: Task, post: _Post) -> Trial:
     if signal := post.stop_signal():
         raise Failed(f"stopped by signal {signal}")
     record, owner, began = None, uuid.uuid4().hex, time.monotonic()
-    if plan.record is not None and not task.until:
+    if (child := plan.child(task)) is not None:
         with contextlib.suppress(ConfigError):  # the sweep records what came out once MLflow answers
-            record = open_job(run, plan.tags, trial=(plan.record["run_id"], plan.varied(task)))
+            record = open_job(run, plan.tags, child=child)
     status = "KILLED"
     try:
         outcome = Job(run, owner, False, record, post, task.until).follow()
@@ -239,12 +245,12 @@ class Tuning:
     """One call of Tune while it lasts: some tasks, or a search."""
 
     def __init__(
-        self, plan: Plan, told: Callable[[Trial, str], None], begun: Callable[[str, Settings], None] = lambda *_: None
+        self, plan: Plan, over: Callable[[Trial, str], None], begun: Callable[[str, Settings], None] = lambda *_: None
     ) -> None:
-        """In the caller's thread, ``told`` hears of every training that is over, with the stage it was to end after;
+        """In the caller's thread, ``over`` hears of every training that is over, with the stage it was to end after;
         ``begun`` of points that a search has chosen, and by what name.
         """
-        self.plan, self.told, self.begun = plan, told, begun
+        self.plan, self.over, self.begun = plan, over, begun
         self.config: RunConfig = from_dict(RunConfig, plan.config)
         self.name = f"sweep-{uuid.uuid4().hex}"
         self.errors: list[BaseException] = []
@@ -346,7 +352,7 @@ class Tuning:
                     failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
                     busy.discard(key)
                 else:
-                    self.told(trial, until)
+                    self.over(trial, until)
             for ended in (end for end in heard if end.how != "begun"):
                 busy.discard(digest(ended.config))
                 if not signal:  # what is stopped has not failed
@@ -369,9 +375,9 @@ class Tuning:
             if ended.how == "failed":
                 silent = Trial(dict(task.settings), task.seed, "FAILED", error="its process ended without a word")
                 if kept(self.plan.run_of(task), task.until) is None:
-                    self.told(failures.get(digest([task.settings, task.seed]), silent), task.until)
+                    self.over(failures.get(digest([task.settings, task.seed]), silent), task.until)
             elif not last.get("whole"):  # ASHA stopped it
-                self.told(Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC)), "")
+                self.over(Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC)), "")
 
 
 def _distribution(values: Range) -> Any:

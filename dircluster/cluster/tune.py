@@ -235,10 +235,10 @@ class _Sweep:
         from dircluster.cluster.ray_tune import Task
 
         self.trials[_name(trial.settings, trial.seed)] = trial
-        if self.record is not None:
-            task = Task(trial.settings, trial.seed)
+        task = Task(trial.settings, trial.seed)
+        if (child := self.plan.child(task)) is not None:
             try:
-                record_trial(self.record, self.plan.run_of(task), self.plan.tags, self.plan.varied(task), trial)
+                record_trial(child, self.plan.run_of(task), self.plan.tags, trial)
             except ConfigError as error:  # the result is in storage, whatever MLflow says
                 self.terminal.say(str(error))
 

@@ -20,7 +20,7 @@ EPOCHS, STEPS = "60", 240
 LONG = ("--dir.epochs", EPOCHS, "--storage.checkpoint-every", "10")
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(3, 60), pytest.param(20, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 30), pytest.param(20, 300, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
 def test_workers_killed_at_random(job: Make, unbroken: Unbroken, kills: int, epochs: int) -> None:
     chance = random.Random(kills)

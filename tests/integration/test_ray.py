@@ -115,14 +115,11 @@ def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
     assert points(client, children["dir"], "loss/total") == list(range(1, 241))
 
 
-def test_trouble_on_ray_is_one_line(train: Train) -> None:
-    cases = {
-        "scaling.workers 2 need as many GPUs": ("--scaling.workers", "2", "--scaling.device", "gpu"),
-    }
-    for message, words in cases.items():
-        done = train("digits_smoke", *words)
-        assert (done.code, len(done.error)) == (2, 1), done.err
-        assert message in done.error[0]
+@pytest.mark.parametrize("script", ["train", "tune_alpha"])
+def test_more_gpus_than_there_are_is_one_line(train: Train, script: str) -> None:
+    done = train("digits_smoke", "--scaling.workers", "16", "--scaling.device", "gpu", script=script)
+    assert (done.code, len(done.error)) == (2, 1), done.err
+    assert "scaling.workers 16 need as many GPUs" in done.error[0]
 
 
 @pytest.mark.slow

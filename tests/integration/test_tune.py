@@ -14,37 +14,45 @@ from dircluster.cluster import tune
 Train = Callable[..., Any]
 
 
-@pytest.mark.slow
-def test_a_sweep_then_again(train: Train, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [0.0, 2.0]}\n")
+@pytest.mark.parametrize("alphas", [[2.0], pytest.param([0.0, 2.0], marks=pytest.mark.slow)])
+def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"GRID = {{'dir.alpha': {alphas}}}\n")
+    count, several = len(alphas), len(alphas) > 1
     words = ("digits_smoke", "--space", "mine.py", "--dir.epochs", "1")
     done = train(*words, script="tune")
     assert done.code == 0, done.out + done.err
-    assert "training what trials share, until pretrain: 1 runs" in done.out
-    assert done.out.count("1 of 2 trials, ETA") == 1
-    assert "2 of 2 trials" in done.out
+    assert ("training what trials share, until pretrain: 1 runs" in done.out) == several
+    assert done.out.count("1 of 2 trials, ETA") == several
+    assert f"{count} of {count} trials" in done.out
     assert done.err == ""  # one quiet table, nothing of Ray's
     runs = tmp_path / "runs"
     assert len(list(runs.glob("target-*/final"))) == len(list(runs.glob("pretrain-*/final"))) == 1
-    assert len(list(runs.glob("dir-*/final"))) == 2
+    assert len(list(runs.glob("dir-*/final"))) == count
     assert not (runs / "ray").exists()
     kept = Path(done.summary["folder"])
     assert {file.name for file in kept.iterdir()} == {"best.txt", "best.yaml", "figure.png", "table.json"}
     assert (kept / "best.txt").read_text().startswith("python jobs/train.py digits_smoke ")
-    assert [trial["settings"] for trial in done.summary["trials"]] == [{"dir.alpha": 0.0}, {"dir.alpha": 2.0}]
+    assert [trial["settings"] for trial in done.summary["trials"]] == [{"dir.alpha": alpha} for alpha in alphas]
 
     again = train(*words, script="tune")
     assert again.code == 0, again.err
     assert "training what trials share" not in again.out
-    assert again.out.count("2 of 2 trials") == 1
+    assert again.out.count(f"{count} of {count} trials") == 1
     assert again.summary["trials"] == done.summary["trials"]
 
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
     found = client.search_runs([experiment.experiment_id])
     (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
-    trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert sorted(run.data.params["dir.alpha"] for run in trials) == ["0.0", "2.0"]
+    below = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    shared = [run for run in below if run.info.run_name == "shared, until pretrain, seed 0"]
+    assert len(shared) == several
+    for run in shared:
+        curves = [each for each in found if each.data.tags.get("mlflow.parentRunId") == run.info.run_id]
+        assert sorted(each.info.run_name for each in curves) == ["pretrain", "target"]
+        assert not run.data.params
+    trials = [run for run in below if run not in shared]
+    assert sorted(run.data.params["dir.alpha"] for run in trials) == [str(alpha) for alpha in alphas]
     for run in trials:
         assert set(run.data.params) == {"dir.alpha"}
         assert len(client.get_metric_history(run.info.run_id, "robust")) == 1
