@@ -78,9 +78,10 @@ def _start_ray(config: RunConfig) -> None:
                 f"no Ray cluster answers at RAY_ADDRESS {address}: {str(error).splitlines()[0]}"
             ) from error
     else:
+        cores = os.cpu_count() or 1
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, config.scaling.most),
+            num_cpus=cores if config.scaling.device == "gpu" else max(cores, config.scaling.most),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
