@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -575,6 +576,19 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def with_values(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """``run`` with settings by their dotted names, of the types that a config holds. Raises ConfigError."""
+    plain = to_dict(run)
+    for name, value in values.items():
+        *sections, field = name.split(".")
+        place = plain
+        for section in sections:
+            place = place[section]
+        place[field] = value
+    made: RunConfig = from_dict(RunConfig, plain)
+    return made
 
 
 def short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import shlex
 import sys
 import time
 import uuid
@@ -38,7 +39,7 @@ def command(job: cli.TrainJob, script: str = "train") -> str:
         words += cli.as_words(name, value)
     if job.launcher != "ray":
         words += ["--launcher", job.launcher]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

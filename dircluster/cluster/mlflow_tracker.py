@@ -29,7 +29,7 @@ from dircluster.config import ConfigError, RunConfig, digest, flatten, local_pat
 from dircluster.evaluation.ablation import Trial
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
-ERROR_TAG = "dircluster.error"
+ERROR_TAG, BEST_TAG = "dircluster.error", "dircluster.best"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
 MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
@@ -94,16 +94,14 @@ def open_job(
     the tracking server does not answer.
     """
     uri = default_uri(config)
-    storage = _storage_name(config)
-    plain = {**config.identity, "name": config.name, "storage": storage}
+    job = _job(config, sweep, child)
+    tags = {**tags, JOB_TAG: job, **({} if child is None else {MLFLOW_PARENT_RUN_ID: child.sweep})}
     params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
     if sweep is not None:
-        plain["sweep"], name = sweep, f"{config.name}-{sweep['space']}"
         params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}
+        name = f"{config.name}-{sweep['space']}"
     if child is not None:
-        plain["child"], params, name = dataclasses.asdict(child), dict(child.params), child.name
-        tags = {**tags, MLFLOW_PARENT_RUN_ID: child.sweep}
-    job = digest(plain)[:16]
+        params, name = dict(child.params), child.name
     try:
         client = MlflowClient(uri)
         experiment = _experiment(client, config, uri)
@@ -112,15 +110,24 @@ def open_job(
             run_id = runs[0]
             client.update_run(run_id, status="RUNNING")
         else:
-            run = client.create_run(experiment, run_name=name, tags={JOB_TAG: job, **tags})
-            run_id = run.info.run_id
+            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
             client.log_text(run_id, json.dumps(to_dict(config), indent=1), "config.json")
         _params(client, run_id, params)
-        for name, value in tags.items():
-            client.set_tag(run_id, name, value)
+        for tag, value in tags.items():
+            client.set_tag(run_id, tag, value)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
-    return JobRecord(uri, experiment, run_id, storage, config.tracking.patience)
+    return JobRecord(uri, experiment, run_id, _storage_name(config), config.tracking.patience)
+
+
+def _job(config: RunConfig, sweep: Mapping[str, Any] | None = None, child: Child | None = None) -> str:
+    """What tells a job from others, so that it is found again."""
+    plain = {**config.identity, "name": config.name, "storage": _storage_name(config)}
+    if sweep is not None:
+        plain["sweep"] = sweep
+    if child is not None:
+        plain["child"] = dataclasses.asdict(child)
+    return digest(plain)[:16]
 
 
 def _experiment(client: MlflowClient, config: RunConfig, uri: str) -> str:
@@ -188,6 +195,49 @@ class MlflowTracker:
                 accuracies = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in rows}
                 points = [Metric(name, value, now, 0) for name, value in accuracies.items() if name not in known]
                 self.client.log_batch(self.job.run_id, metrics=points)
+
+        self.outbox.put(log)
+
+    def trial(self, run: RunConfig, tags: Mapping[str, str], child: Child, trial: Trial) -> None:
+        """What a trial of the sweep found, in its child run, once."""
+        status = {"STOPPED": "KILLED"}.get(trial.status, trial.status)
+        values = {"held_out": trial.held_out, "natural": trial.natural, "robust": trial.robust}
+        values["seconds"] = trial.seconds or None
+
+        def log() -> None:
+            client, now = self.client, int(time.time() * 1000)
+            with _refusals():
+                runs = _search(client, self.job.experiment_id, JOB_TAG, _job(run, child=child))
+                run_id = runs[0] if runs else open_job(run, tags, child=child).run_id
+                found = client.get_run(run_id)
+                if found.info.status == status == "FINISHED" and "robust" in found.data.metrics:
+                    return
+                new = {n: v for n, v in values.items() if v is not None and found.data.metrics.get(n) != v}
+                client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in new.items()])
+                if trial.error:
+                    client.set_tag(run_id, ERROR_TAG, trial.error[:500])
+                elif ERROR_TAG in found.data.tags:
+                    client.delete_tag(run_id, ERROR_TAG)
+                for stage in _search(client, self.job.experiment_id, MLFLOW_PARENT_RUN_ID, run_id):
+                    if client.get_run(stage).info.status == "RUNNING":  # its process is gone
+                        client.set_terminated(stage, status)
+                client.set_terminated(run_id, status)
+
+        self.outbox.put(log)
+
+    def sweep(self, rows: list[dict[str, str]], files: Mapping[str, bytes], best: str) -> None:
+        """The table, the files and the best command of a sweep, in its run."""
+        table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+
+        def log() -> None:
+            with _refusals():
+                self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
+                with tempfile.TemporaryDirectory() as folder:
+                    for name, content in files.items():
+                        (Path(folder) / name).write_bytes(content)
+                    self.client.log_artifacts(self.job.run_id, folder)
+                if best:
+                    self.client.set_tag(self.job.run_id, BEST_TAG, best)
 
         self.outbox.put(log)
 
@@ -320,47 +370,6 @@ def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str,
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
     return run_id
-
-
-def record_trial(child: Child, run: RunConfig, tags: Mapping[str, str], trial: Trial) -> None:
-    """Record in its child run, once, what a trial found. Raises ConfigError where the server does not answer."""
-    job = open_job(run, tags, child=child)
-    try:
-        client, now = MlflowClient(job.uri), int(time.time() * 1000)
-        known = client.get_run(job.run_id).data.metrics
-        values = {"held_out": trial.held_out, "natural": trial.natural, "robust": trial.robust}
-        values["seconds"] = trial.seconds or None
-        points = [Metric(n, value, now, 0) for n, value in values.items() if value is not None and n not in known]
-        client.log_batch(job.run_id, metrics=points)
-        if trial.error:
-            client.set_tag(job.run_id, ERROR_TAG, trial.error[:500])
-        elif ERROR_TAG in client.get_run(job.run_id).data.tags:
-            client.delete_tag(job.run_id, ERROR_TAG)
-        status = {"STOPPED": "KILLED"}.get(trial.status, trial.status)
-        for stage in _search(client, job.experiment_id, MLFLOW_PARENT_RUN_ID, job.run_id):
-            if client.get_run(stage).info.status == "RUNNING":  # its process is gone
-                client.set_terminated(stage, status)
-        client.set_terminated(job.run_id, status)
-    except Exception as error:  # MLflow raises what its transport raises
-        raise ConfigError(f"MLflow keeps no record of a trial: {str(error).strip().splitlines()[0]}") from error
-
-
-def log_sweep(
-    sweep: JobRecord, rows: list[dict[str, str]], files: Mapping[str, bytes], say: Callable[[str], None]
-) -> None:
-    """The table and the files of a sweep, in its run."""
-    table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
-    try:
-        client = MlflowClient(sweep.uri)
-        client.log_text(sweep.run_id, json.dumps(table), "results_table.json")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            client.log_artifacts(sweep.run_id, folder)
-        if "best.txt" in files:
-            client.set_tag(sweep.run_id, "dircluster.best", files["best.txt"].decode().strip())
-    except Exception as error:  # all of it is in storage, whatever MLflow says
-        say(f"MLflow keeps no table of the sweep: {str(error).strip().splitlines()[0]}")
 
 
 def finish_job(job: JobRecord, status: str) -> None:

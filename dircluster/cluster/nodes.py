@@ -38,11 +38,10 @@ def must_suffice(scaling: ScalingConfig, terminal: Terminal) -> None:
         time.sleep(1.0)
 
 
-def fewest_cores() -> int:
-    """CPUs of the smallest node that has any: what trials may share that all come to lie on it."""
-    return min(
-        (int(cores) for node in ray.nodes() if node["Alive"] and (cores := node["Resources"].get("CPU"))), default=1
-    )
+def cores_each(workers: int, kind: str) -> int:
+    """CPU threads that each of ``workers`` may take, each with a CPU or GPU (``kind``), wherever they come to lie."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
+    return min((max(1, int(has.get("CPU", 0) // min(workers, has[kind]))) for has in there), default=1)
 
 
 def must_run_this_version() -> None:

@@ -6,7 +6,6 @@ to say. What a trial found is kept in storage, where the next sweep finds it: Tu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -17,21 +16,23 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from dircluster import cli
 from dircluster.cluster import storage
 from dircluster.cluster.mailbox import POLL, Mailbox
-from dircluster.cluster.mlflow_tracker import Child, finish_job, open_job
+from dircluster.cluster.mlflow_tracker import Child, JobRecord, finish_job, open_job
 from dircluster.cluster.ray_train import GRACE, Job, forget
 from dircluster.cluster.space import Range, Settings, told
-from dircluster.config import ConfigError, RunConfig, digest, from_dict
+from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, with_values
 from dircluster.evaluation.ablation import Trial, accuracies
-from dircluster.training.stages import FORMAT
+from dircluster.training.stages import FORMAT, stage_settings
+
+if TYPE_CHECKING:
+    from dircluster.cluster.console import Terminal
 
 LATEST = 1_000_000
 """The epoch that stands for a trial's end."""
@@ -68,19 +69,21 @@ class Plan:
     mailbox: Any = field(default=None)
 
     def run_of(self, task: Task) -> RunConfig:
-        """The whole run of a task."""
-        config: RunConfig = from_dict(RunConfig, self.config)
-        return cli.with_settings(config, {**task.settings, "seed": task.seed})
+        """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
+        return with_values(from_dict(RunConfig, self.config), {**task.settings, "seed": task.seed})
 
     def child(self, task: Task) -> Child | None:
         """What its run in MLflow is to the sweep's; None where there is no record."""
         if self.record is None:
             return None
         seed = {"seed": task.seed} if len(self.seeds) > 1 else {}
-        varied = {**task.settings, **seed}
-        if task.until:
-            return Child(self.record["run_id"], f"shared, until {task.until}, seed {task.seed}", {})
-        return Child(self.record["run_id"], told(varied), varied)
+        if not task.until:
+            varied = {**task.settings, **seed}
+            return Child(self.record["run_id"], told(varied), varied)
+        decides = flatten(stage_settings(self.run_of(task), task.until))
+        decided = {name: value for name, value in task.settings.items() if name in decides}
+        words = ["shared", f"until {task.until}", *([told(decided)] if decided else []), f"seed {task.seed}"]
+        return Child(self.record["run_id"], ", ".join(words), {})
 
 
 class Failed(Exception):
@@ -93,7 +96,7 @@ def place_of(run: RunConfig, until: str = "") -> Path:
     return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key[:24]}.json"
 
 
-def kept(run: RunConfig, until: str = "") -> Trial | None:
+def result_of(run: RunConfig, until: str = "") -> Trial | None:
     """The result of a run that has finished, or None."""
     try:
         return Trial(**json.loads(place_of(run, until).read_text()))
@@ -101,7 +104,7 @@ def kept(run: RunConfig, until: str = "") -> Trial | None:
         return None
 
 
-def keep(run: RunConfig, trial: Trial, until: str = "") -> None:
+def store(run: RunConfig, trial: Trial, until: str = "") -> None:
     """Store the result of a run."""
     place = place_of(run, until)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ def keep(run: RunConfig, trial: Trial, until: str = "") -> None:
 
 
 class _Post:
-    """A trial's own console: what matters goes to the sweep, held-out accuracies to Tune."""
+    """A trial's own console: how it ended goes to the sweep, held-out accuracies to Tune."""
 
     def __init__(self, mailbox: Any, key: str, reports: bool) -> None:
         self._mailbox, self._key, self._reports = mailbox, key, reports
@@ -117,8 +120,11 @@ class _Post:
         self.last = ""
 
     def say(self, line: str) -> None:
-        """Not passed on, but for the last line of a failure: the sweep shows one quiet table."""
-        self.last = line.strip().splitlines()[-1] if line.strip() else self.last
+        """Only stacks and tracebacks are passed on, and the last line of a failure: the sweep shows one quiet table."""
+        lines = line.strip().splitlines()
+        self.last = lines[-1] if lines else self.last
+        if len(lines) > 1:
+            self._send({"said": line})
 
     def tell(self, event: str | dict[str, Any]) -> None:
         if isinstance(event, dict) and event["stage"] == "dir" and self._reports:
@@ -133,24 +139,24 @@ class _Post:
             self._signal = ray.get(self._mailbox.exchange.remote([], 1))
         return self._signal
 
-    def post(self, trial: Trial, until: str) -> None:
+    def post(self, trial: Trial) -> None:
         """How a task ended."""
-        ray.get(self._mailbox.exchange.remote([(self._key, asdict(trial), until)], 1))
+        self._send({"key": self._key, "trial": asdict(trial)})
+
+    def _send(self, event: dict[str, Any]) -> None:
+        ray.get(self._mailbox.exchange.remote([event], 1))
 
 
 def _train(plan: Plan, task: Task, post: _Post) -> Trial:
     """Train, judge and keep: -> what came out. Raises Failed."""
     run = plan.run_of(task)
-    found = kept(run, task.until)
+    found = result_of(run, task.until)
     if found is not None:  # perhaps by another sweep, which varied something else
         return replace(found, settings=dict(task.settings), seed=task.seed)
     if signal := post.stop_signal():
         raise Failed(f"stopped by signal {signal}")
-    record, owner, began = None, uuid.uuid4().hex, time.monotonic()
-    if (child := plan.child(task)) is not None:
-        with contextlib.suppress(ConfigError):  # the sweep records what came out once MLflow answers
-            record = open_job(run, plan.tags, child=child)
-    status = "KILLED"
+    owner, began, status = uuid.uuid4().hex, time.monotonic(), "KILLED"
+    record = _open_record(plan, task, run, post)
     try:
         outcome = Job(run, owner, False, record, post, task.until).follow()
         while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
@@ -177,24 +183,40 @@ def _train(plan: Plan, task: Task, post: _Post) -> Trial:
         time.monotonic() - began,
         outcome.get("checkpoint", ""),
     )
-    keep(run, trial, task.until)
+    store(run, trial, task.until)
     return trial
+
+
+def _open_record(plan: Plan, task: Task, run: RunConfig, post: _Post) -> JobRecord | None:
+    """Its run in MLflow, which may be away for ``tracking.patience`` seconds; afterwards it trains without curves."""
+    child, deadline = plan.child(task), time.monotonic() + run.tracking.patience
+    while child is not None and not post.stop_signal():
+        try:
+            return open_job(run, plan.tags, child=child)
+        except ConfigError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(WAIT)
+    return None
 
 
 def _trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         """One task, or a point that a search chose, at every seed."""
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
-        done = []
-        for number, task in enumerate(tasks):
-            post = _Post(plan.mailbox, digest(config), reports=plan.asha and number == 0)
+        done, errors = [], []
+        for task in tasks:
+            post = _Post(plan.mailbox, digest(config), reports=plan.asha)
             try:
                 done.append(_train(plan, task, post))
-            except Exception as error:
+            except Exception as error:  # the other seeds go on
                 line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                post.post(Trial(dict(task.settings), task.seed, "FAILED", error=line), task.until)
-                raise
-            post.post(done[-1], task.until)
+                post.post(Trial(dict(task.settings), task.seed, "FAILED", error=line))
+                errors.append(error)
+            else:
+                post.post(done[-1])
+        if errors:
+            raise errors[0]
         scores = [found.held_out for found in done if found.held_out is not None]
         tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": LATEST, "whole": True})
 
@@ -245,29 +267,32 @@ class Tuning:
     """One call of Tune while it lasts: some tasks, or a search."""
 
     def __init__(
-        self, plan: Plan, over: Callable[[Trial, str], None], begun: Callable[[str, Settings], None] = lambda *_: None
+        self,
+        plan: Plan,
+        terminal: Terminal,
+        over: Callable[[Trial], None],
+        begun: Callable[[Settings], None] = lambda _: None,
     ) -> None:
-        """In the caller's thread, ``over`` hears of every training that is over, with the stage it was to end after;
-        ``begun`` of points that a search has chosen, and by what name.
+        """In the caller's thread, ``over`` hears of every training that is over, ``begun`` of points that a search
+        has chosen.
         """
-        self.plan, self.over, self.begun = plan, over, begun
+        self.plan, self.terminal, self.over, self.begun = plan, terminal, over, begun
         self.config: RunConfig = from_dict(RunConfig, plan.config)
         self.name = f"sweep-{uuid.uuid4().hex}"
         self.errors: list[BaseException] = []
+        self.met: set[str] = set()
+        """Trials that a search has begun, by Tune's names: it begins one again that failed."""
 
-    def tasks(self, tasks: Sequence[Task], stop_signal: Callable[[], int]) -> int:
+    def tasks(self, tasks: Sequence[Task]) -> int:
         """Do ``tasks``; -> the signal that stopped it, or 0."""
-        space = {"task": tune.grid_search([asdict(task) for task in tasks])}
-        return self._fit(space, None, 1, stop_signal)
+        return self._fit({"task": tune.grid_search([asdict(task) for task in tasks])}, None, 1)
 
     def search(
-        self,
-        ranges: Mapping[str, Range],
-        known: Sequence[tuple[Settings, float]],
-        points: int,
-        stop_signal: Callable[[], int],
+        self, ranges: Mapping[str, Range], known: Sequence[tuple[Settings, float]], begun: int, points: int
     ) -> int:
-        """Try ``points`` points that Optuna chooses, knowing what others gave; -> the signal that stopped it, or 0."""
+        """Try points that Optuna chooses, until they are ``points`` with those ``begun`` before, knowing what they
+        gave; -> the signal that stopped it, or 0.
+        """
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
@@ -276,20 +301,19 @@ class Tuning:
         chooser = OptunaSearch(
             metric=METRIC,
             mode="max",
-            seed=self.config.seed + len(known),  # after a resumption, not the same points again
+            seed=self.config.seed + begun,  # after a resumption, not the same points again
             points_to_evaluate=[dict(settings) for settings, _ in known] or None,
             evaluated_rewards=[score for _, score in known] or None,
         )
-        return self._fit(space, chooser, points, stop_signal)
+        return self._fit(space, chooser, points - begun)
 
-    def _fit(self, space: dict[str, Any], chooser: Any, samples: int, stop_signal: Callable[[], int]) -> int:
+    def _fit(self, space: dict[str, Any], chooser: Any, samples: int) -> int:
         quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told in a line
         mailbox, ends, leave = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends(), _Leave()
-        plan = Plan(**{**self.plan.__dict__, "mailbox": mailbox})
         tuner = tune.Tuner(
-            tune.with_resources(_trainable(plan), ON_HEAD),
+            tune.with_resources(_trainable(replace(self.plan, mailbox=mailbox)), ON_HEAD),
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric=METRIC,
@@ -311,7 +335,7 @@ class Tuning:
         fitting = threading.Thread(target=self._run, args=(tuner,), name="ray-tune", daemon=True)
         fitting.start()  # outside the main thread Ray leaves the signals alone
         try:
-            return self._follow(fitting, mailbox, ends, stop_signal)
+            return self._follow(fitting, mailbox, ends)
         finally:
             leave.asked = True
             fitting.join(GRACE)
@@ -335,24 +359,27 @@ class Tuning:
         except BaseException as error:  # told by _follow, in the main thread
             self.errors.append(error)
 
-    def _follow(self, fitting: threading.Thread, mailbox: Any, ends: _Ends, stop_signal: Callable[[], int]) -> int:
+    def _follow(self, fitting: threading.Thread, mailbox: Any, ends: _Ends) -> int:
         failures: dict[str, Trial] = {}
         busy: set[str] = set()
         asked = 0.0
         while True:
-            alive, signal = fitting.is_alive(), stop_signal()
+            alive, signal = fitting.is_alive(), self.terminal.stop_signal()
             heard = [ends.heard.popleft() for _ in range(len(ends.heard))]
             for begun in (end for end in heard if end.how == "begun"):
                 busy.add(digest(begun.config))
-                if "task" not in begun.config:
-                    self.begun(begun.name, begun.config)
-            for key, plain, until in ray.get(mailbox.collect.remote(signal)).events:
-                trial = Trial(**plain)
-                if trial.status == "FAILED":
-                    failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
-                    busy.discard(key)
+                if "task" not in begun.config and begun.name not in self.met:
+                    self.met.add(begun.name)
+                    self.begun(begun.config)
+            for event in ray.get(mailbox.collect.remote(signal)).events:
+                if "said" in event:
+                    self.terminal.say(event["said"])
+                elif (trial := Trial(**event["trial"])).status != "FAILED":
+                    self.over(trial)
                 else:
-                    self.over(trial, until)
+                    failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
+                    if signal:
+                        busy.discard(event["key"])
             for ended in (end for end in heard if end.how != "begun"):
                 busy.discard(digest(ended.config))
                 if not signal:  # what is stopped has not failed
@@ -374,10 +401,16 @@ class Tuning:
         for task in tasks:
             if ended.how == "failed":
                 silent = Trial(dict(task.settings), task.seed, "FAILED", error="its process ended without a word")
-                if kept(self.plan.run_of(task), task.until) is None:
-                    self.over(failures.get(digest([task.settings, task.seed]), silent), task.until)
+                if not self._is_finished(task):
+                    self.over(failures.get(digest([task.settings, task.seed]), silent))
             elif not last.get("whole"):  # ASHA stopped it
-                self.over(Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC)), "")
+                self.over(Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC)))
+
+    def _is_finished(self, task: Task) -> bool:
+        try:
+            return result_of(self.plan.run_of(task), task.until) is not None
+        except ConfigError:
+            return False
 
 
 def _distribution(values: Range) -> Any:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, RunConfig, flatten, short, to_dict
+from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict
 
 Settings = Mapping[str, Any]
 Range = tuple[float, float] | list[Any]
@@ -31,6 +30,12 @@ class Space:
         """The names of what varies, in the file's order."""
         return list(dict.fromkeys(name for settings in (*self.points, self.ranges) for name in settings))
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For digests: what tells it from others, whatever its name."""
+        ranges = {n: {"ends" if isinstance(v, tuple) else "values": list(v)} for n, v in self.ranges.items()}
+        return {"points": list(self.points), "ranges": ranges}
+
 
 def load_space(path: Path) -> Space:
     """The space in a Python file: ``GRID``, a list of points or lists of values whose product they are, ``SEARCH``,
@@ -47,9 +52,9 @@ def load_space(path: Path) -> Space:
     if not grid and not ranges:
         raise ConfigError(f"--space {path} has neither GRID nor SEARCH")
     if isinstance(grid, Mapping):
-        short = next((name for name, values in grid.items() if not isinstance(values, list) or not values), None)
-        if short is not None:
-            raise ConfigError(f"--space {path}: GRID gives no list of values for {short}")
+        bare = next((name for name, values in grid.items() if not isinstance(values, list) or not values), None)
+        if bare is not None:
+            raise ConfigError(f"--space {path}: GRID gives no list of values for {bare}")
         grid = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not isinstance(grid, Sequence) or not all(isinstance(point, Mapping) and point for point in grid):
         raise ConfigError(f"--space {path}: GRID must be a list of points, or lists of values by name")
@@ -70,27 +75,40 @@ def _is_range(values: Any) -> bool:
 
 
 def fitted(space: Space, run: RunConfig, search: bool) -> Space:
-    """The space with its points as ``run`` would hold them (0 becomes 0.0 where a setting is a fraction).
+    """What of the space is wanted, its ranges or its points, each once, as ``run`` would hold them (0 becomes 0.0
+    where a setting is a fraction).
 
     Raises ConfigError unless every point, or every end of a range, is a setting that ``run`` can have.
     """
-    wanted, missing = (space.ranges, "SEARCH") if search else (space.points, "GRID")
-    if not wanted:
-        raise ConfigError(f"--space {space.name} has no {missing}; {'leave out' if search else 'give'} --search")
+    wanted = Space(space.name, () if search else space.points, space.ranges if search else {})
+    if not wanted.varied:
+        missing, hint = ("SEARCH", "leave out") if search else ("GRID", "give")
+        raise ConfigError(f"--space {space.name} has no {missing}; {hint} --search")
     decides = flatten(run.identity)
-    for name in space.varied:
+    for name in wanted.varied:
         if name not in decides or name == "seed":
             known = ", ".join(n for n in decides if n.split(".")[0] == name.split(".")[0] and n != "seed")
             hint = f"; there are {known}" if known else ""
             raise ConfigError(f"--space {space.name} varies {name}, which is no setting that decides results{hint}")
-    held = []
-    for settings in corners(space.ranges) if search else space.points:
+
+    def held(settings: Settings) -> Settings:
         try:
             found = flatten(to_dict(cli.with_settings(run, settings)))
         except ConfigError as error:
             raise ConfigError(f"--space {space.name}: {error}") from error
-        held.append({name: found[name] for name in settings})
-    return space if search else dataclasses.replace(space, points=tuple(held))
+        return {name: found[name] for name in settings}
+
+    return mapped(wanted, held)
+
+
+def mapped(space: Space, held: Callable[[Settings], Settings]) -> Space:
+    """The space with every point, and every end or value of a range, as ``held`` makes it; equal points are one."""
+    points = {digest(point): point for point in map(held, space.points)}
+    ranges: dict[str, Range] = {}
+    for name, values in space.ranges.items():
+        made = [held({name: value})[name] for value in values]
+        ranges[name] = made if isinstance(values, list) else (made[0], made[1])
+    return Space(space.name, tuple(points.values()), ranges)
 
 
 def corners(ranges: Mapping[str, Range]) -> list[Settings]:

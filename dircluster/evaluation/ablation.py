@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dircluster.config import digest, short
 from dircluster.evaluation.figures import drawing
-from dircluster.evaluation.published import published_ablation
 
 KINDS: tuple[Literal["natural", "robust"], ...] = ("natural", "robust")
+PAPER = "paper (PGD-20)"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Trial:
     bare: tuple[float, float] | None = None
     """The same two of the bare target."""
     seconds: float = 0.0
+    """From the start of its last attempt to its end."""
     checkpoint: str = ""
     error: str = ""
 
@@ -95,24 +96,26 @@ def best(points: Sequence[Point]) -> Point | None:
     return max(judged, key=lambda found: found[:2])[2] if judged else None
 
 
-def table(points: Sequence[Point], dataset: str) -> list[dict[str, str]]:
-    """A line a point, as text by column; the paper's numbers (on ``dataset``) where it prints some."""
+def table(
+    points: Sequence[Point], published: Callable[[Mapping[str, Any]], tuple[float, float] | None]
+) -> list[dict[str, str]]:
+    """A line a point, as text by column; the paper's numbers, natural and under PGD-20, where it prints some."""
     lines, winner = [], best(points)
     for point in points:
         line = {name: short(value) for name, value in point.settings.items()}
         for column, name in (("held-out", "held_out"), ("natural", "natural"), ("robust", "robust")):
             spread = point.spread(name)  # type: ignore[arg-type]
             line[column] = "" if spread is None else spread.percent()
-        printed = published_ablation(dataset, point.settings)
-        line["paper"] = "" if printed is None else f"{printed[0]:.2f} / {printed[1]:.2f}"
+        printed = published(point.settings)
+        line[PAPER] = "" if printed is None else f"{printed[0]:.2f} / {printed[1]:.2f}"
         finished = sum(trial.status == "FINISHED" for trial in point.trials)
         others = sorted({trial.status.lower() for trial in point.trials if trial.status != "FINISHED"})
         line["seeds"] = " ".join([str(finished), *(["and " + ", ".join(others)] if others else [])])
         line["seconds"] = f"{sum(trial.seconds for trial in point.trials):.0f}"
         line["best"] = "best" if point is winner else ""
         lines.append(line)
-    silent = not any(line["paper"] for line in lines)
-    return [{name: text for name, text in line.items() if name != "paper" or not silent} for line in lines]
+    silent = not any(line[PAPER] for line in lines)
+    return [{name: text for name, text in line.items() if name != PAPER or not silent} for line in lines]
 
 
 def figure(points: Sequence[Point]) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dircluster.cluster.space import fitted, load_space, told
+from dircluster.cluster.space import Space, fitted, load_space, told
 from dircluster.cluster.tune import shared_stages
 from dircluster.config import ConfigError, to_dict
 from dircluster.presets import preset
@@ -94,15 +94,24 @@ def test_spaces_that_do_not_fit_are_one_line(tmp_path: Path, text: str, search: 
 def test_stages_that_trials_share_are_trained_once(file: str, search: bool, shared: dict[str, int]) -> None:
     from dircluster.cluster.ray_tune import Plan
 
-    plan = Plan(to_dict(preset("digits")), None, (0, 1), {})
-    found = shared_stages(plan, load_space(SPACES / f"{file}.py"), search)
+    plan, space = Plan(to_dict(preset("digits")), None, (0, 1), {}), load_space(SPACES / f"{file}.py")
+    found = shared_stages(plan, fitted(space, preset("digits"), search))
     assert {until: len(tasks) for until, tasks in found} == shared
     assert all(task.until == until for until, tasks in found for task in tasks)
 
 
-def test_points_are_held_as_the_config_holds_them(tmp_path: Path) -> None:
-    space = fitted(load_space(written(tmp_path, "GRID = {'dir.alpha': [0, 2]}")), preset("digits"), search=False)
-    assert [repr(point["dir.alpha"]) for point in space.points] == ["0.0", "2.0"]
+def test_points_are_held_as_the_config_holds_them_each_once(tmp_path: Path) -> None:
+    text = "GRID = {'dir.alpha': [0, 2, 0.0]}\nSEARCH = {'dir.alpha': (0, 5), 'model.encoder_depth': [4, 8]}"
+    space = load_space(written(tmp_path, text))
+    grid, search = fitted(space, preset("digits"), search=False), fitted(space, preset("digits"), search=True)
+    assert [repr(point["dir.alpha"]) for point in grid.points] == ["0.0", "2.0"]
+    assert repr(search.ranges) == "{'dir.alpha': (0.0, 5.0), 'model.encoder_depth': [4, 8]}"
+    assert (grid.varied, search.varied) == (["dir.alpha"], ["dir.alpha", "model.encoder_depth"])
+
+
+def test_two_ends_are_another_space_than_two_values() -> None:
+    ends, values = (Space("mine", (), {"model.encoder_depth": found}) for found in ((1, 12), [1, 12]))
+    assert ends.plain != values.plain
 
 
 def test_settings_are_told_in_a_few_words() -> None:

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dircluster.evaluation.ablation import Trial, accuracies, best, by_point, figure, table
+from dircluster.config import with_values
+from dircluster.evaluation.ablation import PAPER, Trial, accuracies, best, by_point, figure, table
+from dircluster.evaluation.published import published_ablation
+from dircluster.presets import preset
 
 
 def trial(value: Any, seed: int, robust: float, held_out: float, name: str = "dir.alpha", **more: Any) -> Trial:
@@ -36,9 +39,9 @@ def test_seeds_of_a_point_give_mean_and_deviation() -> None:
     assert spread.deviation == pytest.approx(math.sqrt(0.02))
     assert spread.percent() == "60.0 ± 14.1"
     assert [t.seed for t in point.trials] == [0, 1, 2]
-    (line,) = table([point], "digits")
+    (line,) = table([point], lambda _: None)
     assert (line["dir.alpha"], line["robust"], line["seeds"]) == ("2", "60.0 ± 14.1", "2 and failed")
-    assert "paper" not in line  # it prints nothing on digits
+    assert PAPER not in line
 
 
 def test_the_best_is_chosen_on_held_out_images_not_on_test_images() -> None:
@@ -72,9 +75,25 @@ def test_robust_is_the_lowest_of_the_attacks_that_know_the_defense() -> None:
 
 
 def test_the_papers_numbers_stand_beside_ours_on_its_data() -> None:
-    depth = {"model.encoder_depth": 12, "model.decoder_depth": 4}
-    lines = table(by_point([trial(depth, 0, 0.5, 0.5), trial(0.7, 0, 0.5, 0.5, "masking.ratio")]), "cifar10")
-    assert [line["paper"] for line in lines] == ["85.37 / 54.32", "77.68 / 50.16"]
+    run = preset("cifar10")
+    lines = table(
+        by_point([trial(ratio, 0, 0.5, 0.5, "masking.ratio") for ratio in (0.3, 0.5, 0.6)]),
+        lambda settings: published_ablation(with_values(run, settings)),
+    )
+    assert [line[PAPER] for line in lines] == ["87.34 / 49.63", "85.11 / 54.27", ""]
+
+
+def test_the_papers_numbers_are_those_of_its_settings_alone() -> None:
+    run = preset("cifar10")
+    anywhere = {"seed": 3, "data.uri": "/data", "evaluation.suite": "paper"}
+    assert published_ablation(with_values(run, anywhere)) == (85.11, 54.27)
+    assert published_ablation(preset("svhn")) == (90.79, 55.3)
+    assert published_ablation(with_values(run, {"model.encoder_depth": 4})) == (84.21, 49.97)
+    assert published_ablation(with_values(run, {"model.decoder_depth": 4, "model.encoder_depth": 12})) == (85.37, 54.32)
+    assert published_ablation(with_values(run, {"model.encoder_depth": 4, "dir.alpha": 5.0})) is None
+    assert published_ablation(with_values(preset("svhn"), {"masking.ratio": 0.3})) is None
+    for name in ("cifar10_smoke", "cifar10_joint", "digits"):
+        assert published_ablation(preset(name)) is None
 
 
 @pytest.mark.parametrize(
