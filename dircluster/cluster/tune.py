@@ -293,7 +293,7 @@ class _Sweep:
         if self.tracker is not None:
             self.tracker.sweep(rows, files, command)
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
-        trials = [dataclasses.asdict(trial) for trial in self.trials.values()]
+        trials = [dataclasses.asdict(trial) for point in points for trial in point.trials]
         cli.write_summary(self.job, {"trials": trials, "table": rows, "folder": str(self.folder)})
 
 

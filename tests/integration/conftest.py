@@ -68,11 +68,11 @@ def train(root: Path, tmp_path: Path) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def start(root: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start jobs/train.py in ``tmp_path`` and return at once; what still runs at the end is ended."""
+    """Start jobs/train.py, or another script, in ``tmp_path``, and return; what still runs at the end is ended."""
     begun: list[subprocess.Popen[str]] = []
 
-    def run(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(root / "jobs" / "train.py"), *words]
+    def run(*words: str, script: str = "train") -> subprocess.Popen[str]:
+        command = [sys.executable, str(root / "jobs" / f"{script}.py"), *words]
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster import tune
 
 Train = Callable[..., Any]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize("alphas", [[2.0], pytest.param([0.0, 2.0], marks=pytest.mark.slow)])
@@ -59,6 +64,56 @@ def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -
         assert run.info.status == "FINISHED"
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"best.txt", "best.yaml", "figure.png", "results_table.json"} <= artifacts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_of_several_seeds_is_stopped_and_goes_on(train: Train, start: Start, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("SEARCH = {'masking.ratio': (0.636, 0.696)}\n")  # 0.66 leaves patches unseen
+    words = ("digits_smoke", "--space", "mine.py", "--search", "--points", "3", "--seeds", "2", "--dir.epochs", "1")
+    process = start(*words, "--max-concurrent", "1", script="tune")
+    for line in process.stdout:
+        if "2 of 6 trials" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, out
+    assert out.endswith("stopped; what is finished is kept, and the same command goes on\n")
+    first = results(tmp_path)
+    assert len(first) >= 2
+
+    done = train(*words, "--max-concurrent", "1", script="tune")
+    assert done.code == 1, done.out + done.err  # for the point that cannot be
+    assert first.items() <= results(tmp_path).items()
+    assert sorted(trial["status"] for trial in done.summary["trials"]) == ["FAILED"] * 2 + ["FINISHED"] * 4
+    assert re.search(r"failed: ratio 0\.6\d*, seed 1: masking.count 3 at ratio 0\.6\d* leaves patches unseen", done.out)
+    assert "6 of 6 trials" in done.out
+
+    again = train(*words, script="tune")
+    assert again.code == 1
+    assert again.out.count("of 6 trials") == 1
+    assert "training what trials share" not in again.out
+
+
+@pytest.mark.slow
+def test_asha_stops_what_is_behind(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("SEARCH = {'dir.optimizer.lr': [1e-3, 2e-3, 10.0]}\n")
+    words = ("digits", "--space", "mine.py", "--search", "--points", "2", "--asha", "--max-concurrent", "1")
+    words += ("--target.epochs", "20", "--pretrain.epochs", "4", "--dir.epochs", "8", "--training.select-every", "1")
+    words += ("--attack.epsilon", "0.02", "--evaluation.images", "64")
+    done = train(*words, script="tune")
+    assert done.code == 0, done.out + done.err
+    found = {trial["settings"]["dir.optimizer.lr"]: trial for trial in done.summary["trials"]}
+    assert {lr: trial["status"] for lr, trial in found.items()} == {2e-3: "FINISHED", 10.0: "STOPPED"}
+    assert found[10.0]["held_out"] < found[2e-3]["held_out"]
+    again = train(*words, script="tune")
+    assert again.code == 0
+    assert again.summary["trials"] == done.summary["trials"]
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What finished trainings found, by file."""
+    return {place.name: place.read_text() for place in (folder / "runs" / "trials").glob("*.json")}
 
 
 @pytest.mark.parametrize(
