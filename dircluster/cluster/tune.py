@@ -67,7 +67,8 @@ class _Sweep:
         """Points that the search chose again."""
         self.trials: dict[str, Trial] = {}
         """What is over, by settings and seed."""
-        self.began, self.trained = time.monotonic(), 0
+        self.began = self.training = time.monotonic()
+        self.trained = 0
         self.plan: Plan
         self.tracker: MlflowTracker | None = None
 
@@ -81,7 +82,7 @@ class _Sweep:
         from dircluster.cluster.ray_train import join_cluster
 
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # a trial has many small actors, as meant
-        signal, status = 0, "FAILED"
+        signal, status, whole = 0, "FAILED", False
         try:
             join_cluster(self.config, self.terminal)
             self.plan = self._plan()
@@ -92,13 +93,14 @@ class _Sweep:
             status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
             if not signal:
                 self._tell()
+                whole = True
         except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
         finally:
             ray.shutdown()
             if self.tracker is not None:
-                self.tracker.close(hurry=bool(signal))
+                self.tracker.close(hurry=not whole)
                 finish_job(self.tracker.job, status)
         if signal:
             self.terminal.say("stopped; what is finished is kept, and the same command goes on")
