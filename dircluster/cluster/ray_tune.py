@@ -27,7 +27,7 @@ from dircluster.cluster.mailbox import POLL, Mailbox
 from dircluster.cluster.mlflow_tracker import Child, JobRecord, finish_job, open_job
 from dircluster.cluster.ray_train import GRACE, Job, forget
 from dircluster.cluster.space import Range, Settings, told
-from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, with_values
+from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, to_dict, with_values
 from dircluster.evaluation.ablation import Trial, accuracies
 from dircluster.training.stages import FORMAT, stage_settings
 
@@ -90,10 +90,19 @@ class Failed(Exception):
     """A trial that did not come to its end; Tune starts it again, as often as it may."""
 
 
+def key_of(run: RunConfig, until: str = "") -> str:
+    """What decides how a run ends, or, with ``until``, what its stages up to that one end in."""
+    decides: dict[str, Any] = {"until": until, "format": FORMAT}
+    if until:
+        decides |= {"data": to_dict(run.data), "given": run.target.uri, "target": stage_settings(run, "target")}
+    if until == "pretrain" and run.pretrain.epochs:
+        decides["pretrain"] = stage_settings(run, "pretrain")
+    return digest(decides if until else {**run.identity, **decides})
+
+
 def place_of(run: RunConfig, until: str = "") -> Path:
     """Where the result of a run is kept."""
-    key = digest({**run.identity, "until": until, "format": FORMAT})
-    return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key[:24]}.json"
+    return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key_of(run, until)[:24]}.json"
 
 
 def result_of(run: RunConfig, until: str = "") -> Trial | None:

@@ -319,20 +319,16 @@ def _read(place: Path) -> dict[str, Any] | None:
 
 def shared_stages(plan: Plan, space: Space) -> list[tuple[str, list[Task]]]:
     """What to train before the trials, so that no two train the same: stages by name, and a run for each."""
-    from dircluster.cluster.ray_tune import Task
-    from dircluster.training.stages import stage_settings
+    from dircluster.cluster.ray_tune import Task, key_of
 
     points = corners(space.ranges) or space.points
     enough = max(2, len(points) if space.ranges else 2)  # a search shares what none of its ranges changes
     targets: dict[str, dict[str, list[Task]]] = {}
     for task in (Task(point, seed) for point in points for seed in plan.seeds):
         run = plan.run_of(task)
-        if run.dir.joint:
-            continue
-        pretrain = stage_settings(run, "pretrain") if run.pretrain.epochs else {}
-        given = [to_dict(run.data), run.target.uri]
-        of_target = targets.setdefault(digest([stage_settings(run, "target"), given]), {})
-        of_target.setdefault(digest(pretrain), []).append(task)
+        if not run.dir.joint:
+            of_target = targets.setdefault(key_of(run, "target"), {})
+            of_target.setdefault(key_of(run, "pretrain"), []).append(task)
     first = [
         next(iter(groups.values()))[0]
         for groups in targets.values()
