@@ -68,25 +68,19 @@ def join_cluster(config: RunConfig, terminal: Terminal) -> None:
 
 
 def _start_ray(config: RunConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ray.exceptions.RayError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at RAY_ADDRESS {address}: {str(error).splitlines()[0]}"
-            ) from error
-    else:
-        cores = os.cpu_count() or 1
-        ray.init(
-            address="local",
-            num_cpus=cores if config.scaling.device == "gpu" else max(cores, config.scaling.most),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=100_000_000,
-        )
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine. Raises ConfigError."""
+    address, cores = os.environ.get("RAY_ADDRESS"), os.cpu_count() or 1
+    own: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": cores if config.scaling.device == "gpu" else max(cores, config.scaling.most),
+        "include_dashboard": False,
+        "object_store_memory": 100_000_000,
+    }
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if address else own))
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        what = f"no Ray cluster answers at RAY_ADDRESS {address}" if address else "Ray cannot start on this machine"
+        raise ConfigError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def forget(config: RunConfig, owner: str) -> None:

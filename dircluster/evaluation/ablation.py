@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,9 +109,9 @@ def table(
             line[column] = "" if spread is None else spread.percent()
         printed = published(point.settings)
         line[PAPER] = "" if printed is None else f"{printed[0]:.2f} / {printed[1]:.2f}"
-        finished = sum(trial.status == "FINISHED" for trial in point.trials)
-        others = sorted({trial.status.lower() for trial in point.trials if trial.status != "FINISHED"})
-        line["seeds"] = " ".join([str(finished), *(["and " + ", ".join(others)] if others else [])])
+        count = Counter(trial.status for trial in point.trials)
+        others = [f"{count[status]} {status.lower()}" for status in ("STOPPED", "FAILED") if count[status]]
+        line["seeds"] = ", ".join([str(count["FINISHED"]), *others])
         line["seconds"] = f"{sum(trial.seconds for trial in point.trials):.0f}"
         line["best"] = "best" if point is winner else ""
         lines.append(line)

@@ -84,6 +84,7 @@ def test_a_search_of_several_seeds_is_stopped_and_goes_on(train: Train, start: S
 
     done = train(*words, "--max-concurrent", "1", script="tune")
     assert done.code == 1, done.out + done.err  # for the point that cannot be
+    assert done.err == ""
     assert first.items() <= results(tmp_path).items()
     assert sorted(trial["status"] for trial in done.summary["trials"]) == ["FAILED"] * 2 + ["FINISHED"] * 4
     assert re.search(r"failed: ratio 0\.6\d*, seed 1: masking.count 3 at ratio 0\.6\d* leaves patches unseen", done.out)

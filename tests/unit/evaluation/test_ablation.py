@@ -40,7 +40,7 @@ def test_seeds_of_a_point_give_mean_and_deviation() -> None:
     assert spread.percent() == "60.0 ± 14.1"
     assert [t.seed for t in point.trials] == [0, 1, 2]
     (line,) = table([point], lambda _: None)
-    assert (line["dir.alpha"], line["robust"], line["seeds"]) == ("2", "60.0 ± 14.1", "2 and failed")
+    assert (line["dir.alpha"], line["robust"], line["seeds"]) == ("2", "60.0 ± 14.1", "2, 1 failed")
     assert PAPER not in line
 
 
