@@ -25,7 +25,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,15 @@ class Cluster:
             facts: dict[str, Any] = json.loads(file.read_text())
             return facts
         third = random.randrange(11, 250)
-        taken = _free_ports(5, offsets=(0, 10_000)) + _free_ports(5)
+        s3 = _free_ports(5, offsets=(0, 10_000))
+        mlflow, head, dashboard, client = _free_ports(4, but=_with_offsets(s3))
         facts = {
             "mark": secrets.token_hex(8),
-            "s3": taken[:5],
-            "mlflow": taken[5],
-            "ray": taken[6],
-            "dashboard": taken[7],
-            "client": taken[8],
+            "s3": s3,
+            "mlflow": mlflow,
+            "ray": head,
+            "dashboard": dashboard,
+            "client": client,
             "address": f"127.0.{third}.",
             "key": secrets.token_hex(10),
             "secret": secrets.token_hex(20),
@@ -183,7 +184,9 @@ class Cluster:
     def _ray(self, part: str) -> subprocess.Popen[bytes]:
         head, facts = part == "head", self.facts
         number = 0 if head else int(part.removeprefix("node"))
-        agent, metrics, temporary = *_free_ports(2), Path(facts["temporary"]) / part
+        promised = [*_with_offsets(facts["s3"]), *(facts[name] for name in ("mlflow", "ray", "dashboard", "client"))]
+        agent, metrics = _free_ports(2, but=promised)
+        temporary = Path(facts["temporary"]) / part
         temporary.mkdir(parents=True, exist_ok=True)
         command = [str(Path(sys.executable).parent / "ray"), "start"]
         if head:
@@ -316,14 +319,21 @@ def _status(url: str) -> int:
         return 0
 
 
-def _free_ports(count: int, offsets: tuple[int, ...] = (0,)) -> list[int]:
-    """Ports in 20000 to 32000 (below those that systems and Ray hand out) that are free at every offset."""
+def _free_ports(count: int, offsets: tuple[int, ...] = (0,), but: Collection[int] = ()) -> list[int]:
+    """Ports in 20000 to 32000 (below those that systems and Ray hand out) that are free at every offset, and none of
+    ``but``, which are promised to somebody.
+    """
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(20_000, 32_000)
-        if port not in found and all(_is_free(port + offset) for offset in offsets):
+        if port not in (*found, *but) and all(_is_free(port + offset) for offset in offsets):
             found.append(port)
     return found
+
+
+def _with_offsets(ports: Iterable[int]) -> list[int]:
+    """What SeaweedFS takes: each port, and one for its own calls 10,000 above it."""
+    return [taken for port in ports for taken in (port, port + 10_000)]
 
 
 def _is_free(port: int) -> bool:
