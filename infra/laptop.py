@@ -122,11 +122,8 @@ class Cluster:
         waits = [start(wait=False) for part, start in starts.items() if not self._runs(part)]
         if ray:
             self.start_head()
-            begun = [
-                self._ray(f"node{number}") for number in range(1, self.nodes + 1) if not self._runs(f"node{number}")
-            ]
-            for process in begun:
-                self._started(process)
+            nodes = [f"node{number}" for number in range(1, self.nodes + 1)]
+            self._start_ray(*(node for node in nodes if not self._runs(node)))
         for wait in waits:
             wait()
         text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.environment().items())
@@ -174,12 +171,12 @@ class Cluster:
     def start_head(self) -> None:
         """The Ray head: control, dashboard and job drivers, no training."""
         if not self._runs("head"):
-            self._started(self._ray("head"))
+            self._start_ray("head")
         self._answers("head", f"{self.dashboard_url}/api/version", 401)
 
     def start_node(self, number: int) -> None:
         """Worker node ``number``, from 1."""
-        self._started(self._ray(f"node{number}"))
+        self._start_ray(f"node{number}")
 
     def _ray(self, part: str) -> subprocess.Popen[bytes]:
         head, facts = part == "head", self.facts
@@ -205,6 +202,7 @@ class Cluster:
             part,
             command,
             RAY_JOB_STOP_WAIT_TIME_S=JOB_STOP_SECONDS,
+            RAY_worker_maximum_startup_concurrency="16",  # a head without CPUs warns of the second actor of a sweep
             RAY_TRAIN_ENABLE_PRINT_PATCH="0",
             RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
             **self.environment(),
@@ -226,9 +224,13 @@ class Cluster:
                 start_new_session=True,
             )
 
-    def _started(self, process: subprocess.Popen[bytes]) -> None:
-        if process.wait(180):
-            raise SystemExit(f"error: a Ray node did not start; see the logs in {self.folder}")
+    def _start_ray(self, *parts: str) -> None:
+        """Start these together; one that a busy machine kept from answering in Ray's 30 s is started once more."""
+        for part, process in [(part, self._ray(part)) for part in parts]:
+            if process.wait(180):
+                self.end(part)
+                if self._ray(part).wait(180):
+                    raise SystemExit(f"error: Ray's {part} did not start; see {self.folder / part}.log")
 
     def _answers(
         self, part: str, url: str, code: int, process: subprocess.Popen[bytes] | None = None, wait: bool = True
