@@ -29,7 +29,7 @@ from dircluster.config import ConfigError, RunConfig, digest, flatten, local_pat
 from dircluster.evaluation.ablation import Trial
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
-ERROR_TAG, BEST_TAG = "dircluster.error", "dircluster.best"
+ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
 MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
@@ -67,6 +67,8 @@ class Child:
     name: str
     params: Mapping[str, Any]
     """What varies: its only parameters, so that views over them work at once."""
+    shared: bool = False
+    """Stands beside the sweep, not below it: MLflow's views show only the metrics that all compared runs have."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def open_job(
     """
     uri = default_uri(config)
     job = _job(config, sweep, child)
-    tags = {**tags, JOB_TAG: job, **({} if child is None else {MLFLOW_PARENT_RUN_ID: child.sweep})}
+    tags = {**tags, JOB_TAG: job}
+    if child is not None:
+        tags[SWEEP_TAG if child.shared else MLFLOW_PARENT_RUN_ID] = child.sweep
     params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
     if sweep is not None:
         params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}

@@ -82,8 +82,9 @@ class Plan:
             return Child(self.record["run_id"], told(varied), varied)
         decides = flatten(stage_settings(self.run_of(task), task.until))
         decided = {name: value for name, value in task.settings.items() if name in decides}
-        words = ["shared", f"until {task.until}", *([told(decided)] if decided else []), f"seed {task.seed}"]
-        return Child(self.record["run_id"], ", ".join(words), {})
+        name = f"{self.config['name']} shared until {task.until}"
+        words = [name, *([told(decided)] if decided else []), f"seed {task.seed}"]
+        return Child(self.record["run_id"], ", ".join(words), {}, shared=True)
 
 
 class Failed(Exception):

@@ -166,6 +166,7 @@ def _curves(axis: Any, points: Sequence[Point], name: str) -> None:
         axis.errorbar(x, heights, deviations, marker="o", markersize=4, capsize=3, color=colour, label=kind)
     _target_lines(axis, points)
     axis.set(xlabel=name, ylabel="accuracy, %")
+    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))  # deviations among seeds of which some failed reach below
     axis.grid(alpha=0.3)
     axis.legend()
 

@@ -48,15 +48,16 @@ def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
     found = client.search_runs([experiment.experiment_id])
-    (parent,) = (run for run in found if "mlflow.parentRunId" not in run.data.tags)
-    below = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    shared = [run for run in below if run.info.run_name == "shared, until pretrain, seed 0"]
-    assert len(shared) == several
+    top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    (parent,) = (run for run in top if run.info.run_name == "digits_smoke-mine")
+    shared = [run for run in top if run is not parent]
+    assert [run.info.run_name for run in shared] == ["digits_smoke shared until pretrain, seed 0"] * several
+    assert {run.data.tags["dircluster.sweep"] for run in shared} <= {parent.info.run_id}
     for run in shared:
         curves = [each for each in found if each.data.tags.get("mlflow.parentRunId") == run.info.run_id]
         assert sorted(each.info.run_name for each in curves) == ["pretrain", "target"]
         assert not run.data.params
-    trials = [run for run in below if run not in shared]
+    trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert sorted(run.data.params["dir.alpha"] for run in trials) == [str(alpha) for alpha in alphas]
     for run in trials:
         assert set(run.data.params) == {"dir.alpha"}
