@@ -78,19 +78,39 @@ def test_a_raising_trial_a_killed_one_and_a_killed_driver(
     must_have_one_record_a_trial(sweep)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_costs_no_trial(job: Make, unbroken: Make, cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [0.0, 2.0]}\n")
+    often = ("--dir.epochs", "60", "--storage.checkpoint-every", "10")
+    sweep = job("--space", str(tmp_path / "mine.py"), *often, "--scaling.workers", "2", script="tune").start()
+    assert sweep.wait_for(0, 300)
+    sweep.wait_for_workers(4)  # two trials at work
+    cluster.end("node2")
+    try:
+        assert sweep.end(600) == 0, sweep.said[-3000:]
+    finally:
+        cluster.start_node(2)
+    assert "2 trials, 2 at a time" in sweep.said
+    assert "failed" not in sweep.said
+    summary = json.loads(sweep.summary.read_text())
+    assert [found["status"] for found in summary["trials"]] == ["FINISHED", "FINISHED"]
+    (paper,) = (found for found in summary["trials"] if found["settings"] == {"dir.alpha": 2.0})
+    assert weights_in(open_path(paper["checkpoint"], StorageConfig())) == unbroken(*often)
+
+
 def must_have_one_record_a_trial(sweep: Job) -> None:
     """One parent with table and figure; a child a trial, with what varies as its only parameters."""
     client = MlflowClient(sweep.cluster.mlflow_url)
     experiment = client.get_experiment_by_name(sweep.name)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    (parent,) = (run for run in runs if run.info.run_name == "digits_smoke-mine")
     assert parent.info.status == "FAILED"
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"figure.png", "results_table.json"}
     assert parent.data.tags["dircluster.best"].startswith("python jobs/train.py digits_smoke ")
-    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    trials = [run for run in below if not run.info.run_name.startswith("shared")]
-    assert len(below) == len(trials) + 1
+    assert len([run for run in runs if run.data.tags.get("dircluster.sweep") == parent.info.run_id]) == 1
+    trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert [set(run.data.params) for run in trials] == [{"dir.alpha", "dir.optimizer.lr"}] * 3
     assert sorted(run.info.status for run in trials) == ["FAILED", "FINISHED", "FINISHED"]
     for run in trials:
