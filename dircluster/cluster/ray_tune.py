@@ -6,7 +6,6 @@ to say. What a trial found is kept in storage, where the next sweep finds it: Tu
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -15,7 +14,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,9 +25,10 @@ from dircluster.cluster.mailbox import POLL, Mailbox
 from dircluster.cluster.mlflow_tracker import Child, JobRecord, finish_job, open_job
 from dircluster.cluster.ray_train import GRACE, Job, forget
 from dircluster.cluster.space import Range, Settings, told
-from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, to_dict, with_values
+from dircluster.cluster.sweep_store import result_of, store
+from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, with_values
 from dircluster.evaluation.ablation import Trial, accuracies
-from dircluster.training.stages import FORMAT, stage_settings
+from dircluster.training.stages import stage_settings
 
 if TYPE_CHECKING:
     from dircluster.cluster.console import Terminal
@@ -89,36 +88,6 @@ class Plan:
 
 class Failed(Exception):
     """A trial that did not come to its end; Tune starts it again, as often as it may."""
-
-
-def key_of(run: RunConfig, until: str = "") -> str:
-    """What decides how a run ends, or, with ``until``, what its stages up to that one end in."""
-    decides: dict[str, Any] = {"until": until, "format": FORMAT}
-    if until:
-        decides |= {"data": to_dict(run.data), "given": run.target.uri, "target": stage_settings(run, "target")}
-    if until == "pretrain" and run.pretrain.epochs:
-        decides["pretrain"] = stage_settings(run, "pretrain")
-    return digest(decides if until else {**run.identity, **decides})
-
-
-def place_of(run: RunConfig, until: str = "") -> Path:
-    """Where the result of a run is kept."""
-    return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key_of(run, until)[:24]}.json"
-
-
-def result_of(run: RunConfig, until: str = "") -> Trial | None:
-    """The result of a run that has finished, or None."""
-    try:
-        return Trial(**json.loads(place_of(run, until).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-
-
-def store(run: RunConfig, trial: Trial, until: str = "") -> None:
-    """Store the result of a run."""
-    place = place_of(run, until)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(asdict(trial)))
 
 
 class _Post:

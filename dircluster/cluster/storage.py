@@ -8,13 +8,14 @@ libraries are imported where they are used: a run in folders works without them.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from dircluster.config import ConfigError, RunConfig, StorageConfig, local_path, refuse_secret
+from dircluster.config import ConfigError, RunConfig, StorageConfig, digest, local_path, refuse_secret
 
 PATIENT, QUICK = 15, 1
 """Tries of a request: about two minutes with s3fs's pauses, or one."""
@@ -70,6 +71,30 @@ def open_path(uri: str, storage: StorageConfig) -> Path:
 
     filesystem(storage)
     return cast(Path, UPath(uri, **_options(storage)))
+
+
+@functools.cache
+def version(uri: str, storage: StorageConfig) -> str:
+    """What tells the files that ``uri`` names from others of those names: a digest of their sizes and times, or ETags,
+    as this process first saw them; empty where it sees none. Raises ConfigError where object storage does not answer.
+    """
+    from botocore.exceptions import BotoCoreError, NoCredentialsError
+
+    if uri.startswith("timm:"):
+        return ""
+    if is_remote(uri):
+        try:
+            found = filesystem(storage).find(uri, detail=True)
+        except (FileNotFoundError, PermissionError, NoCredentialsError):
+            return ""
+        except (OSError, BotoCoreError) as error:
+            raise ConfigError(f"{uri}: {endpoint(storage) or 'AWS'} does not answer ({_line(error)})") from error
+        facts = [(name, file["size"], file["ETag"]) for name, file in found.items()]
+    else:
+        place = local_path(uri)
+        files = {str(file): file.stat() for file in (place, *sorted(place.rglob("*"))) if file.is_file()}
+        facts = [(name, file.st_size, file.st_mtime_ns) for name, file in files.items()]
+    return digest(facts) if facts else ""
 
 
 def check(config: RunConfig) -> None:

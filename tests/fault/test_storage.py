@@ -284,6 +284,18 @@ def test_shards_stream_from_object_storage(bucket: Path, tmp_path: Path) -> None
         assert torch.equal(remote, here)
 
 
+def test_files_of_a_bucket_are_told_from_others_of_their_names(bucket: Path) -> None:
+    found = []
+    for content in (b"one", b"two", b"one"):
+        (bucket / "data" / "train.parquet").write_bytes(content)
+        storage.version.cache_clear()
+        found.append(storage.version(str(bucket / "data"), StorageConfig()))
+    assert found[0] == found[2] != found[1]
+    assert storage.version(str(bucket / "data" / "train.parquet"), StorageConfig()) == found[2]
+    for nothing in (str(bucket / "nothing"), "s3://no-such-bucket/data"):
+        assert storage.version(nothing, StorageConfig()) == ""
+
+
 def test_a_configs_storage_is_pickled_without_secrets(s3: Cluster, bucket: Path) -> None:
     import pickle
 

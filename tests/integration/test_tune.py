@@ -6,14 +6,19 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from safetensors.torch import save_file
 
 from dircluster.cluster import tune
+from dircluster.config import with_values
+from dircluster.presets import preset
+from dircluster.training.stages import build_classifier
 
 Train = Callable[..., Any]
 Start = Callable[..., subprocess.Popen[str]]
@@ -111,6 +116,93 @@ def test_asha_stops_what_is_behind(train: Train, tmp_path: Path) -> None:
     again = train(*words, script="tune")
     assert again.code == 0
     assert again.summary["trials"] == done.summary["trials"]
+
+
+@pytest.mark.slow
+def test_given_targets_are_varied_and_noticed_when_they_were_replaced(train: Train, tmp_path: Path) -> None:
+    def give(name: str, seed: int) -> None:
+        classifier = build_classifier(with_values(preset("digits_smoke"), {"seed": seed}))
+        save_file(classifier.state_dict(), tmp_path / name)
+
+    give("one.safetensors", 1)
+    give("two.safetensors", 2)
+    (tmp_path / "mine.py").write_text("GRID = {'target.uri': ['one.safetensors', 'two.safetensors']}\n")
+    words = ("digits_smoke", "--space", "mine.py", "--dir.epochs", "1")
+    done = train(*words, script="tune")
+    assert done.code == 0, done.out + done.err
+    assert "training what trials share" not in done.out
+    one, two = done.summary["trials"]
+    assert [Path(found["settings"]["target.uri"]).name for found in (one, two)] == [
+        "one.safetensors",
+        "two.safetensors",
+    ]
+    assert one["checkpoint"] != two["checkpoint"]
+
+    give("one.safetensors", 3)
+    again = train(*words, script="tune")
+    assert again.code == 0, again.err
+    replaced, same = again.summary["trials"]
+    assert replaced["checkpoint"] not in (one["checkpoint"], two["checkpoint"])
+    assert same == two
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
+    found = client.search_runs([experiment.experiment_id])
+    sweeps = {run.info.run_id for run in found if run.info.run_name == "digits_smoke-mine"}
+    assert len(sweeps) == 2
+    trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") in sweeps]
+    shown = sorted(run.data.metrics["robust"] for run in trials)
+    assert shown == sorted(trial["robust"] for trial in (one, two, replaced, same))
+
+
+@pytest.mark.slow
+def test_trials_do_not_begin_when_what_they_share_has_failed(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [0.0, 1.0, 2.0]}\n")
+    words = ("digits_smoke", "--space", "mine.py", "--seeds", "2", "--retries", "0")
+    done = train(*words, "--target.optimizer.lr", "1e30", script="tune")
+    assert done.code == 1, done.out + done.err
+    assert len(re.findall("failed, though shared: alpha 0, seed [01]: .* is not finite", done.out)) == 2
+    assert done.out.count("failed:") == 0
+    assert "6 of 6 trials" in done.out
+    assert [trial["status"] for trial in done.summary["trials"]] == ["FAILED"] * 6
+    assert all("is not finite" in trial["error"] for trial in done.summary["trials"])
+    assert not list((tmp_path / "runs").glob("dir-*"))
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
+    found = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in found} == {"FAILED"}
+    assert len([run for run in found if "dir.alpha" in run.data.params]) == 6
+
+
+@pytest.mark.slow
+def test_a_trial_waits_for_a_server_that_is_away(start: Start, mlflow_server: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [0.0, 2.0]}\n")
+    words = ("digits_smoke", "--space", "mine.py", "--dir.epochs", "2", "--max-concurrent", "1")
+    process = start(*words, "--tracking.uri", mlflow_server.uri, script="tune")
+    while len(results(tmp_path)) < 2:  # what both share, and the first trial
+        assert process.poll() is None
+        time.sleep(0.1)
+    mlflow_server.stop()  # before the second trial has opened its run
+    time.sleep(30)
+    assert process.poll() is None
+    assert len(results(tmp_path)) == 2
+    mlflow_server.start()
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "2 of 2 trials" in out
+    client = MlflowClient(mlflow_server.uri)
+    experiment = client.get_experiment_by_name("dircluster")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in found} == {"FINISHED"}
+    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-mine")
+    trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.params["dir.alpha"] for run in trials) == ["0.0", "2.0"]
+    for run in trials:
+        assert len(client.get_metric_history(run.info.run_id, "robust")) == 1
+        (curve,) = (each for each in found if each.data.tags.get("mlflow.parentRunId") == run.info.run_id)
+        steps = [metric.step for metric in client.get_metric_history(curve.info.run_id, "loss/total")]
+        assert steps == list(range(1, len(steps) + 1))
+        assert steps
 
 
 def results(folder: Path) -> dict[str, str]:

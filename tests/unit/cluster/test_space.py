@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from dircluster.cluster.space import Space, fitted, load_space, told
-from dircluster.cluster.tune import shared_stages
 from dircluster.config import ConfigError, to_dict
 from dircluster.presets import preset
 
@@ -93,6 +92,7 @@ def test_spaces_that_do_not_fit_are_one_line(tmp_path: Path, text: str, search: 
 )
 def test_stages_that_trials_share_are_trained_once(file: str, search: bool, shared: dict[str, int]) -> None:
     from dircluster.cluster.ray_tune import Plan
+    from dircluster.cluster.sweep import shared_stages
 
     plan, space = Plan(to_dict(preset("digits")), None, (0, 1), {}), load_space(SPACES / f"{file}.py")
     found = shared_stages(plan, fitted(space, preset("digits"), search))
