@@ -195,7 +195,8 @@ def _grid(axis: Any, points: Sequence[Point], names: Sequence[str], kind: Litera
         spread = point.spread(kind)
         assert spread is not None
         axis.text(column, row, spread.percent(), ha="center", va="center", fontsize=9)
-    axis.imshow(cells, cmap="Blues", aspect="auto", alpha=0.6)
+    low, high = min(heights) - 5, max(heights) + 5  # or tenths of a point would look like much, the lowest like none
+    axis.imshow(cells, cmap="Blues", aspect="auto", alpha=0.6, vmin=low, vmax=high)
     axis.set_xticks(range(len(columns)), [str(value) for value in columns])
     axis.set_yticks(range(len(rows)), [str(value) for value in rows])
     axis.set(xlabel=names[1], ylabel=names[0], title=f"{kind}, %")
