@@ -519,6 +519,8 @@ class RunConfig:
             _require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
             if isinstance(value, str):
                 refuse_secret(name, value)
+                bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
+                _require(bucket, f"{name} must name a bucket, s3://BUCKET/PREFIX, got {value!r}")
         if self.dir.joint:
             _require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
             _require(

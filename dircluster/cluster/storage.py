@@ -78,22 +78,26 @@ def version(uri: str, storage: StorageConfig) -> str:
     """What tells the files that ``uri`` names from others of those names: a digest of their sizes and times, or ETags,
     as this process first saw them; empty where it sees none. Raises ConfigError where object storage does not answer.
     """
-    from botocore.exceptions import BotoCoreError, NoCredentialsError
+    from botocore.exceptions import NoCredentialsError
 
     if uri.startswith("timm:"):
         return ""
     if is_remote(uri):
+        files = filesystem(storage)
+        files.retries = QUICK
         try:
-            found = filesystem(storage).find(uri, detail=True)
+            found = files.find(uri, detail=True)
         except (FileNotFoundError, PermissionError, NoCredentialsError):
             return ""
-        except (OSError, BotoCoreError) as error:
+        except Exception as error:  # whatever a network that is not there says
             raise ConfigError(f"{uri}: {endpoint(storage) or 'AWS'} does not answer ({_line(error)})") from error
+        finally:
+            files.retries = PATIENT
         facts = [(name, file["size"], file["ETag"]) for name, file in found.items()]
     else:
         place = local_path(uri)
-        files = {str(file): file.stat() for file in (place, *sorted(place.rglob("*"))) if file.is_file()}
-        facts = [(name, file.st_size, file.st_mtime_ns) for name, file in files.items()]
+        here = [file for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
+        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in here]
     return digest(facts) if facts else ""
 
 

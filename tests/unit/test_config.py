@@ -58,6 +58,12 @@ def test_workers_are_a_number_or_a_range(workers: int | str, least: int, most: i
     assert (scaling.least, scaling.most) == (least, most)
 
 
+@pytest.mark.parametrize("change", [{"data.uri": "s3://"}, {"target.uri": "s3:///target.safetensors"}])
+def test_object_storage_without_a_bucket_is_refused(change: dict[str, str]) -> None:
+    with pytest.raises(c.ConfigError, match=r"uri must name a bucket, s3://BUCKET/PREFIX, got 's3:"):
+        c.with_values(preset("digits"), change)
+
+
 @pytest.mark.parametrize("workers", [0, "4:1", "two", "1:", ":2", "-1", "1.5"])
 def test_other_workers_are_refused(workers: int | str) -> None:
     with pytest.raises(c.ConfigError, match=r"scaling.workers must be a number from 1, or LEAST:MOST"):
