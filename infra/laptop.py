@@ -11,6 +11,7 @@ address of its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -149,7 +150,30 @@ class Cluster:
             GOMEMLIMIT="400MiB",
             WEED_FILER_OPTIONS_S3_EMPTY_FOLDER_CLEANUP_DELAY="1s",
         )
-        return self._answers("s3", self.s3_url, 403, process, wait)
+        answers = self._answers("s3", self.s3_url, 403, process, wait)
+
+        def until() -> None:
+            answers()
+            self._wait_for_bucket()
+
+        if wait:
+            until()
+        return until
+
+    def _wait_for_bucket(self) -> None:
+        """The gateway answers a moment before its bucket is there."""
+        import boto3
+        from botocore.exceptions import ClientError
+
+        keys = {"aws_access_key_id": self.facts["key"], "aws_secret_access_key": self.facts["secret"]}
+        client = boto3.client("s3", endpoint_url=self.s3_url, region_name="us-east-1", **keys)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ClientError):
+                client.head_bucket(Bucket=BUCKET)
+                return
+            time.sleep(0.1)
+        raise SystemExit(f"error: s3 has no bucket {BUCKET}; see {self.folder / 's3'}.log")
 
     def start_mlflow(self, wait: bool = True) -> Callable[[], None]:
         """An MLflow server with passwords, its runs in SQLite and its artifacts in the bucket."""
