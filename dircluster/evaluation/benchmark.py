@@ -16,6 +16,7 @@ from dircluster.evaluation.judgement import Judgement, Memory, Result, Shelf, Un
 from dircluster.evaluation.subject import Subject, check_images
 from dircluster.evaluation.suites import Case, known_suite
 from dircluster.evaluation.suites import suite as cases_of
+from dircluster.models.defended import device_of
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def evaluate(
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
     attack = AttackConfig(epsilon=epsilon, step_size=step_size)
     check_images(images, labels)
-    device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+    device = device_of(module)
     images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
     modes = [(part, part.training) for part in module.modules()]
     surrogate = None if surrogate is None else surrogate.to(device)

@@ -17,7 +17,7 @@ from dircluster.evaluation.benchmark import Report
 from dircluster.evaluation.published import published
 from dircluster.evaluation.subject import Subject
 from dircluster.evaluation.suites import how
-from dircluster.models.defended import DefendedClassifier
+from dircluster.models.defended import DefendedClassifier, device_of
 
 SHOWN, EMBEDDED, DISCARDED = 8, 200, 256
 """Images in the pictures, in the embedding (natural and adversarial each), and behind Figure 2."""
@@ -121,7 +121,7 @@ def _figures(
     drawn: list[tuple[str, str, str]] = []
     measured: dict[str, Any] = {}
     steps, attack, seed = config.evaluation.steps or 20, config.attack, config.seed
-    device = next((p.device for p in subject.module.parameters()), torch.device("cpu"))
+    device = device_of(subject.module)
     images, labels = test.pixels(slice(DISCARDED)).to(device), test.labels[:DISCARDED].to(device)
     if found.curves:
         drawn.append(

@@ -15,7 +15,7 @@ from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
 from dircluster.models import masking
-from dircluster.models.defended import DefendedClassifier
+from dircluster.models.defended import DefendedClassifier, device_of
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
 """Images (N, C, H, W), masks (K, N, n) where the defense has them -> what is asked of it."""
@@ -127,7 +127,7 @@ class Subject:
     def masks(self, form: str, seed: int, images: int) -> Callable[[], Tensor]:
         """A DIR defense's masks (K, N, n) as the attacker of Eq. 8 meets them: the same or new ones at each call."""
         generator, known = self._masks(form, seed, images)
-        device = next(self._defense.parameters()).device
+        device = device_of(self._defense)
         return lambda: (known if known is not None else self._draw(generator, images)).to(device)
 
     def logits_under(self, images: Tensor, kept: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.config import ConfigError, DataConfig
+from dircluster.models.defended import device_of
 
 
 class Normalised(nn.Module):
@@ -143,7 +144,8 @@ def check_classes(classifier: nn.Module, data: DataConfig) -> None:
     classifier.eval()
     try:
         with torch.no_grad():
-            shape = tuple(classifier(torch.zeros(1, data.channels, data.height, data.width)).shape)
+            image = torch.zeros(1, data.channels, data.height, data.width, device=device_of(classifier))
+            shape = tuple(classifier(image).shape)
     except Exception as error:  # whatever a network says of images that it was not made for
         raise ConfigError(
             f"the target cannot take {data.channels}x{data.height}x{data.width} images: {_first_line(error)}"

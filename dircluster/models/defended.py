@@ -27,6 +27,11 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the module's first parameter or buffer; the CPU where it has none."""
+    return next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+
+
 class DefendedClassifier(nn.Module):
     """Masked, restored, classified. A new module draws fresh masks at every call; :meth:`fixed` stops that.
 

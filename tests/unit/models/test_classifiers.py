@@ -54,6 +54,11 @@ def test_an_unknown_timm_model_is_named() -> None:
         build("timm:resnet999", COLOUR)
 
 
+@pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t"])
+def test_a_target_is_checked_on_the_device_that_it_lies_on(architecture: str) -> None:
+    check_classes(build(architecture, COLOUR).to("meta"), COLOUR)  # a CPU image would not meet these weights
+
+
 def test_a_wrong_class_count_is_found() -> None:
     with pytest.raises(ConfigError, match=r"gives 10 classes, but data.classes is 7"):
         check_classes(build("small_cnn", DataConfig()), DataConfig(classes=7))
