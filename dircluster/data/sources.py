@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -237,7 +238,7 @@ def decode(blobs: Iterable[bytes | Path | None], config: DataConfig) -> Tensor:
         except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = list(pool.map(one, blobs, chunksize=256))
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:

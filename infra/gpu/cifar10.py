@@ -1,0 +1,757 @@
+"""CIFAR-10 on one GPU in a quarter of an hour: is the arithmetic right, how fast is it, and a first DIR defense.
+
+    python infra/gpu/cifar10.py proof --data FOLDER --out FOLDER --seconds 150
+    python infra/gpu/cifar10.py train --data FOLDER --out FOLDER --seconds 520
+
+``--data`` holds parquet files train*, test*. ``proof`` compares the GPU with the CPU and times every stage; ``train``
+trains a target, a denoiser and DIR within the seconds given, rounds each to bf16 when its stage ends (so that what is
+judged is what is kept), and judges it on 1,000 test images. It draws on the device and schedules by the clock, which
+the ordinary training loop does not do. ``--rehearse`` runs the whole on a few images with small models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import dircluster
+from dircluster.attacks.gradient import ascend, cross_entropy, pgd
+from dircluster.attacks.threat import LInf
+from dircluster.config import (
+    AttackConfig,
+    DataConfig,
+    DirConfig,
+    EvaluationConfig,
+    MaskingConfig,
+    ModelConfig,
+    TargetConfig,
+)
+from dircluster.data.loader import crop
+from dircluster.data.sources import Split, load
+from dircluster.models import classifiers, masking
+from dircluster.models.classifiers import BasicBlock, check_classes
+from dircluster.models.defended import DefendedClassifier, frozen
+from dircluster.models.denoiser import MaskedDenoiser
+from dircluster.recipes.base import Batch, crafting
+from dircluster.recipes.dir import DirRecipe
+from dircluster.recipes.pretrain import PretrainRecipe
+from dircluster.recipes.targets import TargetRecipe
+
+EPSILON = 8 / 255
+DATA = DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True)
+PAPER = AttackConfig(epsilon=EPSILON)
+"""PGD-5 of 2/255."""
+HALF = AttackConfig(epsilon=EPSILON, step_size=EPSILON / 2, steps=3)
+"""PGD-3 of 4/255."""
+BEGAN = time.monotonic()
+
+
+def say(text: str) -> None:
+    """A line with the seconds since the start."""
+    print(f"{time.monotonic() - BEGAN:6.1f} s  {text}", flush=True)
+
+
+class Draws:
+    """What recipes draw from, on the device: uniform, normal and permutations of (rows, *shape)."""
+
+    def __init__(self, generator: torch.Generator, rows: int) -> None:
+        self.generator, self.rows = generator, rows
+
+    def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform in [0, 1)."""
+        return torch.rand((self.rows, *shape), generator=self.generator, device=self.generator.device)
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal."""
+        return torch.randn((self.rows, *shape), generator=self.generator, device=self.generator.device)
+
+    def permutations(self, purpose: str, length: int) -> Tensor:
+        """A permutation of ``length`` a row."""
+        return self.uniform(purpose, (length,)).argsort(dim=1)
+
+
+class FastDir(DirRecipe):
+    """DIR whose samples start on the frozen target (three steps) and end on the whole pipeline (``last`` more)."""
+
+    last = 1
+
+    def craft(self, batch: Batch) -> Batch:
+        """PGD of half the radius a step: -> the batch with adversarial samples and masks."""
+        kept, attack, threat = self._masks(batch, 0), self.attack, LInf(self.attack.epsilon)
+        uniform = batch.stream.uniform("pgd", tuple(batch.images.shape[1:]))
+        with crafting(self.denoiser, self.classifier):
+            begun = pgd(self.classifier, batch.images, batch.labels, threat, 3, attack.step, uniform)
+            pipeline = cross_entropy(lambda images: self.predict(images, kept), batch.labels)
+            found = ascend(pipeline, begun, batch.images, threat, self.last, attack.step)
+        return replace(batch, adversarial=found, kept=kept)
+
+
+class WholeLinear(nn.Linear):
+    """A linear layer that runs in fp32 under autocast: bf16 would round the image itself by steps of 1/255."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class WholeConv2d(nn.Conv2d):
+    """The same for a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def whole_precision(*modules: nn.Module) -> None:
+    """Run these layers outside autocast, in them and in copies of them."""
+    for module in modules:
+        module.__class__ = WholeLinear if isinstance(module, nn.Linear) else WholeConv2d
+
+
+class Machine:
+    """The device, how models are made for it, and what a step of training is."""
+
+    def __init__(self, rehearse: bool) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.gpu, self.rehearse = self.device.type == "cuda", rehearse
+        self.model = ModelConfig() if not rehearse else ModelConfig(width=24, heads=3, encoder_depth=1, decoder_depth=1)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.masking = MaskingConfig()
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.suppress_errors = True  # a block that cannot be compiled runs as it is
+        if self.gpu:
+            torch.backends.cudnn.benchmark = True
+            tf32(True)
+
+    def autocast(self, enabled: bool = True) -> Any:
+        """bf16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled and self.gpu)
+
+    def target(self, compiled: bool) -> nn.Module:
+        """ResNet-18 with seeded weights, its first and last layer in fp32."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(1)
+            made = classifiers.build("small_cnn" if self.rehearse else "resnet18", DATA)
+        made = made.to(self.device, memory_format=torch.channels_last)
+        if self.gpu:
+            whole_precision(made.network[0], made.network[-1])
+        if compiled:
+            compile_blocks(made, BasicBlock)
+        return made
+
+    def frozen_target(self, h: nn.Module, compiled: bool) -> nn.Module:
+        """``h`` for use alone, in place: its convolutions' weights in bf16, so that autocast need not cast them."""
+        h.requires_grad_(False).eval()
+        for part in h.modules():
+            if self.gpu and isinstance(part, nn.Conv2d) and not isinstance(part, WholeConv2d):
+                part.weight.data = part.weight.data.to(torch.bfloat16)
+        if compiled:
+            compile_blocks(h, BasicBlock)
+        return h
+
+    def denoiser(self, compiled: bool) -> MaskedDenoiser:
+        """The paper's g with seeded weights, patch embedding and head in fp32."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(2)
+            made = MaskedDenoiser(self.model, 3, 32, 32)
+        made = made.to(self.device)
+        if self.gpu:
+            whole_precision(made.embed, made.head)
+        if compiled:
+            compile_blocks(made, Block)
+        return made
+
+    def batches(self, split: Split, size: int) -> Iterator[Batch]:
+        """Augmented batches without end, each epoch in a new order."""
+        images, labels = split.images.to(self.device), split.labels.to(self.device)
+        size = min(size, len(labels))
+        while True:
+            order = torch.randperm(len(labels), generator=self.generator, device=self.device)
+            for rows in order.split(size):
+                if len(rows) < size:
+                    break
+                draws = Draws(self.generator, size)
+                offsets = (draws.uniform("crop", (2,)) * 9).long()
+                some = crop(images[rows], offsets, 4)
+                some = torch.where(draws.uniform("flip", (1, 1, 1)) < 0.5, some.flip(3), some)
+                yield Batch(some.float() / 255, labels[rows], draws)  # type: ignore[arg-type]
+
+    def wait(self) -> float:
+        """The time once the device is done."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+
+def compile_blocks(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Compile every block of ``kind`` by itself: instances share their graphs."""
+    for part in model.modules():
+        if isinstance(part, kind):
+            part.compile(dynamic=False)
+
+
+def tf32(on: bool) -> None:
+    """Products and convolutions in TF32, or in true fp32."""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def recipes(machine: Machine, h: nn.Module, g: MaskedDenoiser) -> dict[str, Callable[[], nn.Module]]:
+    """Every kind of step by name."""
+
+    def fast(last: int) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            made = FastDir(g, h, DirConfig(perturb_steps=2), machine.masking, HALF)
+            made.last = last
+            return made
+
+        return make
+
+    return {
+        "target, AT PGD-5": lambda: TargetRecipe(h.requires_grad_(True), TargetConfig(), PAPER),
+        "pre-training": lambda: PretrainRecipe(g, h, machine.masking, PAPER),
+        "DIR, PGD-5, Eq. 4 in 5 (paper)": lambda: DirRecipe(g, h, DirConfig(), machine.masking, PAPER),
+        "DIR, PGD-3 of e/2, Eq. 4 in 2": lambda: DirRecipe(g, h, DirConfig(perturb_steps=2), machine.masking, HALF),
+        "DIR, 3 on h + 2 on h.g, Eq. 4 in 2": fast(2),
+        "DIR, 3 on h + 1 on h.g, Eq. 4 in 2": fast(1),
+    }
+
+
+def step(machine: Machine, recipe: Any, batch: Batch, optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
+    """One update: -> the loss, left on the device."""
+    recipe.train()
+    with machine.autocast():
+        loss = recipe(recipe.craft(batch))["loss"]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def adamw(machine: Machine, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW with MAE's second beta."""
+    return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=machine.gpu)
+
+
+# ---------------------------------------------------------------------------------------------------------- the proof
+
+
+def relative(found: Tensor, reference: Tensor) -> float:
+    """||found - reference|| / ||reference||."""
+    found, reference = found.double().cpu(), reference.double().cpu()
+    return float((found - reference).norm() / reference.norm())
+
+
+def agreement(machine: Machine, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """g, h, h after g and input gradients on the device, in fp32, TF32 and bf16, against float64 on the CPU."""
+    h, g = machine.target(False).eval(), machine.denoiser(False).eval()
+    kept = masking.draw(torch.Generator().manual_seed(0), len(images), g.tokens, machine.masking)
+
+    def values(h: nn.Module, g: MaskedDenoiser, images: Tensor, kept: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = {"h": h(images), "g": g(images, kept)}
+        for name, model in (("h", h), ("h(g)", lambda x: h(g(x, kept)))):
+            asked = images.clone().requires_grad_(True)
+            logits = model(asked)
+            found[name] = logits.detach()
+            (found[f"gradient of {name}"],) = torch.autograd.grad(F.cross_entropy(logits.float(), labels), asked)
+        return {name: value.detach() for name, value in found.items()}
+
+    plain = Machine(machine.rehearse)
+    plain.device, plain.gpu = torch.device("cpu"), False
+    h64, g64 = plain.target(False).eval().double(), plain.denoiser(False).eval().double()
+    reference = values(h64, g64, images.double(), kept, labels)
+    on = (images.to(machine.device), kept.to(machine.device), labels.to(machine.device))
+    table: dict[str, Any] = {}
+    for name, half, fast in (("fp32", False, False), ("tf32", False, True), ("bf16", True, True)):
+        tf32(fast)
+        with machine.autocast(half):
+            found = values(h, g, on[0], on[1], on[2])
+        table[name] = {key: relative(found[key], reference[key]) for key in reference}
+        for key in ("gradient of h", "gradient of h(g)"):
+            same = found[key].double().cpu().sign() == reference[key].sign()
+            table[name][f"equal signs, {key}"] = same.double().mean().item()
+    tf32(True)
+    return table
+
+
+def attention(machine: Machine) -> dict[str, float]:
+    """Relative error of each attention kernel in bf16, output and gradient, against float64 math."""
+    table = {}
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    backends |= {"efficient": SDPBackend.EFFICIENT_ATTENTION}
+    for tokens in (129, 257):
+        q, k, v = (torch.randn(64, 3, tokens, 64, generator=machine.generator, device=machine.device) for _ in range(3))
+        wide = [x.to(torch.bfloat16).double().requires_grad_(True) for x in (q, k, v)]
+        with sdpa_kernel(SDPBackend.MATH):
+            reference = F.scaled_dot_product_attention(*wide)
+            reference.sum().backward()
+        for name, backend in backends.items():
+            narrow = [x.to(torch.bfloat16).requires_grad_(True) for x in (q, k, v)]
+            try:
+                with sdpa_kernel(backend):
+                    made = F.scaled_dot_product_attention(*narrow)
+                    made.sum().backward()
+            except RuntimeError as error:
+                table[f"{name}, T = {tokens}"] = str(error).splitlines()[0][:80]
+                continue
+            table[f"{name}, T = {tokens}"] = relative(made.detach(), reference.detach())
+            assert narrow[2].grad is not None
+            assert wide[2].grad is not None
+            table[f"{name}, T = {tokens}, gradient"] = relative(narrow[2].grad, wide[2].grad)
+    return table
+
+
+def rates(machine: Machine) -> dict[str, float]:
+    """Measured ceilings: a large copy (bytes read and written), and large square products."""
+    side = 8192 if machine.gpu else 512
+
+    def timed(work: Callable[[], object], tries: int) -> float:
+        for _ in range(3):
+            work()
+        began = machine.wait()
+        for _ in range(tries):
+            work()
+        return (machine.wait() - began) / tries
+
+    table = {}
+    source, other = (torch.randn(2**30 if machine.gpu else 2**22, device=machine.device) for _ in range(2))
+    table["copy, TB/s"] = 2 * source.numel() * 4 / timed(partial(other.copy_, source), 10) / 1e12
+    kinds = {"bf16": (torch.bfloat16, True), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+    for name, (dtype, fast) in kinds.items():
+        tf32(fast)
+        a, b = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
+        table[f"product {name}, TFLOP/s"] = 2 * side**3 / timed(partial(torch.mm, a, b), 10) / 1e12
+    tf32(True)
+    return table
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations of products, convolutions and attention, forward and backward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def speeds(machine: Machine, split: Split, peak: float, deadline: float) -> list[dict[str, Any]]:
+    """Images a second, memory and MFU of every kind of step; compiled at batch 256, plain at 128, 256 and 512."""
+    rows, flops = [], {}
+    names = list(recipes(machine, nn.Identity(), None))  # type: ignore[arg-type]
+    plan = [(name, 256, False) for name in names]
+    plan += [(names[at], 256, True) for at in (4, 0, 2, 3, 5)]
+    plan += [(names[at], size, False) for size in (128, 512) for at in (2, 0)]
+    made: dict[bool, tuple[nn.Module, nn.Module, MaskedDenoiser]] = {}
+    for name, size, compiled in plan:
+        if time.monotonic() - BEGAN > deadline:
+            say(f"out of time before {name}, batch {size}")
+            break
+        size = min(size, 16) if machine.rehearse else size
+        if compiled not in made:
+            frozen_h = machine.frozen_target(machine.target(False), compiled)
+            made[compiled] = (machine.target(compiled), frozen_h, machine.denoiser(compiled))
+        h, g = made[compiled][not name.startswith("target")], made[compiled][2]
+        recipe = recipes(machine, h, g)[name]()
+        trained = h if name.startswith("target") else g
+        optimizer = adamw(machine, trained, 1e-4)
+        batches = machine.batches(split, size)
+        began = machine.wait()
+        losses = [step(machine, recipe, next(batches), optimizer, 1.0) for _ in range(3)]
+        warm = machine.wait() - began
+        if machine.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began, count = machine.wait(), 2 if machine.rehearse else 10
+        losses += [step(machine, recipe, next(batches), optimizer, 1.0) for _ in range(count)]
+        seconds = (machine.wait() - began) / count
+        if name not in flops:
+            h1, g1 = machine.target(False), machine.denoiser(False)
+            counted = recipes(machine, h1, g1)[name]()
+            some, one = next(machine.batches(split, 16)), h1 if trained is h else g1
+            with Operations() as counter:
+                step(machine, counted, some, adamw(machine, one, 0.0), None)
+            flops[name] = counter.total / 16
+        row = {
+            "step": name,
+            "batch": size,
+            "compiled": compiled,
+            "images/s": size / seconds,
+            "ms": 1e3 * seconds,
+            "GFLOP/image": flops[name] / 1e9,
+            "MFU": flops[name] * size / seconds / (peak * 1e12),
+            "GiB": torch.cuda.max_memory_allocated() / 2**30 if machine.gpu else 0.0,
+            "warm-up s": warm,
+            "loss": [round(float(loss), 3) for loss in (losses[0], losses[-1])],
+        }
+        rows.append(row)
+        say(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
+    return rows
+
+
+def proof(machine: Machine, train: Split, seconds: float) -> dict[str, Any]:
+    """All checks, the time-critical ones first."""
+    found: dict[str, Any] = {"rates": rates(machine)}
+    say(json.dumps(found["rates"]))
+    check_classes(machine.target(False), DATA)
+    say("a target on this device is checked without complaint")
+    images, labels = train.pixels(slice(16)), train.labels[:16]
+    found["agreement"] = agreement(machine, images, labels)
+    for name, row in found["agreement"].items():
+        say(f"{name}: " + ", ".join(f"{key} {value:.2e}" for key, value in row.items()))
+    if machine.gpu:
+        found["attention"] = attention(machine)
+        say(json.dumps(found["attention"]))
+    found["speeds"] = speeds(machine, train, found["rates"]["product bf16, TFLOP/s"], seconds - 20)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the training
+
+
+class Stop(Exception):
+    """A signal asks to stop."""
+
+
+@contextmanager
+def averaged(module: nn.Module, decay: float) -> Iterator[Callable[[], nn.Module]]:
+    """A running mean of a module's weights and buffers: yields what updates it and returns the twin."""
+    twin = copy.deepcopy(module)  # its blocks stay uncompiled
+    pairs = [(a, b) for a, b in zip(twin.state_dict().values(), module.state_dict().values(), strict=True)]
+    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+    whole = [(a, b) for a, b in pairs if not a.is_floating_point()]
+
+    def update() -> nn.Module:
+        with torch.no_grad():
+            torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+            for a, b in whole:
+                a.copy_(b)
+        return twin
+
+    yield update
+
+
+def round_to_bf16(module: nn.Module) -> None:
+    """Every weight and statistic to its nearest bf16 value, kept in fp32."""
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(torch.bfloat16))
+
+
+def keep(module: nn.Module, out: Path, name: str, parts: int = 1) -> None:
+    """Write a module's tensors as bf16, in ``parts`` files."""
+    tensors = {k: v.detach().cpu() for k, v in module.state_dict().items()}
+    tensors = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tensors.items()}
+    items, size = sorted(tensors.items()), sum(v.numel() for v in tensors.values())
+    files: list[dict[str, Tensor]] = [{} for _ in range(parts)]
+    done = 0
+    for key, value in items:
+        files[min(parts - 1, parts * done // max(size, 1))][key] = value.contiguous()
+        done += value.numel()
+    for number, group in enumerate(files):
+        save_file(group, out / (f"{name}.safetensors" if parts == 1 else f"{name}-{number + 1}.safetensors"))
+
+
+class Training:
+    """Target, pre-training, DIR by the clock."""
+
+    def __init__(self, machine: Machine, train: Split, held_out: Split, out: Path, seconds: float, eager: bool) -> None:
+        self.compiled = machine.gpu and not eager
+        self.machine, self.train, self.out, self.seconds = machine, train, out, seconds
+        self.held_out = held_out.take(slice(32 if machine.rehearse else 1000))
+        self.size = 16 if machine.rehearse else 256
+        self.steps_an_epoch = len(train) // min(self.size, len(train))
+        self.report: dict[str, Any] = {"batch": self.size, "steps an epoch": self.steps_an_epoch, "curves": {}}
+        self.asked = 0
+        signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", number))
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.seconds - (time.monotonic() - BEGAN)
+
+    def fit(
+        self,
+        name: str,
+        recipe: Any,
+        trained: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epochs: float,
+        rate: Callable[[float], float],
+        clip: float | None,
+        decay: float,
+        judged: Callable[[nn.Module], dict[str, float]],
+        every: float,
+        checkpoint: Callable[[nn.Module], None] = lambda module: None,
+    ) -> nn.Module:
+        """Train for ``epochs``; -> the running mean of the weights. ``rate`` maps the share done to a factor."""
+        machine, batches = self.machine, self.machine.batches(self.train, self.size)
+        steps = max(2, round(epochs * self.steps_an_epoch))
+        base = [group["lr"] for group in optimizer.param_groups]
+        curve: list[dict[str, float]] = []
+        total, began, judging = torch.zeros((), device=machine.device), machine.wait(), 0.0
+        last, since = time.monotonic(), 0
+        with averaged(trained, decay) as update:
+            for index in range(steps):
+                for group, lr in zip(optimizer.param_groups, base, strict=True):
+                    group["lr"] = lr * rate((index + 1) / steps)
+                total += step(machine, recipe, next(batches), optimizer, clip)
+                twin = update()
+                since += 1
+                done = index + 1
+                if done % max(1, round(every * self.steps_an_epoch)) == 0 or done == steps:
+                    now = machine.wait()
+                    point = {"epoch": done / self.steps_an_epoch, "loss": float(total) / since}
+                    if not math.isfinite(point["loss"]):
+                        raise RuntimeError(f"{name}: the loss is not finite at step {done}")
+                    point |= {"images/s": since * self.size / (now - last)}
+                    point |= judged(twin)
+                    curve.append(point)
+                    say(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in point.items()))
+                    total, since = torch.zeros_like(total), 0
+                    checkpoint(twin)
+                    judging += machine.wait() - now
+                    last = machine.wait()
+                if self.asked:
+                    checkpoint(twin)
+                    raise Stop(f"signal {self.asked}")
+        spent = machine.wait() - began
+        self.report["curves"][name] = curve
+        self.report[name] = {"epochs": steps / self.steps_an_epoch, "steps": steps, "seconds": spent}
+        self.report[name] |= {"of which judging": judging, "images/s": steps * self.size / (spent - judging)}
+        say(f"{name}: {json.dumps(self.report[name])}")
+        return twin
+
+    def run(self) -> tuple[nn.Module, MaskedDenoiser]:
+        """All three stages: -> target and denoiser, rounded to bf16, uncompiled."""
+        machine, small = self.machine, self.machine.rehearse
+        compiled = self.compiled
+        h = machine.target(compiled)
+        sgd = torch.optim.SGD(h.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        mean = self.fit(
+            "target",
+            TargetRecipe(h, TargetConfig(), PAPER),
+            h,
+            sgd,
+            0.3 if small else 24,
+            lambda share: min(share / 0.3, (1 - share) / 0.7),  # one cycle, linear up and down
+            None,
+            0.999,
+            lambda twin: self.accuracy(twin.eval()),
+            0.1 if small else 5,
+        )
+        plain = [self.accuracy(h.eval()), self.accuracy(mean.eval())]
+        better = int(plain[1]["robust"] > plain[0]["robust"])
+        self.report["target"] |= {"last": plain[0], "EMA 0.999": plain[1], "kept": ["last", "EMA 0.999"][better]}
+        h = self.fresh_target((h, mean)[better])
+        round_to_bf16(h)
+        keep(h, self.out, "target", parts=2)
+        say(f"target: {json.dumps(self.report['target'])}")
+        h = machine.frozen_target(h, compiled)
+
+        g = machine.denoiser(False)
+        warm = lambda share: min(1.0, share / 0.06) * 0.5 * (1 + math.cos(math.pi * share))  # noqa: E731
+        mean = self.fit(
+            "pretrain",
+            PretrainRecipe(g, h, machine.masking, PAPER),
+            g,
+            adamw(machine, g, 5e-4),
+            0.3 if small else 4,
+            warm,
+            1.0,
+            0.0,  # the weights themselves
+            lambda twin: {},
+            0.1 if small else 1,
+        )
+        round_to_bf16(g)
+        keep(g, self.out, "pretrain")
+        pretrained, g = g, machine.denoiser(compiled)
+        g.load_state_dict(pretrained.state_dict())
+
+        recipe = FastDir(g, h, DirConfig(perturb_steps=2), machine.masking, HALF)
+        per_step = self.pace(recipe, g)
+        reserve = 20 if small else 70  # judging at the end, and what is slower than the pace
+        epochs = 0.3 if small else max(1.0, (self.left - reserve) / per_step / self.steps_an_epoch)
+        say(f"DIR: {epochs:.1f} epochs fit at {1e3 * per_step:.1f} ms a step")
+        mean = self.fit(
+            "dir",
+            recipe,
+            g,
+            adamw(machine, g, 5e-4),
+            epochs,
+            warm,
+            1.0,
+            0.998,
+            lambda twin: self.accuracy(h, twin.eval()),
+            0.1 if small else 3,
+            lambda twin: keep(twin, self.out, "dir"),
+        )
+        both = [self.accuracy(h, copied(g)), self.accuracy(h, copied(mean))]
+        better = int(both[1]["robust"] > both[0]["robust"])
+        self.report["dir"] |= {"last": both[0], "EMA 0.998": both[1], "kept": ["last", "EMA 0.998"][better]}
+        say(f"dir: {json.dumps(self.report['dir'])}")
+        g = self.fresh_denoiser((g, mean)[better])
+        round_to_bf16(g)
+        keep(g, self.out, "dir")
+        return self.fresh_target(h), g
+
+    def pace(self, recipe: Any, g: nn.Module) -> float:
+        """Seconds a step, measured without changing any weight."""
+        kept = copy.deepcopy(g.state_dict())
+        optimizer, batches = adamw(self.machine, g, 0.0), self.machine.batches(self.train, self.size)
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+        for _ in range(3):
+            step(self.machine, recipe, next(batches), optimizer, 1.0)
+        began = self.machine.wait()
+        for _ in range(5):
+            step(self.machine, recipe, next(batches), optimizer, 1.0)
+        seconds = (self.machine.wait() - began) / 5
+        g.load_state_dict(kept)
+        return seconds
+
+    def fresh_target(self, h: nn.Module) -> nn.Module:
+        """An uncompiled copy in fp32."""
+        made = self.machine.target(False)
+        made.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in h.state_dict().items()})
+        return made.eval()
+
+    def fresh_denoiser(self, g: nn.Module) -> MaskedDenoiser:
+        """An uncompiled copy."""
+        made = self.machine.denoiser(False)
+        made.load_state_dict(g.state_dict())
+        return made.eval()
+
+    def accuracy(self, h: nn.Module, g: nn.Module | None = None) -> dict[str, float]:
+        """Held-out accuracy, natural and under PGD-10 of 2/255 with masks known; crafted in bf16."""
+        machine, split = self.machine, self.held_out
+        generator = torch.Generator(machine.device).manual_seed(5)
+        was, right = h.training, torch.zeros(2, dtype=torch.float64, device=machine.device)
+        h.eval()
+        for rows in torch.arange(len(split)).split(250):
+            images, labels = split.pixels(rows).to(machine.device), split.labels[rows].to(machine.device)
+            uniform = torch.rand(images.shape, generator=generator, device=machine.device)
+            model: Callable[[Tensor], Tensor] = h
+            if g is not None:
+                kept = masking.draw(generator, len(images), machine_tokens(g), machine.masking)
+                model = lambda x, g=g, kept=kept: h(g(x, kept))  # type: ignore[misc] # noqa: E731
+            with frozen(h, *([] if g is None else [g])), machine.autocast():
+                found = pgd(model, images, labels, LInf(EPSILON), 10, EPSILON / 4, uniform)
+                with torch.no_grad():
+                    right += torch.stack([(model(x).argmax(1) == labels).sum() for x in (images, found)])
+        h.train(was)
+        natural, robust = (right / len(split)).tolist()
+        return {"natural": natural, "robust": robust}
+
+
+def machine_tokens(g: nn.Module) -> int:
+    """T of a denoiser."""
+    assert isinstance(g, MaskedDenoiser)
+    return g.tokens
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy in eval mode without compiled blocks."""
+    made = copy.deepcopy(module)
+    return made.eval()
+
+
+def judge(machine: Machine, h: nn.Module, g: MaskedDenoiser, test: Split) -> dict[str, Any]:
+    """Suite quick on test images: crafted in bf16, judged in true fp32."""
+    count = 32 if machine.rehearse else 1000
+    defense = DefendedClassifier(g, h, machine.masking).eval()
+
+    def mixed(module: nn.Module) -> None:
+        inner = module.forward
+
+        def forward(*inputs: Tensor) -> Tensor:
+            with machine.autocast(torch.is_grad_enabled()):
+                return inner(*inputs)
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    mixed(g)
+    mixed(h)
+    tf32(False)
+    if machine.gpu:
+        torch.cuda.empty_cache()
+    settings = EvaluationConfig(batch_size=count, rows=1000, eot=2 if machine.rehearse else 8)
+    images, labels = test.pixels(slice(count)).to(machine.device), test.labels[:count].to(machine.device)
+    began = machine.wait()
+    report = dircluster.evaluate(
+        defense,
+        images,
+        labels,
+        "quick",
+        settings=settings,
+        name="dir",
+        told=lambda unit, done, total: say(f"judging {unit.case.name}, {unit.case.masks}, {done} of {total}"),
+    )
+    say(str(report))
+    return {"report": report.to_plain(), "images": count, "seconds": machine.wait() - began}
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("proof", "train"))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
+    machine = Machine(given.rehearse)
+    data = load(replace(DATA, uri=given.data, limit=300 if given.rehearse else None), seed=0)
+    name = torch.cuda.get_device_name() if machine.gpu else platform.machine()
+    say(f"{name}, torch {torch.__version__}, {len(data.train)} + {len(data.held_out)} + {len(data.test)} images")
+    train = data.train
+    assert isinstance(train, Split)
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "images": len(train)}
+    file = given.out / f"{given.what}.json"
+    try:
+        if given.what == "proof":
+            result |= proof(machine, train, given.seconds)
+        else:
+            training = Training(machine, train, data.held_out, given.out, given.seconds, given.eager)
+            result["training"] = training.report
+            h, g = training.run()
+            file.write_text(json.dumps(result, indent=1))
+            result["judged"] = judge(machine, h, g, data.test)
+    except Stop as asked:
+        say(f"stopped by {asked}; what was kept lies in {given.out}")
+        return 1
+    finally:
+        result["seconds"] = time.monotonic() - BEGAN
+        file.write_text(json.dumps(result, indent=1))
+    say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
