@@ -233,6 +233,10 @@ class OptimizerConfig:
         return self.lr
 
 
+ARCHITECTURES = ("small_cnn", "resnet18", "preactresnet18", "wrn-28-10", "wrn-34-10")
+"""Names of the networks that models.classifiers makes."""
+
+
 @dataclass(frozen=True)
 class TargetConfig:
     """Stage 0: the classifier h that the denoiser protects."""
@@ -240,7 +244,8 @@ class TargetConfig:
     uri: str | None = None
     """An existing target instead of training one: a safetensors file, a models:/ URI, or timm:NAME."""
     architecture: str = "resnet18"
-    """small_cnn, resnet18 (CIFAR stem), timm:NAME, or package.module:factory (called with classes, channels)."""
+    """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME, or
+    package.module:factory (called with classes, channels)."""
     objective: Literal["natural", "at", "trades", "mart"] = "at"
     """Cross-entropy; adversarial training; TRADES; MART."""
     beta: float | None = None
@@ -254,10 +259,10 @@ class TargetConfig:
     def __post_init__(self) -> None:
         _positive("target", self, "epochs", "trades_steps")
         _require(self.beta is None or self.beta >= 0, f"target.beta must be 0 or more, got {self.beta}")
-        known = self.architecture in ("small_cnn", "resnet18") or ":" in self.architecture
+        known = self.architecture in ARCHITECTURES or ":" in self.architecture
         _require(
             known,
-            f"target.architecture must be small_cnn, resnet18, timm:NAME or package.module:factory,"
+            f"target.architecture must be {', '.join(ARCHITECTURES)}, timm:NAME or package.module:factory,"
             f" got {self.architecture!r}",
         )
 
