@@ -54,9 +54,9 @@ def _positive(section: str, config: Any, *names: str) -> None:
 class DataConfig:
     """Where images come from and how they look."""
 
-    name: Literal["digits", "photos", "cifar10", "svhn", "custom"] = "digits"
-    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10 and svhn are
-    downloaded by torchvision unless uri is given."""
+    name: Literal["digits", "photos", "cifar10", "cifar100", "svhn", "custom"] = "digits"
+    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10, cifar100 (fine
+    labels) and svhn are downloaded by torchvision unless uri is given."""
     uri: str | None = None
     """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
     height: int = 8

@@ -121,6 +121,18 @@ def test_the_papers_settings() -> None:
     assert run.pretrain.optimizer.lr == pytest.approx(1.5e-4 * 128 / 256)
 
 
+def test_cifar100_is_cifar10_with_other_data() -> None:
+    run, usual = preset("cifar100"), preset("cifar10")
+    assert (run.data.name, run.data.classes, run.data.channels, run.data.height) == ("cifar100", 100, 3, 32)
+    assert dataclasses.replace(run, name=usual.name, data=usual.data) == usual
+    assert dataclasses.replace(run.data, name="cifar10", classes=10) == usual.data
+    smoke = preset("cifar100_smoke")
+    assert (smoke.name, smoke.data.classes, smoke.data.limit) == ("cifar100_smoke", 100, 48)
+    assert dataclasses.replace(smoke, name="", data=usual.data) == dataclasses.replace(
+        preset("cifar10_smoke"), name="", data=usual.data
+    )
+
+
 def test_schedules() -> None:
     step = c.OptimizerConfig(lr=1.0, milestones=(75, 90))
     assert [step.rate(epoch, 110) for epoch in (1, 74.9, 75, 90)] == pytest.approx([1, 1, 0.1, 0.01])
