@@ -33,7 +33,8 @@ class Job:
     """
 
     preset: tyro.conf.Positional[str] = "digits"
-    """digits, cifar10 (the paper), cifar10_joint (the released code), svhn; NAME_smoke runs through in seconds."""
+    """digits, cifar10 (the paper), cifar10_joint (the released code), svhn, cifar100; NAME_smoke runs through in
+    seconds."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
     """What is trained, and how."""
     config: Path | None = None

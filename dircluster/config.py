@@ -54,9 +54,9 @@ def _positive(section: str, config: Any, *names: str) -> None:
 class DataConfig:
     """Where images come from and how they look."""
 
-    name: Literal["digits", "photos", "cifar10", "svhn", "custom"] = "digits"
-    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10 and svhn are
-    downloaded by torchvision unless uri is given."""
+    name: Literal["digits", "photos", "cifar10", "cifar100", "svhn", "custom"] = "digits"
+    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10, cifar100 (fine
+    labels) and svhn are downloaded by torchvision unless uri is given."""
     uri: str | None = None
     """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
     height: int = 8
@@ -104,28 +104,45 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """The L-infinity threat, and the PGD that crafts training samples within it."""
+    """The threat, a ball around each image, and the PGD that crafts training samples within it."""
 
     epsilon: float = 8 / 255
-    """Radius of the ball."""
+    """Radius of the ball: the largest change of a pixel (linf), or the Euclidean length of the change of a whole
+    image (l2), which may exceed 1."""
     step_size: float | None = None
-    """Step of every iterative attack; a quarter of epsilon when not given (2/255 for 8/255)."""
+    """Step of every iterative attack, a length like epsilon. When not given: for linf a quarter of epsilon (2/255 for
+    8/255), for l2 2.5 epsilon divided by the attack's number of steps."""
     steps: int = 5
     """PGD steps while training."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Which ball: of the maximum norm, or of the Euclidean norm over all pixels and channels of an image."""
 
     def __post_init__(self) -> None:
-        hint = f"; did you mean {self.epsilon:g}/255?" if self.epsilon >= 1 else ""
-        _require(0 < self.epsilon < 1, f"attack.epsilon must lie in (0, 1), got {self.epsilon:g}{hint}")
-        _require(
-            self.step_size is None or 0 < self.step_size < 1,
-            f"attack.step_size must lie in (0, 1), got {self.step_size}",
-        )
+        if self.norm == "l2":
+            _positive("attack", self, "epsilon")
+            _require(
+                self.step_size is None or self.step_size > 0,
+                f"attack.step_size must be positive, got {self.step_size}",
+            )
+        else:
+            hint = f"; did you mean {self.epsilon:g}/255?" if self.epsilon >= 1 else ""
+            _require(0 < self.epsilon < 1, f"attack.epsilon must lie in (0, 1), got {self.epsilon:g}{hint}")
+            _require(
+                self.step_size is None or 0 < self.step_size < 1,
+                f"attack.step_size must lie in (0, 1), got {self.step_size}",
+            )
         _positive("attack", self, "steps")
 
     @property
     def step(self) -> float:
-        """Step size in pixel-range units."""
-        return self.epsilon / 4 if self.step_size is None else self.step_size
+        """Step size of the training attack, a length like epsilon."""
+        return self.step_for(self.steps)
+
+    def step_for(self, steps: int) -> float:
+        """Step size of an attack of ``steps`` steps, a length like epsilon."""
+        if self.step_size is not None:
+            return self.step_size
+        return self.epsilon / 4 if self.norm == "linf" else 2.5 * self.epsilon / steps
 
 
 @dataclass(frozen=True)
@@ -233,6 +250,10 @@ class OptimizerConfig:
         return self.lr
 
 
+ARCHITECTURES = ("small_cnn", "resnet18", "preactresnet18", "wrn-28-10", "wrn-34-10")
+"""Names of the networks that models.classifiers makes."""
+
+
 @dataclass(frozen=True)
 class TargetConfig:
     """Stage 0: the classifier h that the denoiser protects."""
@@ -240,7 +261,8 @@ class TargetConfig:
     uri: str | None = None
     """An existing target instead of training one: a safetensors file, a models:/ URI, or timm:NAME."""
     architecture: str = "resnet18"
-    """small_cnn, resnet18 (CIFAR stem), timm:NAME, or package.module:factory (called with classes, channels)."""
+    """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME, or
+    package.module:factory (called with classes, channels)."""
     objective: Literal["natural", "at", "trades", "mart"] = "at"
     """Cross-entropy; adversarial training; TRADES; MART."""
     beta: float | None = None
@@ -254,10 +276,10 @@ class TargetConfig:
     def __post_init__(self) -> None:
         _positive("target", self, "epochs", "trades_steps")
         _require(self.beta is None or self.beta >= 0, f"target.beta must be 0 or more, got {self.beta}")
-        known = self.architecture in ("small_cnn", "resnet18") or ":" in self.architecture
+        known = self.architecture in ARCHITECTURES or ":" in self.architecture
         _require(
             known,
-            f"target.architecture must be small_cnn, resnet18, timm:NAME or package.module:factory,"
+            f"target.architecture must be {', '.join(ARCHITECTURES)}, timm:NAME or package.module:factory,"
             f" got {self.architecture!r}",
         )
 
@@ -591,6 +613,21 @@ def with_values(run: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         place[field] = value
     made: RunConfig = from_dict(RunConfig, plain)
     return made
+
+
+LATER_FIELDS: dict[str, Any] = {"attack.norm": "linf"}
+"""Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
+
+
+def as_hashed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as keys hash them: a setting of LATER_FIELDS is absent while it has the value given there."""
+    kept: dict[str, Any] = {}
+    for name, value in settings.items():
+        dotted = f"{prefix}{name}"
+        if dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]:
+            continue
+        kept[name] = as_hashed(value, f"{dotted}.") if isinstance(value, Mapping) else value
+    return kept
 
 
 def short(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dircluster.attacks.threat import LInf, Threat
+from dircluster.attacks.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> logits (N, classes)."""
@@ -143,17 +143,17 @@ def vni_fgsm(
 ) -> Tensor:
     """Variance-tuned Nesterov iterative FGSM (Wang and He 2021) from the images: (N, C, H, W) -> (N, C, H, W).
 
-    The gradient at the look-ahead point is corrected by its mean difference to ``samples`` neighbours within
-    ``beta * epsilon``, which ``uniform`` draws: in [0, 1), shaped like ``images``.
+    The gradient at the look-ahead point is corrected by its mean difference to ``samples`` neighbors, random points of
+    the ball of ``beta`` times the radius, from draws of ``uniform``: in [0, 1), shaped like ``images``.
     """
     reached, momentum, variance = images.detach(), torch.zeros_like(images), torch.zeros_like(images)
-    radius = beta * threat.epsilon
+    near = threat.unclipped(beta)
     for _ in range(steps):
         gradient = both(reached + decay * step_size * momentum)[1]
         momentum = decay * momentum + _unit(gradient + variance)
         around = torch.zeros_like(images)
         for _ in range(samples):
-            around += both(reached + radius * (2 * uniform() - 1))[1]
+            around += both(near.start(reached, uniform()))[1]
         variance = around / samples - gradient
         reached = threat.project(reached + step_size * threat.direction(momentum), images)
     return reached
@@ -170,7 +170,7 @@ def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def kl_ascent(
-    model: Model, images: Tensor, reference: Tensor, threat: LInf, steps: int, step_size: float, normal: Tensor
+    model: Model, images: Tensor, reference: Tensor, threat: Threat, steps: int, step_size: float, normal: Tensor
 ) -> Tensor:
     """Images near ``images`` whose prediction is farthest from ``reference`` in KL(reference || .).
 

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dircluster.config import AttackConfig
+
 
 class Threat(Protocol):
     """What an attacker may do to an image. All tensors are (N, C, H, W)."""
@@ -24,6 +26,9 @@ class Threat(Protocol):
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step that raises a loss of this gradient most; zero where the gradient is."""
+
+    def unclipped(self, scale: float = 1.0) -> Threat:
+        """The ball of ``scale`` times the radius, not cut with the pixel range: for what need not be an image."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +51,48 @@ class LInf:
         """The gradient's sign."""
         return gradient.sign()
 
+    def unclipped(self, scale: float = 1.0) -> LInf:
+        """The ball of ``scale`` times the radius, not cut with the pixel range."""
+        return LInf(scale * self.epsilon, pixels=False)
+
 
 @dataclass(frozen=True)
 class L2:
-    """At most ``epsilon`` away in Euclidean distance over all pixels of an image, and in [0, 1]."""
+    """At most ``epsilon`` away in Euclidean distance over an image, and in [0, 1] where ``pixels`` holds."""
 
     epsilon: float
+    pixels: bool = True
 
     def project(self, candidates: Tensor, center: Tensor) -> Tensor:
-        """Drawn back onto the ball, then cut with [0, 1], which only brings it nearer: -> (N, C, H, W)."""
+        """Points of the set around ``center``: (N, C, H, W), (N, C, H, W) -> (N, C, H, W).
+
+        They are drawn back onto the ball and then cut with [0, 1], which only brings them nearer to an image.
+        """
         moved = candidates - center
         shrink = (self.epsilon / _norm(moved).clamp_min(1e-12)).clamp(max=1.0)
-        return (center + shrink * moved).clamp(0.0, 1.0)
+        inside = center + shrink * moved
+        return inside.clamp(0.0, 1.0) if self.pixels else inside
 
     def start(self, center: Tensor, uniform: Tensor) -> Tensor:
-        """A random point of the ball's surface, cut with [0, 1]."""
+        """A random point of the ball's surface, from draws in [0, 1) of the same shape, cut as the set is."""
         return self.project(center + self.epsilon * self.direction(2 * uniform - 1), center)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The gradient at length one."""
         return gradient / _norm(gradient).clamp_min(1e-12)
+
+    def unclipped(self, scale: float = 1.0) -> L2:
+        """The ball of ``scale`` times the radius, not cut with the pixel range."""
+        return L2(scale * self.epsilon, pixels=False)
+
+
+BALLS: dict[str, type[LInf] | type[L2]] = {"linf": LInf, "l2": L2}
+"""Threats by the norm that bounds them."""
+
+
+def threat_of(attack: AttackConfig) -> LInf | L2:
+    """What ``attack`` allows: the ball of its norm and radius around an image, cut with the pixel range."""
+    return BALLS[attack.norm](attack.epsilon)
 
 
 def _norm(images: Tensor) -> Tensor:

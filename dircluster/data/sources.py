@@ -1,4 +1,4 @@
-"""Real images into memory: scikit-learn's digits, torchvision's CIFAR-10 and SVHN, labelled parquet, image folders."""
+"""Real images into memory: scikit-learn's digits, torchvision's CIFAR and SVHN, labelled parquet, image folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 MOST_HELD_OUT = 10_000
 """Held-out images of a stream at the most: they lie in memory."""
-KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "svhn": 73_257, "photos": 96}
+KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "photos": 96}
 """Training images of the named sets, before the held-out share is cut off."""
 SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
 """How files and folders of a split begin. Without a test split, val is it; extra is left out."""
@@ -78,10 +78,8 @@ def load(
         return _streamed(config, seed, open_path)
     if config.uri is not None:
         training, test = _from_path(config, open_path)
-    elif config.name == "digits":
-        training, test = _digits(), None
     else:
-        training, test = _torchvision(config.name, cache)
+        training, test = DATASETS[config.name](cache)
     _check(training, config)
     if test is None:
         order = torch.randperm(len(training), generator=rng.generator(0, "test_split"))
@@ -141,24 +139,39 @@ def _digits() -> Split:
     return Split(torch.from_numpy(pixels)[:, None], torch.from_numpy(bunch.target).long())
 
 
-def _torchvision(name: str, cache: Path) -> tuple[Split, Split]:
-    from torchvision.datasets import CIFAR10, SVHN
+def _cifar(kind: str, cache: Path, train: bool) -> Split:
+    """torchvision's CIFAR10, or CIFAR100 with its fine labels."""
+    import torchvision.datasets
 
-    def read(train: bool) -> Split:
-        if name == "cifar10":
-            made: Any = CIFAR10(str(cache), train=train, download=True)
-            images, labels = torch.from_numpy(made.data).permute(0, 3, 1, 2).contiguous(), made.targets
-        else:
-            made = SVHN(str(cache), split="train" if train else "test", download=True)
-            images, labels = torch.from_numpy(made.data), made.labels
-        return Split(images, torch.as_tensor(labels, dtype=torch.int64))
+    made: Any = getattr(torchvision.datasets, kind)(str(cache), train=train, download=True)
+    images = torch.from_numpy(made.data).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.as_tensor(made.targets, dtype=torch.int64))
 
+
+def _svhn(cache: Path, train: bool) -> Split:
+    import torchvision.datasets
+
+    made: Any = torchvision.datasets.SVHN(str(cache), split="train" if train else "test", download=True)
+    return Split(torch.from_numpy(made.data), torch.as_tensor(made.labels, dtype=torch.int64))
+
+
+def _fetched(name: str, read: Callable[[bool], Split]) -> tuple[Split, Split]:
+    """Training and test split of a set that torchvision downloads. Raises ConfigError where it cannot be fetched."""
     try:
         return read(True), read(False)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"torchvision could not fetch {name}: {str(error).splitlines()[0]}; give --data.uri PATH instead"
         ) from error
+
+
+DATASETS: dict[str, Callable[[Path], tuple[Split, Split | None]]] = {
+    "digits": lambda cache: (_digits(), None),
+    "cifar10": lambda cache: _fetched("cifar10", lambda train: _cifar("CIFAR10", cache, train)),
+    "cifar100": lambda cache: _fetched("cifar100", lambda train: _cifar("CIFAR100", cache, train)),
+    "svhn": lambda cache: _fetched("svhn", lambda train: _svhn(cache, train)),
+}
+"""How a set is loaded by its name: the folder of downloads -> training and test split, None where it has none."""
 
 
 def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[Path], list[Path]]:

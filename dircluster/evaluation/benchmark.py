@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -108,6 +108,7 @@ def evaluate(
     *,
     verdict: bool = False,
     epsilon: float = 8 / 255,
+    norm: Literal["linf", "l2"] = "linf",
     step_size: float | None = None,
     settings: EvaluationConfig | None = None,
     seed: int = 0,
@@ -118,15 +119,16 @@ def evaluate(
 ) -> Report:
     """Judge any module that maps images (N, C, H, W) in [0, 1] to logits (N, classes), on the device it lies on.
 
-    ``images`` with ``labels`` (N,) int64; ``suite`` is quick, paper or rigorous, and ``verdict`` asks whether the
-    module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``shelf``
-    keeps finished units, so that a judgement can go on; ``told`` is called before each unit with the units done and
-    open. Raises ConfigError, one line, for images out of range, labels out
-    of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or another shape.
+    ``images`` with ``labels`` (N,) int64; ``epsilon``, ``norm`` and ``step_size`` are those of AttackConfig; ``suite``
+    is quick, paper or rigorous, and ``verdict`` asks whether the module only hides gradients. Transfers are crafted on
+    ``surrogate``, or on a purifier's own classifier. ``shelf`` keeps finished units, so that a judgement can go on;
+    ``told`` is called before each unit with the units done and open. Raises ConfigError, one line, for images out of
+    range, labels out of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or
+    another shape.
     """
     given = EvaluationConfig() if settings is None else settings
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
-    attack = AttackConfig(epsilon=epsilon, step_size=step_size)
+    attack = AttackConfig(epsilon=epsilon, step_size=step_size, norm=norm)
     check_images(images, labels)
     device = device_of(module)
     images, labels = images[: chosen.images].float(), labels[: chosen.images].long()

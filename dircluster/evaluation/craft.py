@@ -26,7 +26,7 @@ from dircluster.attacks.gradient import (
 )
 from dircluster.attacks.masked import masked_attack
 from dircluster.attacks.restored import restored_attack
-from dircluster.attacks.threat import L2, LInf
+from dircluster.attacks.threat import BALLS, L2, LInf
 from dircluster.evaluation.subject import Subject
 from dircluster.evaluation.suites import Case
 
@@ -78,7 +78,7 @@ class Crafter:
     @property
     def threat(self) -> LInf | L2:
         """The ball of the case."""
-        return LInf(self.case.epsilon) if self.case.norm == "linf" else L2(self.case.epsilon)
+        return BALLS[self.case.norm](self.case.epsilon)
 
     def _first_order(self, images: Tensor, labels: Tensor, restart: int) -> Tensor:
         case, threat = self.case, self.threat
@@ -144,7 +144,7 @@ class Crafter:
             )
             restored = restore(images)
         uniform = self._uniform("start", images)
-        return restored_attack(self._target(), restored, labels, case.epsilon, case.steps, case.step_size, uniform)
+        return restored_attack(self._target(), restored, labels, self.threat, case.steps, case.step_size, uniform)
 
     def _seed(self, masks: str, purpose: str) -> int:
         return self.defense_seed if masks == "fixed" else rng.entropy(self.seed, purpose)

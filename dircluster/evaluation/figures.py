@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, slope
-from dircluster.attacks.threat import LInf
+from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.subject import Subject
@@ -30,14 +30,14 @@ def discarded_noise(
     (N, C, H, W), (N,) -> by "target, attack", a value for each of SHARES. The noise is PGD's and MI-FGSM's on that
     target alone; a pixel's channels go together.
     """
-    threat, found = LInf(attack.epsilon), {}
+    threat, step_size, found = threat_of(attack), attack.step_for(steps), {}
     order = torch.rand(len(images), 1, *images.shape[2:], generator=rng.generator(seed, "figure2")).to(images)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figure2/start")).to(images)
     for name, target in targets.items():
         with frozen(target):
             made = {
-                "PGD": pgd(target, images, labels, threat, steps, attack.step, start),
-                "MI-FGSM": mi_fgsm(slope(cross_entropy(target, labels)), images, threat, steps, attack.step),
+                "PGD": pgd(target, images, labels, threat, steps, step_size, start),
+                "MI-FGSM": mi_fgsm(slope(cross_entropy(target, labels)), images, threat, steps, step_size),
             }
             for kind, adversarial in made.items():
                 noise = adversarial - images
@@ -59,7 +59,7 @@ def restoration(
     model, restore = subject.model("fixed", seed), subject.restorer("fixed", seed)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figures/start")).to(images)
     with frozen(subject.module):
-        adversarial = pgd(model, images, labels, LInf(attack.epsilon), steps, attack.step, start)
+        adversarial = pgd(model, images, labels, threat_of(attack), steps, attack.step_for(steps), start)
         with torch.no_grad():
             natural, cleaned = restore(images), restore(adversarial)
     rows = {"natural": images, "adversarial": adversarial}

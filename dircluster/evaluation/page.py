@@ -78,7 +78,7 @@ def _as_published(config: RunConfig, subject: Subject) -> bool:
     attack = config.attack
     masks = subject.module.masking.ratio if isinstance(subject.module, DefendedClassifier) else 0.5
     usual = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step - 2 / 255) < 1e-6
-    return usual and masks == 0.5 and config.target.objective == "at"
+    return usual and attack.norm == "linf" and masks == 0.5 and config.target.objective == "at"
 
 
 def robustbench_entry(found: Report, config: RunConfig, passes: int = 1) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def robustbench_entry(found: Report, config: RunConfig, passes: int = 1) -> dict
     own = [row for row in found.rows if row.defense == found.defense]
     natural = next((row for row in own if row.attack == "natural"), None)
     auto = next((row for row in own if row.attack == "autoattack-standard"), None)
-    whole = [row for row in own if row.norm == "linf" and row.average == 1 and not row.attack.startswith("restored")]
+    threat, epsilon = config.attack.norm, config.attack.epsilon
+    whole = [row for row in own if row.norm == threat and row.average == 1 and not row.attack.startswith("restored")]
     attacked = [row for row in whole if row.epsilon]
     return {
         "link": None,
@@ -100,7 +101,7 @@ def robustbench_entry(found: Report, config: RunConfig, passes: int = 1) -> dict
         "number_forward_passes": passes,
         "dataset": config.data.name,
         "architecture": found.defense,
-        "eps": f"{255 * config.attack.epsilon:.4g}/255",
+        "eps": f"{255 * epsilon:.4g}/255" if threat == "linf" else f"{epsilon:.4g}",
         "clean_acc": None if natural is None else f"{100 * natural.accuracy:.2f}",
         "reported": f"{100 * min(row.accuracy for row in attacked):.2f}" if attacked else None,
         "autoattack_acc": None if auto is None else f"{100 * auto.accuracy:.2f}",

@@ -14,7 +14,7 @@ Masked auto-encoding denoiser in front of a classifier (Zhou et al., ICML 2023):
 
 - images: {channels} x {height} x {width} in [0, 1], {classes} classes; data `{data}` (SHA-256 {fingerprint})
 - denoiser: patch {patch}, width {width_}, {encoder} + {decoder} blocks; target: {architecture}, objective {objective}
-- threat: L-infinity, epsilon {epsilon:.4g}; alpha {alpha:g}; seed {seed}; code {commit}
+- threat: {norm}, epsilon {epsilon:.4g}; alpha {alpha:g}; seed {seed}; code {commit}
 
 ## Accuracy on the test split
 
@@ -32,7 +32,7 @@ defense = dircluster.load_defense("models:/dir-{name}@champion")  # or the folde
 logits = defense(images)
 ```
 
-The defense protects against small L-infinity noise on images like those it was trained on, and against nothing else.
+The defense protects against small {norm} noise on images like those it was trained on, and against nothing else.
 """
 
 
@@ -68,6 +68,7 @@ def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
         decoder=model.decoder_depth,
         architecture=config.target.uri or config.target.architecture,
         objective=config.target.objective,
+        norm={"linf": "L-infinity", "l2": "L2"}[config.attack.norm],
         epsilon=config.attack.epsilon,
         alpha=config.dir.alpha,
         seed=config.seed,

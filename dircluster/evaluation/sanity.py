@@ -42,14 +42,18 @@ class Finding:
 def sanity_cases(
     attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, transfers: bool
 ) -> dict[str, Case]:
-    """The cases that the verdict needs, by a name of their own."""
+    """The cases that the verdict needs, by a name of their own.
+
+    "epsilon 1" is the whole pixel range, whatever the norm of the threat; the radii of an L2 threat are "L2 epsilon R".
+    """
     eot = (settings.eot or 16) if randomised else 1
     steps = settings.steps or 20
     base = Case(
         "pgd",
         masks="fresh" if randomised else "none",
+        norm=attack.norm,
         epsilon=attack.epsilon,
-        step_size=attack.step,
+        step_size=attack.step_for(steps),
         steps=steps,
         eot=eot,
         draws=(settings.draws or 10) if randomised else 1,
@@ -57,11 +61,11 @@ def sanity_cases(
     )
     cases = {"natural": replace(base, attack="natural", epsilon=0.0, steps=0, eot=1)}
     for radius in RADII:
-        epsilon, step = radius * attack.epsilon, radius * attack.step
-        cases[f"epsilon {epsilon:.4g}"] = replace(base, epsilon=epsilon, step_size=step)
-    cases["epsilon 1"] = replace(base, epsilon=1.0, step_size=0.1, steps=2 * steps)
+        epsilon, step = radius * attack.epsilon, radius * attack.step_for(steps)
+        cases[f"{_radii(base)}{epsilon:.4g}"] = replace(base, epsilon=epsilon, step_size=step)
+    cases["epsilon 1"] = replace(base, norm="linf", epsilon=1.0, step_size=0.1, steps=2 * steps)
     for count in sorted({max(1, steps // 4), max(1, steps // 2), steps, 2 * steps, 4 * steps}):
-        cases[f"{count} steps"] = replace(base, steps=count)
+        cases[f"{count} steps"] = replace(base, steps=count, step_size=attack.step_for(count))
     for count in (1, 2, 4):
         cases[f"{count} restarts"] = replace(base, restarts=count)
     if randomised:
@@ -75,6 +79,11 @@ def sanity_cases(
         cases["transfer"] = replace(base, on="target", eot=1)
     cases["gradients"] = replace(base, attack="gradient", steps=0, draws=1)
     return cases
+
+
+def _radii(case: Case) -> str:
+    """How the names of cases begin whose radius varies."""
+    return "epsilon " if case.norm == "linf" else "L2 epsilon "
 
 
 def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Finding]:
@@ -109,7 +118,7 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
             "epsilon 1",
         )
     )
-    curve = ["natural", *(name for name in starting("epsilon ") if name != "epsilon 1")]
+    curve = ["natural", *(name for name in starting(_radii(cases["natural"])) if name != "epsilon 1")]
     rises = [f"{b} above {a}" for a, b in pairwise(curve) if gain(b, a) > SLACK]
     findings.append(
         row(
@@ -180,7 +189,7 @@ def curves(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> dict[str
     for name, case in cases.items():
         first, _, last = name.partition(" ")
         for axis, x in (
-            ("epsilon", case.epsilon if first == "epsilon" or name == "natural" else None),
+            ("epsilon", case.epsilon if name == "natural" or name.startswith(_radii(cases["natural"])) else None),
             ("steps", case.steps if last == "steps" else None),
             ("EOT draws", case.eot if first == "EOT" else None),
         ):

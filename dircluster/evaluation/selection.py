@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.attacks.gradient import pgd
-from dircluster.attacks.threat import LInf
+from dircluster.attacks.threat import threat_of
 from dircluster.config import RunConfig
 from dircluster.data.sources import Split
 from dircluster.models.masking import windows
@@ -23,7 +23,7 @@ class Judge:
     def __init__(self, split: Split, config: RunConfig, parallel: Parallel, purpose: str, batch_size: int) -> None:
         self.split, self.config, self.parallel, self.purpose = split, config, parallel, purpose
         self.batch_size = batch_size
-        self.threat, self.step_size = LInf(config.attack.epsilon), config.attack.step
+        self.threat, self.step_size = threat_of(config.attack), config.attack.step
         share = -(-len(split) // parallel.world)
         mine = torch.arange(share) * parallel.world + parallel.rank
         # Where shares differ, the last image is judged twice: workers that share a model pass through it together.

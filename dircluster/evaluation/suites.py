@@ -79,7 +79,8 @@ def suite(
     """
     eot = (settings.eot or (8 if name == "quick" else 20)) if randomised else 1
     draws = (settings.draws or (10 if name == "quick" else 20)) if randomised else 1
-    ball = Case("pgd", epsilon=attack.epsilon, step_size=attack.step, steps=settings.steps or 20, draws=draws)
+    ball = Case("pgd", norm=attack.norm, epsilon=attack.epsilon, draws=draws)
+    ball = _lasting(ball, attack, settings.steps or 20)
     restarts = settings.restarts or 1
     known = replace(ball, masks="fixed") if randomised else ball
     anew = replace(ball, masks="fresh", eot=eot) if randomised else ball
@@ -91,32 +92,39 @@ def suite(
         cases += [replace(known, restarts=restarts), replace(anew, restarts=restarts)]
         cases += [replace(anew, on="target", eot=1)] if transfers else []
     elif name == "paper":
-        cases += _paper(known, anew, settings, purifies=purifies, masked=masked)
+        cases += _paper(known, anew, attack, settings, purifies=purifies, masked=masked)
     else:
         steps = settings.steps or 200
-        radius = settings.l2_epsilon
-        round_ball = replace(anew, norm="l2", epsilon=radius, step_size=radius * attack.step / attack.epsilon)
+        long = _lasting(anew, attack, steps)
         cases += [
-            replace(known, steps=steps, restarts=settings.restarts or 2),
-            *([replace(anew, steps=steps, restarts=restarts)] if randomised else []),
-            replace(anew, steps=steps, loss="margin", label=f"pgd{steps}-margin"),
+            replace(_lasting(known, attack, steps), restarts=settings.restarts or 2),
+            *([replace(long, restarts=restarts)] if randomised else []),
+            replace(long, loss="margin", label=f"pgd{steps}-margin"),
             *_autoattack(known, settings, masked),
             replace(anew, attack="square", steps=settings.queries),
-            replace(round_ball, steps=steps, label=f"l2-pgd{steps}"),
         ]
+        if attack.norm == "linf":  # an L2 threat has been met already
+            radius = settings.l2_epsilon
+            step_size = radius * attack.step / attack.epsilon
+            cases += [replace(long, norm="l2", epsilon=radius, step_size=step_size, label=f"l2-pgd{steps}")]
         if randomised:
             best = replace(anew, eot=1, average=eot)
             cases += [
                 replace(anew, attack="autoattack", label="autoattack-rand", steps=0),
                 replace(_natural(best), label=f"natural-mean-of-{eot}"),
-                replace(best, steps=steps, label=f"pgd{steps}-mean-of-{eot}"),
+                replace(_lasting(best, attack, steps), label=f"pgd{steps}-mean-of-{eot}"),
             ]
-        cases += [replace(anew, steps=steps, on="target", eot=1)] if transfers else []
+        cases += [replace(long, on="target", eot=1)] if transfers else []
     return list(dict.fromkeys(cases))
 
 
 def _natural(case: Case) -> Case:
     return replace(case, attack="natural", epsilon=0.0, steps=0, step_size=0.0, eot=1)
+
+
+def _lasting(case: Case, attack: AttackConfig, steps: int) -> Case:
+    """The case with ``steps`` steps of the size that goes with them."""
+    return replace(case, steps=steps, step_size=attack.step_for(steps))
 
 
 def _autoattack(known: Case, settings: EvaluationConfig, masked: bool) -> list[Case]:
@@ -126,7 +134,9 @@ def _autoattack(known: Case, settings: EvaluationConfig, masked: bool) -> list[C
     return [replace(known, attack="autoattack", label="autoattack-standard", steps=settings.queries)]
 
 
-def _paper(known: Case, anew: Case, settings: EvaluationConfig, *, purifies: bool, masked: bool) -> list[Case]:
+def _paper(
+    known: Case, anew: Case, attack: AttackConfig, settings: EvaluationConfig, *, purifies: bool, masked: bool
+) -> list[Case]:
     forty, eot = settings.steps or 40, anew.eot
     restarts = settings.restarts or 1
     cases = [
@@ -138,9 +148,10 @@ def _paper(known: Case, anew: Case, settings: EvaluationConfig, *, purifies: boo
         replace(known, attack="vnifgsm"),
     ]
     if masked:
-        cases += [replace(m, attack="masked", steps=forty, eot=1, label=f"masked{forty}") for m in (known, anew)]
+        both = [_lasting(m, attack, forty) for m in (known, anew)]
+        cases += [replace(m, attack="masked", eot=1, label=f"masked{forty}") for m in both]
     if purifies:
-        cases += [replace(anew, attack="bpda", steps=forty, label=f"bpda{forty}-eot{eot}")]
+        cases += [replace(_lasting(anew, attack, forty), attack="bpda", label=f"bpda{forty}-eot{eot}")]
         restored = replace(known, attack="restored", label=f"restored{known.steps}-from-natural")
         label = f"restored{known.steps}-from-adversarial"
         cases += [restored, replace(restored, source="adversarial", label=label)]

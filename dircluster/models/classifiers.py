@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -87,6 +88,84 @@ class ResNet18(nn.Sequential):
         )
 
 
+class PreActBlock(nn.Module):
+    """Batch normalization and ReLU before each of two 3x3 convolutions (He et al. 2016, Identity Mappings).
+
+    Where size or channels change, the shortcut is a 1x1 convolution of the activated input.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, ceil(H/stride), ceil(W/stride))."""
+        active = F.relu(self.bn1(x))
+        inner: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return inner + (x if self.shortcut is None else self.shortcut(active))
+
+
+class PreActResNet(nn.Sequential):
+    """A 3x3 stem, stages of pre-activation blocks, normalization and ReLU, global average pooling, a linear layer.
+
+    Stage i has ``depth`` blocks of ``widths[i]`` channels, and every stage but the first halves the sides. Weights of
+    convolutions start at N(0, 2 / (outputs * kernel area)), as in the code of TRADES.
+    """
+
+    def __init__(self, classes: int, channels: int, stem: int, widths: tuple[int, ...], depth: int) -> None:
+        blocks: list[nn.Module] = []
+        inputs = stem
+        for number, outputs in enumerate(widths):
+            for index in range(depth):
+                blocks.append(PreActBlock(inputs, outputs, 2 if number > 0 and index == 0 else 1))
+                inputs = outputs
+        super().__init__(
+            nn.Conv2d(channels, stem, 3, 1, 1, bias=False),
+            *blocks,
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(inputs, classes),
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class PreActResNet18(PreActResNet):
+    """The CIFAR PreActResNet-18 with normalization before the linear layer (Rice et al. 2020): 11.17 M parameters."""
+
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__(classes, channels, 64, (64, 128, 256, 512), 2)
+
+
+class WideResNet(PreActResNet):
+    """WideResNet-``depth``-``widen`` (Zagoruyko and Komodakis 2016) as TRADES and RobustBench have it, no dropout.
+
+    The code of TRADES also holds an unused copy of the first stage (``sub_block1``), which is left out here.
+    """
+
+    def __init__(self, depth: int, widen: int, classes: int, channels: int) -> None:
+        super().__init__(classes, channels, 16, (16 * widen, 32 * widen, 64 * widen), (depth - 4) // 6)
+
+
+ARCHITECTURES: dict[str, Callable[[DataConfig], nn.Module]] = {
+    "small_cnn": lambda data: SmallCNN(data.classes, data.channels, data.height, data.width),
+    "resnet18": lambda data: ResNet18(data.classes, data.channels),
+    "preactresnet18": lambda data: PreActResNet18(data.classes, data.channels),
+    "wrn-28-10": lambda data: WideResNet(28, 10, data.classes, data.channels),
+    "wrn-34-10": lambda data: WideResNet(34, 10, data.classes, data.channels),
+}
+"""Networks by name, as functions of the data; their input is normalized to [-1, 1]. Names are config.ARCHITECTURES."""
+
+
 def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3]) or "see timm.list_models()"
@@ -125,14 +204,12 @@ def _first_line(error: Exception) -> str:
 def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> nn.Module:
     """A classifier for ``data``: (N, C, H, W) in [0, 1] -> (N, classes) logits.
 
-    ``architecture`` is small_cnn, resnet18, timm:NAME, or package.module:factory, called with classes and channels.
+    ``architecture`` is one of ARCHITECTURES, timm:NAME, or package.module:factory, called with classes and channels.
     ``pretrained`` fetches timm's published weights with their own head. Raises ConfigError when it cannot be made.
     """
-    half = (0.5,) * data.channels
-    if architecture == "small_cnn":
-        return Normalised(SmallCNN(data.classes, data.channels, data.height, data.width), half, half)
-    if architecture == "resnet18":
-        return Normalised(ResNet18(data.classes, data.channels), half, half)
+    if architecture in ARCHITECTURES:
+        half = (0.5,) * data.channels
+        return Normalised(ARCHITECTURES[architecture](data), half, half)
     if architecture.startswith("timm:"):
         return _timm(architecture[len("timm:") :], None if pretrained else data.classes, data.channels, pretrained)
     return _factory(architecture, data)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dircluster.attacks.gradient import kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
-from dircluster.attacks.threat import LInf
+from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, DirConfig, MaskingConfig
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.models.masking import windows
@@ -61,7 +61,7 @@ class DirRecipe(Recipe):
 
         uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
         with crafting(self.denoiser, self.classifier):
-            adversarial = pgd(pipeline, images, batch.labels, LInf(attack.epsilon), attack.steps, attack.step, uniform)
+            adversarial = pgd(pipeline, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform)
         return replace(batch, adversarial=adversarial, kept=kept)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -79,15 +79,9 @@ class DirRecipe(Recipe):
             if self.config.joint:  # the logits at hand were made with batch statistics, which crafting does not use
                 with torch.no_grad():
                     logits = self.classifier(restored)
-            return perturbation(
-                self.classifier,
-                restored,
-                logits,
-                self.attack.epsilon,
-                self.config.perturb_steps,
-                self.attack.step,
-                normal,
-            )
+            steps = self.config.perturb_steps
+            step_size = self.attack.step_for(steps)
+            return perturbation(self.classifier, restored, logits, threat_of(self.attack), steps, step_size, normal)
 
     def compare(self, batch: Batch, restored: Tensor, logits: Tensor, delta: Tensor) -> dict[str, Tensor]:
         """Eq. 5 to 7: adversarial (L_adv), representation (L_rep), and their sum; mse where it is asked for."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.attacks.gradient import pgd
-from dircluster.attacks.threat import LInf
+from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, MaskingConfig
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.models.masking import windows
@@ -41,7 +41,7 @@ class PretrainRecipe(Recipe):
         uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
         with crafting(self.classifier):
             adversarial = pgd(
-                self.classifier, images, batch.labels, LInf(attack.epsilon), attack.steps, attack.step, uniform
+                self.classifier, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform
             )
         kept = windows(batch.stream.permutations("masks", self.denoiser.tokens), self.masking)
         return replace(batch, adversarial=adversarial, kept=kept)

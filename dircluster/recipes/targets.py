@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.attacks.gradient import kl_ascent, kl_divergence, pgd
-from dircluster.attacks.threat import LInf
+from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, TargetConfig
 from dircluster.recipes.base import Batch, Recipe, crafting
 
@@ -43,14 +43,15 @@ class TargetRecipe(Recipe):
         objective, attack = self.config.objective, self.attack
         if objective == "natural":
             return batch
-        images, threat = batch.images, LInf(attack.epsilon)
+        images, threat = batch.images, threat_of(attack)
         with crafting(self.classifier):
             if objective == "trades":
                 with torch.no_grad():
                     reference = self.classifier(images)
                 normal = batch.stream.normal("trades", tuple(images.shape[1:]))
                 steps = self.config.trades_steps
-                adversarial = kl_ascent(self.classifier, images, reference, threat, steps, attack.step, normal)
+                step_size = attack.step_for(steps)
+                adversarial = kl_ascent(self.classifier, images, reference, threat, steps, step_size, normal)
             else:
                 uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
                 adversarial = pgd(self.classifier, images, batch.labels, threat, attack.steps, attack.step, uniform)

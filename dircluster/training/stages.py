@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dircluster import rng
-from dircluster.config import RunConfig, digest, to_dict
+from dircluster.config import RunConfig, as_hashed, digest, to_dict
 from dircluster.models import classifiers
 from dircluster.models.denoiser import MaskedDenoiser
 from dircluster.recipes.dir import DirRecipe
@@ -39,7 +39,8 @@ def stage_settings(config: RunConfig, name: str) -> dict[str, Any]:
 
 def stage_key(config: RunConfig, name: str, inputs: dict[str, str | None]) -> str:
     """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
-    return digest({"format": FORMAT, "stage": name, "inputs": inputs, **stage_settings(config, name)})
+    settings = as_hashed(stage_settings(config, name))
+    return digest({"format": FORMAT, "stage": name, "inputs": inputs, **settings})
 
 
 def build_classifier(config: RunConfig) -> nn.Module:

@@ -17,6 +17,8 @@ from dircluster.presets import PRESETS, preset
         (lambda: c.MaskingConfig(ratio=50), "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
         (lambda: c.AttackConfig(epsilon=8), "attack.epsilon must lie in (0, 1), got 8; did you mean 8/255?"),
         (lambda: c.AttackConfig(epsilon=1.0), "attack.epsilon must lie in (0, 1), got 1"),
+        (lambda: c.AttackConfig(norm="l2", epsilon=0), "attack.epsilon must be positive, got 0"),
+        (lambda: c.AttackConfig(norm="l2", step_size=-1), "attack.step_size must be positive, got -1"),
         (lambda: c.ModelConfig(width=10, heads=3), "model.width must be a multiple of model.heads"),
         (lambda: c.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
         (lambda: c.DataConfig(name="custom"), "data.uri is missing"),
@@ -119,6 +121,25 @@ def test_the_papers_settings() -> None:
     assert (run.attack.epsilon, run.attack.step, run.attack.steps) == (8 / 255, 2 / 255, 5)
     assert (run.dir.alpha, run.dir.epochs, run.pretrain.epochs, run.training.batch_size) == (2.0, 90, 20, 128)
     assert run.pretrain.optimizer.lr == pytest.approx(1.5e-4 * 128 / 256)
+
+
+def test_the_radius_and_the_step_of_an_l2_threat() -> None:
+    attack = c.AttackConfig(norm="l2", epsilon=2.0)
+    assert (attack.step, attack.step_for(20)) == (2.5 * 2.0 / 5, 2.5 * 2.0 / 20)
+    assert c.AttackConfig(norm="l2", epsilon=2.0, step_size=1.5).step_for(20) == 1.5
+    assert [c.AttackConfig().step_for(steps) for steps in (1, 5, 200)] == [2 / 255] * 3
+
+
+def test_cifar100_is_cifar10_with_other_data() -> None:
+    run, usual = preset("cifar100"), preset("cifar10")
+    assert (run.data.name, run.data.classes, run.data.channels, run.data.height) == ("cifar100", 100, 3, 32)
+    assert dataclasses.replace(run, name=usual.name, data=usual.data) == usual
+    assert dataclasses.replace(run.data, name="cifar10", classes=10) == usual.data
+    smoke = preset("cifar100_smoke")
+    assert (smoke.name, smoke.data.classes, smoke.data.limit) == ("cifar100_smoke", 100, 48)
+    assert dataclasses.replace(smoke, name="", data=usual.data) == dataclasses.replace(
+        preset("cifar10_smoke"), name="", data=usual.data
+    )
 
 
 def test_schedules() -> None:

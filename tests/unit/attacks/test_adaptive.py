@@ -154,7 +154,7 @@ def test_the_masked_attack_moves_kept_pixels_alone_step_by_step() -> None:
 
 def test_the_attack_of_eq_9_is_not_cut_with_the_pixel_range() -> None:
     restored = 3 * IMAGES - 1
-    found = restored_attack(model, restored, LABELS, EPSILON, 5, 0.03, uniform())
+    found = restored_attack(model, restored, LABELS, LInf(EPSILON), 5, 0.03, uniform())
     assert (found - restored).abs().max() <= EPSILON + 1e-6
     assert found.min() < 0
     assert cross_entropy_loss(model(found), LABELS).sum() > cross_entropy_loss(model(restored), LABELS).sum()

@@ -68,7 +68,7 @@ def test_the_perturbation_of_eq_4() -> None:
     """d/dx of KL(p_ref || softmax(W x)) is W^T (softmax(W x) - p_ref); the ball is not cut with [0, 1]."""
     restored = 3 * IMAGES - 1
     normal = torch.randn(IMAGES.shape, generator=rng.generator(0, "n"), dtype=torch.float64)
-    found = perturbation(linear, restored, linear(restored), EPSILON, 4, 0.04, normal)
+    found = perturbation(linear, restored, linear(restored), LInf(EPSILON), 4, 0.04, normal)
     for i in range(N):
         reference = torch.softmax(WEIGHT @ restored[i].flatten(), 0)
         x = restored[i] + 1e-3 * normal[i]

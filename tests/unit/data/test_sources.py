@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.sources import load, training_images
+from dircluster.data.sources import DATASETS, KNOWN_SIZES, load, training_images
 
 
 def png(side: int = 4, value: int = 7, mode: str = "L") -> bytes:
@@ -55,6 +55,49 @@ def test_no_image_is_in_two_splits() -> None:
     rows = [set(map(bytes, part.images.numpy().reshape(len(part), -1))) for part in (data.train, data.held_out)]
     assert len(data.train) + len(data.held_out) + len(data.test) == 1797
     assert not rows[0] & rows[1]
+
+
+class FineLabels:
+    """What torchvision's CIFAR100 holds after a download, which no test makes."""
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        rows, value = (20, 3) if train else (4, 5)
+        self.data = np.full((rows, 32, 32, 3), value, np.uint8)
+        self.data[:, 0, 1, 2] = 255
+        self.targets = [80 + row for row in range(rows)]
+
+
+def test_cifar100_from_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", FineLabels)
+    wanted = DataConfig(name="cifar100", height=32, width=32, channels=3, classes=100)
+    data = load(wanted, 0, tmp_path)
+    assert (len(data.train), len(data.held_out), len(data.test)) == (18, 2, 4)
+    assert data.test.images.shape == (4, 3, 32, 32)
+    assert (data.test.images[:, 2, 0, 1] == 255).all()
+    assert data.test.labels.tolist() == [80, 81, 82, 83]
+    assert training_images(wanted) == 45_000
+
+
+def test_what_torchvision_cannot_fetch_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def absent(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no network\nat all")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", absent)
+    with pytest.raises(ConfigError, match=r"torchvision could not fetch cifar100: no network; give --data\.uri"):
+        load(DataConfig(name="cifar100", height=32, width=32, channels=3, classes=100), 0, tmp_path)
+
+
+def test_every_set_that_is_downloaded_has_a_known_size() -> None:
+    assert set(DATASETS) == set(KNOWN_SIZES) - {"photos"}  # photos are written as shards, and streamed
+
+
+def test_fine_labels_are_those_of_parquet_files_with_two_kinds(tmp_path: Path) -> None:
+    table = {"img": [png()] * 20, "fine_label": list(range(80, 100)), "coarse_label": [1] * 20}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    data = load(config(tmp_path, name="cifar100", classes=100), seed=0)
+    assert {*data.train.labels.tolist(), *data.held_out.labels.tolist(), *data.test.labels.tolist()} == {
+        *range(80, 100)
+    }
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes"])

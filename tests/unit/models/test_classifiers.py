@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from dircluster import config
 from dircluster.config import ConfigError, DataConfig
-from dircluster.models.classifiers import build, check_classes
+from dircluster.models.classifiers import ARCHITECTURES, PreActBlock, build, check_classes
 
 COLOUR = DataConfig(name="cifar10", height=32, width=32, channels=3)
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t"])
+@pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t", "preactresnet18", "wrn-28-10"])
 def test_logits(architecture: str) -> None:
     network = build(architecture, COLOUR).eval()
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
@@ -23,6 +27,62 @@ def test_logits(architecture: str) -> None:
 
 def test_resnet18_has_the_published_size() -> None:
     assert sum(p.numel() for p in build("resnet18", COLOUR).parameters()) == 11_173_962  # METHOD: 11.17 M
+
+
+# Parameters at 3 channels and 10 classes, by hand. 3x3 convolutions have 9ab, shortcuts ab, normalizations 2a.
+# A block that keeps a channels has 2 normalizations and 2 convolutions, 4a + 18aa; one from a to b has
+# 2a + 9ab + 2b + 9bb + ab. Both networks end in a normalization and a linear layer with biases.
+#
+# PreActResNet-18: stem 27*64 = 1,728; 64: 2 * 73,984 = 147,968; 64 to 128: 229,760 + 295,424 = 525,184; to 256:
+# 918,272 + 1,180,672 = 2,098,944; to 512: 3,671,552 + 4,720,640 = 8,392,192; end 2*512 + 5,130 = 6,154.
+#
+# WideResNet: stem 27*16 = 432; 16 to 160: 256,352, then 461,440 a block; to 320: 1,434,560, then 1,844,480; to 640:
+# 5,736,320, then 7,375,360; end 2*640 + 6,410 = 7,690. WRN-28 has 3 blocks after the first of a stage, WRN-34 has 4.
+# Another WRN-28-10 of the literature (the classifier of EBM defenses) has a bias in every convolution as well:
+# 16 + 9 * (160 + 320 + 640) = 10,096 more, 36,489,290 in all.
+@pytest.mark.parametrize(
+    ("architecture", "parameters", "gmac"),
+    [("preactresnet18", 11_172_170, 0.56), ("wrn-28-10", 36_479_194, 5.24), ("wrn-34-10", 46_160_474, 6.66)],
+)
+def test_pre_activation_networks_have_the_published_sizes(architecture: str, parameters: int, gmac: float) -> None:
+    with torch.device("meta"):
+        network = build(architecture, COLOUR).eval()
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 3, 32, 32))
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert round(counter.get_total_flops() / 2e9, 2) == gmac
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "preactresnet18", "wrn-28-10"])
+@pytest.mark.parametrize(("channels", "height", "width", "classes"), [(1, 8, 8, 10), (1, 28, 28, 4), (3, 17, 9, 100)])
+def test_networks_with_global_pooling_take_any_images(
+    architecture: str, channels: int, height: int, width: int, classes: int
+) -> None:
+    data = DataConfig(height=height, width=width, channels=channels, classes=classes)
+    network = build(architecture, data)
+    check_classes(network, data)
+    assert network.train()(torch.rand(2, channels, height, width)).shape == (2, classes)
+
+
+def test_a_pre_activation_block() -> None:
+    torch.manual_seed(0)
+    block, x = PreActBlock(4, 6, 2).eval().double(), torch.randn(2, 4, 8, 8).double()
+    active = F.relu(x / (1 + 1e-5) ** 0.5)
+    inner = F.relu(F.conv2d(active, block.conv1.weight, stride=2, padding=1) / (1 + 1e-5) ** 0.5)
+    assert isinstance(block.shortcut, nn.Conv2d)
+    shortcut = F.conv2d(active, block.shortcut.weight, stride=2)
+    torch.testing.assert_close(block(x), F.conv2d(inner, block.conv2.weight, padding=1) + shortcut)
+    same = PreActBlock(4, 4, 1)
+    nn.init.zeros_(same.conv2.weight)
+    assert torch.equal(same(x.float()), x.float())
+
+
+def test_the_config_knows_every_architecture() -> None:
+    assert tuple(ARCHITECTURES) == config.ARCHITECTURES
+    for name in ARCHITECTURES:
+        config.TargetConfig(architecture=name)
+    with pytest.raises(ConfigError, match=r"must be small_cnn, .*, wrn-34-10, timm:NAME or .*, got 'WideResNet-28-10'"):
+        config.TargetConfig(architecture="WideResNet-28-10")
 
 
 def test_images_are_normalised_inside() -> None:
@@ -54,7 +114,7 @@ def test_an_unknown_timm_model_is_named() -> None:
         build("timm:resnet999", COLOUR)
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t"])
+@pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t", "preactresnet18", "wrn-28-10"])
 def test_a_target_is_checked_on_the_device_that_it_lies_on(architecture: str) -> None:
     check_classes(build(architecture, COLOUR).to("meta"), COLOUR)  # a CPU image would not meet these weights
 

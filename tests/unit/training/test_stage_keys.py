@@ -1,0 +1,58 @@
+"""What decides a stage's weights: keys that later settings leave as they are, so that stored stages are found again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dircluster.config import LATER_FIELDS, AttackConfig, as_hashed, flatten, to_dict, with_values
+from dircluster.presets import PRESETS, preset
+from dircluster.training.stages import stage_key, stage_settings
+
+INPUTS: dict[str, str | None] = {"data": "0" * 64}
+KEYS = {  # computed at d27d5de, before there were other norms than linf
+    "digits": {
+        "target": "945442285bea522d34201950766909899d67d73739a9ee9cf28e8283b004ff6e",
+        "pretrain": "09cfbe6fc64f6c14e836f5e2716f6e314ed5cf12098a89eb71b2abc35d3e9a55",
+        "dir": "711125cd815c7ac1123dcb3e1b5329c1ba805c73d4c942d9788ab1a9e4eb11cb",
+    },
+    "cifar10": {
+        "target": "f95258acb3f8a869bd579ee011beaaec6d9f271e01aec35192a033a8dcfe9fef",
+        "pretrain": "f069508def346c000a77579d5bc37af8f1772424680775e96023896f7da4e380",
+        "dir": "b6943747a9de34c66579a239138b051415bdb466a5ba4b56796481b4ddf14a21",
+    },
+    "cifar10_joint": {"dir": "d6412af9c087a0958f7239e54a6608752b86a3d3204ba378b602fcb90c329313"},
+    "digits_smoke": {
+        "target": "6bdb9a71dacfe5124ce13625d2ae65b0ec35034c34f83fac14d70861e73a9b26",
+        "pretrain": "56a35a95f7a49e5fca560bd02104019a43e252b16a5e3588c79d4dc10ecc8d3e",
+        "dir": "cc57614f019b4a5bbfdb9c7880e0f46a1a6512522983638f8ccf95148e0459b7",
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, keys in KEYS.items() for stage in keys])
+def test_stages_stored_by_earlier_versions_are_found(name: str, stage: str) -> None:
+    assert stage_key(preset(name), stage, INPUTS) == KEYS[name][stage]
+
+
+@pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
+def test_another_norm_is_another_stage(stage: str) -> None:
+    run = preset("digits")
+    other = replace(run, attack=replace(run.attack, norm="l2", step_size=run.attack.step))
+    assert stage_key(other, stage, INPUTS) != stage_key(run, stage, INPUTS)
+    assert flatten(stage_settings(run, stage))["attack.norm"] == "linf"  # what MLflow shows is whole
+
+
+def test_only_defaults_of_later_settings_are_left_out() -> None:
+    plain = to_dict(AttackConfig())
+    assert as_hashed({"attack": plain}) == {"attack": {k: v for k, v in plain.items() if k != "norm"}}
+    assert as_hashed({"attack": {**plain, "norm": "l2"}})["attack"]["norm"] == "l2"
+    assert as_hashed({"norm": "linf", "dir": {"norm": "linf"}}) == {"norm": "linf", "dir": {"norm": "linf"}}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_later_settings_are_settings(name: str) -> None:
+    run = preset(name)
+    assert set(LATER_FIELDS) <= set(flatten(to_dict(run)))
+    assert with_values(run, LATER_FIELDS) == run  # every preset has their defaults, or its keys would have changed
