@@ -163,7 +163,7 @@ class Subject:
             stream = _Stream(seed, again=masks == "fixed")
 
             def run(part: Part, images: Tensor) -> Tensor:
-                with stream(images.device):
+                with stream():
                     return part(images, None)
 
             return run
@@ -192,18 +192,16 @@ class _Stream:
         self.state: list[Tensor] | None = None
 
     @contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         """Go on where the last call ended, or with ``again`` at the beginning."""
-        gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):
-            if self.state is None or self.again:
-                torch.manual_seed(self.seed)
-            else:
-                torch.set_rng_state(self.state[0])
-                for gpu, state in zip(gpus, self.state[1:], strict=True):
-                    torch.cuda.set_rng_state(state, gpu)
+        with rng.put_back() as found:
+            for stream in found:
+                stream.manual_seed(self.seed)
+            if self.state is not None and not self.again:
+                for stream, state in zip(found, self.state, strict=False):  # a GPU may have come into use since
+                    stream.set_state(state)
             yield
-            self.state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in gpus)]
+            self.state = [stream.get_state() for stream in found]
 
 
 def check_images(images: Tensor, labels: Tensor) -> None:
