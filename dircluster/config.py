@@ -28,7 +28,7 @@ def error_to_plain(error: ConfigError) -> dict[str, Any]:
 
 
 def error_from_plain(plain: Mapping[str, Any]) -> ConfigError:
-    """The inverse of :func:`error_to_plain`, of the nearest class that this package has; nothing is imported by name."""
+    """The inverse of :func:`error_to_plain`, of the nearest class that is known here; no name is imported."""
     known, left = {}, [ConfigError]
     while left:
         kind = left.pop()

@@ -28,7 +28,8 @@ def generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> torch.G
 
 def streams() -> list[torch.Generator]:
     """The streams that library code draws from: PyTorch's own on the CPU, and on each GPU once one is in use."""
-    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.default_generator, *(torch.cuda.default_generators if in_use else ())]
 
 
 @contextmanager
