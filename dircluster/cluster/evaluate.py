@@ -122,10 +122,12 @@ class _Judging:
     def _open_places(self, bench: Bench) -> list[int]:
         places = [place for place, unit in enumerate(bench.units) if bench.judgement.outcome(unit) is None]
         kept = len(bench.units) - len(places)
-        resumed = f", {kept} of {len(bench.units)} units are finished already" if kept else ""
+        resumed = f", {kept} of {len(bench.units)} units are finished already" if kept and places else ""
         self.terminal.say(
             f"judging {self.job.defense}: suite {bench.settings.suite}, {len(bench.test)} images{resumed}"
         )
+        if not places:
+            self.terminal.say(f"evaluation: reused from {bench.folder}")
         return places
 
     def _on_ray(self, brief: Brief, bench: Bench, places: list[int]) -> int:

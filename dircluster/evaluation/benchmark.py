@@ -137,8 +137,8 @@ def evaluate(
         subject.meet(images[:8].to(device), int(labels.max()))
         planned = plan(subject, attack, chosen)
         shelf = Memory() if shelf is None else shelf
-        judgement = Judgement(planned.cases, len(images), seed, chosen.batch_size, chosen.rows, shelf)
-        run(judgement, subject, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), told)
+        judgement = Judgement(planned.cases, len(images), seed, chosen.batch_size, chosen.rows, shelf, subject)
+        run(judgement, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), told)
     finally:
         for part, training in modes:
             part.training = training

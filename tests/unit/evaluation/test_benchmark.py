@@ -154,7 +154,7 @@ def test_what_other_code_found_is_found_again(
     judged(at_model, digits, shelf=shelf)
     judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
     assert seen == []
-    monkeypatch.setattr("dircluster.evaluation.judgement.code", lambda: "other")
+    monkeypatch.setattr("dircluster.evaluation.judgement.code", lambda case, subject: "other")
     judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
     assert len(seen) == 6
 
