@@ -24,7 +24,7 @@ from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.subject import Subject
 from dircluster.evaluation.suites import Case
-from dircluster.models.defended import frozen
+from dircluster.recipes.base import crafting
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Judgement:
         known = rng.entropy(self.seed, "judgement/known", step=unit.number)
         anew = rng.entropy(self.seed, "judgement/anew", step=unit.number)
         craft = Crafter(subject, unit.case, seed, known, self.most_rows)
-        with frozen(subject.module):
+        with crafting(*subject.modules):
             found, warned = craft(images, labels)
             with torch.no_grad():
                 right = judge(subject, unit.case, known, anew, self.most_rows)(found, labels)
