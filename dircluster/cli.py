@@ -43,6 +43,8 @@ class Job:
     """Write the outcome to this JSON file."""
     print_config: Switch = False
     """Print all settings as YAML, and stop."""
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
+    """Names of the settings that --config or a flag gave, whatever their values."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, words))
     if job.preset != name:
         raise ConfigError(f"the preset is the first word alone, got {job.preset!r} after it (the preset is {name})")
-    return job
+    flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
 
 
 def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], int]) -> int:

@@ -187,4 +187,4 @@ def fingerprint(module: nn.Module, name: str) -> str:
 def with_suite(config: RunConfig, suite: str | None, verdict: bool) -> RunConfig:
     """``config`` with the suite and the verdict that the command line asks for."""
     settings = config.evaluation if suite is None else dataclasses.replace(config.evaluation, suite=suite)  # type: ignore[arg-type]
-    return dataclasses.replace(config, evaluation=dataclasses.replace(settings, verdict=verdict or settings.verdict))
+    return dataclasses.replace(config, evaluation=dataclasses.replace(settings, verdict=verdict))

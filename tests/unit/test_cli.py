@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dircluster import cli
+from dircluster.cluster import evaluate
 from dircluster.config import ConfigError, flatten, to_dict
 from dircluster.presets import PRESETS, preset
 
@@ -60,6 +61,57 @@ def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
     again = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
     assert parse(*again).run == job.run
     assert cli.with_settings(job.run, {"data.uri": "1/2", "dir.alpha": "1/4"}).data.uri == "1/2"
+
+
+def test_what_is_given_is_known_from_the_file_and_from_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("scaling: {workers: 1}\ndir: {optimizer: {lr: 0.1}}\n")
+    words = ("--config", str(file), "--seed", "0", "--data.no-flip", "--tracking.log_every=3")
+    assert parse("digits", *words).given == {
+        *("config", "scaling.workers", "dir.optimizer.lr", "seed", "data.no-flip", "tracking.log-every")
+    }
+    assert parse("digits").given == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "workers"),
+    [
+        ([], "seed: 1", None),
+        ([], "scaling: {workers: 2}", 2),
+        ([], "scaling: {workers: 1}", 1),
+        (["--scaling.workers", "3"], "scaling: {workers: 2}", 3),
+        (["--scaling.workers=1:4"], "seed: 1", 4),
+    ],
+)
+def test_an_evaluation_takes_the_workers_of_the_file_too(
+    words: list[str], settings: str, workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate._Judging, "run", lambda self: seen.append(self.workers) or 0)
+    file = tmp_path / "mine.yaml"
+    file.write_text(settings)
+    assert evaluate.main(["digits_smoke", "--defense", "none", "--config", str(file), *words]) == 0
+    assert seen == [workers]
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "asked"),
+    [
+        (["--suite", "quick"], False, False),
+        (["--suite", "quick", "--verdict"], False, True),
+        (["--suite", "quick"], True, True),
+        (["--suite", "paper"], False, True),
+        (["--suite", "paper", "--no-verdict"], True, False),
+    ],
+)
+def test_flags_about_the_verdict_beat_the_file(
+    words: list[str], file: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate._Judging, "run", lambda self: seen.append(self.config.evaluation.verdict) or 0)
+    of_file = ["--evaluation.verdict"] if file else []
+    assert evaluate.main(["digits_smoke", "--defense", "none", *of_file, *words]) == 0
+    assert seen == [asked]
 
 
 @pytest.mark.parametrize("name", PRESETS)
