@@ -6,6 +6,7 @@ It imports neither torch nor ray, so that ``--help`` and a config error answer a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,13 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
 from dircluster.config import ConfigError, RunConfig, flatten, to_dict, without_secrets
-from dircluster.presets import PRESETS, preset
+from dircluster.presets import preset
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -43,6 +44,8 @@ class Job:
     """Write the outcome to this JSON file."""
     print_config: Switch = False
     """Print all settings as YAML, and stop."""
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
+    """Names of the settings that --config or a flag gave, whatever their values."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
-    words = [_as_decimal(word) for word in argv]
+    words = list(argv)
     name = _take_preset(words)
     base = kind(name, preset(name))
     pairs = zip(words, [*words, ""][1:], strict=True)
@@ -136,10 +139,11 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if file:
         words = [*_words_of(Path(file)), *words]
     with _one_line_errors():
-        job = tyro.cli(kind, default=base, args=words)
+        job = tyro.cli(kind, default=base, args=_with_decimals(kind, words))
     if job.preset != name:
-        raise ConfigError(f"one preset at a time, got {name} and {job.preset}")
-    return job
+        raise ConfigError(f"the preset is the first word alone, got {job.preset!r} after it (the preset is {name})")
+    flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
 
 
 def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], int]) -> int:
@@ -173,11 +177,27 @@ def to_yaml(run: RunConfig) -> str:
 
 
 def _take_preset(words: list[str]) -> str:
-    """Remove the preset from ``words``: the first one, or a known name that is no flag's value."""
-    for place, word in enumerate(words):
-        if (place == 0 and not word.startswith("-")) or (word in PRESETS and words[place - 1] != "--data.name"):
-            return words.pop(place)
-    return "digits"
+    """Remove the preset from ``words``: the first of them, unless it is a flag."""
+    return words.pop(0) if words and not words[0].startswith("-") else "digits"
+
+
+def _with_decimals(kind: type, words: Sequence[str]) -> list[str]:
+    """``words`` with fractions as decimals, but for the values of texts: a folder may be named 1/2."""
+    texts, flag, made = set(_texts(kind)), "", []
+    for word in words:
+        if word.startswith("--"):
+            flag = word.partition("=")[0].replace("_", "-")
+        made.append(word if flag in texts else _as_decimal(word))
+    return made
+
+
+def _texts(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The flags of a job or section whose values are texts or paths."""
+    for name, annotation in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            yield from _texts(annotation, prefix if name == "run" else f"{prefix}{name.replace('_', '-')}.")
+        elif {str, Path} & {annotation, *get_args(annotation)}:
+            yield prefix + name.replace("_", "-")
 
 
 def _as_decimal(word: str) -> str:
@@ -208,7 +228,7 @@ def as_words(name: str, value: Any) -> list[str]:
         section, dot, field = flag[2:].rpartition(".")
         return [flag if value else f"--{section}{dot}no-{field}"]
     values = value if isinstance(value, list | tuple) else [value]
-    return [flag, *(_as_decimal(str(item)) for item in values)]
+    return [flag, *(str(item) for item in values)]
 
 
 @contextlib.contextmanager
@@ -256,4 +276,4 @@ def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """``run`` with settings by their dotted names, checked as those of a command line. Raises ConfigError."""
     words = [word for name, value in settings.items() for word in as_words(name, value)]
     with _one_line_errors():
-        return tyro.cli(RunConfig, default=run, args=words)
+        return tyro.cli(RunConfig, default=run, args=_with_decimals(RunConfig, words))

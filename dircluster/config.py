@@ -21,6 +21,23 @@ class ConfigError(ValueError):
     """A setting that cannot work. Its text is one line: the field, the value and the way out."""
 
 
+def error_to_plain(error: ConfigError) -> dict[str, Any]:
+    """A ConfigError as plain data: its message, and the names of its class and of those that it derives from."""
+    kinds = [kind for kind in type(error).__mro__ if issubclass(kind, ConfigError)]
+    return {"message": str(error), "kinds": [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]}
+
+
+def error_from_plain(plain: Mapping[str, Any]) -> ConfigError:
+    """The inverse of :func:`error_to_plain`, of the nearest class that is known here; no name is imported."""
+    known, left = {}, [ConfigError]
+    while left:
+        kind = left.pop()
+        left += kind.__subclasses__()
+        if kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            known[f"{kind.__module__}.{kind.__qualname__}"] = kind
+    return next((known[name] for name in plain["kinds"] if name in known), ConfigError)(plain["message"])
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)

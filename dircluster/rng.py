@@ -26,11 +26,33 @@ def generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> torch.G
     return torch.Generator().manual_seed(entropy(seed, purpose, epoch, step))
 
 
+def streams() -> list[torch.Generator]:
+    """The streams that library code draws from: PyTorch's own on the CPU, and on each GPU once one is in use."""
+    in_use: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.default_generator, *(torch.cuda.default_generators if in_use else ())]
+
+
+@contextmanager
+def put_back() -> Iterator[list[torch.Generator]]:
+    """Yield PyTorch's own streams, and put all of them back afterwards, whoever seeds them or draws meanwhile."""
+    found = streams()
+    states = [stream.get_state() for stream in found]
+    try:
+        yield found
+    finally:
+        for stream, state in zip(found, states, strict=True):
+            stream.set_state(state)
+
+
 @contextmanager
 def ambient(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> Iterator[None]:
-    """Seed what library code draws from PyTorch's own CPU stream (initial weights, dropout), and put it back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(entropy(seed, purpose, epoch, step))
+    """Seed what library code draws from PyTorch's own streams (initial weights, dropout), and put them back.
+
+    Those of GPUs are seeded too: dropout draws on the device that its input lies on.
+    """
+    with put_back() as found:
+        for stream in found:
+            stream.manual_seed(entropy(seed, purpose, epoch, step))
         yield
 
 

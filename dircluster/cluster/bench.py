@@ -20,8 +20,10 @@ from dircluster.config import ConfigError, DataConfig, RunConfig, digest, from_d
 from dircluster.data.sources import Split, load
 from dircluster.evaluation.benchmark import Plan, plan
 from dircluster.evaluation.judgement import Folder, Judgement
+from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.subject import Subject
 from dircluster.models.defended import DefendedClassifier
+from dircluster.training import checkpoint
 from dircluster.training.bundle import load_defense_folder, load_target
 from dircluster.training.pipeline import data_cache
 
@@ -62,23 +64,21 @@ class Bench:
         self.subject = Subject(module, self.name, surrogate)
         images, _ = self.batch(0, min(8, len(self.test)))
         self.subject.meet(images, int(self.test.labels.max()), self.config.data.classes)
-        self.facts = {
-            "defense": fingerprint(module, brief.defense),
-            "surrogate": None if surrogate is None else fingerprint(surrogate, ""),
-            "data": data.fingerprint,
-            "images": len(self.test),
-            "seed": self.config.seed,
-            "batch": self.settings.batch_size,
-            "rows": self.settings.rows,
-        }
+        self.facts = facts_of(
+            committed(brief, self.config) or fingerprint(module, brief.defense),
+            data.fingerprint,
+            len(self.test),
+            self.config.seed,
+            self.settings,
+            None if surrogate is None else fingerprint(surrogate, ""),
+        )
         self.key = digest(self.facts)
         if brief.key not in ("", self.key):
             raise ConfigError(
                 f"--defense {brief.defense} is not the same on every worker: seed its weights, and install one version"
             )
         storage = open_path(self.config.storage.uri, self.config.storage)
-        label = re.sub(r"\W+", "-", self.name)
-        self.folder = storage / "evaluations" / f"{self.config.name}-{label}-{self.key[:12]}"
+        self.folder = results_folder(storage, self.name, self.facts)
         self.plan: Plan = plan(self.subject, self.config.attack, self.settings)
         self.judgement = Judgement(
             self.plan.cases,
@@ -87,6 +87,7 @@ class Bench:
             self.settings.batch_size,
             self.settings.rows,
             Folder(self.folder, brief.keep_images),
+            self.subject,
         )
 
     @cached_property
@@ -103,7 +104,7 @@ class Bench:
         """Do the unit at ``place``, unless it is done."""
         unit = self.units[place]
         if self.judgement.outcome(unit) is None:
-            self.judgement.work(unit, self.subject, *self.batch(*unit.rows))
+            self.judgement.work(unit, *self.batch(*unit.rows))
 
 
 def with_photos(config: RunConfig) -> DataConfig:
@@ -135,6 +136,13 @@ def load_module(brief: Brief, config: RunConfig) -> nn.Module:
             f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
         )
     return defense
+
+
+def committed(brief: Brief, config: RunConfig) -> str | None:
+    """Digest of the committed folder that holds the defense, as the run that made it knows it; None where none does."""
+    if brief.defense == "none" or FACTORY.fullmatch(brief.defense):
+        return None
+    return checkpoint.digest(open_path(brief.defense, config.storage))
 
 
 def load_classifier(uri: str, config: RunConfig) -> nn.Module:
@@ -179,4 +187,4 @@ def fingerprint(module: nn.Module, name: str) -> str:
 def with_suite(config: RunConfig, suite: str | None, verdict: bool) -> RunConfig:
     """``config`` with the suite and the verdict that the command line asks for."""
     settings = config.evaluation if suite is None else dataclasses.replace(config.evaluation, suite=suite)  # type: ignore[arg-type]
-    return dataclasses.replace(config, evaluation=dataclasses.replace(settings, verdict=verdict or settings.verdict))
+    return dataclasses.replace(config, evaluation=dataclasses.replace(settings, verdict=verdict))

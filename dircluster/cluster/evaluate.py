@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Judge the defense that ``argv`` names; -> exit code. Errors are one line on stderr."""
-    chosen = any(word.split("=")[0] == "--scaling.workers" for word in argv)
-    return cli.execute(cli.EvaluateJob, argv, lambda job: _judge(job, chosen))
+    return cli.execute(cli.EvaluateJob, argv, _judge)
 
 
-def _judge(job: cli.EvaluateJob, workers_chosen: bool) -> int:
+def _judge(job: cli.EvaluateJob) -> int:
     from dircluster.cluster import storage
     from dircluster.cluster.bench import with_suite
     from dircluster.cluster.console import Bystander, Terminal
@@ -35,13 +34,16 @@ def _judge(job: cli.EvaluateJob, workers_chosen: bool) -> int:
             " package.module:factory, or none"
         )
     refuse_secret("--defense", job.defense)
+    if job.verdict and job.no_verdict:
+        raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
     suite = job.suite or job.run.evaluation.suite
-    config = with_suite(job.run, suite, job.verdict or (suite != "quick" and not job.no_verdict))
+    asked = job.verdict or job.run.evaluation.verdict or suite != "quick"
+    config = with_suite(job.run, suite, asked and not job.no_verdict)
     config = with_absolute_paths(config)
     storage.check(config)
     first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
     with Terminal() if first else Bystander() as terminal:
-        signal = _Judging(job, config, terminal, first, workers_chosen).run()
+        signal = _Judging(job, config, terminal, first).run()
         if signal:
             terminal.say("stopped; what is finished is kept, and the same command goes on")
     return 128 + signal if signal else 0
@@ -50,11 +52,9 @@ def _judge(job: cli.EvaluateJob, workers_chosen: bool) -> int:
 class _Judging:
     """One judgement, from the command line to its report."""
 
-    def __init__(
-        self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool, workers_chosen: bool
-    ) -> None:
+    def __init__(self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool) -> None:
         self.job, self.config, self.terminal, self.first = job, config, terminal, first
-        self.workers = config.scaling.most if workers_chosen else None
+        self.workers = config.scaling.most if "scaling.workers" in job.given else None
         self.began, self.done = time.monotonic(), 0
         self.natural_target = ""
 
@@ -122,10 +122,12 @@ class _Judging:
     def _open_places(self, bench: Bench) -> list[int]:
         places = [place for place, unit in enumerate(bench.units) if bench.judgement.outcome(unit) is None]
         kept = len(bench.units) - len(places)
-        resumed = f", {kept} of {len(bench.units)} units are finished already" if kept else ""
+        resumed = f", {kept} of {len(bench.units)} units are finished already" if kept and places else ""
         self.terminal.say(
             f"judging {self.job.defense}: suite {bench.settings.suite}, {len(bench.test)} images{resumed}"
         )
+        if not places:
+            self.terminal.say(f"evaluation: reused from {bench.folder}")
         return places
 
     def _on_ray(self, brief: Brief, bench: Bench, places: list[int]) -> int:

@@ -6,7 +6,7 @@ from dircluster import cli
 from dircluster.cluster.storage import opener
 from dircluster.config import ConfigError
 from dircluster.data.sources import training_images
-from dircluster.training.costs import count
+from dircluster.training.costs import count, step_operations
 
 
 def plan(job: cli.TrainJob) -> str:
@@ -29,7 +29,7 @@ def plan(job: cli.TrainJob) -> str:
         epochs.pop("target")
     for stage, number in epochs.items():
         if number:
-            one = costs.step(config, stage)
+            one = step_operations(config, stage)
             lines.append(
                 f"{stage:9} {number} epochs of {steps} steps, {one / 1e9:,.1f} GFLOP a step,"
                 f" {one * steps * number / 1e12:,.1f} TFLOP in all"

@@ -12,7 +12,7 @@ import ray
 from dircluster.cluster.bench import Bench, Brief
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.ray_train import join_cluster
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, error_from_plain, error_to_plain
 
 RETRIES = 4
 """Times that a worker which died is started again, and its unit with it."""
@@ -33,14 +33,14 @@ class _Worker:
     def ready(self) -> None:
         """Answered once the actor has a place in the cluster."""
 
-    def work(self, place: int) -> str | None:
-        """Do one unit; -> None, or why it cannot be done."""
+    def work(self, place: int) -> dict[str, Any] | None:
+        """Do one unit; -> None, or as plain data why it cannot be done."""
         try:
             if self.bench is None:
                 self.bench = Bench(self.brief, self.device)
             self.bench.work(place)
         except ConfigError as error:
-            return str(error)
+            return error_to_plain(error)
         return None
 
 
@@ -98,7 +98,7 @@ def _share_out(actors: list[Any], places: list[int], terminal: Terminal, told: C
         for future in ready:
             actor, place = busy.pop(future)
             if trouble := ray.get(future):
-                raise ConfigError(trouble)
+                raise error_from_plain(trouble)
             if place >= 0:
                 told(place)
             if left:

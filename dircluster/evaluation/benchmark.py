@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -122,9 +123,9 @@ def evaluate(
     ``images`` with ``labels`` (N,) int64; ``epsilon``, ``norm`` and ``step_size`` are those of AttackConfig; ``suite``
     is quick, paper or rigorous, and ``verdict`` asks whether the module only hides gradients. Transfers are crafted on
     ``surrogate``, or on a purifier's own classifier. ``shelf`` keeps finished units, so that a judgement can go on;
-    ``told`` is called before each unit with the units done and open. Raises ConfigError, one line, for images out of
-    range, labels out of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or
-    another shape.
+    ``told`` is called before each unit with the units done and open. Modules are judged in eval mode, and come back in
+    the modes, and on the device, that they came in. Raises ConfigError, one line, for images out of range, labels out
+    of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or another shape.
     """
     given = EvaluationConfig() if settings is None else settings
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
@@ -132,16 +133,12 @@ def evaluate(
     check_images(images, labels)
     device = device_of(module)
     images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
-    modes = [(part, part.training) for part in module.modules()]
-    surrogate = None if surrogate is None else surrogate.to(device)
-    try:
-        subject = Subject(module, name, surrogate)
-        subject.meet(images[:8].to(device), int(labels.max()))
-        planned = plan(subject, attack, chosen)
-        shelf = Memory() if shelf is None else shelf
-        judgement = Judgement(planned.cases, len(images), seed, chosen.batch_size, chosen.rows, shelf)
-        run(judgement, subject, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), told)
-    finally:
-        for part, training in modes:
-            part.training = training
+    if surrogate is not None and device_of(surrogate) != device:
+        surrogate = copy.deepcopy(surrogate).to(device)  # the caller's stays where it is
+    subject = Subject(module, name, surrogate)
+    subject.meet(images[:8].to(device), int(labels.max()))
+    planned = plan(subject, attack, chosen)
+    shelf = Memory() if shelf is None else shelf
+    judgement = Judgement(planned.cases, len(images), seed, chosen.batch_size, chosen.rows, shelf, subject)
+    run(judgement, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), told)
     return report(judgement, planned, name, chosen)

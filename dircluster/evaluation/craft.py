@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ from dircluster.evaluation.subject import Subject
 from dircluster.evaluation.suites import Case
 
 LOSSES = {"ce": cross_entropy_loss, "margin": margin_loss}
+OWN: dict[str, tuple[Callable[..., Any], ...]] = {
+    "natural": (),
+    "noise": (LInf,),
+    "autoattack": (autoattack,),
+    "square": (square,),
+    "masked": (masked_attack,),
+    "restored": (restored_attack, climb),
+}
+"""What runs the attacks that are not ascents on the averaged gradient of :func:`expected`, by name."""
+
+
+def modules_of_attack(attack: str) -> frozenset[str]:
+    """The modules whose code runs ``attack``, without what they import in turn."""
+    return frozenset(part.__module__ for part in OWN.get(attack, (climb, expected)))
 
 
 @dataclass(frozen=True)

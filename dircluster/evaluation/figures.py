@@ -16,7 +16,7 @@ from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.subject import Subject
-from dircluster.models.defended import frozen
+from dircluster.recipes.base import crafting
 
 SHARES = tuple(i / 10 for i in range(11))
 """Shares of the noise that Figure 2 discards."""
@@ -34,7 +34,7 @@ def discarded_noise(
     order = torch.rand(len(images), 1, *images.shape[2:], generator=rng.generator(seed, "figure2")).to(images)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figure2/start")).to(images)
     for name, target in targets.items():
-        with frozen(target):
+        with crafting(target):
             made = {
                 "PGD": pgd(target, images, labels, threat, steps, step_size, start),
                 "MI-FGSM": mi_fgsm(slope(cross_entropy(target, labels)), images, threat, steps, step_size),
@@ -58,7 +58,7 @@ def restoration(
     """
     model, restore = subject.model("fixed", seed), subject.restorer("fixed", seed)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figures/start")).to(images)
-    with frozen(subject.module):
+    with crafting(*subject.modules):
         adversarial = pgd(model, images, labels, threat_of(attack), steps, attack.step_for(steps), start)
         with torch.no_grad():
             natural, cleaned = restore(images), restore(adversarial)

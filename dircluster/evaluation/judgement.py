@@ -11,20 +11,20 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.config import digest
-from dircluster.evaluation.craft import Crafter, judge
+from dircluster.evaluation.craft import Crafter, judge, modules_of_attack
+from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.subject import Subject
 from dircluster.evaluation.suites import Case
-from dircluster.models.defended import frozen
+from dircluster.recipes.base import crafting
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,15 @@ class Unit:
 
 
 class Judgement:
-    """The units of a judgement and what has come of them."""
+    """The units of a judgement of a ``subject`` and what has come of them. Each finished one is read once."""
 
-    def __init__(self, cases: Sequence[Case], images: int, seed: int, shard: int, most_rows: int, shelf: Shelf) -> None:
+    def __init__(
+        self, cases: Sequence[Case], images: int, seed: int, shard: int, most_rows: int, shelf: Shelf, subject: Subject
+    ) -> None:
         self.cases, self.images, self.seed = list(cases), images, seed
         self.shard, self.most_rows, self.shelf = shard, most_rows, shelf
+        self.subject = subject
+        self._read: dict[str, dict[str, Any]] = {}
 
     def units(self, case: Case | None = None) -> Iterator[Unit]:
         """All units, or those of one case, in the order of the table."""
@@ -154,8 +158,13 @@ class Judgement:
 
     def outcome(self, unit: Unit) -> dict[str, Any] | None:
         """What came out of a unit; None while it is not finished, or only by other code than this."""
-        found = self.shelf.get(unit.name)
-        return found if found is not None and found.get("code") == code() else None
+        found = self._read.get(unit.name)
+        if found is None:
+            found = self.shelf.get(unit.name)
+            if found is None or found.get("code") != code(unit.case, self.subject):
+                return None
+            self._read[unit.name] = found
+        return found
 
     def wait(self, asked_to_stop: Callable[[], int]) -> int:
         """Until all units are finished, whoever works on them, or a signal asks to stop; -> the signal, or 0."""
@@ -167,14 +176,14 @@ class Judgement:
             left = [unit for unit in left if self.outcome(unit) is None]
         return 0
 
-    def work(self, unit: Unit, subject: Subject, images: Tensor, labels: Tensor) -> None:
+    def work(self, unit: Unit, images: Tensor, labels: Tensor) -> None:
         """Craft and judge the unit's ``images`` (n, C, H, W) in [0, 1], and keep what came out."""
-        began = time.monotonic()
+        began, subject = time.monotonic(), self.subject
         seed = rng.entropy(self.seed, "judgement/attack", step=unit.number)  # all cases start alike: fair pairs
         known = rng.entropy(self.seed, "judgement/known", step=unit.number)
         anew = rng.entropy(self.seed, "judgement/anew", step=unit.number)
         craft = Crafter(subject, unit.case, seed, known, self.most_rows)
-        with frozen(subject.module):
+        with crafting(*subject.modules):
             found, warned = craft(images, labels)
             with torch.no_grad():
                 right = judge(subject, unit.case, known, anew, self.most_rows)(found, labels)
@@ -186,12 +195,13 @@ class Judgement:
             "right": {
                 name: ["".join("01"[bit] for bit in row) for row in part.int().tolist()] for name, part in right.items()
             },
-            "code": code(),
+            "code": code(unit.case, subject),
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
             "seconds": round(time.monotonic() - began, 3),
         }
         self.shelf.put(unit.name, outcome, found)
+        self._read[unit.name] = outcome
 
     def right(self, case: Case) -> dict[str, Tensor]:
         """What was right in a finished case: known (N, 1) and anew (N, draws), bool, where it has them."""
@@ -250,13 +260,11 @@ class Judgement:
             yield outcome
 
 
-@cache
-def code() -> str:
-    """Digest of the source that decides what a unit finds."""
-    here = Path(__file__).parent
-    files = [*here.parent.glob("attacks/*.py"), *here.parent.glob("models/*.py")]
-    files += [here / f"{name}.py" for name in ("craft", "judgement", "subject", "suites")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+def code(case: Case, subject: Subject) -> str:
+    """Digest of the source that decides what a unit finds: that of its attack, of the defense, and of this room."""
+    models = [subject.module, *(m for m in (subject.target, subject.source) if isinstance(m, nn.Module))]
+    used = frozenset({rng.__name__}).union(modules_of_attack(case.attack), *map(modules_of, models))
+    return code_digest(used, frozenset({__name__, Crafter.__module__, Subject.__module__}))
 
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -266,7 +274,6 @@ def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def run(
     judgement: Judgement,
-    subject: Subject,
     batch: Callable[[int, int], tuple[Tensor, Tensor]],
     told: Callable[[Unit, int, int], None] = lambda unit, done, total: None,
     mine: Callable[[int], bool] = lambda place: True,
@@ -275,4 +282,4 @@ def run(
     waiting = [u for place, u in enumerate(judgement.units()) if mine(place) and judgement.outcome(u) is None]
     for done, unit in enumerate(waiting):
         told(unit, done, len(waiting))
-        judgement.work(unit, subject, *batch(*unit.rows))
+        judgement.work(unit, *batch(*unit.rows))

@@ -15,7 +15,7 @@ from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
 from dircluster.models import masking
-from dircluster.models.defended import DefendedClassifier, device_of
+from dircluster.models.defended import DefendedClassifier, device_of, evaluating
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
 """Images (N, C, H, W), masks (K, N, n) where the defense has them -> what is asked of it."""
@@ -28,6 +28,7 @@ class Subject:
 
     A module with ``restore(images)`` and ``classifier(images)`` is a purifier in front of a classifier, which BPDA,
     transfer and the attack of Eq. 9 make use of. What it draws must come from PyTorch's own streams, or from masks.
+    It is somebody's: who passes images through it does so within ``crafting(*subject.modules)``.
     """
 
     def __init__(self, module: nn.Module, name: str, surrogate: nn.Module | None = None) -> None:
@@ -35,12 +36,13 @@ class Subject:
             raise ConfigError(
                 "the defense stands at fixed masks or averaged logits; give it with fresh masks (defense.fresh())"
             )
-        self.module, self.name = module.eval(), name
+        self.module, self.name = module, name
         self.masked = isinstance(module, DefendedClassifier)
         restore, classifier = getattr(module, "restore", None), getattr(module, "classifier", None)
         self.target: Model | None = classifier if callable(classifier) and callable(restore) else None
-        self.source: Model | None = self.target if surrogate is None else surrogate.eval()
+        self.source: Model | None = self.target if surrogate is None else surrogate
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
+        self.modules = (module,) if surrogate is None else (module, surrogate)
         self.randomised = self.masked
 
     def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:
@@ -48,10 +50,13 @@ class Subject:
 
         Raises ConfigError where the logits are not what they must be for labels up to ``highest``.
         """
+        with evaluating(*self.modules), torch.no_grad():
+            self._meet(images, highest, classes)
+
+    def _meet(self, images: Tensor, highest: int, classes: int | None) -> None:
         try:
-            with torch.no_grad():
-                run = self._runner("fresh", 0)
-                first, second = run(self._logits, images), run(self._logits, images)
+            run = self._runner("fresh", 0)
+            first, second = run(self._logits, images), run(self._logits, images)
         except Exception as error:  # whatever somebody's module says of images that it was not made for
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
@@ -71,8 +76,7 @@ class Subject:
         if first.min() >= 0 and (sums - 1).abs().max() < 1e-4:
             raise ConfigError("the defense returns probabilities; return logits (what comes before the softmax)")
         self.randomised = self.masked or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
-        with torch.no_grad():
-            once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
+        once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
         if not torch.allclose(once, again, rtol=1e-4, atol=1e-5):
             raise ConfigError(
                 "the defense draws from a random stream of its own: let it draw from PyTorch's, so that what an"
@@ -163,7 +167,7 @@ class Subject:
             stream = _Stream(seed, again=masks == "fixed")
 
             def run(part: Part, images: Tensor) -> Tensor:
-                with stream(images.device):
+                with stream():
                     return part(images, None)
 
             return run
@@ -192,18 +196,16 @@ class _Stream:
         self.state: list[Tensor] | None = None
 
     @contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         """Go on where the last call ended, or with ``again`` at the beginning."""
-        gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):
-            if self.state is None or self.again:
-                torch.manual_seed(self.seed)
-            else:
-                torch.set_rng_state(self.state[0])
-                for gpu, state in zip(gpus, self.state[1:], strict=True):
-                    torch.cuda.set_rng_state(state, gpu)
+        with rng.put_back() as found:
+            for stream in found:
+                stream.manual_seed(self.seed)
+            if self.state is not None and not self.again:
+                for stream, state in zip(found, self.state, strict=False):  # a GPU may have come into use since
+                    stream.set_state(state)
             yield
-            self.state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in gpus)]
+            self.state = [stream.get_state() for stream in found]
 
 
 def check_images(images: Tensor, labels: Tensor) -> None:

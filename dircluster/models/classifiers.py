@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.models.defended import device_of
+from dircluster.models.defended import device_of, evaluating
 
 
 class Normalised(nn.Module):
@@ -217,17 +217,13 @@ def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> n
 
 def check_classes(classifier: nn.Module, data: DataConfig) -> None:
     """Raise ConfigError unless ``classifier`` gives (1, data.classes) logits for one image of ``data``."""
-    was_training = classifier.training
-    classifier.eval()
     try:
-        with torch.no_grad():
+        with evaluating(classifier), torch.no_grad():
             image = torch.zeros(1, data.channels, data.height, data.width, device=device_of(classifier))
             shape = tuple(classifier(image).shape)
     except Exception as error:  # whatever a network says of images that it was not made for
         raise ConfigError(
             f"the target cannot take {data.channels}x{data.height}x{data.width} images: {_first_line(error)}"
         ) from error
-    finally:
-        classifier.train(was_training)
     if shape != (1, data.classes):
         raise ConfigError(f"the target gives {shape[-1]} classes, but data.classes is {data.classes}")

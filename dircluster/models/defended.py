@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,15 +28,30 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """``modules`` are in eval mode inside; every part of them is in its own mode again after."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter or buffer; the CPU where it has none."""
     return next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
 
 class DefendedClassifier(nn.Module):
-    """Masked, restored, classified. A new module draws fresh masks at every call; :meth:`fixed` stops that.
+    """Masked, restored, classified. A new module draws fresh masks at every call.
 
-    ``draws`` > 1 averages the logits over so many mask draws.
+    :meth:`fresh` and :meth:`fixed` give views of it that draw otherwise: modules of their own with the same weights and
+    submodules. They change nothing of the module that they are asked of. ``draws`` > 1 averages the logits over so many
+    mask draws.
     """
 
     def __init__(self, denoiser: MaskedDenoiser, classifier: nn.Module, config: MaskingConfig) -> None:
@@ -49,18 +65,25 @@ class DefendedClassifier(nn.Module):
         self._generator.seed()
 
     def fresh(self, seed: int | None = None, draws: int = 1) -> DefendedClassifier:
-        """New masks at each call, from the module's own generator (seeded from the system when ``seed`` is None)."""
-        self._seed, self.draws = None, draws
+        """A view with new masks at each call, from a generator of its own, seeded from the system without ``seed``."""
+        view = self._view(None, draws)
         if seed is None:
-            self._generator.seed()
+            view._generator.seed()
         else:
-            self._generator = rng.generator(seed, "fresh_masks")
-        return self
+            view._generator = rng.generator(seed, "fresh_masks")
+        return view
 
     def fixed(self, seed: int, draws: int = 1) -> DefendedClassifier:
-        """The same masks for every image and call: deterministic, as an attacker who knows the masks faces it."""
-        self._seed, self.draws = seed, draws
-        return self
+        """A view with the same masks for every image and call: what an attacker faces who knows the masks."""
+        return self._view(seed, draws)
+
+    def _view(self, seed: int | None, draws: int) -> DefendedClassifier:
+        view = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict):  # what is registered with a view, such as a hook, is the view's
+                vars(view)[name] = value.copy()
+        view._seed, view.draws, view._generator = seed, draws, torch.Generator()
+        return view
 
     @property
     def is_fixed(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dircluster.models.defended import frozen
+from dircluster.models.defended import evaluating, frozen
 from dircluster.rng import Stream
 
 
@@ -31,15 +31,8 @@ class Batch:
 @contextmanager
 def crafting(*modules: nn.Module) -> Iterator[None]:
     """While samples are crafted: modules in eval mode, their parameters frozen; as they were afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        with frozen(*modules):
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
+    with evaluating(*modules), frozen(*modules):
+        yield
 
 
 class Recipe(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -232,7 +233,7 @@ def write_whole(file: Path, blob: bytes) -> None:
     if not isinstance(file, Path):
         file.write_bytes(blob)
         return
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two jobs may find the same at the same time
     partial.write_bytes(blob)
     partial.replace(file)
 

@@ -13,20 +13,14 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import OptimizerConfig, RunConfig
+from dircluster.config import ConfigError, OptimizerConfig, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.sources import Split
 from dircluster.data.stream import StreamLoader
 from dircluster.evaluation.pictures import restoration_grid, to_pixels
 from dircluster.evaluation.selection import held_out_accuracy
 from dircluster.recipes.base import Batch, Recipe
-from dircluster.training.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Checkpoints,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from dircluster.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 from dircluster.training.parallel import PairwiseSum, Parallel, accumulates, like, whole, without_sync
 from dircluster.training.ports import Console, Interrupted, StageRecord, Status, interruptible, waiting
 from dircluster.training.writer import Save, Writer
@@ -101,18 +95,17 @@ class Trainer:
         """Train to the end; the recipe then holds the stage's result. -> what is known of its best weights.
 
         Raises Interrupted after committing a checkpoint, NonFiniteLoss on all workers before the update, and
-        CheckpointError where storage took no checkpoint for ``storage.patience`` seconds at the end.
+        CheckpointError where storage took no checkpoint for ``storage.patience`` seconds at the end. Where storage
+        takes none, a run that was interrupted or broke says so, and still ends as what it is.
         """
         try:
             self._train()
-        except Interrupted:
+        except (Interrupted, NonFiniteLoss) as end:
+            interrupted = isinstance(end, Interrupted)
             try:
-                self._commit(INTERRUPTED_PATIENCE)
-            except CheckpointError as error:
+                self._commit(INTERRUPTED_PATIENCE if interrupted else self.config.storage.patience)
+            except ConfigError as error:
                 self.console.say(str(error))
-            raise
-        except NonFiniteLoss:
-            self._commit(self.config.storage.patience)
             raise
         self._commit(self.config.storage.patience)
         self.parallel.wait()

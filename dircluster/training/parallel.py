@@ -6,6 +6,7 @@ workers, sharded or not. NCCL sums in its own order.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dircluster.config import ConfigError, ScalingConfig
+from dircluster.config import ConfigError, ScalingConfig, error_from_plain, error_to_plain
 from dircluster.models.classifiers import BasicBlock
 from dircluster.models.denoiser import MaskedDenoiser
 
@@ -102,12 +103,17 @@ class Parallel:
         return full.cpu()
 
     def share(self, value: Any) -> Any:
-        """The first worker's plain ``value``, on all workers."""
+        """The first worker's plain ``value``, on all workers. It travels as JSON: tuples arrive as lists."""
         if self.world == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        blob = bytearray(json.dumps(value).encode()) if self.first else bytearray()
+        size = torch.tensor([len(blob)], device=self.device)
+        dist.broadcast(size, src=0)
+        data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.first:
+            data.copy_(torch.frombuffer(blob, dtype=torch.uint8))
+        dist.broadcast(data, src=0)
+        return value if self.first else json.loads(data.cpu().numpy().tobytes())
 
     def wait(self) -> None:
         """Until every worker has come this far: what the first one wrote can then be read."""
@@ -115,17 +121,18 @@ class Parallel:
             dist.barrier()
 
     def first_does(self, work: Any) -> Any:
-        """Run ``work()`` on the first worker; all get its result, or its ConfigError."""
-        outcome: tuple[bool, Any] = (True, None)
+        """Run ``work()`` on the first worker; all get its plain result, or its ConfigError, of the same class."""
+        outcome: dict[str, Any] = {}
         if self.first:
             try:
-                outcome = (True, work())
+                outcome = {"result": work()}
             except ConfigError as error:
-                outcome = (False, str(error))
-        fine, value = self.share(outcome)
-        if not fine:
-            raise ConfigError(value)
-        return value
+                self.share({"error": error_to_plain(error)})
+                raise
+        outcome = self.share(outcome)
+        if "error" in outcome:
+            raise error_from_plain(outcome["error"])
+        return outcome["result"]
 
     def synchronise_statistics(self, module: nn.Module) -> nn.Module:
         """Batch normalisation over the global batch instead of each worker's share.

@@ -21,6 +21,7 @@ from dircluster.data.sources import Dataset, load
 from dircluster.data.stream import Shards, StreamLoader
 from dircluster.evaluation.benchmark import plan, report
 from dircluster.evaluation.judgement import Folder, Judgement, Unit, run, to_plain
+from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.subject import Subject
 from dircluster.models import classifiers
 from dircluster.models.defended import DefendedClassifier
@@ -318,10 +319,9 @@ class Run:
         defense = DefendedClassifier(denoiser, classifier, config.masking).to(parallel.device)
         subject = Subject(defense, "dir")
         planned = plan(subject, config.attack, dataclasses.replace(settings, verdict=False))
-        facts = {"result": place.digest, "data": self.data.fingerprint, "batch": settings.batch_size}
-        facts |= {"rows": settings.rows, "seed": config.seed, "images": len(test)}
-        shelf = Folder(place.folder / f"evaluation-{digest(facts)[:12]}")
-        judgement = Judgement(planned.cases, len(test), config.seed, settings.batch_size, settings.rows, shelf)
+        facts = facts_of(place.digest, self.data.fingerprint, len(test), config.seed, settings)
+        shelf = Folder(results_folder(self.storage, subject.name, facts))
+        judgement = Judgement(planned.cases, len(test), config.seed, settings.batch_size, settings.rows, shelf, subject)
 
         def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
             rows = slice(start, stop)
@@ -335,7 +335,7 @@ class Run:
         if left:
             said(f"evaluation: suite {settings.suite} on {len(test)} test images")
             with interruptible(classifier, self.console):
-                run(judgement, subject, batch, told, lambda place: place % parallel.world == parallel.rank)
+                run(judgement, batch, told, lambda place: place % parallel.world == parallel.rank)
             if signal := judgement.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()

@@ -19,7 +19,7 @@ from dircluster.models import masking
 from dircluster.models.defended import DefendedClassifier, frozen
 from dircluster.recipes.base import Batch
 from dircluster.recipes.dir import DirRecipe
-from dircluster.training.costs import count
+from dircluster.training.costs import count, step_operations
 from dircluster.training.loop import Stage, Trainer, autocast
 from dircluster.training.parallel import Parallel
 from dircluster.training.ports import NoRecord, Quiet
@@ -92,7 +92,7 @@ def time_phases(stage: Stage, train: Split, config: RunConfig, parallel: Paralle
     bf16 = device.type == "cuda" and training.precision != "fp32"
     rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
     costs = count(config)
-    operations = costs.step(config, "dir")
+    operations = step_operations(config, "dir")
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident()
     return {
         "device": _name(device),

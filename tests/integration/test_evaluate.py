@@ -100,6 +100,19 @@ def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path) ->
     assert all(f.name.startswith("report-quick-") for f in kept_files)
 
 
+def test_what_training_has_evaluated_is_found(place: Path) -> None:
+    trained = json.loads((place / "t.json").read_text())
+    words = ("--defense", trained["checkpoint"], "--tracking.no-enabled", "--storage.uri", "runs")
+    stored = sorted((place / "runs").glob("**/shard-*.json"))
+    found = judge(place, *words, "--suite", "quick")  # Ray is the launcher, and is not started
+    assert f"evaluation: reused from {stored[0].parents[1]}" in found["said"]
+    assert "worker(s)" not in found["said"]
+    assert found["results"] == trained["results"]
+    assert sorted((place / "runs").glob("**/shard-*.json")) == stored
+    more = judge(place, *words, "--launcher", "local", "--suite", "paper", "--no-verdict", *FEW)
+    assert "units are finished already" in more["said"]
+
+
 def test_somebodys_module_and_the_bare_target(place: Path) -> None:
     words = ("--launcher", "local", "--tracking.no-enabled", "--storage.uri", "more")
     mine = judge(place, "--defense", "mine:make", *words)

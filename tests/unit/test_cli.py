@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dircluster import cli
-from dircluster.config import ConfigError
+from dircluster.cluster import evaluate
+from dircluster.config import ConfigError, flatten, to_dict
 from dircluster.presets import PRESETS, preset
 
 
@@ -41,14 +42,76 @@ def test_fractions() -> None:
     assert parse("--attack.epsilon=8/255").run.attack.epsilon == 8 / 255
 
 
-@pytest.mark.parametrize("words", [["svhn", "--seed", "3"], ["--seed", "3", "svhn"]])
-def test_the_preset_may_stand_anywhere(words: list[str]) -> None:
-    job = parse(*words)
-    assert (job.run.name, job.run.seed) == ("svhn", 3)
+@pytest.mark.parametrize("name", ["digits", "svhn"])
+@pytest.mark.parametrize("flag", ["--data.name", "--name", "--tracking.experiment", "--storage.uri", "--target.uri"])
+def test_the_name_of_a_preset_is_a_value_like_any_other(flag: str, name: str) -> None:
+    without, after = parse(flag, name), parse("cifar10", flag, name)
+    assert (without.preset, after.preset) == ("digits", "cifar10")
+    for job, usual in ((without, preset("digits")), (after, preset("cifar10"))):
+        assert cli.describe(job) == ({flag[2:]: name} if name != flatten(to_dict(usual))[flag[2:]] else {})
 
 
-def test_a_data_set_is_not_a_preset() -> None:
-    assert parse("--data.name", "svhn").run.name == "digits"
+def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("storage: {uri: 1/2}\nmasking: {ratio: 3/10}\n")
+    words = ("--name", "2024/11", "--storage.uri=1/2", "--summary", "3/4", "--dir.alpha", "1/2")
+    for job in (parse(*words), parse("--config", str(file), *words[:2], *words[3:])):
+        assert (job.run.name, job.run.storage.uri, str(job.summary)) == ("2024/11", "1/2", "3/4")
+        assert job.run.dir.alpha == 0.5
+    again = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
+    assert parse(*again).run == job.run
+    assert cli.with_settings(job.run, {"data.uri": "1/2", "dir.alpha": "1/4"}).data.uri == "1/2"
+
+
+def test_what_is_given_is_known_from_the_file_and_from_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("scaling: {workers: 1}\ndir: {optimizer: {lr: 0.1}}\n")
+    words = ("--config", str(file), "--seed", "0", "--data.no-flip", "--tracking.log_every=3")
+    assert parse("digits", *words).given == {
+        *("config", "scaling.workers", "dir.optimizer.lr", "seed", "data.no-flip", "tracking.log-every")
+    }
+    assert parse("digits").given == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "workers"),
+    [
+        ([], "seed: 1", None),
+        ([], "scaling: {workers: 2}", 2),
+        ([], "scaling: {workers: 1}", 1),
+        (["--scaling.workers", "3"], "scaling: {workers: 2}", 3),
+        (["--scaling.workers=1:4"], "seed: 1", 4),
+    ],
+)
+def test_an_evaluation_takes_the_workers_of_the_file_too(
+    words: list[str], settings: str, workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate._Judging, "run", lambda self: seen.append(self.workers) or 0)
+    file = tmp_path / "mine.yaml"
+    file.write_text(settings)
+    assert evaluate.main(["digits_smoke", "--defense", "none", "--config", str(file), *words]) == 0
+    assert seen == [workers]
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "asked"),
+    [
+        (["--suite", "quick"], False, False),
+        (["--suite", "quick", "--verdict"], False, True),
+        (["--suite", "quick"], True, True),
+        (["--suite", "paper"], False, True),
+        (["--suite", "paper", "--no-verdict"], True, False),
+    ],
+)
+def test_flags_about_the_verdict_beat_the_file(
+    words: list[str], file: bool, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate._Judging, "run", lambda self: seen.append(self.config.evaluation.verdict) or 0)
+    of_file = ["--evaluation.verdict"] if file else []
+    assert evaluate.main(["digits_smoke", "--defense", "none", *of_file, *words]) == 0
+    assert seen == [asked]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -76,7 +139,9 @@ def test_the_names_that_others_script_against() -> None:
         ("--launcher slurm", "invalid choice 'slurm'"),
         ("--seed", "Missing value for argument '--seed'"),
         ("--config /nowhere.yaml", "--config /nowhere.yaml cannot be read"),
-        ("digits svhn", "one preset at a time, got digits and svhn"),
+        ("digits svhn", "the preset is the first word alone, got 'svhn' after it (the preset is digits)"),
+        ("--seed 3 svhn", "the preset is the first word alone, got 'svhn' after it (the preset is digits)"),
+        ("--tracking.experiment digits cifar10", "got 'cifar10' after it"),
     ],
 )
 def test_errors_are_one_line(words: str, message: str) -> None:

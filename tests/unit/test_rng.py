@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dircluster import rng
@@ -38,3 +39,38 @@ def test_ambient_draws_are_seeded_and_put_back() -> None:
     with rng.ambient(0, "weights"):
         assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
+    """A stream that stands in for that of a GPU in use."""
+    stream = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", (stream,))
+    return stream
+
+
+def test_streams_of_gpus_are_seeded_and_put_back_too(gpu: torch.Generator) -> None:
+    """Dropout of a target on a GPU draws from the GPU's own stream."""
+    before, drawn = gpu.get_state(), []
+    for purpose in ("a", "a", "b"):
+        with rng.ambient(0, purpose):
+            drawn.append(torch.rand(3, generator=gpu))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(gpu.get_state(), before)
+
+
+def test_what_a_library_seeds_is_put_back_even_when_it_fails(gpu: torch.Generator) -> None:
+    states = [torch.get_rng_state(), gpu.get_state()]
+
+    def fails() -> None:
+        with rng.put_back():
+            gpu.manual_seed(5)  # as pyautoattack seeds every stream there is
+            torch.default_generator.manual_seed(5)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(gpu.get_state(), states[1])

@@ -143,8 +143,33 @@ def test_modes_that_would_be_ignored_are_refused(defense: DefendedClassifier, di
 def test_a_module_comes_back_in_the_mode_it_came_in(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     module = nn.Sequential(at_model, nn.Dropout(0.1)).train()
     at_model.eval()
-    judged(module, digits)
-    assert (module.training, at_model.training, module[1].training) == (True, False, True)
+    surrogate = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 10)).train()
+    surrogate[0].eval()
+    reference = judged(nn.Sequential(at_model, nn.Dropout(0.1)).eval(), digits, surrogate=surrogate.eval()).rows
+    surrogate.train()
+    surrogate[0].eval()
+
+    def modes() -> list[bool]:
+        return [part.training for part in (module, at_model, module[1], *surrogate)]
+
+    came = [True, False, True, False, True, True]
+    assert judged(module, digits, surrogate=surrogate).rows == reference
+    assert modes() == came
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    subject = Subject(module, "m", surrogate)
+    assert modes() == came
+    subject.meet(digits[0][:4], 9)
+    assert modes() == came
+    for failing in (
+        lambda: judged(module, digits, told=stop),
+        lambda: judged(nn.Sequential(module, nn.Softmax(1)), digits),
+    ):
+        with pytest.raises((Stopped, ConfigError)):
+            failing()
+        assert modes() == came
 
 
 def test_what_other_code_found_is_found_again(
@@ -154,7 +179,7 @@ def test_what_other_code_found_is_found_again(
     judged(at_model, digits, shelf=shelf)
     judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
     assert seen == []
-    monkeypatch.setattr("dircluster.evaluation.judgement.code", lambda: "other")
+    monkeypatch.setattr("dircluster.evaluation.judgement.code", lambda case, subject: "other")
     judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
     assert len(seen) == 6
 

@@ -127,3 +127,12 @@ def test_a_wrong_class_count_is_found() -> None:
 def test_a_target_of_other_images_is_found() -> None:
     with pytest.raises(ConfigError, match="cannot take 1x8x8 images"):
         check_classes(build("resnet18", COLOUR), DataConfig())
+
+
+def test_a_check_leaves_every_part_in_its_mode() -> None:
+    classifier = build("resnet18", DataConfig(channels=3, height=8, width=8)).train()
+    frozen_part = next(part for part in classifier.modules() if isinstance(part, torch.nn.BatchNorm2d))
+    frozen_part.eval()
+    modes = [part.training for part in classifier.modules()]
+    check_classes(classifier, DataConfig(channels=3, height=8, width=8))
+    assert [part.training for part in classifier.modules()] == modes

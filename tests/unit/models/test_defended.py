@@ -8,7 +8,7 @@ import torch
 from dircluster import rng
 from dircluster.config import DataConfig, MaskingConfig, ModelConfig
 from dircluster.models.classifiers import build
-from dircluster.models.defended import DefendedClassifier, frozen
+from dircluster.models.defended import DefendedClassifier, evaluating, frozen
 from dircluster.models.denoiser import MaskedDenoiser
 
 TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
@@ -29,8 +29,8 @@ def test_fresh_masks_differ_at_each_call(defended: DefendedClassifier) -> None:
 
 
 def test_a_seeded_stream_of_fresh_masks_repeats(defended: DefendedClassifier) -> None:
-    first = [defended.fresh(seed=1)(IMAGES), defended(IMAGES)]
-    again = [defended.fresh(seed=1)(IMAGES), defended(IMAGES)]
+    one, other = defended.fresh(seed=1), defended.fresh(seed=1)
+    first, again = [one(IMAGES), one(IMAGES)], [other(IMAGES), other(IMAGES)]
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], first[1])
@@ -38,19 +38,54 @@ def test_a_seeded_stream_of_fresh_masks_repeats(defended: DefendedClassifier) ->
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_fixed_masks_make_a_function_of_the_image_alone(defended: DefendedClassifier, draws: int) -> None:
-    defended.fixed(seed=5, draws=draws)
-    whole = defended(IMAGES)
-    assert torch.equal(whole, defended(IMAGES))
-    alone = torch.cat([defended(IMAGES[i : i + 1]) for i in reversed(range(6))]).flip(0)
+    fixed = defended.fixed(seed=5, draws=draws)
+    whole = fixed(IMAGES)
+    assert torch.equal(whole, fixed(IMAGES))
+    alone = torch.cat([fixed(IMAGES[i : i + 1]) for i in reversed(range(6))]).flip(0)
     torch.testing.assert_close(alone, whole)
     assert not torch.equal(whole, defended.fixed(seed=6, draws=draws)(IMAGES))
 
 
 def test_logits_are_averaged_over_draws(defended: DefendedClassifier) -> None:
     averaged = defended.fresh(seed=2, draws=3)(IMAGES)
-    defended.fresh(seed=2)
-    separate = torch.stack([defended(IMAGES) for _ in range(3)]).mean(dim=0)
+    single = defended.fresh(seed=2)
+    separate = torch.stack([single(IMAGES) for _ in range(3)]).mean(dim=0)
     torch.testing.assert_close(averaged, separate)
+
+
+def test_views_share_weights_and_change_nothing(defended: DefendedClassifier) -> None:
+    defended = defended.fresh(seed=3)
+    same = defended.fresh(seed=3)
+    views = [defended.fixed(0), defended.fixed(0, draws=2), defended.fresh(draws=3), defended.fixed(1).fresh()]
+    assert [(view.is_fixed, view.draws) for view in views] == [(True, 1), (True, 2), (False, 3), (False, 1)]
+    for view in views:
+        view(IMAGES)
+        view.register_forward_hook(lambda module, inputs, output: output * 0)
+        view.note = torch.nn.Identity()
+        assert [*view.parameters()] == [*defended.parameters()]
+        assert list(view.state_dict()) == list(defended.state_dict())
+    assert (defended.is_fixed, defended.draws, len(list(defended.children()))) == (False, 1, 2)
+    assert torch.equal(defended(IMAGES), same(IMAGES))  # no view has drawn from its stream, none has hooked it
+    fixed = defended.fixed(0)
+    before = fixed(IMAGES)
+    with torch.no_grad():
+        defended.denoiser.head.bias += 1  # the weights are the same ones, not copies
+    assert not torch.equal(fixed(IMAGES), before)
+
+
+def test_modes_come_back_whatever_happens(defended: DefendedClassifier) -> None:
+    defended.train()
+    defended.classifier.eval()
+    modes = [part.training for part in defended.modules()]
+
+    def fails() -> None:
+        with evaluating(defended):
+            assert not any(part.training for part in defended.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert [part.training for part in defended.modules()] == modes
 
 
 def test_global_random_state_is_left_alone(defended: DefendedClassifier) -> None:

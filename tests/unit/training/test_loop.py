@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, RunConfig, TrainingConfig
+from dircluster.cluster.outcome import outcome_of
+from dircluster.config import RunConfig, TrainingConfig
 from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.lease import TakenOverError
 from dircluster.training.loop import NonFiniteLoss, Trainer
 from dircluster.training.parallel import Parallel
 from dircluster.training.pipeline import Run
@@ -112,10 +114,40 @@ def test_a_damaged_result_is_made_again(smoke: RunConfig) -> None:
 def test_two_jobs_do_not_train_one_stage(smoke: RunConfig) -> None:
     class StartsAnother(Quiet):
         def show(self, status: Status) -> None:
-            with pytest.raises(ConfigError, match="another job is training"):
+            with pytest.raises(TakenOverError, match="another job is training"):
                 run(smoke)
+            assert outcome_of(lambda: run(smoke))["busy"]  # which a sweep waits for
 
     run(smoke, StartsAnother())
+
+
+def test_a_run_that_ends_while_storage_is_down_ends_as_what_it_is(
+    smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Hears(StopAfter):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    said: list[str] = []
+    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr("dircluster.training.loop.INTERRUPTED_PATIENCE", 1.0)
+    outcome = outcome_of(lambda: run(smoke, Hears(1)))
+    assert (outcome["status"], outcome["signal"]) == ("KILLED", 15)
+    assert [line for line in said if "took no checkpoint for 1 s" in line]
+
+    impatient = dataclasses.replace(smoke.storage, patience=1.0, checkpoint_every=3)
+    trainer = make_trainer(dataclasses.replace(smoke, storage=impatient), tmp_path)
+    trainer.console = Hears(99)
+    monkeypatch.setattr(trainer, "_must_be_finite", lambda terms, step: step < 3 or _broken())
+    with pytest.raises(NonFiniteLoss, match="broken"):
+        trainer.run()
+
+
+def _broken() -> None:
+    raise NonFiniteLoss("broken")
 
 
 def test_a_signal_while_crafting_or_judging_changes_nothing(smoke: RunConfig, tmp_path: Path) -> None:

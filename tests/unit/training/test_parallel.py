@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from dircluster.config import ConfigError, error_from_plain, error_to_plain
+from dircluster.training.checkpoint import CheckpointError, DamagedError
+from dircluster.training.lease import TakenOverError
 from dircluster.training.loop import pieces
 from dircluster.training.parallel import PairwiseSum, Parallel, _pairwise, whole
 
@@ -67,3 +76,62 @@ def test_copies_are_not_changed_by_later_steps() -> None:
     weights["w"] += 1
     assert kept["w"].tolist() == [0, 0]
     assert whole(weights, keep=False) == {}
+
+
+@pytest.mark.parametrize("kind", [ConfigError, CheckpointError, DamagedError, TakenOverError])
+def test_an_error_of_the_first_worker_keeps_its_class_on_all(
+    kind: type[ConfigError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+
+    def share(self: Parallel, value: Any) -> Any:
+        if self.first:
+            sent.append(json.dumps(value))
+        return json.loads(sent[0])
+
+    def fails() -> None:
+        raise kind("one line")
+
+    monkeypatch.setattr(Parallel, "share", share)
+    for rank in (0, 1):
+        with pytest.raises(ConfigError, match="one line") as caught:
+            Parallel(rank, 2, torch.device("cpu")).first_does(fails)
+        assert type(caught.value) is kind
+
+
+def test_only_errors_of_this_package_are_restored() -> None:
+    class Own(CheckpointError):
+        """Nobody else has it."""
+
+    assert type(error_from_plain(error_to_plain(Own("x")))) is CheckpointError
+    for name in ("builtins.SystemExit", "os.system", "dircluster.nowhere.ConfigError"):
+        assert type(error_from_plain({"kinds": [name], "message": "x"})) is ConfigError
+
+
+TWO = """
+import torch, torch.distributed as dist, sys
+from dircluster.training.lease import TakenOverError
+from dircluster.training.parallel import Parallel
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+workers = Parallel(rank, 2, torch.device("cpu"))
+print(workers.share({"a": [1, 2.5, None], "b": "\u00e4"} if rank == 0 else "ignored"))
+print(workers.first_does(lambda: ["x"]))
+def fails():
+    raise TakenOverError("busy")
+try:
+    workers.first_does(fails)
+except TakenOverError as error:
+    print("restored", error)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_what_the_first_one_finds(tmp_path: Path) -> None:
+    begun = [
+        subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for process in begun:
+        out, _ = process.communicate(timeout=120)
+        assert out.decode().splitlines() == ["{'a': [1, 2.5, None], 'b': '\u00e4'}", "['x']", "restored busy"]

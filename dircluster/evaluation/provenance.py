@@ -1,0 +1,117 @@
+"""What a stored result of an evaluation belongs to: a defense, images, settings, and the code that found it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dircluster.config import EvaluationConfig, digest
+
+PACKAGE = __name__.partition(".")[0]
+HERE = Path(__file__).parents[1]
+BY_NAME = f"{PACKAGE}.config"
+"""A module of which every other one imports something: only the definitions that are imported by name count."""
+
+
+def facts_of(
+    defense: str | None, data: str, images: int, seed: int, settings: EvaluationConfig, surrogate: str | None = None
+) -> dict[str, Any]:
+    """What decides the outcome of every unit, but for its case and the code, as plain data.
+
+    ``defense`` and ``surrogate`` are digests: of the committed folder, or of weights and code where there is none.
+    """
+    shards = {"batch": settings.batch_size, "rows": settings.rows}
+    return {"defense": defense, "surrogate": surrogate, "data": data, "images": images, "seed": seed, **shards}
+
+
+def results_folder(storage: Path, defense: str, facts: Mapping[str, Any]) -> Path:
+    """Where the results of an evaluation are kept, whoever begins it: the end of a training, or jobs/evaluate.py.
+
+    ``defense`` is what the table calls it: dir, none, or the name of somebody's module.
+    """
+    label = re.sub(r"\W+", "-", defense)
+    return storage / "evaluations" / f"{label}-{digest(facts)[:12]}"
+
+
+def modules_of(model: nn.Module) -> frozenset[str]:
+    """The modules of this package that define ``model`` and its parts.
+
+    Layers of batch statistics do not count: a training on several workers has others, which evaluate alike.
+    """
+    parts = (type(part).__module__ for part in model.modules() if not isinstance(part, _NormBase))
+    return frozenset(name for name in parts if name.partition(".")[0] == PACKAGE)
+
+
+@cache
+def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) -> str:
+    """Digest of the source of ``modules``, of all they import within this package, and of those that stand ``alone``.
+
+    Comments, docstrings and layout do not count, and neither does what is imported for type checks only.
+    """
+    found, left, named = set(alone), list(modules), set[str]()
+    while left:
+        name = left.pop()
+        if name in found - alone or name == BY_NAME:
+            continue
+        found.add(name)
+        alone -= {name}
+        for imported, names in _imports(name):
+            if imported == BY_NAME:
+                named |= names
+            else:
+                left.append(imported)
+    parts = [ast.dump(_source(name)) for name in sorted(found)]
+    parts += [ast.dump(node) for node in _source(BY_NAME).body if getattr(node, "name", "") in named]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _file(name: str) -> Path | None:
+    """The file of a module of this package; None where there is none of that name."""
+    place = HERE.joinpath(*name.split(".")[1:])
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def _source(name: str) -> ast.Module:
+    """The module's syntax tree, without docstrings and without what stands under ``if TYPE_CHECKING``."""
+    file = _file(name)
+    if file is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not _is_silent(part)]  # type: ignore[attr-defined]
+    return tree
+
+
+def _is_silent(node: ast.stmt) -> bool:
+    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return text or (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
+
+
+def _imports(name: str) -> Iterator[tuple[str, set[str]]]:
+    """The modules of this package that ``name`` imports, anywhere in its source, and the names taken from each."""
+    for node in ast.walk(_source(name)):
+        if isinstance(node, ast.Import):
+            yield from _known((alias.name, set[str]()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"  # a module, or something in one
+                yield from _known([(inner, set())] if _is_module(inner) else [(node.module, {alias.name})])
+
+
+def _known(found: Iterable[tuple[str, set[str]]]) -> Iterator[tuple[str, set[str]]]:
+    return ((name, names) for name, names in found if _is_module(name))
+
+
+def _is_module(name: str) -> bool:
+    return name.startswith(f"{PACKAGE}.") and _file(name) is not None

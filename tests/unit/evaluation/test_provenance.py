@@ -1,0 +1,130 @@
+"""A stored result is bound to the code that its attack and its defense import, and to no other; it is read once."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from dircluster.config import EvaluationConfig
+from dircluster.evaluation import judgement, provenance
+from dircluster.evaluation.benchmark import evaluate
+from dircluster.evaluation.judgement import Memory
+from dircluster.evaluation.subject import Subject
+from dircluster.evaluation.suites import Case
+from dircluster.models.defended import DefendedClassifier
+from dircluster.presets import preset
+from dircluster.training import stages
+from dircluster.training.parallel import GlobalBatchNorm2d
+
+
+@pytest.fixture
+def copy(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the package whose source is looked at instead."""
+    folder = tmp_path / "dircluster"
+    shutil.copytree(root / "dircluster", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "HERE", folder)
+    forget()
+    yield folder
+    forget()
+
+
+def forget() -> None:
+    provenance.code_digest.cache_clear()
+    provenance._source.cache_clear()
+
+
+def defense() -> DefendedClassifier:
+    run = preset("digits_smoke")
+    return DefendedClassifier(stages.build_denoiser(run), stages.build_classifier(run), run.masking)
+
+
+def digests() -> dict[str, str]:
+    subjects = {"dir": Subject(defense(), "dir"), "plain": Subject(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "x")}
+    found = {}
+    for name, subject in subjects.items():
+        for attack in ("natural", "pgd", "masked", "autoattack"):
+            found[f"{name} {attack}"] = judgement.code(Case(attack), subject)
+    return found
+
+
+EVERY = set(digests())
+OF_DIR = {name for name in EVERY if name.startswith("dir")}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "voided"),
+    [
+        ("attacks/masked.py", "X = 1", {"dir masked", "plain masked"}),
+        ("attacks/autoattack.py", "X = 1", {"dir autoattack", "plain autoattack"}),
+        ("attacks/gradient.py", "X = 1", {name for name in EVERY if "natural" not in name}),
+        ("models/denoiser.py", "X = 1", OF_DIR),
+        ("models/masking.py", "X = 1", OF_DIR),
+        ("evaluation/subject.py", "X = 1", EVERY),
+        ("rng.py", "X = 1", EVERY),
+        ("rng.py", "# said otherwise", set()),
+        ("rng.py", '"""Said otherwise."""', set()),
+        ("recipes/dir.py", "X = 1", set()),
+        ("evaluation/suites.py", "X = 1", set()),
+        ("config.py", "class DirConfig: pass", set()),
+        ("config.py", "class MaskingConfig: pass", OF_DIR),
+    ],
+)
+def test_an_edit_voids_what_the_code_found(copy: Path, file: str, change: str, voided: set[str]) -> None:
+    before = digests()
+    with (copy / file).open("a") as end:
+        end.write(f"\n{change}\n")
+    forget()
+    after = digests()
+    assert {name for name in before if before[name] != after[name]} == voided
+
+
+def test_imports_are_followed_wherever_they_stand(copy: Path) -> None:
+    (copy / "one.py").write_text(
+        "from typing import TYPE_CHECKING\nfrom dircluster import two\nimport torch\n"
+        "if TYPE_CHECKING:\n    from dircluster.never import X\n"
+        "def f():\n    from dircluster.three import g\n    import dircluster.one\n"
+    )
+    for name in ("two", "three", "never"):
+        (copy / f"{name}.py").write_text("")
+    found = set()
+    for name in ("two", "three", "never"):
+        before = provenance.code_digest(frozenset({"dircluster.one"}))
+        (copy / f"{name}.py").write_text("X = 2")
+        forget()
+        if provenance.code_digest(frozenset({"dircluster.one"})) != before:
+            found.add(name)
+    assert found == {"two", "three"}
+    alone = provenance.code_digest(frozenset(), frozenset({"dircluster.one"}))
+    (copy / "two.py").write_text("X = 3")
+    forget()
+    assert provenance.code_digest(frozenset(), frozenset({"dircluster.one"})) == alone
+
+
+def test_statistics_of_several_workers_are_no_other_model() -> None:
+    classifier = defense().classifier
+    assert provenance.modules_of(nn.Sequential(GlobalBatchNorm2d(2), classifier)) == provenance.modules_of(classifier)
+
+
+def test_a_stored_result_is_read_once(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    class Counts(Memory):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read: Counter[str] = Counter()
+
+        def get(self, name: str) -> dict[str, Any] | None:
+            self.read[name] += 1
+            return super().get(name)
+
+    shelf = Counts()
+    few = EvaluationConfig(images=16, batch_size=8, steps=1, queries=5)
+    first = evaluate(at_model, *digits, settings=few, shelf=shelf)
+    assert max(shelf.read.values()) == 1
+    shelf.read.clear()
+    assert evaluate(at_model, *digits, settings=few, shelf=shelf).rows == first.rows
+    assert set(shelf.read.values()) == {1}

@@ -1,0 +1,97 @@
+"""Nothing that is made beside a model or an image lies on the CPU where these do not: seen on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, RunConfig
+from dircluster.evaluation.craft import Crafter, judge
+from dircluster.evaluation.sanity import sanity_cases
+from dircluster.evaluation.subject import Subject
+from dircluster.evaluation.suites import Case, suite
+from dircluster.models import classifiers
+from dircluster.models.defended import DefendedClassifier, frozen
+from dircluster.presets import preset
+from dircluster.recipes.base import Batch
+from dircluster.recipes.targets import TargetRecipe
+from dircluster.rng import Stream
+from dircluster.training import stages
+
+META = torch.device("meta")
+FEW = EvaluationConfig(steps=1, eot=2, draws=2, restarts=2)
+LIBRARY = ("autoattack", "square")
+"""Attacks of pyautoattack look into the values of tensors, which meta tensors have none of."""
+
+
+def images(config: RunConfig, count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    data = config.data
+    shape = (count, data.channels, data.height, data.width)
+    return torch.zeros(shape, device=META), torch.zeros(count, dtype=torch.int64, device=META)
+
+
+def models(config: RunConfig) -> tuple[Any, nn.Module]:
+    return stages.build_denoiser(config).to(META), stages.build_classifier(config).to(META)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
+def test_a_step_stays_on_the_device_of_its_models(stage: str, joint: bool) -> None:
+    config = preset("digits_smoke")
+    knobs = dataclasses.replace(config.dir, joint=joint, crafting_masks="fresh", mse_weight=0.1)
+    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, epochs=0), dir=knobs)
+    denoiser, classifier = models(config)
+    made = {
+        "target": lambda: stages.target_stage(config, classifier),
+        "pretrain": lambda: stages.pretrain_stage(config, denoiser, classifier),
+        "dir": lambda: stages.dir_stage(config, denoiser, classifier),
+    }[stage]()
+    pictures, labels = images(config)
+    recipe = made.recipe.train()
+    losses = recipe(recipe.craft(Batch(pictures, labels, Stream(0, 0, 0, 4, slice(0, 4), META))))
+    losses["loss"].backward()
+    assert {value.device for value in losses.values()} == {META}
+
+
+@pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
+def test_a_step_of_any_target_stays_on_its_device(objective: Any) -> None:
+    config = preset("digits_smoke")
+    recipe = TargetRecipe(
+        models(config)[1], dataclasses.replace(config.target, objective=objective), config.attack
+    ).train()
+    losses = recipe(recipe.craft(Batch(*images(config), Stream(0, 0, 0, 4, slice(0, 4), META))))
+    assert {value.device for value in losses.values()} == {META}
+
+
+def cases() -> list[Case]:
+    kind: dict[str, Any] = {"randomised": True, "purifies": True, "transfers": True, "masked": True}
+    found = [case for name in ("quick", "paper", "rigorous") for case in suite(name, AttackConfig(), FEW, **kind)]
+    found += sanity_cases(AttackConfig(), FEW, randomised=True, transfers=True).values()
+    short = (dataclasses.replace(case, steps=min(case.steps, 1), epsilon=0.1, label="") for case in found)
+    return [case for case in dict.fromkeys(short) if case.attack not in LIBRARY]
+
+
+def test_every_attack_and_judgement_stays_on_the_device_of_its_images() -> None:
+    config = preset("digits_smoke")
+    denoiser, classifier = models(config)
+    subject = Subject(DefendedClassifier(denoiser, classifier, config.masking), "dir")
+    pictures, labels = images(config)
+    seen = set()
+    for case in cases():
+        with frozen(subject.module):
+            found, _ = Crafter(subject, case, 0, 0, 6)(pictures, labels)
+            assert found.device == META, case
+            with torch.no_grad():
+                right = judge(subject, case, 0, 0, 6)(found, labels)
+        assert {part.device for part in right.values()} == {META}, case
+        seen.add(case.attack)
+    assert len(seen) >= 9
+
+
+def test_a_target_is_checked_where_it_lies() -> None:
+    config = DataConfig()
+    classifiers.check_classes(classifiers.build("small_cnn", config).to(META), config)

@@ -1,0 +1,67 @@
+"""Operations of a step: counted without computing it, backward passes of attention included."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dircluster.presets import preset
+from dircluster.recipes.base import Batch
+from dircluster.rng import Stream
+from dircluster.training import costs, stages
+
+
+@pytest.mark.parametrize("stage", ["target", "pretrain", "dir", "joint"])
+def test_what_is_counted_without_computing_is_what_is_computed(stage: str) -> None:
+    config = preset("digits_smoke")
+    if stage == "joint":
+        config = dataclasses.replace(
+            config,
+            pretrain=dataclasses.replace(config.pretrain, epochs=0),
+            dir=dataclasses.replace(config.dir, joint=True),
+        )
+    denoiser, classifier = stages.build_denoiser(config), stages.build_classifier(config)
+    made = {
+        "target": lambda: stages.target_stage(config, classifier),
+        "pretrain": lambda: stages.pretrain_stage(config, denoiser, classifier),
+    }.get(stage, lambda: stages.dir_stage(config, denoiser, classifier))()
+    images = config.training.batch_size
+    recipe, stream = made.recipe.train(), Stream(0, 0, 0, images, slice(0, images), torch.device("cpu"))
+    batch = Batch(torch.rand(images, 1, 8, 8), torch.zeros(images, dtype=torch.int64), stream)
+    with costs.counting() as computed:
+        recipe(recipe.craft(batch))["loss"].backward()
+    assert costs.step_operations(config, "dir" if stage == "joint" else stage) == computed.total > 0
+
+
+def test_a_backward_pass_of_attention_is_twice_its_forward() -> None:
+    q, k, v = (torch.zeros(1, 2, 5, 4, device="meta", requires_grad=True) for _ in range(3))
+    with costs.counting() as forward:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert forward.total == 2 * 2 * (2 * 5 * 5 * 4)
+    with costs.counting() as backward:
+        out.sum().backward()
+    assert backward.total == 2 * forward.total
+
+
+def test_the_papers_dir_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 L + 18 A + 24 h an image: linear layers and attention of g, and h. L and A by hand, from the sizes."""
+    config = preset("cifar10")
+    width, masks, kept, tokens = 192, 2, 128, 256
+    linear = 2 * tokens * 12 * width  # patch embedding: once, before masks are taken
+    linear += masks * 2 * (8 * (kept + 1) + 2 * (tokens + 1)) * 12 * width**2
+    linear += masks * 2 * tokens * width * 12  # head
+    attention = masks * 4 * width * (8 * (kept + 1) ** 2 + 2 * (tokens + 1) ** 2)
+    found = costs.count(config)
+    assert found.denoiser_forward == linear + attention
+    step = costs.step_operations(config, "dir") / config.training.batch_size
+    assert step == pytest.approx(13 * linear + 18 * attention + 24 * found.target_forward, rel=1e-3)
+    assert step / 1e9 == pytest.approx(69.6, abs=0.05)
+
+
+def test_recomputed_activations_are_counted() -> None:
+    config = preset("digits_smoke")
+    again = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, activation_checkpointing=True))
+    assert costs.step_operations(again, "dir") > costs.step_operations(config, "dir")
+    assert costs.step_operations(again, "target") == costs.step_operations(config, "target")
