@@ -14,10 +14,10 @@ ui: .venv/product  ## open the MLflow UI on what was trained
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 cluster: .venv/dev  ## start S3, MLflow and a Ray cluster on this machine, on loopback
-	$(RUN) infra/laptop.py up $(ARGS)
+	$(RUN) infra/local_cluster.py up $(ARGS)
 
 cluster-down: .venv/uv  ## end exactly what make cluster started
-	$(RUN) infra/laptop.py down $(ARGS)
+	$(RUN) infra/local_cluster.py down $(ARGS)
 
 test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they cover
 	$(RUN) -m pytest $(ARGS)

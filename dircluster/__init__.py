@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dircluster.evaluation.benchmark import Report
-    from dircluster.models.defended import DefendedClassifier
+    from dircluster.defenses.base import DefendedClassifier
+    from dircluster.evaluation.session import Report
 
 __version__ = "0.1.0"
 
 
 def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "quick", **how: Any) -> Report:
-    """Judge any module of images (N, C, H, W) in [0, 1] -> logits; see dircluster.evaluation.benchmark.evaluate.
+    """Judge any module of images (N, C, H, W) in [0, 1] -> logits; see dircluster.evaluation.session.evaluate.
 
     ``suite`` is quick, paper or rigorous; ``verdict=True`` asks whether the module only hides gradients.
     """
-    from dircluster.evaluation import benchmark
+    from dircluster.evaluation import session
 
-    return benchmark.evaluate(module, images, labels, suite, **how)
+    return session.evaluate(module, images, labels, suite, **how)
 
 
 def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> DefendedClassifier:
@@ -33,10 +33,10 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code
     target of one's own (package.module:factory) is imported. Raises dircluster.config.ConfigError where the defence
     is missing, damaged, or none.
     """
-    from dircluster.training.bundle import load_defense_folder
+    from dircluster.training.export import load_defense_folder
 
     if str(uri).startswith("models:/"):
-        from dircluster.cluster.registry import fetch
+        from dircluster.cluster.tracking.registry import fetch
 
         return load_defense_folder(fetch(str(uri), tracking_uri), trust_code=trust_code)
     if str(uri).startswith("s3://"):

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,3 +278,13 @@ def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     words = [word for name, value in settings.items() for word in as_words(name, value)]
     with _one_line_errors():
         return tyro.cli(RunConfig, default=run, args=_with_decimals(RunConfig, words))
+
+
+def command(job: TrainJob, script: str = "train") -> str:
+    """The command that continues this job, or shows its result again; or another script's with the same settings."""
+    words = ["python", f"jobs/{script}.py", job.preset]
+    for name, value in describe(job).items():
+        words += as_words(name, value)
+    if job.launcher != "ray":
+        words += ["--launcher", job.launcher]
+    return shlex.join(words)

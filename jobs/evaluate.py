@@ -5,7 +5,7 @@ python jobs/evaluate.py [PRESET] --defense FOLDER|models:/NAME@champion [--secti
 
 import sys
 
-from dircluster.cluster.evaluate import main
+from dircluster.cluster.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,7 @@ python jobs/train.py [PRESET] [--config FILE] [--section.field VALUE ...]
 
 import sys
 
-from dircluster.cluster.launch import main
+from dircluster.cluster.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

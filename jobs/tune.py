@@ -5,7 +5,7 @@ python jobs/tune.py [PRESET] --space FILE [--seeds N] [--search] [--asha] [--sec
 
 import sys
 
-from dircluster.cluster.tune import main
+from dircluster.cluster.commands.tune import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -17,8 +17,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 import torch
 
 from dircluster.config import RunConfig
+from dircluster.defenses.recipe import Batch
 from dircluster.presets import preset
-from dircluster.recipes.base import Batch
 from dircluster.rng import Stream
 
 torch.set_num_threads(1)

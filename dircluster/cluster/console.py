@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dircluster.evaluation.suites import how
-from dircluster.training.ports import Status
+from dircluster.training.protocols import Status
 
 EVERY = 10.0
 """Seconds between two progress lines in a log."""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dircluster.config import ConfigError
-from dircluster.training.lease import TakenOverError
-from dircluster.training.loop import NonFiniteLoss
-from dircluster.training.ports import Interrupted
+from dircluster.training.interrupt import Interrupted
+from dircluster.training.locks import TakenOverError
+from dircluster.training.trainer import NonFiniteLoss
 
 
 def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig, local_path
+from dircluster.data.decode import columns, decode
+from dircluster.data.split import Dataset, Split
 
-if TYPE_CHECKING:
-    from dircluster.data.stream import Shards
-
-LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 MOST_HELD_OUT = 10_000
 """Held-out images of a stream at the most: they lie in memory."""
 KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "photos": 96}
@@ -30,36 +23,6 @@ KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73
 SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
 """How files and folders of a split begin. Without a test split, val is it; extra is left out."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (N, C, H, W) uint8 and their labels (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: Tensor | slice) -> Split:
-        """Some of the rows, in the order given."""
-        return Split(self.images[rows], self.labels[rows])
-
-    def pixels(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Images as floats in [0, 1]: -> (n, C, H, W)."""
-        return self.images[rows].float() / 255
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The three splits: training fits, held_out selects, and test is for the final evaluation alone."""
-
-    train: Split | Shards
-    held_out: Split
-    test: Split
-    fingerprint: str
-    """SHA-256 of the images and labels of all splits; of names, sizes and row counts of a split that is streamed."""
 
 
 def load(
@@ -230,39 +193,6 @@ def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Sp
     return _folder(train, names, config), (_folder(test, names, config) if test else None)
 
 
-def decode(blobs: Iterable[bytes | Path | None], config: DataConfig) -> Tensor:
-    """Encoded images as (n, C, H, W) uint8; with ``data.resize`` their middle squares, brought to size.
-
-    Raises ConfigError where one cannot be read or sizes differ.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    mode, size = "L" if config.channels == 1 else "RGB", (config.width, config.height)
-
-    def one(blob: bytes | Path | None) -> np.ndarray[Any, Any]:
-        try:
-            with Image.open(
-                io.BytesIO((blob or b"") if isinstance(blob, bytes | None) else blob.read_bytes())
-            ) as image:
-                converted = image.convert(mode)
-                return np.asarray(
-                    ImageOps.fit(converted, size, Image.Resampling.BILINEAR) if config.resize else converted
-                )
-        except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(pool.map(one, blobs, chunksize=256))
-    sizes = {image.shape[:2] for image in images}
-    if len(sizes) > 1:
-        some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:3])
-        raise ConfigError(
-            f"the images have {len(sizes)} different sizes ({some}, ...); bring them to one: --data.resize"
-        )
-    stacked = torch.from_numpy(np.stack(images))
-    return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
-
-
 def _parquet(files: list[Path], config: DataConfig) -> Split:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -275,31 +205,6 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
         raise ConfigError(f"{files[0]} holds no rows")
     blobs, labels = columns(table, files[0])
     return Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
-
-
-def columns(table: Any, source: Path) -> tuple[list[bytes], list[int]]:
-    """Encoded images and labels of a parquet table. Raises ConfigError where ``source`` has no such columns."""
-    import pyarrow as pa
-
-    kinds = {column.name: column.type for column in table.schema}
-    label = next((name for name in LABEL_COLUMNS if name in kinds), None)
-    if label is None or not pa.types.is_integer(kinds[label]):
-        raise ConfigError(f"{source} has no integer column {' or '.join(LABEL_COLUMNS)}; columns: {list(kinds)}")
-    images = [
-        name
-        for name, kind in kinds.items()
-        if pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-    ]
-    if not images:
-        raise ConfigError(f"{source} has no column of image bytes; columns: {list(kinds)}")
-    cells = table.column(images[0]).to_pylist()
-    blobs = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
-    labels = table.column(label)
-    if labels.null_count:
-        raise ConfigError(f"{source} has {labels.null_count} rows without a label")
-    return blobs, labels.to_pylist()
 
 
 def _folder(files: list[Path], names: list[str], config: DataConfig) -> Split:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.loader import augmented
-from dircluster.data.sources import columns, decode
+from dircluster.data.augment import augmented
+from dircluster.data.decode import columns, decode
 
 MOST_LANES = 64
 """Workers up to which nothing is read twice."""

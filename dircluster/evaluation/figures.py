@@ -14,9 +14,9 @@ from dircluster import rng
 from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, slope
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
+from dircluster.defenses.recipe import crafting
 from dircluster.evaluation.statistics import wilson_interval
-from dircluster.evaluation.subject import Subject
-from dircluster.recipes.base import crafting
+from dircluster.evaluation.victim import Subject
 
 SHARES = tuple(i / 10 for i in range(11))
 """Shares of the noise that Figure 2 discards."""

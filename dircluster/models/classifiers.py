@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.models.defended import device_of, evaluating
+from dircluster.defenses.base import evaluating
+from dircluster.models.modules import device_of
 
 
 class Normalised(nn.Module):

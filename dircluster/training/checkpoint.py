@@ -9,21 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from dircluster.config import ConfigError
-from dircluster.training.parallel import like
 
 MANIFEST, COMMIT = "manifest.json", "COMMIT"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -226,35 +223,3 @@ def _remove(folder: Path) -> None:
         file.unlink()
     if isinstance(folder, Path):  # in object storage a folder ends with its last file
         folder.rmdir()
-
-
-def write_whole(file: Path, blob: bytes) -> None:
-    """Write a file that is either whole or absent, as every object in object storage is."""
-    if not isinstance(file, Path):
-        file.write_bytes(blob)
-        return
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two jobs may find the same at the same time
-    partial.write_bytes(blob)
-    partial.replace(file)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """An optimiser's state by parameter name: ``NAME|momentum_buffer`` and the like."""
-    found = {
-        f"{names[parameter]}|{kind}": value
-        for parameter, entry in optimizer.state.items()
-        for kind, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-    return dict(sorted(found.items()))  # workers gather shards one by one, in the same order
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """The inverse of :func:`optimizer_tensors`."""
-    optimizer.state.clear()
-    for name, value in sorted(tensors.items()):
-        owner, _, kind = name.rpartition("|")
-        parameter = parameters[owner]
-        optimizer.state[parameter][kind] = value if kind == "step" else like(value, parameter)

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dircluster.config import RunConfig
+from dircluster.defenses.recipe import Batch
 from dircluster.models import classifiers
-from dircluster.models.denoiser import MaskedDenoiser
-from dircluster.recipes.base import Batch
+from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.rng import Stream
 from dircluster.training import stages
-from dircluster.training.loop import pieces
+from dircluster.training.trainer import pieces
 
 IMAGES = 2
 """That pass together where a step is counted."""

@@ -9,13 +9,12 @@ from torch import nn
 
 from dircluster import rng
 from dircluster.config import RunConfig, as_hashed, digest, to_dict
+from dircluster.defenses.dir import DirRecipe, PretrainRecipe
+from dircluster.defenses.target import TargetRecipe
+from dircluster.distributed.parallel import Parallel
 from dircluster.models import classifiers
-from dircluster.models.denoiser import MaskedDenoiser
-from dircluster.recipes.dir import DirRecipe
-from dircluster.recipes.pretrain import PretrainRecipe
-from dircluster.recipes.targets import TargetRecipe
-from dircluster.training.loop import Stage
-from dircluster.training.parallel import Parallel
+from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.training.trainer import Stage
 
 FORMAT = 2
 """Raised when the same config would give other numbers than before: older stages are then not reused."""

@@ -47,16 +47,17 @@ from dircluster.config import (
     ModelConfig,
     TargetConfig,
 )
-from dircluster.data.loader import crop
-from dircluster.data.sources import Split, load
+from dircluster.data.augment import crop
+from dircluster.data.sources import load
+from dircluster.data.split import Split
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.dir import DirRecipe, PretrainRecipe
+from dircluster.defenses.recipe import Batch, crafting
+from dircluster.defenses.target import TargetRecipe
 from dircluster.models import classifiers, masking
 from dircluster.models.classifiers import BasicBlock, check_classes
-from dircluster.models.defended import DefendedClassifier, frozen
-from dircluster.models.denoiser import MaskedDenoiser
-from dircluster.recipes.base import Batch, crafting
-from dircluster.recipes.dir import DirRecipe
-from dircluster.recipes.pretrain import PretrainRecipe
-from dircluster.recipes.targets import TargetRecipe
+from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.models.modules import frozen
 
 EPSILON = 8 / 255
 DATA = DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True)

@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
-from infra.laptop import BUCKET, Cluster
+from infra.local_cluster import BUCKET, Cluster
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ("digits_smoke", "--training.select-every", "5", "--tracking.picture-every", "5")

@@ -16,7 +16,7 @@ from typing import Any
 
 from upath.implementations.cloud import S3Path
 
-from dircluster.cluster.launch import main
+from dircluster.cluster.commands.train import main
 
 MOMENTS = ("writing", "uploading", "before the marker", "after the marker", "loading")
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from dircluster.config import ConfigError
 from dircluster.training import checkpoint as ck
-from dircluster.training.bundle import load_defense_folder
+from dircluster.training.export import load_defense_folder
 
 WEIGHTS = {"model": {"w": torch.arange(500, dtype=torch.float32)}, "optimizer-x": {"w|momentum_buffer": torch.ones(50)}}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from infra.laptop import Cluster
+from infra.local_cluster import Cluster
 
 Make = Callable[..., Any]
 Unbroken = Callable[..., dict[str, str]]
@@ -111,4 +111,4 @@ def test_a_stopped_worker_is_an_error_with_all_stacks(job: Make) -> None:
     for rank in (0, 1):
         assert re.search(rf"worker {rank}: .*?(Thread \d+|no stack)", run.said, re.DOTALL), run.said[-3000:]
     assert "stopped by a signal" in run.said
-    assert "dircluster/training/loop.py" in run.said
+    assert "dircluster/training/trainer.py" in run.said

@@ -25,8 +25,8 @@ from dircluster.data.photos import write_photos
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader
 from dircluster.presets import preset
-from dircluster.training.lease import alone
-from infra.laptop import BUCKET, Cluster
+from dircluster.training.locks import alone
+from infra.local_cluster import BUCKET, Cluster
 from tests.fault.conftest import ROOT, SMOKE, weights_in
 from tests.fault.kill_at import MOMENTS
 
@@ -213,8 +213,8 @@ def test_a_full_disk(tmp_path: Path, unbroken: Any) -> None:
 
 
 def test_one_job_holds_a_stage_in_object_storage(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dircluster.training.lease.BEAT", 0.2)
-    monkeypatch.setattr("dircluster.training.lease.DEAD", 2.0)
+    monkeypatch.setattr("dircluster.training.locks.BEAT", 0.2)
+    monkeypatch.setattr("dircluster.training.locks.DEAD", 2.0)
     said: list[str] = []
     with alone(bucket, "first", said.append) as check:
         with pytest.raises(ConfigError, match="another job is training"), alone(bucket, "second", said.append):

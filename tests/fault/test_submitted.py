@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
-from infra.laptop import BUCKET, Cluster
+from infra.local_cluster import BUCKET, Cluster
 from tests.fault.conftest import ROOT
 
 Make = Callable[..., Any]

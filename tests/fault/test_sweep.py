@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from dircluster.cluster.storage import open_path
 from dircluster.config import StorageConfig
-from infra.laptop import Cluster
+from infra.local_cluster import Cluster
 from tests.fault.conftest import Job, weights_in
 
 Make = Callable[..., Any]

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 
 from dircluster.config import ParallelConfig, RunConfig
+from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.distributed.deterministic import OrderedReduceScatter, PairwiseSum
+from dircluster.distributed.launch import local_workers
+from dircluster.distributed.parallel import Parallel, whole
 from dircluster.presets import preset
-from dircluster.recipes.base import Batch, Recipe
 from dircluster.rng import Stream
 from dircluster.training import stages
 from dircluster.training.costs import count
-from dircluster.training.parallel import OrderedReduceScatter, PairwiseSum, Parallel, local_workers, whole
 
 SENT = [0]
 """Bytes that this worker has sent."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from dircluster.cluster import evaluate
+from dircluster.cluster.commands import evaluate
 from tests.integration.conftest import environment
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dircluster.cluster import launch
+from dircluster.cluster.commands import train as train_command
 from tests.integration.conftest import environment
 
 Train = Callable[..., Any]
@@ -123,7 +123,7 @@ def test_it_runs_with_ray_mlflow_and_s3fs_not_installed(root: Path, tmp_path: Pa
         "importlib.util.find_spec = find_spec\n"
     )
     job = (
-        "from dircluster.cluster.launch import main\n"
+        "from dircluster.cluster.commands.train import main\n"
         "assert main(['digits_smoke', '--launcher', 'local', '--summary', 's.json']) == 0\n"
         "import dircluster, json, torch\n"
         "defense = dircluster.load_defense(json.load(open('s.json'))['checkpoint'])\n"
@@ -212,7 +212,7 @@ def test_bad_input_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     for message, words in cases.items():  # in this process: each start costs seconds
         capfd.readouterr()
-        assert launch.main(words) == 2, words
+        assert train_command.main(words) == 2, words
         (line,) = capfd.readouterr().err.splitlines()
         assert message in line, words
     (target / "manifest.json").write_text(json.dumps({**manifest, "config": "0" * 64}))

@@ -15,7 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from safetensors.torch import save_file
 
-from dircluster.cluster import tune
+from dircluster.cluster.commands import tune
 from dircluster.config import with_values
 from dircluster.presets import preset
 from dircluster.training.stages import build_classifier

@@ -9,7 +9,7 @@ import torch
 
 import dircluster
 from dircluster.config import DataConfig
-from dircluster.data.sources import columns, decode
+from dircluster.data.decode import columns, decode
 
 
 def test_the_first_cifar10_defense_classifies_as_it_was_measured(root: Path, real_data: Path) -> None:

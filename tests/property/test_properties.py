@@ -15,7 +15,7 @@ from dircluster.attacks.gradient import pgd
 from dircluster.attacks.threat import LInf
 from dircluster.config import ConfigError, MaskingConfig, RunConfig, from_dict, to_dict
 from dircluster.evaluation.statistics import wilson_interval
-from dircluster.models.denoiser import patchify, unpatchify
+from dircluster.models.masked_vit import patchify, unpatchify
 from dircluster.models.masking import draw
 from dircluster.training import checkpoint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dircluster import cli
-from dircluster.cluster import evaluate
+from dircluster.cluster.commands import evaluate
 from dircluster.config import ConfigError, flatten, to_dict
 from dircluster.presets import PRESETS, preset
 
@@ -164,7 +164,7 @@ def test_a_file_that_is_no_settings_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--masking.ratio 50", 2), ("--print-config", 0)])
 def test_help_and_errors_import_nothing_heavy(words: str, code: int, root: Path) -> None:
     script = (
-        "import sys; from dircluster.cluster.launch import main\n"
+        "import sys; from dircluster.cluster.commands.train import main\n"
         f"try: code = main({words.split()!r})\n"
         "except SystemExit as ended: code = ended.code or 0\n"
         "print(code, sorted({'torch', 'ray', 'mlflow', 'timm'} & set(sys.modules)), file=sys.stderr)"

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, RunConfig
-from dircluster.evaluation.craft import Crafter, judge
-from dircluster.evaluation.sanity import sanity_cases
-from dircluster.evaluation.subject import Subject
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.recipe import Batch
+from dircluster.defenses.target import TargetRecipe
+from dircluster.evaluation.attack_runner import Crafter, judge
+from dircluster.evaluation.gradient_masking import sanity_cases
 from dircluster.evaluation.suites import Case, suite
+from dircluster.evaluation.victim import Subject
 from dircluster.models import classifiers
-from dircluster.models.defended import DefendedClassifier, frozen
+from dircluster.models.modules import frozen
 from dircluster.presets import preset
-from dircluster.recipes.base import Batch
-from dircluster.recipes.targets import TargetRecipe
 from dircluster.rng import Stream
 from dircluster.training import stages
 

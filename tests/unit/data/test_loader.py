@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dircluster.config import ConfigError
-from dircluster.data.loader import Loader, crop
-from dircluster.data.sources import Split
+from dircluster.data.augment import crop
+from dircluster.data.loader import Loader
+from dircluster.data.split import Split
 
 SPLIT = Split(
     torch.arange(40 * 9, dtype=torch.int64).remainder(256).to(torch.uint8).view(40, 1, 3, 3), torch.arange(40)

@@ -13,7 +13,7 @@ from dircluster.attacks.threat import LInf
 from dircluster.config import DataConfig
 from dircluster.data.sources import load
 from dircluster.models.classifiers import build
-from dircluster.models.defended import frozen
+from dircluster.models.modules import frozen
 
 EPSILON = 0.15
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dircluster import evaluate
 from dircluster.config import AttackConfig, EvaluationConfig
-from dircluster.evaluation import sanity
+from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.suites import SUITES, Case, suite
 
 ATTACK = AttackConfig(norm="l2", epsilon=0.5)
@@ -39,7 +39,7 @@ def test_the_suites_of_an_linf_threat_meet_l2_as_well() -> None:
 
 
 def test_the_verdict_of_an_l2_threat() -> None:
-    cases = sanity.sanity_cases(ATTACK, EvaluationConfig(), randomised=True, transfers=True)
+    cases = gradient_masking.sanity_cases(ATTACK, EvaluationConfig(), randomised=True, transfers=True)
     assert [name for name, case in cases.items() if case.norm == "linf"] == ["epsilon 1"]  # the whole pixel range
     assert cases["L2 epsilon 1"] == replace(cases["L2 epsilon 0.5"], epsilon=1.0, step_size=2 * 2.5 * 0.5 / 20)
     assert (cases["80 steps"].step_size, cases["20 steps"].step_size) == (2.5 * 0.5 / 80, 2.5 * 0.5 / 20)
@@ -50,10 +50,10 @@ def test_the_verdict_of_an_l2_threat() -> None:
         name = next(name for name, known in cases.items() if known is case)
         return torch.full((50,), {**fine, **changed}[name])
 
-    assert not [f for f in sanity.verdict(cases, lambda case: shares(case, {})) if not f.passed]
-    rising = sanity.verdict(cases, lambda case: shares(case, {"L2 epsilon 2": 0.8}))
+    assert not [f for f in gradient_masking.verdict(cases, lambda case: shares(case, {})) if not f.passed]
+    rising = gradient_masking.verdict(cases, lambda case: shares(case, {"L2 epsilon 2": 0.8}))
     assert [f.question for f in rising if not f.passed] == ["Does accuracy fall as the radius grows?"]
-    drawn = sanity.curves(cases, lambda case: shares(case, {}))["epsilon"]
+    drawn = gradient_masking.curves(cases, lambda case: shares(case, {}))["epsilon"]
     assert [x for x, _, _ in drawn] == [0.0, 0.125, 0.25, 0.5, 1.0, 2.0]
 
 

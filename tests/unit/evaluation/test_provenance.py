@@ -12,15 +12,15 @@ import pytest
 from torch import Tensor, nn
 
 from dircluster.config import EvaluationConfig
-from dircluster.evaluation import judgement, provenance
-from dircluster.evaluation.benchmark import evaluate
-from dircluster.evaluation.judgement import Memory
-from dircluster.evaluation.subject import Subject
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.distributed.deterministic import GlobalBatchNorm2d
+from dircluster.evaluation import evaluation, provenance
+from dircluster.evaluation.session import evaluate
+from dircluster.evaluation.store import Memory
 from dircluster.evaluation.suites import Case
-from dircluster.models.defended import DefendedClassifier
+from dircluster.evaluation.victim import Subject
 from dircluster.presets import preset
 from dircluster.training import stages
-from dircluster.training.parallel import GlobalBatchNorm2d
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def digests() -> dict[str, str]:
     found = {}
     for name, subject in subjects.items():
         for attack in ("natural", "pgd", "masked", "autoattack"):
-            found[f"{name} {attack}"] = judgement.code(Case(attack), subject)
+            found[f"{name} {attack}"] = evaluation.code(Case(attack), subject)
     return found
 
 

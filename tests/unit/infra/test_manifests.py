@@ -904,7 +904,7 @@ def queries() -> str:
 
 
 def test_the_dashboard_shows_what_runs_export() -> None:
-    from dircluster.cluster.mailbox import GAUGES
+    from dircluster.cluster.runtime.channel import GAUGES
 
     asked = {name.removeprefix("ray_") for name in re.findall(r"ray_dircluster_\w+", queries())}
     assert asked == set(GAUGES)

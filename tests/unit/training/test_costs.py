@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from dircluster.defenses.recipe import Batch
 from dircluster.presets import preset
-from dircluster.recipes.base import Batch
 from dircluster.rng import Stream
 from dircluster.training import costs, stages
 

@@ -1,0 +1,1 @@
+"""One call behind each job."""

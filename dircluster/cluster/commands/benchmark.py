@@ -1,0 +1,73 @@
+"""One call behind jobs/benchmark.py: time a DIR step on real images and print where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dircluster import cli
+from dircluster.config import ConfigError
+
+
+def main(argv: list[str]) -> int:
+    """Print the measurements of the preset that ``argv`` names; -> exit code. Errors are one line on stderr."""
+    return cli.execute(cli.BenchmarkJob, argv, _benchmark)
+
+
+def _benchmark(job: cli.BenchmarkJob) -> int:
+    measured = _measure(job)
+    print(_lines(measured))
+    cli.write_summary(job, measured)
+    return 0
+
+
+def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
+    from dircluster.cluster.storage import opener
+    from dircluster.data.sources import load
+    from dircluster.data.split import Split
+    from dircluster.defenses.base import DefendedClassifier
+    from dircluster.distributed.launch import local_workers
+    from dircluster.training import stages
+    from dircluster.training.export import load_target
+    from dircluster.training.profiling import time_eot, time_phases
+    from dircluster.training.run import data_cache
+
+    if job.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {job.steps}")
+    config = job.run
+    if config.data.stream:
+        raise ConfigError("data.stream has no use in a benchmark of a step: it reads its images beforehand")
+    needed = (1 + job.steps) * config.training.batch_size
+    short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
+    with local_workers(config.scaling) as parallel:
+        train = load(short, config.seed, data_cache(config), opener(config.storage)).train
+        assert isinstance(train, Split)
+        models = stages.Models(config, parallel)
+        if config.target.uri:
+            models.classifier.load_state_dict(load_target(config, opener(config.storage)).state_dict())
+        stage = stages.dir_stage(config, models.denoiser, models.classifier)
+        measured = time_phases(stage, train, config, parallel, job.steps)
+        defense = DefendedClassifier(models.denoiser, models.classifier, config.masking).eval()
+        few = slice(min(8, len(train)))
+        images, labels = train.pixels(few).to(parallel.device), train.labels[few].to(parallel.device)
+        return measured | {"eot": time_eot(defense, images, labels, draws=20)}
+
+
+def _lines(measured: dict[str, Any]) -> str:
+    seconds = measured["seconds"]
+    total, eot = measured["seconds_a_step"], measured["eot"]
+    lines = [
+        f"{measured['device']}, {measured['precision']}, batch {measured['batch_size']}, {measured['steps']} steps"
+    ]
+    lines += [f"  {phase:8} {value:10.4f} s  {value / total:4.0%}" for phase, value in seconds.items()]
+    lines += [
+        f"  step     {total:10.4f} s  {measured['images_per_second']:,.1f} images/s",
+        f"  work     {measured['gflop_a_step']:,.0f} GFLOP a step, {measured['gflop_per_second']:,.0f} GFLOP/s,"
+        f" {measured['share_of_matrix_product_rate']:.0%} of the machine's matrix-product rate"
+        f" ({measured['matrix_product_gflop_per_second']:,.0f} GFLOP/s)",
+        f"  memory   {measured['peak_memory_mib']:,} MiB at the peak",
+        f"  EOT      {eot['draws']} draws of {eot['images']} images: {eot['batched']:.4f} s batched,"
+        f" {eot['calls']:.4f} s as {eot['draws']} calls, {eot['calls'] / eot['batched']:.1f} times",
+        f"  loss     {measured['first_loss']:.4f} at the first step, {measured['last_loss']:.4f} at the last",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""One call behind jobs/train.py: check, record, run by Ray or here, tell the person what came out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+import uuid
+from typing import Any
+
+from dircluster import cli
+from dircluster.cli import command
+from dircluster.cluster import storage
+from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
+from dircluster.cluster.version import commit
+
+
+def main(argv: list[str]) -> int:
+    """Run the job that ``argv`` describes; -> the process's exit code. Errors are one line on stderr."""
+    return cli.execute(cli.TrainJob, argv, _train)
+
+
+def _train(job: cli.TrainJob) -> int:
+    if job.dry_run:
+        from dircluster.cluster.commands.plan import plan
+
+        print(plan(job))
+        return 0
+    return Launch(job).run()
+
+
+class Launch:
+    """A job on its way from the command line to its summary."""
+
+    def __init__(self, job: cli.TrainJob) -> None:
+        self.job = job
+        self.config = with_absolute_paths(job.run)
+        self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
+        self.commit = commit()
+        self.record: Any = None
+        self.began = time.monotonic()
+
+    def run(self) -> int:
+        """Train, register, tell; -> exit code. Raises ConfigError before anything was started."""
+        from dircluster.cluster.console import Bystander, Terminal
+
+        job = self.job
+        storage.check(self.config)
+        with Terminal() if self.first else Bystander() as terminal:
+            changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
+            manner = "starting anew beside what is stored" if job.fresh else "reusing and resuming what is stored"
+            title = f"{job.run.name}, seed {job.run.seed}" + (f", {changed}" if changed else "")
+            terminal.say(f"{title}: {manner} in {job.run.storage.uri}")
+            self._open_record(terminal)
+            status = "FAILED"
+            try:
+                outcome = self._train(terminal)
+                status = outcome["status"]
+                if status == "FINISHED" and self.record is not None:
+                    outcome["model"] = self._register(outcome, terminal)
+            finally:
+                if self.record is not None:
+                    from dircluster.cluster.tracking.jobs import finish_job
+
+                    finish_job(self.record, status)
+            if self.first:
+                self._tell(outcome, terminal)
+        if status == "FINISHED":
+            return 0
+        if status == "KILLED":
+            return 128 + int(outcome["signal"])
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        return int(outcome["exit"])
+
+    def _open_record(self, terminal: Any) -> None:
+        from dircluster.cluster.runtime import local
+
+        if not self.first or not self.config.tracking.enabled:
+            return
+        if self.job.launcher == "local" and not local.has_mlflow():
+            terminal.say("MLflow is not installed: no record is kept")
+            return
+        from dircluster.cluster.tracking.jobs import open_job
+
+        tags = {
+            "dircluster.commit": self.commit,
+            "dircluster.launcher": self.job.launcher,
+            "dircluster.workers": str(self.config.scaling.workers),
+            "dircluster.command": command(self.job),
+        }
+        self.record = open_job(self.config, tags, fresh=self.job.fresh)
+
+    def _train(self, terminal: Any) -> dict[str, Any]:
+        config, owner = with_reachable_target(self.config), uuid.uuid4().hex  # under torchrun the first worker's counts
+        if self.job.launcher == "ray":
+            from dircluster.cluster.runtime import ray_train
+
+            return ray_train.train(config, owner, self.job.fresh, self.record, terminal)
+        from dircluster.cluster.runtime import local
+
+        return local.train(config, owner, self.job.fresh, self.record, terminal)
+
+    def _register(self, outcome: dict[str, Any], terminal: Any) -> str | None:
+        from dircluster.cluster.tracking.jobs import log_dataset, log_files
+        from dircluster.cluster.tracking.registry import register
+        from dircluster.evaluation.model_card import model_card
+
+        folder, data = storage.open_path(outcome["checkpoint"], self.config.storage), self.config.data
+        card = model_card(self.job.run, outcome, self.commit)
+        texts = {"model_card.md": card, "config.yaml": cli.to_yaml(self.job.run)}
+        try:
+            log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
+            log_files(self.record, texts)
+            return register(self.record, self.config, storage.local_copy(folder), card)
+        except Exception as error:  # the defence is in its folder, whatever MLflow says
+            terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
+            return None
+
+    def _tell(self, outcome: dict[str, Any], terminal: Any) -> None:
+        seconds = time.monotonic() - self.began
+        if outcome["status"] == "FINISHED":
+            terminal.table(outcome["results"])
+            terminal.say(f"defense   {outcome['checkpoint']}")
+            if outcome.get("model"):
+                terminal.say(f"model     {outcome['model']}")
+        if self.record is not None:
+            uri = self.record.uri
+            look = f"make ui, or: mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
+            terminal.say(f"MLflow    {look}  (run {self.record.run_id})")
+        if outcome["status"] == "FINISHED":
+            terminal.say(f"judge it  {command(self.job, 'evaluate')} --defense {outcome['checkpoint']}")
+            terminal.say(f"took      {seconds:.0f} s")
+        if outcome["status"] == "KILLED":
+            terminal.say(f"stopped by signal {outcome['signal']}; resume with: {command(self.job)}")
+        cli.write_summary(self.job, self._summary(outcome, seconds))
+
+    def _summary(self, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
+        summary = {
+            "status": outcome["status"],
+            "preset": self.job.preset,
+            "name": self.job.run.name,
+            "seed": self.job.run.seed,
+            "changed": cli.describe(self.job),
+            "commit": self.commit,
+            "seconds": round(seconds, 1),
+            "run_id": None if self.record is None else self.record.run_id,
+            "model": outcome.get("model"),
+            "checkpoint": outcome.get("checkpoint"),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+            "selection": outcome.get("selection", {}),
+            "results": outcome.get("results", []),
+        }
+        if "error" in outcome:
+            summary["error"] = outcome["error"]
+        return summary

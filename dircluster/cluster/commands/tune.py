@@ -1,0 +1,41 @@
+"""One call behind jobs/tune*.py: train at every point of a space, and say what that showed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dircluster import cli
+from dircluster.cluster.sweeps.space import Settings, fitted, load_space, mapped
+from dircluster.config import ConfigError, RunConfig, flatten, to_dict, with_values
+
+
+def main(argv: Sequence[str], space: Path | None = None) -> int:
+    """Run the sweep that ``argv`` describes, over the file ``space`` where one is given; -> exit code."""
+    words = list(argv) if space is None else [*argv, "--space", str(space)]
+    return cli.execute(cli.TuneJob, words, _tune)
+
+
+def _tune(job: cli.TuneJob) -> int:
+    if job.space is None:
+        raise ConfigError("--space is missing: give a file such as tune_spaces/alpha.py")
+    if job.asha and job.seeds > 1:
+        raise ConfigError("--asha compares trials of one seed each: leave out --seeds, or --asha")
+    space = fitted(load_space(job.space), job.run, job.search)
+
+    from dircluster.cluster import storage
+    from dircluster.cluster.console import Terminal
+    from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
+
+    def reachable(run: RunConfig) -> RunConfig:
+        return with_reachable_target(with_absolute_paths(run))
+
+    def held(settings: Settings) -> Settings:
+        found = flatten(to_dict(reachable(with_values(job.run, settings))))
+        return {name: found[name] for name in settings}
+
+    storage.check(with_absolute_paths(job.run))
+    with Terminal() as terminal:
+        from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are heard
+
+        return Sweep(job, reachable(job.run), mapped(space, held), terminal).run()

@@ -1,0 +1,101 @@
+"""A defense or a classifier from any URI, as a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
+from dircluster.config import ConfigError, RunConfig
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.training.export import load_defense_folder, load_target
+
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What is to be judged on what, as plain data that can be sent to a worker."""
+
+    config: dict[str, Any]
+    """A RunConfig."""
+    defense: str
+    """none, package.module:factory, or the folder of a checkpoint, here or in object storage."""
+    path: str
+    """Folder that package.module is looked for in, before the installed ones."""
+    surrogate: str = ""
+    """A classifier's URI to craft transfers on, empty for the defense's own target."""
+    trust_code: bool = False
+    keep_images: bool = False
+    key: str = ""
+    """What the first process found: workers that find something else do not begin."""
+
+
+def load_module(brief: Brief, config: RunConfig) -> nn.Module:
+    """The module that ``brief`` names, in eval mode on the CPU."""
+    data, storage = config.data, config.storage
+    if brief.defense == "none":
+        if config.target.uri is None:
+            raise ConfigError("--defense none judges the bare target: say which with --target.uri")
+        return load_classifier(config.target.uri, config)
+    if FACTORY.fullmatch(brief.defense):
+        return _made(brief).eval()
+    if is_remote(brief.defense):
+        check_bucket(brief.defense, storage)
+    defense = load_defense_folder(open_path(brief.defense, storage), trust_code=brief.trust_code)
+    denoiser = defense.denoiser
+    found = (denoiser.channels, denoiser.height, denoiser.width)
+    if found != (data.channels, data.height, data.width):
+        raise ConfigError(
+            f"--defense takes {'x'.join(map(str, found))} images, but preset {config.name} has"
+            f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
+        )
+    return defense
+
+
+def load_classifier(uri: str, config: RunConfig) -> nn.Module:
+    """The classifier that ``uri`` names as ``target.uri`` would, in eval mode on the CPU."""
+    target = dataclasses.replace(config.target, uri=uri)
+    return load_target(dataclasses.replace(config, target=target), opener(config.storage)).eval()
+
+
+def _made(brief: Brief) -> nn.Module:
+    name, _, attribute = brief.defense.partition(":")
+    if brief.path not in sys.path:
+        sys.path.insert(0, brief.path)
+    try:
+        made = getattr(importlib.import_module(name), attribute)()
+    except Exception as error:  # somebody's code may raise anything
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--defense {brief.defense}: {type(error).__name__}: {line}") from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"--defense {brief.defense} must return a torch.nn.Module, got {type(made).__name__}")
+    return made
+
+
+def fingerprint(module: nn.Module, name: str) -> str:
+    """SHA-256 of a module's weights and, where it is somebody's own, of the package that makes it, unless installed."""
+    found = hashlib.sha256(repr(module).encode())
+    for key, value in sorted(module.state_dict().items()):
+        found.update(key.encode())
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous().flatten()
+            found.update(str(value.dtype).encode() + plain.view(torch.uint8).numpy().tobytes())
+    if isinstance(module, DefendedClassifier):
+        found.update(repr(module.masking).encode())
+    if FACTORY.fullmatch(name):
+        package = name.partition(":")[0].partition(".")[0]
+        for key, part in sorted(sys.modules.items()):
+            file = Path(getattr(part, "__file__", None) or "")
+            if key.partition(".")[0] == package and file.is_file() and "site-packages" not in file.parts:
+                found.update(file.read_bytes())
+    return found.hexdigest()

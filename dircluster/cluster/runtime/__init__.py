@@ -1,0 +1,1 @@
+"""Ray: sessions, workers, and what passes between them and the terminal."""

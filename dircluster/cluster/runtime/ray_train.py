@@ -1,0 +1,220 @@
+"""A run on Ray Train workers, seen from the process that the person started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import traceback
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+from ray.train import FailureConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train import ScalingConfig as RayScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dircluster.cluster import storage
+from dircluster.cluster.runtime import nodes, stack_dump
+from dircluster.cluster.runtime.channel import POLL, Mailbox, Seen
+from dircluster.config import ConfigError, RunConfig, to_dict
+
+if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
+    from dircluster.cluster.console import Terminal
+    from dircluster.cluster.tracking.jobs import JobRecord
+
+GRACE = 25.0
+"""Seconds that workers have to commit a checkpoint after a signal, before they are ended."""
+SILENCE = 60.0
+"""Seconds without a worker after which the person is told what is waited for."""
+
+
+def _worker(told: dict[str, Any]) -> None:
+    from dircluster.cluster.runtime.ray_worker import work
+
+    work(**told)
+
+
+def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal) -> dict[str, Any]:
+    """Run on ``scaling.workers`` Ray Train workers: -> the outcome, with ``status`` FINISHED, FAILED or KILLED.
+
+    Raises ConfigError where the cluster is too small or runs another version of this code.
+    """
+    job: Job | None = None
+    try:
+        join_cluster(config, terminal)
+        job = Job(config, owner, fresh, record, terminal)
+        return job.follow()
+    except ray.exceptions.RayError as error:
+        reason = str(error).splitlines()[0]
+        return {"status": "FAILED", "error": f"the cluster is gone ({reason}); the same command resumes", "exit": 1}
+    finally:
+        ray.shutdown()
+        if job is not None:
+            job.fitting.join(15)  # a thread inside Ray must not outlive it
+        forget(config, owner)
+
+
+def join_cluster(config: RunConfig, terminal: Terminal) -> None:
+    """Join or start a cluster that is large enough and runs this version. Raises ConfigError where there is none."""
+    _start_ray(config)
+    terminal.listen()
+    nodes.must_suffice(config.scaling, terminal)
+    if os.environ.get("RAY_ADDRESS"):
+        nodes.must_run_this_version()
+
+
+def _start_ray(config: RunConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine. Raises ConfigError."""
+    address, cores = os.environ.get("RAY_ADDRESS"), os.cpu_count() or 1
+    own: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": cores if config.scaling.device == "gpu" else max(cores, config.scaling.most),
+        "include_dashboard": False,
+        "object_store_memory": 100_000_000,
+    }
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if address else own))
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        what = f"no Ray cluster answers at RAY_ADDRESS {address}" if address else "Ray cannot start on this machine"
+        raise ConfigError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+
+
+def forget(config: RunConfig, owner: str) -> None:
+    """Remove what Ray noted of this job in storage, as far as that goes: runs resume from their own checkpoints."""
+    import shutil
+    from pathlib import Path
+
+    with contextlib.suppress(Exception):
+        folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner
+        if isinstance(folder, Path):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.rmdir()
+        else:
+            folder.fs.rm(folder.path, recursive=True)
+
+
+class Follower(Protocol):
+    """Whom a run is told to while it lasts."""
+
+    def say(self, line: str) -> None: ...
+
+    def tell(self, event: str | dict[str, Any]) -> None:
+        """What a worker said, or showed as a Status."""
+
+    def stop_signal(self) -> int: ...
+
+
+class Job:
+    """One run while it lasts, in a process that has joined the cluster."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        owner: str,
+        fresh: bool,
+        record: JobRecord | None,
+        terminal: Follower,
+        until: str = "",
+    ) -> None:
+        self.scaling, self.terminal = config.scaling, terminal
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()  # nodes may go
+        told = {
+            "config": to_dict(config),
+            "owner": owner,
+            "fresh": fresh,
+            "until": until,
+            "record": None if record is None else asdict(record),
+            "mailbox": self.mailbox,
+        }
+        least, most = self.scaling.least, self.scaling.most
+        on_gpu = self.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= least
+        self.trainer = TorchTrainer(
+            _worker,
+            train_loop_config=told,
+            torch_config=TorchConfig(timeout_s=max(60, int(2 * self.scaling.stall))),
+            scaling_config=RayScalingConfig(
+                num_workers=most if least == most else (least, most),
+                elastic_resize_monitor_interval_s=self.scaling.resize_every,
+                use_gpu=on_gpu,
+                resources_per_worker={"GPU": 1} if on_gpu else {"CPU": 1},
+            ),
+            run_config=RayRunConfig(
+                name=owner,
+                failure_config=FailureConfig(max_failures=self.scaling.max_failures),
+                **storage.for_ray(config),
+            ),
+        )
+        # Outside the main thread Ray leaves the signals alone.
+        self.fitting = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        self.errors: list[BaseException] = []
+        self.beats, self.lived = 0, time.monotonic()
+        self.came: dict[int, tuple[str, int]] = {}
+        self.gone = 0.0
+        """Since when workers are missing, 0 while none is known to be."""
+
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit()
+        except BaseException as error:  # told by follow(), in the main thread
+            self.errors.append(error)
+
+    def follow(self) -> dict[str, Any]:
+        """Until the run ends: -> its outcome."""
+        terminal, asked = self.terminal, None
+        self.fitting.start()
+        while True:
+            alive = self.fitting.is_alive()
+            seen = ray.get(self.mailbox.collect.remote(terminal.stop_signal()))
+            for event in seen.events:
+                terminal.tell(event)
+            if seen.outcome is not None:
+                self.fitting.join(5)
+                return dict(seen.outcome)
+            if not alive:
+                said = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker told why"
+                terminal.say(said)
+                return {"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}
+            if terminal.stop_signal():
+                asked = asked or time.monotonic()
+                if time.monotonic() - asked > GRACE:
+                    return {"status": "KILLED", "signal": terminal.stop_signal()}
+            elif (stalled := self._stalled(seen)) is not None:
+                return stalled
+            time.sleep(POLL)
+
+    def _stalled(self, seen: Seen) -> dict[str, Any] | None:
+        """The outcome of a run that shows no life although all its workers exist; None otherwise."""
+        now = time.monotonic()
+        if seen.workers != self.came and len(seen.workers) == seen.world:
+            if self.came:
+                self.terminal.say(f"workers changed: {seen.world} at work")
+            self.came = dict(seen.workers)
+        if seen.beats != self.beats or seen.events:
+            self.beats, self.lived, self.gone = seen.beats, now, 0.0
+        patience = min(SILENCE, self.scaling.stall) if self.gone or not self.came else self.scaling.stall
+        if now - self.lived < patience:
+            return None
+        dumps = stack_dump.dump(self.came) if self.came and not self.gone else {}
+        if not dumps or stack_dump.GONE in dumps.values():  # Ray starts the workers again as soon as it can
+            self.lived, self.gone = now, self.gone or now
+            free = ray.available_resources().get("CPU", 0)
+            self.terminal.say(f"waiting for {self.scaling.least} workers: {free:g} CPUs of the cluster are free")
+            if now - self.gone < self.scaling.stall + self.scaling.wait:
+                return None
+            error = f"no {self.scaling.least} workers for {now - self.gone:.0f} s (scaling.stall, scaling.wait)"
+            return {"status": "FAILED", "error": f"{error}; the same command resumes", "exit": 1}
+        for rank, dump in sorted(dumps.items()):
+            self.terminal.say(f"worker {rank}: {dump}")
+        stack_dump.end(self.came)
+        return {
+            "status": "FAILED",
+            "error": f"no worker made progress for {self.scaling.stall:.0f} s (scaling.stall);"
+            " their stacks stand above, and the same command resumes from the last checkpoint",
+            "exit": 1,
+        }

@@ -1,0 +1,65 @@
+"""What each Ray Train worker does: the same pipeline as everywhere, told about through the mailbox."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from dircluster.cluster.outcome import outcome_of
+from dircluster.cluster.runtime.channel import LAST_WORD, RemoteConsole
+from dircluster.cluster.storage import opener
+from dircluster.config import RunConfig, from_dict
+from dircluster.distributed.launch import joined_workers
+from dircluster.training.interrupt import waiting
+from dircluster.training.protocols import Console, NoTracker, Quiet, Tracker
+from dircluster.training.run import Run
+
+
+def work(
+    config: dict[str, Any], owner: str, fresh: bool, until: str, record: dict[str, Any] | None, mailbox: Any
+) -> None:
+    """Run on this worker; the first one hands the outcome to the mailbox.
+
+    Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
+    """
+    run_config: RunConfig = from_dict(RunConfig, config)
+    here = ray.train.get_context().get_local_world_size()
+    parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
+    node = ray.get_runtime_context().get_node_id()
+    ray.get(mailbox.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
+    console: Console = Quiet()
+    tracker: Tracker = NoTracker()
+    recorder = None
+    remote = RemoteConsole(mailbox, run_config.name) if parallel.first else None
+    if remote is not None:
+        console = remote
+        if record is not None:
+            from dircluster.cluster.tracking.jobs import JobRecord
+            from dircluster.cluster.tracking.tracker import MlflowTracker  # the others go without
+
+            tracker = recorder = MlflowTracker(JobRecord(**record), remote.say)
+    run = Run(
+        run_config,
+        parallel,
+        tracker,
+        console,
+        owner=owner,
+        fresh=fresh,
+        until=until,
+        open_path=opener(run_config.storage),
+    )
+    outcome = outcome_of(run.execute)
+    if recorder is not None:
+        with waiting(console):
+            recorder.close(hurry=outcome["status"] != "FINISHED")
+    if remote is not None:
+        remote.finish(outcome)
+    elif outcome["status"] == "FAILED":
+        deadline = time.monotonic() + 2 * LAST_WORD  # Ray would start all again as soon as one ends
+        while not ray.get(mailbox.fail.remote(outcome)) and time.monotonic() < deadline:
+            time.sleep(1.0)

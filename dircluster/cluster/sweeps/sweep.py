@@ -1,0 +1,272 @@
+"""A sweep from the command line to its figure: what trials share first, then the trials, table and record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import time
+from datetime import timedelta
+from typing import Any
+
+import ray
+from botocore.exceptions import BotoCoreError
+from ray.tune import TuneError
+
+from dircluster import cli
+from dircluster.cluster.console import Terminal
+from dircluster.cluster.runtime import nodes
+from dircluster.cluster.runtime.ray_train import join_cluster
+from dircluster.cluster.sweeps.space import Settings, Space, corners, told
+from dircluster.cluster.sweeps.store import Notes, files_of, key_of, name_of, result_of
+from dircluster.cluster.sweeps.trial import Plan, Task
+from dircluster.cluster.sweeps.tuner import Tuning
+from dircluster.cluster.tracking.jobs import finish_job, open_job
+from dircluster.cluster.tracking.tracker import MlflowTracker
+from dircluster.cluster.version import commit
+from dircluster.config import ConfigError, RunConfig, digest, to_dict, with_values
+from dircluster.evaluation.published import published_ablation
+from dircluster.evaluation.sweep_table import Point, Trial, best, by_point, figure, table
+
+
+class Sweep:
+    """A sweep from the command line to its figure."""
+
+    def __init__(self, job: cli.TuneJob, config: RunConfig, space: Space, terminal: Terminal) -> None:
+        self.job, self.config, self.space, self.terminal = job, config, space, terminal
+        self.seeds = tuple(range(config.seed, config.seed + job.seeds))
+        self.points: list[Settings] = [] if job.search else list(space.points)
+        """Those of the grid, or those that the search has begun."""
+        self.repeated = 0
+        """Points that the search chose again."""
+        self.trials: dict[str, Trial] = {}
+        """What is over, by settings and seed."""
+        self.unshared: dict[str, str] = {}
+        """Why stages that trials share could not be trained, by their keys."""
+        self.began = self.training = time.monotonic()
+        self.trained = 0
+        self.plan: Plan
+        self.tracker: MlflowTracker | None = None
+        files = files_of(*(with_values(config, point) for point in corners(space.ranges) or space.points))
+        decides = {**config.identity, **files, "space": space.plain, "asha": job.asha}
+        self.key = digest(decides)[:12]
+        """What tells this sweep from others."""
+        self.notes = Notes(config, space.name, self.key)
+
+    def run(self) -> int:
+        """Train, show, keep; -> exit code. Raises ConfigError before anything was started."""
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # a trial has many small actors, as meant
+        signal, status, whole = 0, "FAILED", False
+        try:
+            join_cluster(self.config, self.terminal)
+            self.plan = self._plan()
+            trials = f"{self._expected()} trials, {self.plan.at_once} at a time"
+            self.terminal.say(f"sweep {self.space.name} of {self.config.name}: {trials}")
+            signal = self._prepare() or self._train()
+            failed = any(trial.status == "FAILED" for trial in self.trials.values())
+            status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
+            if not signal:
+                self._tell()
+                whole = True
+        except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
+        finally:
+            ray.shutdown()
+            if self.tracker is not None:
+                self.tracker.close(hurry=not whole)
+                finish_job(self.tracker.job, status)
+        if signal:
+            self.terminal.say("stopped; what is finished is kept, and the same command goes on")
+            return 128 + signal
+        return 1 if failed else 0
+
+    def _plan(self) -> Plan:
+        scaling, found, wanted = self.config.scaling, ray.cluster_resources(), self.job.max_concurrent
+        on_gpu = scaling.device == "gpu" or (scaling.device == "auto" and found.get("GPU", 0) >= scaling.least)
+        kind = "GPU" if on_gpu else "CPU"
+        room = int(found.get(kind, 0)) // scaling.most
+        if wanted is not None and wanted > max(1, room) and not scaling.wait:
+            raise ConfigError(
+                f"--max-concurrent {wanted} trials of {scaling.most} workers do not fit: the cluster has"
+                f" {found.get(kind, 0):g} {kind}s"
+            )
+        at_once = wanted or max(1, room)
+        threads = scaling.threads or nodes.cores_each(at_once * scaling.most, kind)
+        tags = {"dircluster.commit": commit()}
+        record = self._open_record(tags)
+        config = dataclasses.replace(self.config, scaling=dataclasses.replace(scaling, threads=threads))
+        return Plan(to_dict(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha)
+
+    def _open_record(self, tags: dict[str, str]) -> dict[str, Any] | None:
+        if not self.config.tracking.enabled:
+            return None
+        sweep = {"space": self.space.name, "varied": self.space.varied, "seeds": len(self.seeds), "key": self.key}
+        record = open_job(self.config, tags, sweep=sweep)
+        self.tracker = MlflowTracker(record, self.terminal.say)
+        tracking = dataclasses.replace(self.config.tracking, uri=record.uri)  # trials have another environment
+        self.config = dataclasses.replace(self.config, tracking=tracking)
+        self.terminal.say(f"MLflow    run {record.run_id}")
+        return dataclasses.asdict(record)
+
+    def _expected(self) -> int:
+        points = max(self.job.points - self.repeated, len(self.points)) if self.job.search else len(self.points)
+        return points * len(self.seeds)
+
+    def _prepare(self) -> int:
+        """Train once the stages that trials share; -> the signal that stopped it, or 0."""
+        for until, tasks in shared_stages(self.plan, self.space):
+            left = [t for t in tasks if result_of(self.plan.run_of(t), until) is None and not self._missing(t)]
+            if not left:
+                continue
+            self.terminal.say(f"training what trials share, until {until}: {len(left)} runs")
+            signal = Tuning(self.plan, self.terminal, functools.partial(self._shared, until)).tasks(left)
+            if signal:
+                return signal
+        return 0
+
+    def _shared(self, until: str, trial: Trial) -> None:
+        """A stage that trials share is trained, or has failed, and with it the trials that need it."""
+        if trial.error:
+            self.terminal.say(f"failed, though shared: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
+            self.unshared[key_of(self.plan.run_of(Task(trial.settings, trial.seed)), until)] = trial.error
+
+    def _missing(self, task: Task) -> str:
+        """Why a stage that a task shares could not be trained; empty where it could, or where it shares none."""
+        run = self.plan.run_of(task)
+        if run.dir.joint:
+            return ""
+        found = (self.unshared.get(key_of(run, until)) for until in ("target", "pretrain"))
+        return next((reason for reason in found if reason), "")
+
+    def _train(self) -> int:
+        """Train the trials; -> the signal that stopped it, or 0."""
+        self.training = time.monotonic()
+        tuning = Tuning(self.plan, self.terminal, self._over, self._begun)
+        if self.job.search:
+            self.points = self.notes.points()
+        left = []
+        for task in [Task(point, seed) for point in self.points for seed in self.seeds]:
+            found = self._known(task)
+            if found is None:
+                left.append(task)
+            else:
+                self._note(dataclasses.replace(found, settings=task.settings))
+        if self.trials:
+            self._show()
+        signal = tuning.tasks(left) if left else 0
+        if signal or not self.job.search or len(self.points) >= self.job.points:
+            return signal
+        reasons = [self._missing(Task(corners(self.space.ranges)[0], seed)) for seed in self.seeds]
+        if all(reasons):
+            raise ConfigError(f"what all points share could not be trained: {reasons[0]}")
+        known = [
+            (point.settings, statistics.fmean(scores))
+            for point in self._by_point()
+            if (scores := [trial.held_out for trial in point.trials if trial.held_out is not None])
+        ]
+        return tuning.search(self.space.ranges, known, len(self.points), self.job.points)
+
+    def _known(self, task: Task) -> Trial | None:
+        """How a trial ended that need not be trained."""
+        try:
+            run = self.plan.run_of(task)
+        except ConfigError as error:  # within a range there may be points that cannot be
+            return Trial(task.settings, task.seed, "FAILED", error=str(error))
+        if (found := result_of(run)) is not None:
+            return found
+        if reason := self._missing(task):
+            return Trial(task.settings, task.seed, "FAILED", error=reason)
+        return self.notes.stopped(task.settings, task.seed) if self.job.asha else None
+
+    def _begun(self, settings: Settings) -> None:
+        """A search chose a point: it is trained to its end, now or when the command is given again."""
+        if settings in self.points:
+            self.repeated += 1
+        else:
+            self.notes.add_point(len(self.points), settings)
+            self.points.append(settings)
+
+    def _over(self, trial: Trial) -> None:
+        """A trial is over."""
+        name = name_of(trial.settings, trial.seed)
+        if name in self.trials and self.trials[name].status == "FINISHED":  # beside a seed that was tried again
+            return
+        self.trained += 1
+        self._note(trial)
+        if trial.status == "STOPPED":
+            self.notes.add_stopped(trial)
+        if trial.status == "FAILED":
+            self.terminal.say(f"failed: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
+        self._show()
+
+    def _note(self, trial: Trial) -> None:
+        self.trials[name_of(trial.settings, trial.seed)] = trial
+        task = Task(trial.settings, trial.seed)
+        if self.tracker is not None and (child := self.plan.child(task)) is not None:
+            with contextlib.suppress(ConfigError):  # a point that cannot be
+                self.tracker.trial(self.plan.run_of(task), self.plan.tags, child, trial)
+
+    def _by_point(self) -> list[Point]:
+        places = {digest(point): place for place, point in enumerate(self.points)}
+        return sorted(by_point(self.trials.values()), key=lambda point: places[digest(point.settings)])
+
+    def _lines(self) -> list[dict[str, str]]:
+        def published(settings: Settings) -> tuple[float, float] | None:
+            with contextlib.suppress(ConfigError):
+                return published_ablation(with_values(self.config, settings))
+            return None
+
+        return table(self._by_point(), published)
+
+    def _show(self) -> None:
+        done, expected = len(self.trials), self._expected()
+        title = f"{done} of {expected} trials"
+        if self.trained and done < expected:
+            left = (time.monotonic() - self.training) / self.trained * (expected - done)
+            title += f", ETA {timedelta(seconds=round(left))}"
+        self.terminal.lines(title, self._lines())
+
+    def _tell(self) -> None:
+        points, rows, command = self._by_point(), self._lines(), ""
+        files: dict[str, bytes] = {}
+        if (winner := best(points)) is not None:
+            run = with_values(self.job.run, winner.settings)
+            command = cli.command(cli.TrainJob(self.job.preset, run))
+            files = {"figure.png": figure(points), "best.yaml": cli.to_yaml(run).encode()}
+            files["best.txt"] = f"{command}\n".encode()
+            self.terminal.say(f"best      {told(winner.settings)} (by held-out robust accuracy): {command}")
+        kept = {"table.json": json.dumps(rows, indent=1).encode(), **files}
+        self.notes.add_files(kept)
+        for name in kept:
+            self.terminal.say(f"kept      {self.notes.folder / name}")
+        if self.tracker is not None:
+            self.tracker.sweep(rows, files, command)
+        self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
+        trials = [dataclasses.asdict(trial) for point in points for trial in point.trials]
+        cli.write_summary(self.job, {"trials": trials, "table": rows, "folder": str(self.notes.folder)})
+
+
+def shared_stages(plan: Plan, space: Space) -> list[tuple[str, list[Task]]]:
+    """What to train before the trials, so that no two train the same: stages by name, and a run for each."""
+    points = corners(space.ranges) or space.points
+    enough = max(2, len(points) if space.ranges else 2)  # a search shares what none of its ranges changes
+    targets: dict[str, dict[str, list[Task]]] = {}
+    for task in (Task(point, seed) for point in points for seed in plan.seeds):
+        run = plan.run_of(task)
+        if not run.dir.joint:
+            of_target = targets.setdefault(key_of(run, "target"), {})
+            of_target.setdefault(key_of(run, "pretrain"), []).append(task)
+    first = [
+        next(iter(groups.values()))[0]
+        for groups in targets.values()
+        if len(groups) > 1 and sum(len(group) for group in groups.values()) >= enough
+    ]
+    then = [group[0] for groups in targets.values() for group in groups.values() if len(group) >= enough]
+    return [
+        (until, [dataclasses.replace(task, until=until) for task in tasks])
+        for until, tasks in (("target", first), ("pretrain", then))
+    ]

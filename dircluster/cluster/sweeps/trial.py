@@ -1,0 +1,189 @@
+"""One trial of a sweep: trained by the actor that Tune starts for it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import ray
+from ray import tune
+
+from dircluster.cluster.runtime.channel import POLL
+from dircluster.cluster.runtime.ray_train import Job, forget
+from dircluster.cluster.sweeps.space import Settings, told
+from dircluster.cluster.sweeps.store import result_of, store
+from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
+from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, with_values
+from dircluster.evaluation.sweep_table import Trial, accuracies
+from dircluster.training.stages import stage_settings
+
+LATEST = 1_000_000
+"""The epoch that stands for a trial's end."""
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""What a trial's actor takes: a place on the head node, which every cluster has."""
+METRIC = "held_out"
+WAIT = 10.0
+"""Seconds until a trial looks again whether a stage that another job trains is free."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training: settings that differ from the sweep's config, and where it does not go to its end, until which."""
+
+    settings: Settings
+    seed: int
+    until: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all trials of a sweep share, as plain data that can be sent to their actors."""
+
+    config: dict[str, Any]
+    """The RunConfig that they vary."""
+    record: dict[str, Any] | None
+    """The sweep's JobRecord."""
+    seeds: tuple[int, ...]
+    tags: dict[str, str]
+    """Of every trial's run in MLflow."""
+    retries: int = 0
+    at_once: int = 1
+    asha: bool = False
+    mailbox: Any = field(default=None)
+
+    def run_of(self, task: Task) -> RunConfig:
+        """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
+        return with_values(from_dict(RunConfig, self.config), {**task.settings, "seed": task.seed})
+
+    def child(self, task: Task) -> Child | None:
+        """What its run in MLflow is to the sweep's; None where there is no record."""
+        if self.record is None:
+            return None
+        seed = {"seed": task.seed} if len(self.seeds) > 1 else {}
+        if not task.until:
+            varied = {**task.settings, **seed}
+            return Child(self.record["run_id"], told(varied), varied)
+        decides = flatten(stage_settings(self.run_of(task), task.until))
+        decided = {name: value for name, value in task.settings.items() if name in decides}
+        name = f"{self.config['name']} shared until {task.until}"
+        words = [name, *([told(decided)] if decided else []), f"seed {task.seed}"]
+        return Child(self.record["run_id"], ", ".join(words), {}, shared=True)
+
+
+class Failed(Exception):
+    """A trial that did not come to its end; Tune starts it again, as often as it may."""
+
+
+class Post:
+    """A trial's own console: how it ended goes to the sweep, held-out accuracies to Tune."""
+
+    def __init__(self, mailbox: Any, key: str, reports: bool) -> None:
+        self._mailbox, self._key, self._reports = mailbox, key, reports
+        self._signal, self._asked, self._judged = 0, 0.0, 0
+        self.last = ""
+
+    def say(self, line: str) -> None:
+        """Only stacks and tracebacks are passed on, and the last line of a failure: the sweep shows one quiet table."""
+        lines = line.strip().splitlines()
+        self.last = lines[-1] if lines else self.last
+        if len(lines) > 1:
+            self._send({"said": line})
+
+    def tell(self, event: str | dict[str, Any]) -> None:
+        if isinstance(event, dict) and event["stage"] == "dir" and self._reports:
+            found = event["held_out"]
+            if found and found["step"] > self._judged:
+                self._judged = found["step"]
+                tune.report({METRIC: found["robust"], "epoch": event["epoch"]})
+
+    def stop_signal(self) -> int:
+        if time.monotonic() - self._asked > POLL:
+            self._asked = time.monotonic()
+            self._signal = ray.get(self._mailbox.exchange.remote([], 1))
+        return self._signal
+
+    def post(self, trial: Trial) -> None:
+        """How a task ended."""
+        self._send({"key": self._key, "trial": asdict(trial)})
+
+    def _send(self, event: dict[str, Any]) -> None:
+        ray.get(self._mailbox.exchange.remote([event], 1))
+
+
+def train_task(plan: Plan, task: Task, post: Post) -> Trial:
+    """Train, judge and keep: -> what came out. Raises Failed."""
+    run = plan.run_of(task)
+    found = result_of(run, task.until)
+    if found is not None:  # perhaps by another sweep, which varied something else
+        return replace(found, settings=dict(task.settings), seed=task.seed)
+    if signal := post.stop_signal():
+        raise Failed(f"stopped by signal {signal}")
+    owner, began, status = uuid.uuid4().hex, time.monotonic(), "KILLED"
+    record = _open_record(plan, task, run, post)
+    try:
+        outcome = Job(run, owner, False, record, post, task.until).follow()
+        while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
+            time.sleep(WAIT)
+            outcome = Job(run, owner, False, record, post, task.until).follow()
+        status = outcome["status"]
+    finally:
+        if record is not None:
+            finish_job(record, status)
+        forget(run, owner)
+    if status != "FINISHED":
+        error = outcome.get("error", f"stopped by signal {outcome.get('signal')}")
+        raise Failed(post.last if error.endswith("stands above") else error)
+    rows = outcome.get("results", [])
+    natural, robust = accuracies(rows, "dir") or (None, None)
+    trial = Trial(
+        dict(task.settings),
+        task.seed,
+        "FINISHED",
+        outcome["selection"].get("dir", {}).get("robust"),
+        natural,
+        robust,
+        accuracies(rows, "none"),
+        time.monotonic() - began,
+        outcome.get("checkpoint", ""),
+    )
+    store(run, trial, task.until)
+    return trial
+
+
+def _open_record(plan: Plan, task: Task, run: RunConfig, post: Post) -> JobRecord | None:
+    """Its run in MLflow, which may be away for ``tracking.patience`` seconds; afterwards it trains without curves."""
+    child, deadline = plan.child(task), time.monotonic() + run.tracking.patience
+    while child is not None and not post.stop_signal():
+        try:
+            return open_job(run, plan.tags, child=child)
+        except ConfigError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(WAIT)
+    return None
+
+
+def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
+    def trial(config: dict[str, Any]) -> None:
+        """One task, or a point that a search chose, at every seed."""
+        tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
+        done, errors = [], []
+        for task in tasks:
+            post = Post(plan.mailbox, digest(config), reports=plan.asha)
+            try:
+                done.append(train_task(plan, task, post))
+            except Exception as error:  # the other seeds go on
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                post.post(Trial(dict(task.settings), task.seed, "FAILED", error=line))
+                errors.append(error)
+            else:
+                post.post(done[-1])
+        if errors:
+            raise errors[0]
+        scores = [found.held_out for found in done if found.held_out is not None]
+        tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": LATEST, "whole": True})
+
+    return trial

@@ -1,0 +1,1 @@
+"""MLflow: records of jobs, and the model registry."""

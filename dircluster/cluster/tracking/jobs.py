@@ -1,0 +1,211 @@
+"""Runs in MLflow: a job's parent run, found again by its tags, and what belongs to it at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from dircluster.cluster.storage import is_remote
+from dircluster.cluster.tracking.retry_queue import Refused
+from dircluster.config import ConfigError, RunConfig, digest, flatten, local_path, refuse_secret, to_dict
+
+JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
+ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
+TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
+MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
+PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
+POINTS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
+
+
+def default_uri(config: RunConfig) -> str:
+    """``tracking.uri``, or MLFLOW_TRACKING_URI, or an SQLite file in the storage folder.
+
+    Raises ConfigError where it holds a password, or where there is none and storage is no folder.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is not None:
+        refuse_secret("MLFLOW_TRACKING_URI", uri)
+        return uri
+    if is_remote(config.storage.uri):
+        raise ConfigError(
+            "tracking.uri is missing: with storage in s3:// give the address of an MLflow server (or set"
+            " MLFLOW_TRACKING_URI), or keep no record with --tracking.no-enabled"
+        )
+    return f"sqlite:///{local_path(config.storage.uri).resolve() / 'mlflow.db'}"
+
+
+def storage_name(config: RunConfig) -> str:
+    uri = config.storage.uri
+    return uri.rstrip("/") if is_remote(uri) else str(local_path(uri).resolve())
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a run in a sweep is to it: a trial, or what trials share."""
+
+    sweep: str
+    """The id of the sweep's run."""
+    name: str
+    params: Mapping[str, Any]
+    """What varies: its only parameters, so that views over them work at once."""
+    shared: bool = False
+    """Stands beside the sweep, not below it: MLflow's views show only the metrics that all compared runs have."""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """Where a job is recorded, as plain data that can be sent to a worker."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+    storage: str
+    patience: float
+
+
+def open_job(
+    config: RunConfig,
+    tags: Mapping[str, str],
+    *,
+    fresh: bool = False,
+    sweep: Mapping[str, Any] | None = None,
+    child: Child | None = None,
+) -> JobRecord:
+    """Begin the parent run of a job, or continue the newest one with the same settings.
+
+    With ``sweep``, what it varies, it is the parent of trials; as ``child`` it belongs to one. Raises ConfigError where
+    the tracking server does not answer.
+    """
+    uri = default_uri(config)
+    job = _job(config, sweep, child)
+    tags = {**tags, JOB_TAG: job}
+    if child is not None:
+        tags[SWEEP_TAG if child.shared else MLFLOW_PARENT_RUN_ID] = child.sweep
+    params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
+    if sweep is not None:
+        params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}
+        name = f"{config.name}-{sweep['space']}"
+    if child is not None:
+        params, name = dict(child.params), child.name
+    try:
+        client = MlflowClient(uri)
+        experiment = experiment_of(client, config, uri)
+        runs = [] if fresh else search_runs(client, experiment, JOB_TAG, job)
+        if runs:
+            run_id = runs[0]
+            client.update_run(run_id, status="RUNNING")
+        else:
+            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            client.log_text(run_id, json.dumps(to_dict(config), indent=1), "config.json")
+        log_params(client, run_id, params)
+        for tag, value in tags.items():
+            client.set_tag(run_id, tag, value)
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+    return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience)
+
+
+def _job(config: RunConfig, sweep: Mapping[str, Any] | None = None, child: Child | None = None) -> str:
+    """What tells a job from others, so that it is found again."""
+    plain = {**config.identity, "name": config.name, "storage": storage_name(config)}
+    if sweep is not None:
+        plain["sweep"] = sweep
+    if child is not None:
+        plain["child"] = dataclasses.asdict(child)
+    return digest(plain)[:16]
+
+
+def experiment_of(client: MlflowClient, config: RunConfig, uri: str) -> str:
+    found = client.get_experiment_by_name(config.tracking.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    artifacts = f"{storage_name(config)}/artifacts" if "://" not in uri or uri.startswith("sqlite") else None
+    tags = {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW}
+    return str(client.create_experiment(config.tracking.experiment, artifacts, tags))
+
+
+def search_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[str]:
+    quoted = value.replace("'", "\\'")
+    runs = client.search_runs([experiment], f"tags.`{tag}` = '{quoted}'", order_by=["attributes.start_time DESC"])
+    return [run.info.run_id for run in runs]
+
+
+def log_params(client: MlflowClient, run_id: str, flat: Mapping[str, Any]) -> None:
+    params = [Param(name, str(value)[:500]) for name, value in flat.items()]
+    for start in range(0, len(params), PARAMS_A_REQUEST):
+        client.log_batch(run_id, params=params[start : start + PARAMS_A_REQUEST])
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in PERMANENT:
+            raise Refused(str(error)) from error
+        raise
+
+
+def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str, Any], files: list[Path]) -> str:
+    """A run of its own for a judgement: settings, accuracies, flags, and the report's files; -> its id.
+
+    Raises ConfigError where the tracking server does not answer.
+    """
+    settings = {"defense": facts["defense"], **flatten({"evaluation": to_dict(config.evaluation)})}
+    settings |= flatten({"attack": to_dict(config.attack), "seed": config.seed})
+    uri = default_uri(config)
+    tags = {"dircluster.commit": facts["commit"], "dircluster.data": facts["data"]}
+    try:
+        client = MlflowClient(uri)
+        experiment = experiment_of(client, config, uri)
+        run_id = str(
+            client.create_run(experiment, run_name=f"judge-{config.name}-{found['suite']}", tags=tags).info.run_id
+        )
+        log_params(client, run_id, settings)
+        now = int(time.time() * 1000)
+        values = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in found["rows"]}
+        if found["verdict"]:
+            values["verdict/flags"] = float(sum(row["passed"] is False for row in found["verdict"]))
+        client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
+        for file in files:
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / file.name
+                copy.write_bytes(file.read_bytes())
+                client.log_artifact(run_id, str(copy))
+        client.set_terminated(run_id, "FINISHED")
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+    return run_id
+
+
+def finish_job(job: JobRecord, status: str) -> None:
+    """Mark the parent run FINISHED, FAILED or KILLED, as far as the server answers."""
+    with contextlib.suppress(Exception):
+        MlflowClient(job.uri).set_terminated(job.run_id, status)
+
+
+def log_dataset(job: JobRecord, name: str, fingerprint: str, source: str) -> None:
+    """Tell MLflow which data the job saw."""
+    with contextlib.suppress(Exception):
+        dataset = Dataset(name, fingerprint[:32], "local", json.dumps({"uri": source}))
+        MlflowClient(job.uri).log_inputs(job.run_id, [DatasetInput(dataset, [])])
+
+
+def log_files(job: JobRecord, texts: Mapping[str, str]) -> None:
+    """Keep small texts with the parent run."""
+    client = MlflowClient(job.uri)
+    for name, text in texts.items():
+        client.log_text(job.run_id, text, name)

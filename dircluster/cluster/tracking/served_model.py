@@ -1,0 +1,30 @@
+"""What MLflow runs to serve a registered defence: images (N, C, H, W) float32 in [0, 1] -> logits (N, classes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dircluster.training.export import load_defense_folder
+
+
+class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+    """The defended classifier, with fresh masks at each call."""
+
+    def load_context(self, context: Any) -> None:
+        self.defense = load_defense_folder(
+            Path(context.artifacts["checkpoint"]), trust_code=True
+        )  # who runs this file has trusted the model's code already
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
+        with torch.no_grad():
+            logits: NDArray[np.float32] = self.defense(torch.as_tensor(model_input, dtype=torch.float32)).numpy()
+        return logits
+
+
+mlflow.models.set_model(ServedDefense())

@@ -1,0 +1,63 @@
+"""Every knob of a run, as frozen dataclasses: a config is a value that is checked when it is made.
+
+This package imports the standard library alone, so that ``--help`` and a config error answer at once.
+Numbers in [0, 1] are in units of the pixel range; epochs are passes over the training split.
+"""
+
+from __future__ import annotations
+
+from dircluster.config.errors import ConfigError, error_from_plain, error_to_plain, refuse_secret, without_secrets
+from dircluster.config.sections import (
+    ARCHITECTURES,
+    LATER_FIELDS,
+    AttackConfig,
+    DataConfig,
+    DirConfig,
+    EvaluationConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainConfig,
+    RunConfig,
+    ScalingConfig,
+    StorageConfig,
+    TargetConfig,
+    TrackingConfig,
+    TrainingConfig,
+    as_hashed,
+)
+from dircluster.config.serialize import digest, flatten, from_dict, local_path, short, to_dict, with_values
+
+__all__ = [
+    "ARCHITECTURES",
+    "LATER_FIELDS",
+    "AttackConfig",
+    "ConfigError",
+    "DataConfig",
+    "DirConfig",
+    "EvaluationConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PretrainConfig",
+    "RunConfig",
+    "ScalingConfig",
+    "StorageConfig",
+    "TargetConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "as_hashed",
+    "digest",
+    "error_from_plain",
+    "error_to_plain",
+    "flatten",
+    "from_dict",
+    "local_path",
+    "refuse_secret",
+    "short",
+    "to_dict",
+    "with_values",
+    "without_secrets",
+]

@@ -1,0 +1,57 @@
+"""What a setting that cannot work raises, and what keeps secrets out of configs and messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. Its text is one line: the field, the value and the way out."""
+
+
+def error_to_plain(error: ConfigError) -> dict[str, Any]:
+    """A ConfigError as plain data: its message, and the names of its class and of those that it derives from."""
+    kinds = [kind for kind in type(error).__mro__ if issubclass(kind, ConfigError)]
+    return {"message": str(error), "kinds": [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]}
+
+
+def error_from_plain(plain: Mapping[str, Any]) -> ConfigError:
+    """The inverse of :func:`error_to_plain`, of the nearest class that is known here; no name is imported."""
+    known, left = {}, [ConfigError]
+    while left:
+        kind = left.pop()
+        left += kind.__subclasses__()
+        if kind.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            known[f"{kind.__module__}.{kind.__qualname__}"] = kind
+    return next((known[name] for name in plain["kinds"] if name in known), ConfigError)(plain["message"])
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+_USER = re.compile(r"(?<=://)(?:[^/\s@]*|[^\s@]*:[^\s@]*)@")  # AWS's keys may hold slashes
+_FIELD = re.compile(r"(?<=[?&;])((?:password|passwd|pwd|secret|token)\w*=)[^&;\s]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with users and passwords of its URIs taken out."""
+    return _FIELD.sub(r"\1...", _USER.sub("...@", text))
+
+
+def refuse_secret(name: str, value: str) -> None:
+    """Raise ConfigError where a URI holds a user or password: configs are logged."""
+    require(
+        without_secrets(value) == value,
+        f"{name} must not hold a user or password ({without_secrets(value)});"
+        " give credentials in the environment, a mounted file or the instance role",
+    )
+
+
+def require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{section}.{name} must be positive, got {value}")

@@ -1,0 +1,543 @@
+"""Every knob of a run, as frozen dataclasses: a config is a value that is checked when it is made.
+
+This module imports the standard library alone, so that ``--help`` and a config error answer at once.
+Numbers in [0, 1] are in units of the pixel range; epochs are passes over the training split.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dircluster.config.errors import ConfigError, refuse_secret, require, require_positive, without_secrets
+from dircluster.config.serialize import flatten, to_dict
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they look."""
+
+    name: Literal["digits", "photos", "cifar10", "cifar100", "svhn", "custom"] = "digits"
+    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10, cifar100 (fine
+    labels) and svhn are downloaded by torchvision unless uri is given."""
+    uri: str | None = None
+    """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
+    height: int = 8
+    """Pixels."""
+    width: int = 8
+    """Pixels."""
+    channels: int = 1
+    """1 for grey, 3 for colour."""
+    classes: int = 10
+    """Number of labels, 0 to classes - 1."""
+    held_out: float = 0.1
+    """Share of the training split that selects models and is never trained on."""
+    test_share: float = 0.2
+    """Share cut off as the test split where the source has none of its own (the same for every seed)."""
+    crop_padding: int = 0
+    """Zero padding before a random crop back to size, in pixels; 0 switches it off."""
+    flip: bool = False
+    """Random horizontal flips."""
+    resize: bool = False
+    """Cut the middle square of every image and bring it to height x width."""
+    stream: bool = False
+    """Read the training shards (parquet) while they are trained on: for sets larger than memory."""
+    limit: int | None = None
+    """Read only this many images of each split (a smoke run)."""
+
+    def __post_init__(self) -> None:
+        require_positive("data", self, "height", "width", "channels")
+        require(self.classes >= 2, f"data.classes must be at least 2, got {self.classes}")
+        for name in ("held_out", "test_share"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"data.{name} must lie in (0, 1), got {value}")
+        require(self.crop_padding >= 0, f"data.crop_padding must be 0 or more, got {self.crop_padding}")
+        require(self.limit is None or self.limit >= 10, f"data.limit must be at least 10, got {self.limit}")
+        require(
+            self.name != "custom" or self.uri is not None,
+            "data.uri is missing: a custom data set needs --data.uri PATH (parquet files or image folders)",
+        )
+        require(
+            not self.stream or self.uri is not None or self.name == "photos",
+            "data.uri is missing: data.stream needs --data.uri PATH with parquet shards train* and test*",
+        )
+        require(self.stream or self.name != "photos", "data.stream must be on for photos: they are shards")
+        require(not self.stream or self.limit is None, f"data.limit has no use in a stream, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The threat, a ball around each image, and the PGD that crafts training samples within it."""
+
+    epsilon: float = 8 / 255
+    """Radius of the ball: the largest change of a pixel (linf), or the Euclidean length of the change of a whole
+    image (l2), which may exceed 1."""
+    step_size: float | None = None
+    """Step of every iterative attack, a length like epsilon. When not given: for linf a quarter of epsilon (2/255 for
+    8/255), for l2 2.5 epsilon divided by the attack's number of steps."""
+    steps: int = 5
+    """PGD steps while training."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Which ball: of the maximum norm, or of the Euclidean norm over all pixels and channels of an image."""
+
+    def __post_init__(self) -> None:
+        if self.norm == "l2":
+            require_positive("attack", self, "epsilon")
+            require(
+                self.step_size is None or self.step_size > 0,
+                f"attack.step_size must be positive, got {self.step_size}",
+            )
+        else:
+            hint = f"; did you mean {self.epsilon:g}/255?" if self.epsilon >= 1 else ""
+            require(0 < self.epsilon < 1, f"attack.epsilon must lie in (0, 1), got {self.epsilon:g}{hint}")
+            require(
+                self.step_size is None or 0 < self.step_size < 1,
+                f"attack.step_size must lie in (0, 1), got {self.step_size}",
+            )
+        require_positive("attack", self, "steps")
+
+    @property
+    def step(self) -> float:
+        """Step size of the training attack, a length like epsilon."""
+        return self.step_for(self.steps)
+
+    def step_for(self, steps: int) -> float:
+        """Step size of an attack of ``steps`` steps, a length like epsilon."""
+        if self.step_size is not None:
+            return self.step_size
+        return self.epsilon / 4 if self.norm == "linf" else 2.5 * self.epsilon / steps
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Information discard: how much of an image each mask hides, and how many masks share an image."""
+
+    ratio: float = 0.5
+    """Share of the patches that each mask discards."""
+    count: int | None = None
+    """Masks an image (K); the fewest that can cover it, ceil(1 / (1 - ratio)), when not given."""
+
+    def __post_init__(self) -> None:
+        hint = f"; did you mean {self.ratio / 100:g}?" if 1 < self.ratio < 100 else ""
+        require(0 < self.ratio < 1, f"masking.ratio must lie in (0, 1), got {self.ratio:g}{hint}")
+        require(self.count is None or self.count >= 1, f"masking.count must be at least 1, got {self.count}")
+
+    @property
+    def masks(self) -> int:
+        """K, the number of masks an image."""
+        return math.ceil(round(1 / (1 - self.ratio), 9)) if self.count is None else self.count
+
+    def kept(self, tokens: int) -> int:
+        """Patches that each mask keeps out of ``tokens``."""
+        return round((1 - self.ratio) * tokens)
+
+    def check(self, tokens: int) -> None:
+        """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""
+        kept, gap = self.kept(tokens), math.ceil(tokens / self.masks)
+        if kept == 0:
+            raise ConfigError(f"masking.ratio {self.ratio:g} keeps none of {tokens} patches; lower it or model.patch")
+        require(
+            kept >= gap,
+            f"masking.count {self.masks} at ratio {self.ratio:g} leaves patches unseen ({self.masks} x {kept} kept of"
+            f" {tokens}); use masking.count {math.ceil(tokens / kept)} or more",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The masked ViT auto-encoder that restores images."""
+
+    patch: int = 2
+    """Side of a square patch, pixels."""
+    width: int = 192
+    """Token dimension of encoder and decoder."""
+    heads: int = 3
+    """Attention heads."""
+    encoder_depth: int = 8
+    """Transformer blocks over the kept patches."""
+    decoder_depth: int = 2
+    """Transformer blocks over all patches."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over its token width."""
+    head: Literal["linear", "token_mixing"] = "linear"
+    """linear: a token gives its own pixels; token_mixing: every patch mixes all tokens (the released code)."""
+
+    def __post_init__(self) -> None:
+        require_positive("model", self, "patch", "width", "heads", "encoder_depth", "decoder_depth", "mlp_ratio")
+        require(
+            self.width % self.heads == 0,
+            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimiser and its learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum, or AdamW's first beta."""
+    beta2: float = 0.95
+    """AdamW's second beta."""
+    weight_decay: float = 2e-4
+    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """step divides the rate by 10 at each milestone; cosine ends at zero."""
+    milestones: tuple[int, ...] = (75, 90)
+    """Epochs at which the step schedule divides the rate by 10."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    clip: float | None = None
+    """Largest gradient norm; no clipping when not given."""
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer", self, "lr")
+        require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
+        require(0 <= self.beta2 < 1, f"optimizer.beta2 must lie in [0, 1), got {self.beta2}")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
+        require(self.warmup_epochs >= 0, f"optimizer.warmup_epochs must be 0 or more, got {self.warmup_epochs}")
+        require(self.clip is None or self.clip > 0, f"optimizer.clip must be positive, got {self.clip}")
+
+    def rate(self, epoch: float, epochs: int) -> float:
+        """Learning rate at fractional ``epoch`` of a stage of ``epochs``."""
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        if self.schedule == "step":
+            return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr
+
+
+ARCHITECTURES = ("small_cnn", "resnet18", "preactresnet18", "wrn-28-10", "wrn-34-10")
+"""Names of the networks that models.classifiers makes."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """Stage 0: the classifier h that the denoiser protects."""
+
+    uri: str | None = None
+    """An existing target instead of training one: a safetensors file, a models:/ URI, or timm:NAME."""
+    architecture: str = "resnet18"
+    """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME, or
+    package.module:factory (called with classes, channels)."""
+    objective: Literal["natural", "at", "trades", "mart"] = "at"
+    """Cross-entropy; adversarial training; TRADES; MART."""
+    beta: float | None = None
+    """Weight of the KL term: 6 for trades, 5 for mart when not given."""
+    trades_steps: int = 10
+    """Steps of the KL ascent that crafts TRADES samples."""
+    epochs: int = 110
+    """Passes over the training split."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        require_positive("target", self, "epochs", "trades_steps")
+        require(self.beta is None or self.beta >= 0, f"target.beta must be 0 or more, got {self.beta}")
+        known = self.architecture in ARCHITECTURES or ":" in self.architecture
+        require(
+            known,
+            f"target.architecture must be {', '.join(ARCHITECTURES)}, timm:NAME or package.module:factory,"
+            f" got {self.architecture!r}",
+        )
+
+    @property
+    def weight(self) -> float:
+        """Weight of the objective's KL term."""
+        return (5.0 if self.objective == "mart" else 6.0) if self.beta is None else self.beta
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: the denoiser learns to restore (Eq. 2)."""
+
+    epochs: int = 20
+    """Passes over the training split; 0 leaves the stage out (the ablation: set dir.mse_weight to 1)."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", lr=1.5e-4 * 128 / 256, weight_decay=0.05, schedule="cosine", warmup_epochs=2
+    )
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, f"pretrain.epochs must be 0 or more, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class DirConfig:
+    """Stage 2: the game of Algorithm 1 (Eq. 4 to 7)."""
+
+    alpha: float = 2.0
+    """Weight of L_rep in Eq. 7."""
+    epochs: int = 90
+    """Passes over the training split."""
+    perturb_steps: int = 5
+    """Ascent steps that craft the perturbation of Eq. 4."""
+    crafting_masks: Literal["shared", "fresh"] = "shared"
+    """shared: crafted under the masks that the update uses; fresh: new masks at every step (released code)."""
+    mse_weight: float = 0.0
+    """Weight of the squared error between restored and natural images, averaged over pixels (0 in the paper)."""
+    joint: bool = False
+    """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2)
+    """The denoiser's optimiser."""
+    target_optimizer: OptimizerConfig = OptimizerConfig()
+    """The target's optimiser in joint mode."""
+
+    def __post_init__(self) -> None:
+        require_positive("dir", self, "epochs", "perturb_steps")
+        for name in ("alpha", "mse_weight"):
+            require(getattr(self, name) >= 0, f"dir.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What all stages share."""
+
+    batch_size: int = 128
+    """Images a step over all workers: results do not depend on how many workers share them."""
+    microbatch: int | None = None
+    """Most images that pass through the models at a time, their gradients accumulated; a worker's whole share when
+    not given. With half a batch, one worker and two compute the same bits, on equal numbers of threads and without
+    batch normalisation."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile the denoiser and the target."""
+    select_every: int = 1
+    """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
+    select_images: int = 1024
+    """Held-out images judged each time."""
+
+    def __post_init__(self) -> None:
+        require_positive("training", self, "batch_size", "select_every", "select_images")
+        require(
+            self.microbatch is None or self.microbatch > 0,
+            f"training.microbatch must be positive, got {self.microbatch}",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The judgement on the test split: what a defense must face, and how surely it is said."""
+
+    suite: Literal["quick", "paper", "rigorous"] = "quick"
+    """quick: seconds; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
+    verdict: bool = False
+    """Ask too whether the defense only hides gradients: up to eleven questions, with attacks of their own."""
+    images: int | None = None
+    """Test images judged; all when not given."""
+    verdict_images: int = 128
+    """Of these, as many answer for the verdict."""
+    batch_size: int = 128
+    """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
+    rows: int = 256
+    """Most rows, images times mask draws, that pass through a model at a time: memory against speed."""
+    steps: int | None = None
+    """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
+    restarts: int | None = None
+    """Random starts of PGD, of which the strongest counts; 1, or 2 against fixed masks in rigorous, when not given."""
+    eot: int | None = None
+    """Mask draws whose gradients are averaged at each step against fresh masks; 8 in quick, else 20, when not given."""
+    draws: int | None = None
+    """Fresh mask draws on which every final image is judged again; 10 in quick, else 20, when not given."""
+    queries: int = 5000
+    """Queries of Square, alone and in AutoAttack."""
+    l2_epsilon: float = 0.5
+    """Radius of the L2 ball in rigorous."""
+
+    def __post_init__(self) -> None:
+        require_positive("evaluation", self, "batch_size", "rows", "queries", "l2_epsilon", "verdict_images")
+        for name in ("images", "steps", "restarts", "eot", "draws"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """How many processes share a step, and on what."""
+
+    workers: int | str = 1
+    """Ray Train workers, or LEAST:MOST to go with the nodes there are (torchrun counts its own --nproc-per-node)."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes GPUs where every worker can have one."""
+    threads: int | None = None
+    """CPU threads a worker; the machine's cores shared evenly when not given."""
+    max_failures: int = 8
+    """Times that Ray Train restarts the workers after one died."""
+    wait: float = 0.0
+    """Seconds that a cluster which is too small may take to grow, where an autoscaler starts its nodes."""
+    resize_every: float = 60.0
+    """Seconds between two looks for nodes that have come, where workers is LEAST:MOST."""
+    stall: float = 600.0
+    """Seconds without progress after which a run is ended with a stack dump of all workers."""
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[1-9]\d{0,4}(:[1-9]\d{0,4})?", str(self.workers)) is not None and self.least <= self.most,
+            f"scaling.workers must be a number from 1, or LEAST:MOST such as 1:4, got {self.workers}",
+        )
+        require_positive("scaling", self, "resize_every", "stall")
+        require(self.wait >= 0, f"scaling.wait must be 0 or more, got {self.wait}")
+        require(self.threads is None or self.threads > 0, f"scaling.threads must be positive, got {self.threads}")
+        require(self.max_failures >= 0, f"scaling.max_failures must be 0 or more, got {self.max_failures}")
+
+    @property
+    def least(self) -> int:
+        """Fewest workers that a run goes on with."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers that a run takes where it can have them."""
+        return int(str(self.workers).rpartition(":")[2])
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How workers share a model that is trained. Neither changes what is computed, but for rounding."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every worker holds all weights; fsdp: weights, gradients and optimiser state are sharded (FSDP2)."""
+    activation_checkpointing: bool = False
+    """Compute the denoiser's activations anew in the backward pass instead of keeping them: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Where checkpoints and reports are kept.
+
+    Credentials never stand here: they come from the environment, a mounted file or the instance role.
+    """
+
+    uri: str = "runs"
+    """A folder, or s3://BUCKET/PREFIX; all nodes of a cluster must reach it."""
+    endpoint: str | None = None
+    """Address of an S3 server other than AWS; AWS_ENDPOINT_URL_S3 when not given."""
+    region: str | None = None
+    """Region of the bucket; AWS_DEFAULT_REGION or the machine's own when not given."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written at the end of a stage and on interruption."""
+    patience: float = 600.0
+    """Seconds that the end of a stage waits for storage that does not take its checkpoints."""
+
+    def __post_init__(self) -> None:
+        require_positive("storage", self, "checkpoint_every")
+        require(self.uri != "", "storage.uri must not be empty")
+        require(
+            re.fullmatch(r"(file:///?|s3://[a-z0-9]).*", self.uri) is not None or "://" not in self.uri,
+            f"storage.uri must be a folder or s3://BUCKET/PREFIX, got {without_secrets(self.uri)!r}",
+        )
+        require(
+            self.endpoint is None or self.endpoint.startswith(("http://", "https://")),
+            f"storage.endpoint must begin with http:// or https://, got {without_secrets(self.endpoint or '')!r}",
+        )
+        require(self.patience >= 0, f"storage.patience must be 0 or more, got {self.patience}")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What is told to MLflow and to the console, and how often."""
+
+    enabled: bool = True
+    """False keeps no MLflow record."""
+    uri: str | None = None
+    """MLflow tracking URI; an SQLite file in storage.uri when not given."""
+    experiment: str = "dircluster"
+    """MLflow experiment."""
+    log_every: int = 10
+    """Steps between two points of a curve."""
+    picture_every: int = 5
+    """Epochs between two picture grids."""
+    patience: float = 600.0
+    """Seconds that the end of a job waits for an MLflow server that is down."""
+
+    def __post_init__(self) -> None:
+        require_positive("tracking", self, "log_every", "picture_every")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole run: target, pre-training, DIR, evaluation."""
+
+    name: str = "digits"
+    """Names the run and its model, dir-NAME; the preset's name unless given."""
+    seed: int = 0
+    """Every draw of the run follows from it."""
+    data: DataConfig = DataConfig()
+    attack: AttackConfig = AttackConfig()
+    masking: MaskingConfig = MaskingConfig()
+    model: ModelConfig = ModelConfig()
+    target: TargetConfig = TargetConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    dir: DirConfig = DirConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        data, model = self.data, self.model
+        for name in ("height", "width"):
+            side = getattr(data, name)
+            divisors = [p for p in range(1, side + 1) if side % p == 0]
+            require(
+                side % model.patch == 0,
+                f"model.patch must divide data.{name} {side}, got {model.patch};"
+                f" try {min(divisors, key=lambda p: abs(p - model.patch))}",
+            )
+        self.masking.check(self.tokens)
+        pixels = model.patch**2 * data.channels
+        require(
+            model.head == "linear" or model.width % pixels == 0,
+            f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
+            f" got {model.width}",
+        )
+        batch, workers = self.training.batch_size, self.scaling.most
+        require(batch >= workers, f"training.batch_size must be at least scaling.workers {workers}, got {batch}")
+        for name, value in flatten(to_dict(self)).items():
+            require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
+            if isinstance(value, str):
+                refuse_secret(name, value)
+                bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
+                require(bucket, f"{name} must name a bucket, s3://BUCKET/PREFIX, got {value!r}")
+        if self.dir.joint:
+            require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
+            require(
+                self.pretrain.epochs == 0,
+                f"pretrain.epochs must be 0 in joint mode (there is no target yet), got {self.pretrain.epochs}",
+            )
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of patches of an image."""
+        return (self.data.height // self.model.patch) * (self.data.width // self.model.patch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, as plain data: everything but where it runs and what it tells."""
+        plain = to_dict(self)
+        return {k: v for k, v in plain.items() if k not in ("name", "scaling", "parallel", "storage", "tracking")}
+
+
+LATER_FIELDS: dict[str, Any] = {"attack.norm": "linf"}
+"""Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
+
+
+def as_hashed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as keys hash them: a setting of LATER_FIELDS is absent while it has the value given there."""
+    kept: dict[str, Any] = {}
+    for name, value in settings.items():
+        dotted = f"{prefix}{name}"
+        if dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]:
+            continue
+        kept[name] = as_hashed(value, f"{dotted}.") if isinstance(value, Mapping) else value
+    return kept

@@ -1,0 +1,78 @@
+"""Configs as plain data and back, their digests, and what tables show of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dircluster.config.errors import require
+
+
+def local_path(uri: str) -> Path:
+    """The folder or file on this machine that ``uri`` names. Raises ConfigError where it names none."""
+    path = uri.removeprefix("file://")
+    require("://" not in path, f"{uri!r} is not on this machine: the core alone reads folders and files")
+    return Path(path).expanduser()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain dictionaries, lists and scalars."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(kind: type, plain: dict[str, Any]) -> Any:
+    """The inverse of :func:`to_dict`. Raises ConfigError on unknown fields."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(plain) - set(fields))
+    require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}")
+    default = kind()
+    made: dict[str, Any] = {}
+    for name, value in plain.items():
+        was = getattr(default, name)
+        if dataclasses.is_dataclass(was) and isinstance(value, dict):
+            made[name] = from_dict(type(was), value)
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted names: {"dir": {"alpha": 2}} -> {"dir.alpha": 2}."""
+    flat: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+AnyConfig = TypeVar("AnyConfig")
+
+
+def with_values(run: AnyConfig, values: Mapping[str, Any]) -> AnyConfig:
+    """``run`` with settings by their dotted names, of the types that a config holds. Raises ConfigError."""
+    plain = to_dict(run)
+    for name, value in values.items():
+        *sections, field = name.split(".")
+        place = plain
+        for section in sections:
+            place = place[section]
+        place[field] = value
+    made: AnyConfig = from_dict(type(run), plain)
+    return made
+
+
+def short(value: Any) -> str:
+    """A setting's value as tables show it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def digest(plain: Any) -> str:
+    """SHA-256 of plain data, in hexadecimal."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,81 @@
+"""Stage 0, the target h: natural training, adversarial training, TRADES and MART (METHOD section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dircluster.attacks.gradient import kl_ascent, kl_divergence, pgd
+from dircluster.attacks.threat import threat_of
+from dircluster.config import AttackConfig, TargetConfig
+from dircluster.defenses.recipe import Batch, Recipe, crafting
+
+
+def mart_terms(natural: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """MART's boosted cross-entropy and its weighted KL (Wang et al. 2020), batch means.
+
+    BCE = -log p'_y - log(1 - max_{k != y} p'_k), and KL(p || p') (1 - p_y), with p of the natural logits
+    (N, classes) and p' of the adversarial ones; 1 - max is clamped to 1e-6 from below.
+    """
+    log_adversarial = F.log_softmax(adversarial.float(), dim=1)
+    others = log_adversarial.exp().scatter(1, labels[:, None], 0.0).amax(dim=1)
+    boosted = F.nll_loss(log_adversarial, labels) - torch.log((1 - others).clamp_min(1e-6)).mean()
+    true = F.softmax(natural.float(), dim=1).gather(1, labels[:, None]).squeeze(1)
+    return boosted, (kl_divergence(natural, adversarial) * (1 - true)).mean()
+
+
+class TargetRecipe(Recipe):
+    """Trains a classifier by ``config.objective`` under the threat of ``attack``."""
+
+    trained = ("classifier",)
+
+    def __init__(self, classifier: nn.Module, config: TargetConfig, attack: AttackConfig) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.config = config
+        self.attack = attack
+
+    def craft(self, batch: Batch) -> Batch:
+        """PGD on the cross-entropy for at and mart; KL ascent for trades; nothing for natural training."""
+        objective, attack = self.config.objective, self.attack
+        if objective == "natural":
+            return batch
+        images, threat = batch.images, threat_of(attack)
+        with crafting(self.classifier):
+            if objective == "trades":
+                with torch.no_grad():
+                    reference = self.classifier(images)
+                normal = batch.stream.normal("trades", tuple(images.shape[1:]))
+                steps = self.config.trades_steps
+                step_size = attack.step_for(steps)
+                adversarial = kl_ascent(self.classifier, images, reference, threat, steps, step_size, normal)
+            else:
+                uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
+                adversarial = pgd(self.classifier, images, batch.labels, threat, attack.steps, attack.step, uniform)
+        return replace(batch, adversarial=adversarial)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """natural, adversarial and regulariser terms, as far as the objective has them."""
+        objective, labels = self.config.objective, batch.labels
+        if objective == "natural":
+            natural = F.cross_entropy(self.classifier(batch.images).float(), labels)
+            return {"loss": natural, "natural": natural}
+        assert batch.adversarial is not None, "craft before forward"
+        adversarial = self.classifier(batch.adversarial)
+        if objective == "at":
+            term = F.cross_entropy(adversarial.float(), labels)
+            return {"loss": term, "adversarial": term}
+        logits = self.classifier(batch.images)
+        if objective == "trades":
+            natural = F.cross_entropy(logits.float(), labels)
+            divergence = kl_divergence(logits, adversarial).mean()
+            return {"loss": natural + self.config.weight * divergence, "natural": natural, "divergence": divergence}
+        boosted, divergence = mart_terms(logits, adversarial, labels)
+        return {"loss": boosted + self.config.weight * divergence, "boosted": boosted, "divergence": divergence}
+
+    def predict(self, images: Tensor, kept: Tensor | None) -> Tensor:
+        logits: Tensor = self.classifier(images)
+        return logits

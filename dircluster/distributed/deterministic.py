@@ -1,0 +1,145 @@
+"""Sums over micro-batches and workers in one order on CPUs: pairwise, ((a + b) + (c + d)).
+
+The same bits for 1, 2, 4, ... workers, sharded or not. NCCL sums in its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+
+class PairwiseSum:
+    """Gradients of micro-batches, set aside and summed pairwise, as the workers' are: ((a + b) + (c + d))."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self._waiting: list[tuple[int, dict[Tensor, Tensor]]] = []
+
+    def put(self) -> None:
+        """Take the gradients off the parameters."""
+        level, taken = 0, {p: p.grad for p in self.parameters if p.grad is not None}
+        for parameter in taken:
+            parameter.grad = None
+        while self._waiting and self._waiting[-1][0] == level:
+            for parameter, gradient in self._waiting.pop()[1].items():
+                taken[parameter] = gradient.add_(taken[parameter])
+            level += 1
+        self._waiting.append((level, taken))
+
+    def join(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add, in place, what was set aside of ``parameter`` to its last micro-batch's ``gradient``."""
+        for _, taken in reversed(self._waiting):
+            gradient.add_(taken.pop(parameter))
+
+    def join_all(self) -> None:
+        """:meth:`join` for every parameter whose gradient no DDP has joined on its way."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and self._waiting and parameter in self._waiting[-1][1]:
+                self.join(parameter, parameter.grad)
+        self._waiting.clear()
+
+
+def _pairwise(rows: Tensor) -> Tensor:
+    """Sum of the rows, pairs first: (n, m) -> (m,)."""
+    while len(rows) > 1:
+        even = len(rows) // 2 * 2
+        rows = torch.cat([rows[0:even:2] + rows[1:even:2], rows[even:]])
+    return rows[0]
+
+
+def _share_of_sum(values: Tensor) -> Tensor:
+    """This worker's part of the sum of all workers' ``values``: (world * n,) -> (n,)."""
+    received = torch.empty_like(values)
+    dist.all_to_all_single(received, values.contiguous())
+    return _pairwise(received.view(dist.get_world_size(), -1))
+
+
+def with_pending(aside: PairwiseSum, bucket: Any) -> Any:
+    """``bucket`` with what was set aside of its parameters."""
+    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        aside.join(parameter, gradient)
+    return bucket
+
+
+def average_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
+    buffer, world = bucket.buffer(), dist.get_world_size()
+    padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % world))
+    dist.all_gather_into_tensor(padded, _share_of_sum(padded))
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer.copy_(padded[: len(buffer)]).div_(world))
+    return done
+
+
+class OrderedReduceScatter(ReduceScatter):
+    """FSDP's exchange on CPUs: each worker's part of the mean, summed pairwise. It counts its calls."""
+
+    calls = 0
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        OrderedReduceScatter.calls += 1
+        output_tensor.copy_(_share_of_sum(input_tensor))
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(dist.get_world_size())
+        return None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the workers; each worker's gradient is the sum of all workers' gradients."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        return summed
+
+
+def _sum_with_gradient(values: Tensor) -> Tensor:
+    summed: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are those of the global batch, for CPUs (SyncBatchNorm needs a GPU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        x = x.float()
+        total = torch.tensor(float(x.numel() // x.shape[1]))
+        dist.all_reduce(total)  # workers may hold shares of different size
+        count = float(total)
+        mean = _sum_with_gradient(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = _sum_with_gradient(centred.square().sum(dim=(0, 2, 3))) / count
+        if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        shaped = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        scaled: Tensor = shaped * self.weight[:, None, None] + self.bias[:, None, None]
+        return scaled

@@ -1,0 +1,58 @@
+"""The processes that share a step: their devices, their threads, and their group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dircluster.config import ConfigError, ScalingConfig
+from dircluster.distributed.parallel import Parallel
+
+
+def choose_device(scaling: ScalingConfig, local_rank: int, workers_here: int) -> torch.device:
+    """A GPU of its own where asked for or to be had, else the CPU. Raises ConfigError where a GPU is missing."""
+    found = torch.cuda.device_count()
+    if scaling.device == "gpu" and found <= local_rank:
+        raise ConfigError(
+            f"scaling.device is gpu, but worker {local_rank} finds {found} GPUs; use --scaling.device cpu"
+        )
+    if scaling.device == "gpu" or (scaling.device == "auto" and found >= workers_here):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def set_threads(scaling: ScalingConfig, workers_here: int) -> None:
+    """Share this machine's cores among the workers on it."""
+    torch.set_num_threads(scaling.threads or max(1, (os.cpu_count() or 1) // workers_here))
+
+
+@contextmanager
+def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
+    """One process, or the workers that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = choose_device(scaling, local_rank, workers_here)
+    set_threads(scaling, workers_here)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=scaling.stall))
+    try:
+        yield Parallel(rank, world, device)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def joined_workers(scaling: ScalingConfig, device: torch.device, workers_here: int) -> Parallel:
+    """The workers of a process group that somebody else (Ray Train) has started."""
+    set_threads(scaling, workers_here)
+    if not dist.is_initialized():
+        return Parallel(0, 1, device)
+    return Parallel(dist.get_rank(), dist.get_world_size(), device)

@@ -1,0 +1,201 @@
+"""Several workers as one: process group, DDP, FSDP2, sums over workers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dircluster.config import ConfigError, error_from_plain, error_to_plain
+from dircluster.distributed.deterministic import (
+    GlobalBatchNorm2d,
+    OrderedReduceScatter,
+    PairwiseSum,
+    average_bucket,
+    with_pending,
+)
+from dircluster.models.classifiers import BasicBlock
+from dircluster.models.masked_vit import MaskedDenoiser
+
+SHARDED_ALONE = (Block, BasicBlock)
+"""Layers whose weights are gathered, used and dropped as one; what is left of a model is gathered with it."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place among the workers, and what they do together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker writes, logs and draws pictures."""
+        return self.rank == 0
+
+    def wrap(
+        self, module: nn.Module, trained: Sequence[str], strategy: str, half: bool, aside: PairwiseSum
+    ) -> nn.Module:
+        """``module`` with gradients averaged over the workers on backward, where there are several.
+
+        ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers weights in bf16 where ``half``.
+        What lies ``aside`` of earlier micro-batches joins the average.
+        """
+        if self.world == 1:
+            return module
+        if strategy == "fsdp":
+            for name in trained:
+                _shard(module.get_submodule(name), half, ordered=self.device.type == "cpu")
+            return module
+        wrapped = DistributedDataParallel(module)
+        exchange: Any = average_bucket if self.device.type == "cpu" else allreduce_hook
+        # DDP checks annotations, which are strings in this file: a lambda has none.
+        wrapped.register_comm_hook(aside, lambda state, bucket: exchange(None, with_pending(state, bucket)))
+        return wrapped
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the workers, on each of them."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def clip(self, parameters: Sequence[Tensor], most: float) -> float:
+        """Scale gradients down to a norm of ``most`` over all ``parameters``, sharded or not; -> their norm before."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient in gradients:  # in double, so that shards add up to what the whole gives
+            norm = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64)
+            squares += norm.square()
+        if any(isinstance(gradient, DTensor) for gradient in gradients):
+            dist.all_reduce(squares)
+        norm = float(squares.sqrt())
+        if norm > most:
+            for gradient in gradients:
+                gradient.mul_(most / norm)
+        return norm
+
+    def gather_rows(self, rows: Tensor, order: Tensor, total: int) -> Tensor:
+        """Put every worker's ``rows`` at its places ``order`` of one (total, ...) tensor, on each worker's CPU."""
+        full = torch.zeros((total, *rows.shape[1:]), dtype=torch.float64)
+        full[order] = rows.double().cpu()
+        if self.world > 1:
+            full = full.to(self.device)
+            dist.all_reduce(full)
+        return full.cpu()
+
+    def share(self, value: Any) -> Any:
+        """The first worker's plain ``value``, on all workers. It travels as JSON: tuples arrive as lists."""
+        if self.world == 1:
+            return value
+        blob = bytearray(json.dumps(value).encode()) if self.first else bytearray()
+        size = torch.tensor([len(blob)], device=self.device)
+        dist.broadcast(size, src=0)
+        data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.first:
+            data.copy_(torch.frombuffer(blob, dtype=torch.uint8))
+        dist.broadcast(data, src=0)
+        return value if self.first else json.loads(data.cpu().numpy().tobytes())
+
+    def wait(self) -> None:
+        """Until every worker has come this far: what the first one wrote can then be read."""
+        if self.world > 1:
+            dist.barrier()
+
+    def first_does(self, work: Any) -> Any:
+        """Run ``work()`` on the first worker; all get its plain result, or its ConfigError, of the same class."""
+        outcome: dict[str, Any] = {}
+        if self.first:
+            try:
+                outcome = {"result": work()}
+            except ConfigError as error:
+                self.share({"error": error_to_plain(error)})
+                raise
+        outcome = self.share(outcome)
+        if "error" in outcome:
+            raise error_from_plain(outcome["error"])
+        return outcome["result"]
+
+    def synchronise_statistics(self, module: nn.Module) -> nn.Module:
+        """Batch normalisation over the global batch instead of each worker's share.
+
+        On CPUs, layers derived from BatchNorm2d stay as they are: each worker then has statistics of its own.
+        """
+        if self.world == 1:
+            return module
+        if self.device.type == "cuda":
+            from timm.layers import convert_sync_batchnorm  # knows timm's own layers too
+
+            converted: nn.Module = convert_sync_batchnorm(module)
+            return converted
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                child.__class__ = GlobalBatchNorm2d
+            else:
+                setattr(module, name, self.synchronise_statistics(child))
+        return module
+
+
+def _shard(module: nn.Module, half: bool, ordered: bool) -> None:
+    """FSDP2 over all workers, in place."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    for part in [*(m for m in module.modules() if isinstance(m, SHARDED_ALONE)), module]:
+        sharded = fully_shard(part, mp_policy=policy)
+        if ordered:
+            sharded.set_custom_reduce_scatter(OrderedReduceScatter())
+    if isinstance(module, MaskedDenoiser):
+        register_fsdp_forward_method(module, "restore_each")
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here works in place
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """A copy of every tensor in full, in this machine's memory; nothing where the worker does not ``keep`` it.
+
+    All workers call it together where some are sharded: they are gathered one after the other.
+    """
+    made = {}
+    for name, value in tensors.items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            made[name] = full.detach().to("cpu", copy=True).contiguous()
+    return made
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole ``tensor`` on the device of ``model``, sharded as it is."""
+    tensor = tensor.to(model.device)
+    if isinstance(model, DTensor) and tensor.shape == model.shape:
+        return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    return tensor
+
+
+def without_sync(module: nn.Module, last: bool) -> Any:
+    """No gradient exchange in this context unless it is the ``last`` micro-batch of the step."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(last, recurse=False)
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
+
+
+def accumulates(module: nn.Module) -> bool:
+    """Whether ``module`` keeps the gradients of earlier micro-batches itself (FSDP does, out of sight)."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())

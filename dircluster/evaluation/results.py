@@ -1,0 +1,51 @@
+"""Rows of a table of results: an accuracy and the evidence for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """One accuracy and the evidence for it. Shares lie in [0, 1]."""
+
+    defense: str
+    """none (the bare target), dir, or the name of somebody's module."""
+    attack: str
+    masks: str
+    """none (nothing is random), fixed (the attacker knows the draws), or fresh (anew at every pass)."""
+    accuracy: float
+    """correct / judged: under fresh draws the mean over all of them."""
+    correct: int
+    judged: int
+    """Images times draws."""
+    total: int
+    """Images."""
+    interval: tuple[float, float]
+    """95 % Wilson interval of the accuracy over ``total`` images; with draws averaged it is on the wide side."""
+    draws: int
+    """Fresh draws on which every final image was judged again; 1 where nothing is random."""
+    mean: float
+    """Accuracy over those draws."""
+    worst: float
+    """Accuracy in the worst of them."""
+    always: float
+    """Share of images that are right in every one: what an attacker with any draw leaves."""
+    norm: str
+    epsilon: float
+    steps: int
+    step_size: float
+    restarts: int
+    eot: int
+    loss: str
+    average: int
+    sha256: str
+    """Of the shards' digests, in order, each of its adversarial images (float32)."""
+    warnings: tuple[str, ...] = ()
+
+
+def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Rows for JSON."""
+    return [{**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings)} for row in results]

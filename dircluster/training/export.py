@@ -1,0 +1,95 @@
+"""The finished defence in a folder, and targets given from outside: weights in, modules out, nothing executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from torch import Tensor, nn
+
+from dircluster.config import ConfigError, DataConfig, MaskingConfig, ModelConfig, RunConfig, from_dict, local_path
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.models import classifiers
+from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.training import checkpoint
+from dircluster.training.stages import build_classifier
+
+
+def load_defense_folder(folder: Path, *, trust_code: bool = False) -> DefendedClassifier:
+    """The defence that a run left in ``folder``: on the CPU, in eval mode, with fresh masks at each call.
+
+    A target of the user's own (package.module:factory) is imported only where ``trust_code`` is set. Raises
+    CheckpointError where the folder is missing, damaged, or holds something else.
+    """
+    found = checkpoint.read(folder)
+    facts = found.state.get("defense")
+    if facts is None:
+        raise checkpoint.CheckpointError(f"{folder} holds no finished defense (it is a {found.state.get('stage')})")
+    try:
+        architecture = str(facts["architecture"])
+        model, masking = from_dict(ModelConfig, facts["model"]), from_dict(MaskingConfig, facts["masking"])
+        data = from_dict(DataConfig, facts["data"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {error}") from error
+    if ":" in architecture and not architecture.startswith("timm:") and not trust_code:
+        raise checkpoint.CheckpointError(
+            f"{folder} wants to import {architecture!r}: say that its code is trusted (trust_code=True, --trust-code)"
+        )
+    denoiser = MaskedDenoiser(model, data.channels, data.height, data.width)
+    classifier = classifiers.build(architecture, data)
+    _load(denoiser, found.tensors["denoiser"], str(folder))
+    _load(classifier, found.tensors["classifier"], str(folder))
+    return DefendedClassifier(denoiser, classifier, masking).eval()
+
+
+def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> nn.Module:
+    """The classifier that ``target.uri`` names: timm:NAME, a safetensors file, or a folder that a run left.
+
+    Raises ConfigError where it cannot be had or does not fit ``config.data``.
+    """
+    uri = config.target.uri
+    assert uri is not None
+    if uri.startswith("timm:"):
+        classifier = classifiers.build(uri, config.data, pretrained=True)
+    else:
+        classifier = build_classifier(config)
+        _load(classifier, _target_tensors(open_path(uri)), uri)
+    classifiers.check_classes(classifier, config.data)
+    return classifier
+
+
+def _target_tensors(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        groups = checkpoint.read(path).tensors
+        if "classifier" not in groups:
+            raise ConfigError(f"target.uri {str(path)!r} holds no classifier")
+        return groups["classifier"]
+    if not path.is_file():
+        raise ConfigError(f"target.uri {str(path)!r} does not exist")
+    try:
+        return parse_tensors(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"target.uri {str(path)!r} is not a sound safetensors file: {error}") from error
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load into ``module``, or into its ``network`` where the tensors are those of a bare classifier."""
+    own = module.state_dict()
+    inner = getattr(module, "network", None)
+    if isinstance(inner, nn.Module) and set(tensors) == set(inner.state_dict()):
+        module, own = inner, inner.state_dict()
+    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or unknown:
+        name = (missing or unknown)[0]
+        raise ConfigError(f"{source} does not fit the model: {name!r} is {'missing' if missing else 'unknown'}")
+    for name, value in sorted(tensors.items()):
+        if value.shape != own[name].shape:
+            raise ConfigError(
+                f"{source} does not fit the model: {name!r} is {tuple(value.shape)}, not {tuple(own[name].shape)};"
+                " check data.classes, data.channels and the architecture"
+            )
+    with torch.no_grad():
+        module.load_state_dict(tensors)

@@ -1,0 +1,148 @@
+"""Where the time of a DIR step goes, phase by phase, and what share of the machine's arithmetic it uses."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.attacks.expectation import expected
+from dircluster.config import RunConfig
+from dircluster.data.loader import Loader
+from dircluster.data.split import Split
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.dir import DirRecipe
+from dircluster.defenses.recipe import Batch
+from dircluster.distributed.parallel import Parallel
+from dircluster.models import masking
+from dircluster.models.modules import frozen
+from dircluster.training.costs import count, step_operations
+from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.trainer import Stage, Trainer, autocast
+
+PHASES = ("craft", "restore", "perturb", "update")
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, tries: int = 5) -> float:
+    """Operations a second of the best of some square matrix products: the rate a step is compared with."""
+    left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(tries + 1):
+        _wait(device)
+        began = time.perf_counter()
+        left @ right
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_phases(stage: Stage, train: Split, config: RunConfig, parallel: Parallel, steps: int) -> dict[str, Any]:
+    """Train ``stage``, a DIR stage, for 1 + ``steps`` steps; -> mean seconds a phase, images/s, losses, shares.
+
+    The update is the comparison of Eq. 5 to 7, its backward pass and the optimiser's step. The first step is not
+    timed.
+    """
+    device, recipe = parallel.device, stage.recipe
+    assert isinstance(recipe, DirRecipe)
+    data, training = config.data, config.training
+    loader = Loader(
+        train, training.batch_size, config.seed, "dir", crop_padding=data.crop_padding, flip=data.flip, device=device
+    )
+    checkpoints: Any = None  # nothing is kept of a benchmark
+    trainer = Trainer(stage, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
+    optimizer = trainer.optimizers["denoiser"]
+    spent, losses = dict.fromkeys(PHASES, 0.0), []
+    for step in range(1 + steps):
+        images, labels, stream = loader(*divmod(step, loader.steps_per_epoch))
+        batch = Batch(images, labels, stream)
+        recipe.train()
+        marks = [_now(device)]
+        with autocast(config, device):
+            batch = recipe.craft(batch)
+        marks.append(_now(device))
+        assert batch.adversarial is not None
+        assert batch.kept is not None
+        with autocast(config, device):
+            restored = recipe.restore(batch.adversarial, batch.kept)
+            logits = recipe.classifier(restored)
+        marks.append(_now(device))
+        with autocast(config, device):
+            delta = recipe.perturb(batch, restored.detach(), logits.detach())
+        marks.append(_now(device))
+        with autocast(config, device):
+            terms = recipe.compare(batch, restored, logits, delta)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(terms["loss"])
+        optimizer.step()
+        marks.append(_now(device))
+        losses.append(terms["loss"].item())
+        if step:
+            for phase, begin, end in zip(PHASES, marks[:-1], marks[1:], strict=True):
+                spent[phase] += (end - begin) / steps
+    seconds = sum(spent.values())
+    bf16 = device.type == "cuda" and training.precision != "fp32"
+    rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    costs = count(config)
+    operations = step_operations(config, "dir")
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident()
+    return {
+        "device": _name(device),
+        "precision": "bf16" if bf16 else "fp32",
+        "batch_size": training.batch_size,
+        "steps": steps,
+        "seconds": {phase: round(value, 4) for phase, value in spent.items()},
+        "seconds_a_step": round(seconds, 4),
+        "images_per_second": round(training.batch_size / seconds, 2),
+        "gflop_a_step": round(operations / 1e9, 1),
+        "gflop_per_second": round(operations / seconds / 1e9, 1),
+        "matrix_product_gflop_per_second": round(rate / 1e9, 1),
+        "share_of_matrix_product_rate": round(operations / seconds / rate, 3),
+        "peak_memory_mib": round(memory / 2**20),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "costs": asdict(costs),
+    }
+
+
+def _now(device: torch.device) -> float:
+    _wait(device)
+    return time.perf_counter()
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def time_eot(defense: DefendedClassifier, images: Tensor, labels: Tensor, draws: int, tries: int = 3) -> dict[str, Any]:
+    """Best seconds of one EOT gradient, its draws side by side and one after the other; images (N, C, H, W)."""
+    generator, best = rng.generator(0, "eot"), {"batched": float("inf"), "calls": float("inf")}
+
+    def model(candidates: Tensor) -> Tensor:
+        kept = masking.draw(generator, len(candidates), defense.denoiser.tokens, defense.masking)
+        return defense.logits(candidates, kept.to(candidates.device))
+
+    with frozen(defense):
+        for _ in range(tries + 1):
+            for name, rows in (("batched", None), ("calls", len(images))):
+                _wait(images.device)
+                began = time.perf_counter()
+                expected(model, labels, draws, most_rows=rows)(images)
+                _wait(images.device)
+                best[name] = min(best[name], time.perf_counter() - began)
+    return {"images": len(images), "draws": draws, **best}

@@ -1,0 +1,318 @@
+"""One run: target, pre-training, DIR, evaluation. A stage that is finished is reused, a begun one resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dircluster.config import RunConfig, digest, flatten, local_path
+from dircluster.data.loader import Loader
+from dircluster.data.photos import write_photos
+from dircluster.data.sources import load
+from dircluster.data.split import Dataset
+from dircluster.data.stream import Shards, StreamLoader
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.distributed.parallel import Parallel, whole
+from dircluster.evaluation.evaluation import Judgement, Unit, run
+from dircluster.evaluation.provenance import facts_of, results_folder
+from dircluster.evaluation.results import to_plain
+from dircluster.evaluation.session import plan, report
+from dircluster.evaluation.store import Folder
+from dircluster.evaluation.victim import Subject
+from dircluster.models import classifiers
+from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.training import checkpoint, export, stages
+from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.interrupt import Interrupted, interruptible, waiting
+from dircluster.training.locks import TakenOverError, alone
+from dircluster.training.protocols import Console, StageRecord, Tracker
+from dircluster.training.stage_folder import Place, find_place
+from dircluster.training.trainer import Stage, Trainer
+
+
+def data_cache(config: RunConfig) -> Path:
+    """Where downloads of datasets are kept: beside the checkpoints where that is a folder."""
+    uri = config.storage.uri
+    return Path.home() / ".cache" / "dircluster" if uri.startswith("s3://") else local_path(uri) / "data"
+
+
+class Run:
+    """A run on one worker. All workers make the same one and call :meth:`execute` together."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parallel: Parallel,
+        tracker: Tracker,
+        console: Console,
+        *,
+        owner: str = "",
+        fresh: bool = False,
+        until: str = "",
+        open_path: Callable[[str], Path] = local_path,
+    ) -> None:
+        """``owner`` names the job; with ``fresh`` its stages start anew, in folders that bear the name.
+
+        ``until`` names a stage, target or pretrain, after which the run ends.
+        ``open_path`` opens the URIs of storage, data and target.
+        """
+        self.config, self.parallel, self.tracker, self.console = config, parallel, tracker, console
+        self.owner, self.token, self.until = owner, owner if fresh else None, until
+        self.open_path = open_path
+        self.storage = open_path(config.storage.uri)
+        self.selection: dict[str, Any] = {}
+
+    def execute(self) -> dict[str, Any]:
+        """Train what is not there yet and judge it: -> checkpoint, results and selection, as plain data.
+
+        Where the run ends early, -> the selection alone.
+
+        Raises ConfigError, Interrupted or NonFiniteLoss on all workers alike.
+        """
+        config, parallel = self.config, self.parallel
+        with waiting(self.console):
+            self._load_everywhere()
+        inputs: dict[str, str | None] = {"data": self.data.fingerprint}
+        models = stages.Models(config, parallel)
+        classifiers.check_classes(models.classifier, config.data)
+        if not config.dir.joint:
+            inputs["target"] = self._target(models, inputs)
+            if config.pretrain.epochs and self.until != "target":
+                stage = stages.pretrain_stage(config, models.denoiser, models.classifier)
+                inputs["pretrain"] = self._stage(stage, inputs, models, ("denoiser",)).digest
+        if self.until:
+            return {"selection": self.selection}
+        facts = {"defense": stages.defense_facts(config)}
+        stage = stages.dir_stage(config, models.denoiser, models.classifier)
+        done = self._stage(stage, inputs, models, ("denoiser", "classifier"), facts)
+        rows = self._evaluate(done, models.denoiser, models.classifier)
+        if parallel.first:
+            self.tracker.results(rows, done.final)
+        return {
+            "checkpoint": str(done.final.absolute()),
+            "results": rows,
+            "selection": self.selection,
+            "data": self.data.fingerprint,
+        }
+
+    def _load_everywhere(self) -> None:
+        """One download or one error, then every worker reads."""
+        self.parallel.first_does(self._load_data)
+        if not self.parallel.first:
+            self._load_data()
+
+    def _load_data(self) -> None:
+        data = self.config.data
+        if data.name == "photos" and data.uri is None:
+            folder = self.storage / "data" / "photos"
+            if self.parallel.first:
+                write_photos(folder)
+            data = replace(data, uri=str(folder))
+        self.data: Dataset = load(data, self.config.seed, data_cache(self.config), self.open_path)
+
+    def _target(self, models: stages.Models, inputs: dict[str, str | None]) -> str | None:
+        """Train the target, or take the given one; -> the digest of its weights."""
+        if self.config.target.uri is None:
+            stage = stages.target_stage(self.config, models.classifier)
+            return self._stage(stage, inputs, models, ("classifier",)).digest
+        given = self.parallel.first_does(self._keep_given_target)
+        place = Place("target", given[0], self.open_path(given[1]))
+        models.classifier.load_state_dict(checkpoint.read(place.final, place.key).tensors["classifier"])
+        if self.parallel.first:
+            self.console.say(f"target: taken from {self.config.target.uri}")
+        return place.digest
+
+    def _keep_given_target(self) -> tuple[str, str]:
+        weights = export.load_target(self.config, self.open_path).state_dict()
+        key = digest(
+            {"target": stages.architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}}
+        )
+        place = find_place(self.storage, "target", key)
+        if place.digest is None:
+            checkpoint.write(place.final, {"classifier": weights}, {"stage": "target"}, key)
+        return key, str(place.folder)
+
+    def _stage(
+        self,
+        stage: Stage,
+        inputs: dict[str, str | None],
+        models: stages.Models,
+        names: tuple[str, ...],
+        facts: dict[str, Any] | None = None,
+    ) -> Place:
+        """Bring a stage to its end, from wherever it stands; the models of its ``names`` then hold the result."""
+        config, parallel = self.config, self.parallel
+        key = stages.stage_key(config, stage.name, inputs)
+        folder = parallel.first_does(lambda: str(find_place(self.storage, stage.name, key, self.token).folder))
+        place = Place(stage.name, key, self.open_path(folder))
+        if not parallel.first_does(lambda: self._is_finished(place)):
+            self._train(stage, place, models, names, facts or {})
+        elif parallel.first:
+            self.console.say(f"{stage.name}: reused from {place.folder}")
+            self._send_again(stage, place)
+            self.tracker.reused(stage.name, place.folder.name)
+        finished = checkpoint.read(place.final, key)
+        models.renew(names)  # what was trained may lie in shards
+        for name in names:
+            getattr(models, name).load_state_dict(finished.tensors[name])
+        self.selection[stage.name] = finished.state["best"]
+        return place
+
+    def _is_finished(self, place: Place) -> bool:
+        if place.digest is None:
+            return False
+        try:
+            checkpoint.read(place.final, place.key)
+        except checkpoint.DamagedError as error:
+            self.console.say(f"{error}; making it again from the stage's checkpoints")
+            return False
+        return True
+
+    def _train(
+        self, stage: Stage, place: Place, models: stages.Models, names: tuple[str, ...], facts: dict[str, Any]
+    ) -> None:
+        with contextlib.ExitStack() as held:
+            holder = alone(place.folder, self.owner, self.console.say)
+            checks: list[Callable[[], None]] = []
+            self.parallel.first_does(lambda: checks.append(held.enter_context(holder)))
+            guard = checks[0] if checks else _free
+            self._train_alone(stage, place, models, names, facts, guard)
+
+    def _train_alone(
+        self,
+        stage: Stage,
+        place: Place,
+        models: stages.Models,
+        names: tuple[str, ...],
+        facts: dict[str, Any],
+        guard: Callable[[], None],
+    ) -> None:
+        config, parallel = self.config, self.parallel
+        loader = self._loader(stage.name)
+        record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
+        checkpoints = Checkpoints(place.folder, place.key, self.console.say, guard)
+        trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
+        status = "FAILED"
+        try:
+            best = trainer.run()
+            state = {"stage": stage.name, "best": best, **facts}
+            tensors = {name: whole(getattr(models, name).state_dict(), parallel.first) for name in names}
+
+            def finish() -> None:
+                guard()
+                self._keep_unsent(record, place)
+                checkpoint.write(place.final, tensors, state, place.key)
+
+            parallel.first_does(lambda: self._persist(finish))
+            parallel.wait()  # nobody reads before it is committed
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            record.end(status)
+
+    def _loader(self, purpose: str) -> Loader | StreamLoader:
+        config, parallel, train = self.config, self.parallel, self.data.train
+        place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
+        if isinstance(train, Shards):
+            return StreamLoader(train, config.training.batch_size, config.seed, purpose, **place)
+        return Loader(
+            train,
+            config.training.batch_size,
+            config.seed,
+            purpose,
+            crop_padding=config.data.crop_padding,
+            flip=config.data.flip,
+            **place,
+        )
+
+    def _keep_unsent(self, record: StageRecord, place: Place) -> None:
+        """What the tracker has not received of a stage that ends: the process may be killed before it is sent."""
+        points, pictures = record.unsent()
+        if points or pictures:
+            checkpoint.write(place.folder / "unsent", {"unsent": pictures}, {"unsent": points}, place.key)
+
+    def _persist(self, write: Callable[[], None]) -> None:
+        """``write``, tried again for up to ``storage.patience`` seconds while storage refuses."""
+        deadline, said = time.monotonic() + self.config.storage.patience, False
+        with waiting(self.console):
+            while True:
+                try:
+                    return write()
+                except TakenOverError:
+                    raise
+                except Exception as trouble:  # whatever storage says
+                    if time.monotonic() > deadline:
+                        raise
+                    if not said:
+                        self.console.say(f"the stage's result cannot be stored yet: {str(trouble).splitlines()[0]}")
+                    said = True
+                    time.sleep(1.0)
+
+    def _send_again(self, stage: Stage, place: Place) -> None:
+        if checkpoint.digest(place.folder / "unsent") is None:
+            return
+        try:
+            kept = checkpoint.read(place.folder / "unsent", place.key)
+        except checkpoint.CheckpointError as error:
+            self.console.say(f"{error}; some points of {stage.name} may be missing in MLflow")
+            return
+        record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
+        record.resend(kept.state["unsent"], kept.tensors["unsent"])
+        record.end("FINISHED")
+
+    def _facts(self, stage: Stage) -> dict[str, Any]:
+        return flatten(stages.stage_settings(self.config, stage.name))
+
+    def _evaluate(self, place: Place, denoiser: MaskedDenoiser, classifier: nn.Module) -> list[dict[str, Any]]:
+        """The rows of the suite. Workers share its units out; what is finished stays when a run is interrupted."""
+        config, parallel, settings = self.config, self.parallel, self.config.evaluation
+        said: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
+        began, test = time.monotonic(), self.data.test.take(slice(settings.images))
+        defense = DefendedClassifier(denoiser, classifier, config.masking).to(parallel.device)
+        subject = Subject(defense, "dir")
+        planned = plan(subject, config.attack, dataclasses.replace(settings, verdict=False))
+        facts = facts_of(place.digest, self.data.fingerprint, len(test), config.seed, settings)
+        shelf = Folder(results_folder(self.storage, subject.name, facts))
+        judgement = Judgement(planned.cases, len(test), config.seed, settings.batch_size, settings.rows, shelf, subject)
+
+        def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            rows = slice(start, stop)
+            return test.pixels(rows).to(parallel.device), test.labels[rows].to(parallel.device)
+
+        def told(unit: Unit, done: int, total: int) -> None:
+            if unit.number == 0 or done == 0:
+                said(f"evaluation: {unit.case.name}, masks {unit.case.masks}, of {unit.case.judged}")
+
+        left = parallel.first_does(lambda: len(judgement.open_units()))
+        if left:
+            said(f"evaluation: suite {settings.suite} on {len(test)} test images")
+            with interruptible(classifier, self.console):
+                run(judgement, batch, told, lambda place: place % parallel.world == parallel.rank)
+            if signal := judgement.wait(self.console.stop_signal):  # no collective: another worker may take long
+                raise Interrupted(signal)
+            parallel.wait()
+            said(f"evaluation: done in {time.monotonic() - began:.0f} s")
+        else:
+            said(f"evaluation: reused from {shelf.folder}")
+        rows: list[dict[str, Any]] = parallel.first_does(
+            lambda: to_plain(report(judgement, planned, "dir", settings).rows)
+        )
+        return rows
+
+
+def _free() -> None:
+    """Another worker holds the stage."""
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,51 @@
+"""A stage's folder in storage: NAME-KEY, NAME-KEY.2, ..."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dircluster.training import checkpoint
+
+TOKEN = "started-by"
+"""File that names the job which started a stage anew."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stage's folder, the key of its settings, and whether it is finished."""
+
+    name: str
+    key: str
+    folder: Path
+
+    @property
+    def final(self) -> Path:
+        """Where the stage's result is committed when it is finished."""
+        return self.folder / "final"
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the finished result, None before."""
+        return checkpoint.digest(self.final)
+
+
+def find_place(storage: Path, name: str, key: str, token: str | None = None) -> Place:
+    """The newest folder of a stage: NAME-KEY, NAME-KEY.2, ...
+
+    With a ``token`` it is the folder that bears it, made after the newest where there is none yet: so a run that
+    starts anew leaves what is stored alone, and finds its own folder again after a worker was restarted.
+    """
+    stem = f"{name}-{key[:12]}"
+    pattern = re.compile(rf"{re.escape(stem)}(?:\.(\d+))?")
+    folders = {int(m[1] or 1): f for f in storage.glob(f"{stem}*") if (m := pattern.fullmatch(f.name))}
+    number = max(folders, default=1)
+    if token is not None:
+        marked = [n for n, f in folders.items() if (f / TOKEN).is_file() and (f / TOKEN).read_text() == token]
+        number = marked[0] if marked else max(folders, default=0) + 1
+    place = Place(name, key, storage / (stem if number == 1 else f"{stem}.{number}"))
+    if token is not None and number not in folders:
+        place.folder.mkdir(parents=True)
+        (place.folder / TOKEN).write_text(token)
+    return place

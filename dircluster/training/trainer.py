@@ -1,0 +1,338 @@
+"""The training loop that every stage runs: steps, held-out selection, checkpoints, resume, interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.config import ConfigError, OptimizerConfig, RunConfig
+from dircluster.data.loader import Loader
+from dircluster.data.split import Split
+from dircluster.data.stream import StreamLoader
+from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.distributed.deterministic import PairwiseSum
+from dircluster.distributed.parallel import Parallel, accumulates, like, whole, without_sync
+from dircluster.evaluation.pictures import to_pixels
+from dircluster.training.checkpoint import Checkpoint, Checkpoints
+from dircluster.training.checkpoint_writer import Save, Writer
+from dircluster.training.interrupt import Interrupted, interruptible, waiting
+from dircluster.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from dircluster.training.protocols import Console, StageRecord, Status
+from dircluster.training.validation import held_out_accuracy, restoration_grid
+
+INTERRUPTED_PATIENCE = 20.0
+"""Seconds that an interrupted run takes to commit its checkpoint."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss term or gradient norm is NaN or infinite; no weight was changed by it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, for how long, and how."""
+
+    name: str
+    recipe: Recipe
+    epochs: int
+    optimizers: dict[str, OptimizerConfig]
+    """By the name of the submodule each trains."""
+    selects: bool = True
+    """Whether the stage ends on its best held-out weights (robust accuracy) rather than on its last."""
+
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 where ``training.precision`` asks for it, or is auto on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_half(config, device))
+
+
+def _half(config: RunConfig, device: torch.device) -> bool:
+    precision = config.training.precision
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def pieces(images: int, world: int, microbatch: int | None) -> int:
+    """Micro-batches a worker cuts its share of a global batch into: as many on each, whoever has an image more."""
+    share = math.ceil(images / world)
+    return min(math.ceil(share / (microbatch or share)), images // world)
+
+
+class Trainer:
+    """Trains one stage from wherever its checkpoints left off."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        loader: Loader | StreamLoader,
+        held_out: Split,
+        config: RunConfig,
+        parallel: Parallel,
+        checkpoints: Checkpoints,
+        record: StageRecord,
+        console: Console,
+    ) -> None:
+        self.stage, self.recipe = stage, stage.recipe
+        self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
+        self.checkpoints, self.record, self.console = checkpoints, record, console
+        self.steps = stage.epochs * loader.steps_per_epoch
+        self.aside = PairwiseSum([])
+        half = _half(config, parallel.device)
+        self.wrapped = parallel.wrap(stage.recipe, stage.recipe.trained, config.parallel.strategy, half, self.aside)
+        self.parameters = {n: p for n, p in stage.recipe.named_parameters() if p.requires_grad}
+        self.aside.parameters = list(self.parameters.values())
+        self.optimizers = {name: make_optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
+        self.best: dict[str, Any] | None = None
+        self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
+        self.saved = -1
+        self.writer = Writer(checkpoints, console.say) if parallel.first else None
+
+    def run(self) -> dict[str, Any] | None:
+        """Train to the end; the recipe then holds the stage's result. -> what is known of its best weights.
+
+        Raises Interrupted after committing a checkpoint, NonFiniteLoss on all workers before the update, and
+        CheckpointError where storage took no checkpoint for ``storage.patience`` seconds at the end. Where storage
+        takes none, a run that was interrupted or broke says so, and still ends as what it is.
+        """
+        try:
+            self._train()
+        except (Interrupted, NonFiniteLoss) as end:
+            interrupted = isinstance(end, Interrupted)
+            try:
+                self._commit(INTERRUPTED_PATIENCE if interrupted else self.config.storage.patience)
+            except ConfigError as error:
+                self.console.say(str(error))
+            raise
+        self._commit(self.config.storage.patience)
+        self.parallel.wait()
+        if self.best is not None and self.best["folder"] is not None:
+            self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
+        return self.best
+
+    def _commit(self, patience: float) -> None:
+        """Wait until what was saved is stored; all workers hear where it is not."""
+
+        def close() -> None:
+            assert self.writer is not None
+            with waiting(self.console):
+                self.writer.close(patience)
+
+        self.parallel.first_does(close)
+
+    def _train(self) -> None:
+        window, since = 0, time.monotonic()
+        start = self._resume()
+        if self._selects_after(start) and (self.best is None or self.best["last"]["step"] != start):
+            self._judge_or_save(start)
+            if start == self.steps:
+                self._save(start, judged=True)
+        for step in range(start, self.steps):
+            done = step + 1
+            terms, signal = self._step_or_save(step)
+            window += 1
+            epoch, inside = divmod(done, self.loader.steps_per_epoch)
+            last = done == self.steps
+            if self.parallel.first and (done % self.config.tracking.log_every == 0 or last):
+                self._log(done, terms, window, time.monotonic() - since)
+                window, since = 0, time.monotonic()
+            began = time.monotonic()
+            if self._selects_after(done):
+                self._judge_or_save(done)
+            if inside == 0 and (epoch % self.config.tracking.picture_every == 0 or last):
+                self._picture(done)
+            if signal or done % self.config.storage.checkpoint_every == 0 or last:
+                self._save(done)
+            since += time.monotonic() - began
+            if signal:
+                raise Interrupted(signal)
+
+    def _selects_after(self, done: int) -> bool:
+        epoch, inside = divmod(done, self.loader.steps_per_epoch)
+        return done > 0 and inside == 0 and (epoch % self.config.training.select_every == 0 or done == self.steps)
+
+    def _judge_or_save(self, done: int) -> None:
+        """Held-out selection; where a signal ends it, it is made up for on resume."""
+        try:
+            with self._leavable():
+                self._judge(done)
+        except Interrupted:
+            self._save(done)
+            raise
+
+    def _step_or_save(self, step: int) -> tuple[dict[str, float], int]:
+        """:meth:`step`, or a checkpoint of what was before it where a signal ends it halfway."""
+        try:
+            return self.step(step)
+        except Interrupted:
+            self._save(step)
+            raise
+
+    def _leavable(self, safe: bool = True) -> AbstractContextManager[None]:
+        """Where a single worker may leave at once when it hears a signal; several have to agree on a step."""
+        alone = self.parallel.world == 1 and safe
+        return interruptible(self.recipe.get_submodule("classifier"), self.console, leave=alone)
+
+    def step(self, step: int) -> tuple[dict[str, float], int]:
+        """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
+        epoch, index = divmod(step, self.loader.steps_per_epoch)
+        images, labels, stream = self.loader(epoch, index)
+        self.recipe.train()
+        for name, optimizer in self.optimizers.items():
+            rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+        names: tuple[str, ...] = ()
+        total: Tensor | None = None
+        whole_batch, world = self.config.training.batch_size, self.parallel.world
+        count = pieces(whole_batch, world, self.config.training.microbatch)
+        bounds = [len(labels) * i // count for i in range(count + 1)]
+        stateless = not any(True for name in self.recipe.trained for _ in self.recipe.get_submodule(name).buffers())
+        with rng.ambient(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
+            for begin, end in pairwise(bounds):
+                # Shares may differ by an image: weighted so, their mean over the workers is that of the batch.
+                rows, weight = slice(begin, end), (end - begin) * world / whole_batch
+                batch = Batch(images[rows], labels[rows], stream.narrow(begin, end))
+                # A step can be left as long as it has changed no running statistics.
+                with autocast(self.config, self.parallel.device), self._leavable(stateless or begin == 0):
+                    batch = self.recipe.craft(batch)
+                with without_sync(self.wrapped, last=end == len(labels)):
+                    with autocast(self.config, self.parallel.device), self._leavable(stateless):
+                        losses = self.wrapped(batch)
+                    torch.autograd.backward(losses["loss"] * weight)
+                names = tuple(losses)
+                if end < len(labels) and not accumulates(self.wrapped):
+                    self.aside.put()
+                part = torch.stack([value.detach().double() for value in losses.values()]) * weight
+                total = part if total is None else total + part
+        assert total is not None
+        self.aside.join_all()
+        signal = self.console.stop_signal()
+        flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
+        *values, asked, number = self.parallel.mean(torch.cat([total, flags])).tolist()
+        terms = dict(zip(names, values, strict=True))
+        self._must_be_finite(terms, step)
+        for name in self.optimizers:
+            clip = self.stage.optimizers[name].clip
+            if clip is not None:
+                norm = self.parallel.clip(self._of(name), clip)
+                self._must_be_finite({f"gradient norm of {name}": norm}, step)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return terms, round(number / asked) if asked else 0
+
+    def _must_be_finite(self, terms: dict[str, float], step: int) -> None:
+        broken = [name for name, value in terms.items() if name != "loss" and not math.isfinite(value)]
+        if broken or not math.isfinite(terms.get("loss", 0.0)):
+            raise NonFiniteLoss(
+                f"{self.stage.name}: {', '.join(broken) or 'loss'} is not finite at step {step + 1};"
+                " lower the learning rate, or set the optimizer's clip"
+            )
+
+    def _of(self, module: str) -> list[Tensor]:
+        return [p for n, p in self.parameters.items() if n.startswith(f"{module}.")]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Copies in full, on the first worker: all call it together."""
+        return whole(
+            {
+                f"{name}.{k}": v
+                for name in self.recipe.trained
+                for k, v in self.recipe.get_submodule(name).state_dict().items()
+            },
+            keep=self.parallel.first,
+        )
+
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.recipe.trained:
+            prefix = f"{name}."
+            module = self.recipe.get_submodule(name)
+            own = module.state_dict()
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            module.load_state_dict({k: like(v, own[k]) if k in own else v for k, v in state.items()})
+
+    def _resume(self) -> int:
+        found: Checkpoint | None = None
+
+        def newest() -> str | None:
+            nonlocal found
+            found = self.checkpoints.latest()
+            return None if found is None else found.folder.name
+
+        name = self.parallel.first_does(newest)
+        if name is None:
+            return 0
+        if found is None:
+            found = self.checkpoints.at(name)
+        self._load_weights(found.tensors["model"])
+        for module, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
+        self.best, step = found.state["best"], int(found.state["step"])
+        self.saved = step
+        if self.parallel.first:
+            self.record.resend(found.state.get("unsent", []), found.tensors.get("unsent", {}))
+            if step < self.steps:
+                self.console.say(f"{self.stage.name}: resuming at step {step} of {self.steps}")
+        return step
+
+    def _save(self, done: int, judged: bool = False) -> None:
+        """Copy the state and let the writer commit it; all workers call it together."""
+        if done == self.saved and not judged:
+            return
+        began = time.monotonic()
+        names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
+        groups = {"model": self._weights()}
+        for module, optimizer in self.optimizers.items():
+            groups[f"optimizer-{module}"] = whole(optimizer_tensors(optimizer, names), keep=self.parallel.first)
+        if self.writer is not None:
+            points, pictures = self.record.unsent()
+            tensors = groups | {"unsent": dict(pictures)}
+            state = {"stage": self.stage.name, "step": done, "steps": self.steps, "best": self.best, "unsent": points}
+            self.writer.put(Save(done, tensors, state, self.new_best))
+            self.record.metrics(
+                {
+                    "checkpoint/blocked_seconds": time.monotonic() - began,
+                    "checkpoint/stored_seconds": self.writer.seconds,
+                },
+                done,
+            )
+        self.new_best, self.saved = None, done
+
+    def _judge(self, done: int) -> None:
+        natural, robust = held_out_accuracy(self.recipe, self.held_out, self.config, self.parallel)
+        if self.best is None or robust > self.best["robust"]:
+            folder = f"best-{done:08d}" if self.stage.selects else None
+            facts = {"step": done, "natural": natural, "robust": robust, "folder": folder}
+            if folder is not None:
+                weights = self._weights()
+                self.new_best = (folder, weights, facts) if self.parallel.first else None
+            self.best = facts
+        self.best = {**self.best, "last": {"step": done, "natural": natural, "robust": robust}}
+        if self.parallel.first:
+            self.record.metrics({"held_out/natural": natural, "held_out/robust": robust}, done)
+
+    def _picture(self, done: int) -> None:
+        if self.recipe.restores and (self.parallel.first or accumulates(self.wrapped)):  # shards restore together
+            grid = restoration_grid(self.recipe, self.held_out, self.config, self.parallel.device)
+            if not self.parallel.first:
+                return
+            self.record.picture("restored", to_pixels(grid), done)
+
+    def _log(self, done: int, terms: dict[str, float], window: int, seconds: float) -> None:
+        speed = window * self.config.training.batch_size / max(seconds, 1e-9)
+        rates = {f"lr/{name}": o.param_groups[0]["lr"] for name, o in self.optimizers.items()}
+        losses = {f"loss/{name}" if name != "loss" else "loss/total": value for name, value in terms.items()}
+        self.record.metrics({**losses, **rates, "images_per_second": speed}, done)
+        left = (self.steps - done) * self.config.training.batch_size / speed
+        epoch = min(self.stage.epochs, 1 + (done - 1) // self.loader.steps_per_epoch)
+        stored = (self.writer.step, self.writer.seconds) if self.writer is not None else (0, 0.0)
+        stage, held_out = self.stage, self.best["last"] if self.best else {}
+        status = Status(stage.name, epoch, stage.epochs, done, self.steps, terms, speed, left, *stored, held_out)
+        self.console.show(status)

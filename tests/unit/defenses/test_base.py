@@ -1,0 +1,104 @@
+"""h(g(x)) as one module, with fresh or fixed masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dircluster import rng
+from dircluster.config import DataConfig, MaskingConfig, ModelConfig
+from dircluster.defenses.base import DefendedClassifier, evaluating
+from dircluster.models.classifiers import build
+from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.models.modules import frozen
+
+TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
+
+
+@pytest.fixture
+def defended() -> DefendedClassifier:
+    with rng.ambient(0, "defended"):
+        denoiser, classifier = MaskedDenoiser(TINY, 1, 8, 8), build("small_cnn", DataConfig())
+    return DefendedClassifier(denoiser, classifier, MaskingConfig()).eval()
+
+
+IMAGES = torch.rand(6, 1, 8, 8, generator=rng.generator(0, "images"))
+
+
+def test_fresh_masks_differ_at_each_call(defended: DefendedClassifier) -> None:
+    assert not torch.equal(defended(IMAGES), defended(IMAGES))
+
+
+def test_a_seeded_stream_of_fresh_masks_repeats(defended: DefendedClassifier) -> None:
+    one, other = defended.fresh(seed=1), defended.fresh(seed=1)
+    first, again = [one(IMAGES), one(IMAGES)], [other(IMAGES), other(IMAGES)]
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_fixed_masks_make_a_function_of_the_image_alone(defended: DefendedClassifier, draws: int) -> None:
+    fixed = defended.fixed(seed=5, draws=draws)
+    whole = fixed(IMAGES)
+    assert torch.equal(whole, fixed(IMAGES))
+    alone = torch.cat([fixed(IMAGES[i : i + 1]) for i in reversed(range(6))]).flip(0)
+    torch.testing.assert_close(alone, whole)
+    assert not torch.equal(whole, defended.fixed(seed=6, draws=draws)(IMAGES))
+
+
+def test_logits_are_averaged_over_draws(defended: DefendedClassifier) -> None:
+    averaged = defended.fresh(seed=2, draws=3)(IMAGES)
+    single = defended.fresh(seed=2)
+    separate = torch.stack([single(IMAGES) for _ in range(3)]).mean(dim=0)
+    torch.testing.assert_close(averaged, separate)
+
+
+def test_views_share_weights_and_change_nothing(defended: DefendedClassifier) -> None:
+    defended = defended.fresh(seed=3)
+    same = defended.fresh(seed=3)
+    views = [defended.fixed(0), defended.fixed(0, draws=2), defended.fresh(draws=3), defended.fixed(1).fresh()]
+    assert [(view.is_fixed, view.draws) for view in views] == [(True, 1), (True, 2), (False, 3), (False, 1)]
+    for view in views:
+        view(IMAGES)
+        view.register_forward_hook(lambda module, inputs, output: output * 0)
+        view.note = torch.nn.Identity()
+        assert [*view.parameters()] == [*defended.parameters()]
+        assert list(view.state_dict()) == list(defended.state_dict())
+    assert (defended.is_fixed, defended.draws, len(list(defended.children()))) == (False, 1, 2)
+    assert torch.equal(defended(IMAGES), same(IMAGES))  # no view has drawn from its stream, none has hooked it
+    fixed = defended.fixed(0)
+    before = fixed(IMAGES)
+    with torch.no_grad():
+        defended.denoiser.head.bias += 1  # the weights are the same ones, not copies
+    assert not torch.equal(fixed(IMAGES), before)
+
+
+def test_modes_come_back_whatever_happens(defended: DefendedClassifier) -> None:
+    defended.train()
+    defended.classifier.eval()
+    modes = [part.training for part in defended.modules()]
+
+    def fails() -> None:
+        with evaluating(defended):
+            assert not any(part.training for part in defended.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert [part.training for part in defended.modules()] == modes
+
+
+def test_global_random_state_is_left_alone(defended: DefendedClassifier) -> None:
+    before = torch.random.get_rng_state()
+    defended.fresh()(IMAGES)
+    defended.fixed(0)(IMAGES)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_frozen_gives_back_what_it_took(defended: DefendedClassifier) -> None:
+    defended.classifier.requires_grad_(False)
+    asked = [p.requires_grad for p in defended.parameters()]
+    with frozen(defended):
+        assert not any(p.requires_grad for p in defended.parameters())
+    assert [p.requires_grad for p in defended.parameters()] == asked

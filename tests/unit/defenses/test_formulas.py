@@ -1,0 +1,217 @@
+"""Every loss against a plain float64 reading of the paper, and what a step costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dircluster import rng
+from dircluster.config import AttackConfig, DataConfig, DirConfig, MaskingConfig, ModelConfig, TargetConfig
+from dircluster.defenses.dir import DirRecipe, PretrainRecipe
+from dircluster.defenses.recipe import Batch, crafting
+from dircluster.defenses.target import TargetRecipe, mart_terms
+from dircluster.models.classifiers import build
+from dircluster.models.masked_vit import MaskedDenoiser
+
+MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
+ATTACK = AttackConfig(epsilon=0.1, steps=3)
+MakeBatch = Callable[..., Batch]
+
+
+def parts() -> tuple[MaskedDenoiser, nn.Module]:
+    with rng.ambient(0, "parts"):
+        return MaskedDenoiser(MODEL, 1, 8, 8), build("small_cnn", DataConfig())
+
+
+def softmax(scores: list[float]) -> list[float]:
+    top = max(scores)
+    exponentials = [math.exp(s - top) for s in scores]
+    return [e / sum(exponentials) for e in exponentials]
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def rows(logits: Tensor) -> list[list[float]]:
+    return [softmax(row) for row in logits.double().tolist()]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def test_eq_2_pretraining(make_batch: MakeBatch) -> None:
+    denoiser, classifier = parts()
+    recipe = PretrainRecipe(denoiser, classifier, MaskingConfig(ratio=0.7), ATTACK)
+    batch = recipe.craft(make_batch())
+    terms = recipe(batch)
+    errors: dict[str, list[float]] = {"natural": [], "adversarial": []}
+    for name, images in (("natural", batch.images), ("adversarial", batch.adversarial)):
+        for k in range(4):
+            for n in range(4):
+                restored = denoiser.restore_each(images[n : n + 1], batch.kept[k : k + 1, n : n + 1])[0, 0]
+                errors[name] += [((restored - batch.images[n]).double() ** 2).sum().item() / 64]
+    assert terms["natural"].item() == pytest.approx(mean(errors["natural"]), rel=1e-5)
+    assert terms["adversarial"].item() == pytest.approx(mean(errors["adversarial"]), rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(mean(errors["natural"] + errors["adversarial"]), rel=1e-5)
+
+
+def test_pretraining_attacks_the_target_alone(make_batch: MakeBatch) -> None:
+    denoiser, classifier = parts()
+    recipe = PretrainRecipe(denoiser, classifier, MaskingConfig(), ATTACK)
+    with torch.no_grad():
+        first = recipe.craft(make_batch()).adversarial
+        for parameter in denoiser.parameters():
+            parameter.mul_(2)
+    assert torch.equal(first, recipe.craft(make_batch()).adversarial)
+
+
+@pytest.mark.parametrize(("alpha", "mse"), [(2.0, 0.0), (0.5, 3.0)])
+def test_eq_5_to_7(make_batch: MakeBatch, alpha: float, mse: float) -> None:
+    denoiser, classifier = parts()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(alpha=alpha, mse_weight=mse), MaskingConfig(), ATTACK)
+    batch = recipe.craft(make_batch())
+    terms = recipe(batch)
+    each = torch.stack([denoiser.restore_each(batch.adversarial, batch.kept[k : k + 1])[0] for k in range(2)])
+    restored = each.sum(dim=0) / 2  # Eq. 5, second line
+    delta = recipe.perturb(batch, restored.detach(), classifier(restored).detach())
+    p, q = rows(classifier(restored)), rows(classifier(restored + delta))
+    l_adv = -mean([math.log(p[i][y]) for i, y in enumerate(batch.labels.tolist())])
+    l_rep = mean([kl(a, b) for a, b in zip(p, q, strict=True)])
+    assert terms["adversarial"].item() == pytest.approx(l_adv, rel=1e-5)
+    assert terms["representation"].item() == pytest.approx(l_rep, rel=1e-3, abs=1e-7)
+    expected = l_adv + alpha * l_rep
+    if mse:
+        distance = ((restored - batch.images).double() ** 2).mean().item()
+        assert terms["mse"].item() == pytest.approx(distance, rel=1e-5)
+        expected += mse * distance
+    assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_both_terms_of_dir_teach_the_denoiser_and_delta_is_constant(make_batch: MakeBatch) -> None:
+    denoiser, classifier = parts()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(), MaskingConfig(), ATTACK)
+    batch = recipe.craft(make_batch())
+    for term in ("adversarial", "representation"):
+        denoiser.zero_grad()
+        recipe(batch)[term].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
+        assert denoiser.head.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in classifier.parameters())
+    assert not recipe.perturb(batch, batch.images, classifier(batch.images).detach()).requires_grad
+
+
+def test_dir_crafts_against_the_whole_pipeline_under_the_shared_masks(make_batch: MakeBatch) -> None:
+    denoiser, classifier = parts()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(), MaskingConfig(), ATTACK)
+    batch = make_batch()
+    crafted = recipe.craft(batch)
+    x = (batch.images + 0.1 * (2 * batch.stream.uniform("pgd", (1, 8, 8)) - 1)).clamp(0, 1)
+    for _ in range(3):
+        x.requires_grad_(True)
+        loss = nn.functional.cross_entropy(recipe.predict(x, crafted.kept), batch.labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x)
+        x = torch.clamp(x.detach() + 0.025 * gradient.sign(), batch.images - 0.1, batch.images + 0.1).clamp(0, 1)
+    torch.testing.assert_close(crafted.adversarial, x)
+    fresh = DirRecipe(denoiser, classifier, DirConfig(crafting_masks="fresh"), MaskingConfig(), ATTACK).craft(batch)
+    assert torch.equal(fresh.kept, crafted.kept)
+    assert not torch.equal(fresh.adversarial, crafted.adversarial)
+
+
+def test_the_frozen_target_stays_as_it_is(make_batch: MakeBatch) -> None:
+    denoiser, _ = parts()
+    target = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 10))
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    recipe = DirRecipe(denoiser, target, DirConfig(), MaskingConfig(), ATTACK).train()
+    recipe(recipe.craft(make_batch()))["loss"].backward()
+    assert not target.training
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def test_joint_mode_teaches_both(make_batch: MakeBatch) -> None:
+    denoiser, classifier = parts()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(joint=True, alpha=1), MaskingConfig(), ATTACK).train()
+    recipe(recipe.craft(make_batch()))["loss"].backward()
+    for module in (denoiser, classifier):
+        assert all(p.grad is not None for p in module.parameters())
+    assert classifier.training
+
+
+def test_adversarial_and_natural_training(make_batch: MakeBatch) -> None:
+    _, classifier = parts()
+    batch = make_batch()
+    for objective in ("natural", "at"):
+        recipe = TargetRecipe(classifier, TargetConfig(objective=objective), ATTACK)  # type: ignore[arg-type]
+        crafted = recipe.craft(batch)
+        images = batch.images if objective == "natural" else crafted.adversarial
+        p = rows(classifier(images))
+        expected = -mean([math.log(p[i][y]) for i, y in enumerate(batch.labels.tolist())])
+        assert recipe(crafted)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_trades(make_batch: MakeBatch) -> None:
+    _, classifier = parts()
+    recipe = TargetRecipe(classifier, TargetConfig(objective="trades"), ATTACK)
+    batch = recipe.craft(make_batch())
+    p, q = rows(classifier(batch.images)), rows(classifier(batch.adversarial))
+    natural = -mean([math.log(p[i][y]) for i, y in enumerate(batch.labels.tolist())])
+    divergence = mean([kl(a, b) for a, b in zip(p, q, strict=True)])
+    terms = recipe(batch)
+    assert terms["divergence"].item() == pytest.approx(divergence, rel=1e-3)
+    assert terms["loss"].item() == pytest.approx(natural + 6 * divergence, rel=1e-5)
+    assert (batch.adversarial - batch.images).abs().max() <= 0.1 + 1e-6
+
+
+def test_mart(make_batch: MakeBatch) -> None:
+    natural = torch.randn(6, 10, generator=rng.generator(0, "a"), dtype=torch.float64) * 2
+    adversarial = torch.randn(6, 10, generator=rng.generator(0, "b"), dtype=torch.float64) * 2
+    labels = torch.tensor([0, 3, 9, 1, 2, 2])
+    p, q = rows(natural), rows(adversarial)
+    bce, weighted = [], []
+    for i, y in enumerate(labels.tolist()):
+        others = max(q[i][k] for k in range(10) if k != y)
+        bce.append(-math.log(q[i][y]) - math.log(1 - others))
+        weighted.append(kl(p[i], q[i]) * (1 - p[i][y]))
+    boosted, divergence = mart_terms(natural, adversarial, labels)
+    assert boosted.item() == pytest.approx(mean(bce), rel=1e-5)
+    assert divergence.item() == pytest.approx(mean(weighted), rel=1e-5)
+    _, classifier = parts()
+    recipe = TargetRecipe(classifier, TargetConfig(objective="mart"), ATTACK)
+    terms = recipe(recipe.craft(make_batch()))
+    assert terms["loss"].item() == pytest.approx((terms["boosted"] + 5 * terms["divergence"]).item())
+
+
+def test_mart_survives_certainty() -> None:
+    logits = torch.tensor([[1000.0, 0.0, 0.0]], requires_grad=True)
+    boosted, divergence = mart_terms(logits, logits, torch.tensor([1]))
+    (boosted + divergence).backward()
+    assert boosted.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+def test_crafting_restores_modes(make_batch: MakeBatch) -> None:
+    denoiser, classifier = parts()
+    classifier.train()
+    denoiser.eval()
+    with crafting(denoiser, classifier):
+        assert not classifier.training
+        assert not any(p.requires_grad for p in classifier.parameters())
+    assert classifier.training
+    assert not denoiser.training
+
+
+def test_a_dir_step_passes_six_times_through_g_and_twelve_times_through_h(make_batch: MakeBatch) -> None:
+    """At the paper's setting: 5 crafting steps, 5 perturbing steps, one update."""
+    denoiser, classifier = parts()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(), MaskingConfig(), dataclasses.replace(ATTACK, steps=5)).train()
+    calls = {"denoiser": 0, "classifier": 0}
+    for name in calls:
+        recipe.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    recipe(recipe.craft(make_batch()))["loss"].backward()
+    assert calls == {"denoiser": 6, "classifier": 12}

@@ -1,0 +1,138 @@
+"""Sums in pairs, whoever holds the parts; shares that differ by an image."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dircluster.config import ConfigError, error_from_plain, error_to_plain
+from dircluster.distributed.deterministic import PairwiseSum, _pairwise
+from dircluster.distributed.parallel import Parallel, whole
+from dircluster.training.checkpoint import CheckpointError, DamagedError
+from dircluster.training.locks import TakenOverError
+from dircluster.training.trainer import pieces
+
+PARTS = torch.tensor([1e8, 1.0, -1e8, 1.0, 3e7, 0.25, -3e7, 0.5])
+"""Their float32 sum depends on the order."""
+
+
+def accumulated(parts: torch.Tensor) -> float:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    aside = PairwiseSum([parameter])
+    for number, part in enumerate(parts):
+        parameter.grad = part.reshape(1).clone()
+        if number < len(parts) - 1:
+            aside.put()
+    aside.join_all()
+    assert parameter.grad is not None
+    return float(parameter.grad)
+
+
+def test_four_parts_are_summed_in_pairs() -> None:
+    a, b, c, d = PARTS[:4]
+    assert accumulated(PARTS[:4]) == float((a + b) + (c + d)) != float(((a + b) + c) + d)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_micro_batches_and_workers_make_one_tree(workers: int) -> None:
+    shares = PARTS.reshape(workers, -1)
+    over_workers = _pairwise(torch.tensor([[accumulated(share)] for share in shares]))
+    assert float(over_workers) == accumulated(PARTS)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7])
+def test_any_number_of_parts_is_summed(count: int) -> None:
+    parts = torch.arange(1.0, count + 1)
+    assert accumulated(parts) == float(_pairwise(parts[:, None])) == count * (count + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("images", "world", "microbatch", "expected"),
+    [(16, 1, 4, 4), (16, 2, 4, 2), (16, 4, 4, 1), (128, 1, None, 1), (128, 3, None, 1), (128, 3, 42, 2), (10, 4, 1, 2)],
+)
+def test_every_worker_passes_equally_often(images: int, world: int, microbatch: int | None, expected: int) -> None:
+    assert pieces(images, world, microbatch) == expected
+
+
+def test_gradients_are_scaled_to_the_norm() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    alone = Parallel(0, 1, torch.device("cpu"))
+    assert alone.clip(parameters, 100.0) == pytest.approx(28**0.5)
+    assert torch.equal(parameters[0].grad, torch.full((3,), 2.0))
+    assert alone.clip(parameters, 1.0) == pytest.approx(28**0.5)
+    assert torch.cat([p.grad for p in parameters]).norm() == pytest.approx(1.0)
+
+
+def test_copies_are_not_changed_by_later_steps() -> None:
+    weights = {"w": torch.zeros(2)}
+    kept = whole(weights)
+    weights["w"] += 1
+    assert kept["w"].tolist() == [0, 0]
+    assert whole(weights, keep=False) == {}
+
+
+@pytest.mark.parametrize("kind", [ConfigError, CheckpointError, DamagedError, TakenOverError])
+def test_an_error_of_the_first_worker_keeps_its_class_on_all(
+    kind: type[ConfigError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+
+    def share(self: Parallel, value: Any) -> Any:
+        if self.first:
+            sent.append(json.dumps(value))
+        return json.loads(sent[0])
+
+    def fails() -> None:
+        raise kind("one line")
+
+    monkeypatch.setattr(Parallel, "share", share)
+    for rank in (0, 1):
+        with pytest.raises(ConfigError, match="one line") as caught:
+            Parallel(rank, 2, torch.device("cpu")).first_does(fails)
+        assert type(caught.value) is kind
+
+
+def test_only_errors_of_this_package_are_restored() -> None:
+    class Own(CheckpointError):
+        """Nobody else has it."""
+
+    assert type(error_from_plain(error_to_plain(Own("x")))) is CheckpointError
+    for name in ("builtins.SystemExit", "os.system", "dircluster.nowhere.ConfigError"):
+        assert type(error_from_plain({"kinds": [name], "message": "x"})) is ConfigError
+
+
+TWO = """
+import torch, torch.distributed as dist, sys
+from dircluster.training.locks import TakenOverError
+from dircluster.distributed.parallel import Parallel
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+workers = Parallel(rank, 2, torch.device("cpu"))
+print(workers.share({"a": [1, 2.5, None], "b": "\u00e4"} if rank == 0 else "ignored"))
+print(workers.first_does(lambda: ["x"]))
+def fails():
+    raise TakenOverError("busy")
+try:
+    workers.first_does(fails)
+except TakenOverError as error:
+    print("restored", error)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_what_the_first_one_finds(tmp_path: Path) -> None:
+    begun = [
+        subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for process in begun:
+        out, _ = process.communicate(timeout=120)
+        assert out.decode().splitlines() == ["{'a': [1, 2.5, None], 'b': '\u00e4'}", "['x']", "restored busy"]

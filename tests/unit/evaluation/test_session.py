@@ -1,0 +1,411 @@
+"""The judge: intervals, suites, shards, what the rows claim, what a module must be, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dircluster
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig
+from dircluster.data.sources import load
+from dircluster.defenses.base import DefendedClassifier
+from dircluster.evaluation import gradient_masking
+from dircluster.evaluation.attack_runner import Crafter
+from dircluster.evaluation.evaluation import Unit
+from dircluster.evaluation.html_report import robustbench_entry, write_report
+from dircluster.evaluation.model_card import markdown_table
+from dircluster.evaluation.pictures import to_pixels
+from dircluster.evaluation.published import published
+from dircluster.evaluation.results import to_plain
+from dircluster.evaluation.session import Report, evaluate
+from dircluster.evaluation.statistics import wilson_interval
+from dircluster.evaluation.store import Folder, Memory
+from dircluster.evaluation.suites import Case, how, suite
+from dircluster.evaluation.victim import Subject
+from dircluster.models.modules import frozen
+from dircluster.presets import preset
+from dircluster.training import stages
+from dircluster.training.validation import restoration_grid
+from tests.unit.evaluation.conftest import EPSILON
+
+FEW = EvaluationConfig(images=24, batch_size=8, steps=3, eot=2, draws=3, queries=5, verdict_images=16)
+
+
+def test_wilson_interval() -> None:
+    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="need 0 <= correct"):
+        wilson_interval(1, 0)
+
+
+@pytest.fixture(scope="module")
+def defense(at_model: nn.Module) -> DefendedClassifier:
+    run = preset("digits_smoke")
+    return DefendedClassifier(stages.build_denoiser(run), at_model, run.masking)
+
+
+def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick", **more: Any) -> Report:
+    return evaluate(module, *digits, name, epsilon=EPSILON, settings=FEW, name="dir", **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        (
+            "quick",
+            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
+            " dir pgd3 fresh, dir transfer-pgd3 fresh",
+        ),
+        (
+            "paper",
+            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
+            " dir pgd3 fresh, dir autoattack-standard fixed, dir mifgsm3 fixed, dir mifgsm3 fresh, dir vnifgsm3 fixed,"
+            " dir masked3 fixed, dir masked3 fresh, dir bpda3-eot2 fresh, dir restored3-from-natural fixed,"
+            " dir restored3-from-adversarial fixed",
+        ),
+        (
+            "rigorous",
+            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
+            " dir pgd3 fresh, dir pgd3-margin fresh, dir autoattack-standard fixed, dir square fresh,"
+            " dir l2-pgd3 fresh, dir autoattack-rand fresh, dir natural-mean-of-2 fresh, dir pgd3-mean-of-2 fresh,"
+            " dir transfer-pgd3 fresh",
+        ),
+    ],
+)
+def test_a_suite_runs_whole_on_a_defense(
+    defense: DefendedClassifier, digits: tuple[Tensor, Tensor], name: str, rows: str
+) -> None:
+    found = judged(defense, digits, name)
+    assert ", ".join(f"{r.defense} {r.attack} {r.masks}" for r in found.rows) == rows
+    for row in found.rows:
+        assert row.total == 24
+        assert row.always <= row.worst <= row.mean <= 1
+        assert row.interval[0] <= row.accuracy <= row.interval[1]
+        assert row.accuracy == row.correct / row.judged
+        assert len(row.sha256) == 64
+
+
+@pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
+def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[Tensor, Tensor], name: str) -> None:
+    found = judged(at_model, (digits[0][:6], digits[1][:6]), name)
+    assert {row.masks for row in found.rows} == {"none"}
+    assert {row.draws for row in found.rows} == {1}
+    assert "natural" in {row.attack for row in found.rows}
+
+
+def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
+    defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
+) -> None:
+    rows = {(r.attack, r.masks): r for r in judged(defense, digits).rows if r.defense == "dir"}
+    fixed, fresh = rows["pgd3", "fixed"], rows["pgd3", "fresh"]
+    assert (fixed.judged, fixed.draws, fresh.judged, fresh.draws) == (24, 3, 72, 3)
+    assert (fresh.steps, fresh.eot, fresh.epsilon) == (3, 2, EPSILON)
+    subject = Subject(defense, "dir")
+    images = digits[0][:6]
+    known, anew = subject.model("fixed", 5), subject.model("fresh", 5)
+    assert torch.equal(known(images), known(images))
+    assert torch.allclose(known(images)[2:4], known(images[2:4]), atol=1e-5)  # AutoAttack passes some images alone
+    assert not torch.equal(anew(images), anew(images))
+    assert torch.equal(subject.model("fresh", 5)(images), subject.model("fresh", 5)(images))
+    each = subject.model("fixed", 5, images=6)  # every image its own
+    assert torch.equal(each(images), each(images))
+    assert not torch.allclose(each(images[:1].expand(6, -1, -1, -1)), known(images[:1]), atol=1e-5)
+
+
+def test_averaged_logits_and_their_gradients_do_not_depend_on_the_bound_of_rows(
+    defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
+) -> None:
+    subject, images, found = Subject(defense, "dir"), digits[0][:4], []
+    for most in (None, 8, 4):
+        asked = images.clone().requires_grad_(True)
+        logits = subject.model("fresh", 3, draws=5, most_rows=most)(asked)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), asked)
+        found.append((logits.detach(), gradient))
+    for logits, gradient in found[1:]:
+        torch.testing.assert_close(logits, found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_modes_that_would_be_ignored_are_refused(defense: DefendedClassifier, digits: tuple[Tensor, Tensor]) -> None:
+    for made in (defense.fixed(3), defense.fresh(draws=4)):
+        with pytest.raises(ConfigError, match="give it with fresh masks"):
+            judged(made, digits)
+    wrapped = nn.Sequential(defense.fresh())
+    with pytest.raises(ConfigError, match="a random stream of its own"):
+        judged(wrapped, digits)
+
+
+def test_a_module_comes_back_in_the_mode_it_came_in(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    module = nn.Sequential(at_model, nn.Dropout(0.1)).train()
+    at_model.eval()
+    surrogate = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 10)).train()
+    surrogate[0].eval()
+    reference = judged(nn.Sequential(at_model, nn.Dropout(0.1)).eval(), digits, surrogate=surrogate.eval()).rows
+    surrogate.train()
+    surrogate[0].eval()
+
+    def modes() -> list[bool]:
+        return [part.training for part in (module, at_model, module[1], *surrogate)]
+
+    came = [True, False, True, False, True, True]
+    assert judged(module, digits, surrogate=surrogate).rows == reference
+    assert modes() == came
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    subject = Subject(module, "m", surrogate)
+    assert modes() == came
+    subject.meet(digits[0][:4], 9)
+    assert modes() == came
+    for failing in (
+        lambda: judged(module, digits, told=stop),
+        lambda: judged(nn.Sequential(module, nn.Softmax(1)), digits),
+    ):
+        with pytest.raises((Stopped, ConfigError)):
+            failing()
+        assert modes() == came
+
+
+def test_what_other_code_found_is_found_again(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, seen = Memory(), []
+    judged(at_model, digits, shelf=shelf)
+    judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
+    assert seen == []
+    monkeypatch.setattr("dircluster.evaluation.evaluation.code", lambda case, subject: "other")
+    judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
+    assert len(seen) == 6
+
+
+class Masked(nn.Module):
+    """Somebody's randomised module: drops pixels by PyTorch's own stream."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        made: Tensor = self.inner(nn.functional.dropout(images, 0.3))
+        return made
+
+
+def test_somebodys_randomness_is_found_seeded_and_left_alone(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    module, state = Masked(at_model), torch.get_rng_state()
+    subject = Subject(module, "m")
+    subject.meet(digits[0][:4], 9)
+    assert subject.randomised
+    assert torch.equal(subject.model("fixed", 1)(digits[0]), subject.model("fixed", 1)(digits[0]))
+    found = judged(module, digits)
+    torch.rand(3)
+    assert found.rows == judged(module, digits).rows
+    torch.set_rng_state(state)
+    judged(module, digits)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {row.masks for row in found.rows} == {"fixed", "fresh"}
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
+    defense: DefendedClassifier, digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    whole = judged(defense, digits)
+    seen: list[str] = []
+
+    def stop(unit: Unit, done: int, total: int) -> None:
+        seen.append(unit.name)
+        if done == 9:
+            raise Stopped
+
+    shelf = Folder(tmp_path, keep_images=True)
+    with pytest.raises(Stopped):
+        judged(defense, digits, shelf=shelf, told=stop)
+    (damaged,) = list(tmp_path.glob(f"{seen[0]}.json"))
+    damaged.write_text("{")
+    done_before = set(seen[1:9])
+    seen.clear()
+    again = judged(defense, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit.name))
+    assert again.rows == whole.rows
+    assert not done_before & set(seen)
+    assert len(seen) == 21 - 8
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 21
+    assert all(not name.startswith("/") for name in seen)
+
+
+def test_results_survive_json(defense: DefendedClassifier, digits: tuple[Tensor, Tensor]) -> None:
+    found = judged(defense, digits)
+    rows = to_plain(found.rows)
+    assert json.loads(json.dumps(found.to_plain())) == found.to_plain()
+    assert markdown_table(rows).count("\n") == 8
+    assert "EOT 2" in str(found)
+    assert all(isinstance(how(row), str) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.rand(4, 8, 8)}, r"images must be \(N, C, H, W\), got shape"),
+        ({"images": torch.rand(4, 1, 8, 8) * 255}, r"images must lie in \[0, 1\]"),
+        ({"images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}, "images must be floats"),
+        ({"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0).long()}, "there are no images"),
+        ({"images": torch.rand(4, 3, 8, 8)}, "the defense cannot take images of shape"),
+        ({"labels": torch.tensor([0, 1, 2, 10])}, "labels reach 10, but the defense gives 10 classes"),
+        ({"labels": torch.tensor([0, 1, 2, -1])}, "labels must be 0 or more"),
+        ({"labels": torch.rand(4)}, "labels must be 4 whole numbers"),
+        ({"suite": "hard"}, "there is no suite 'hard'; choose quick, paper, rigorous"),
+        ({"after": nn.Softmax(dim=1)}, "returns probabilities"),
+        ({"after": nn.Threshold(1e9, torch.nan)}, "not finite"),
+        ({"after": nn.Flatten(0)}, "must return logits"),
+    ],
+)
+def test_bad_input_is_one_line(at_model: nn.Module, change: dict[str, Any], message: str) -> None:
+    module = nn.Sequential(at_model, change.get("after", nn.Identity()))
+    images, labels = change.get("images", torch.rand(4, 1, 8, 8)), change.get("labels", torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ConfigError, match=message) as caught:
+        dircluster.evaluate(module, images, labels, suite=change.get("suite", "quick"))
+    assert "\n" not in str(caught.value)
+
+
+def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
+    """PGD-40 from four starts against APGD-CE (pyautoattack, 100 steps) on an adversarially trained model."""
+    from pyautoattack import AutoAttack
+
+    test = load(preset("digits").data, 0).test
+    images, labels = test.pixels(), test.labels
+    apgd = AutoAttack(at_model, eps=EPSILON, seed=0, version="custom", attacks=["apgd-ce"])
+    apgd.apgd.n_restarts = 1
+    with torch.random.fork_rng():
+        theirs, _ = apgd.run_standard_evaluation(images, labels, batch_size=len(images))
+    case = Case("pgd", epsilon=EPSILON, step_size=EPSILON / 4, steps=40, restarts=4)
+    subject = Subject(at_model, "at")
+    with frozen(at_model):
+        ours, _ = Crafter(subject, case, 0, 0, 1024)(images, labels)
+    left = [(at_model(x).argmax(1) == labels).double().mean().item() for x in (ours, theirs)]
+    assert left[0] - left[1] <= 0.005, left
+
+
+def test_the_verdict_from_known_accuracies() -> None:
+    cases = gradient_masking.sanity_cases(
+        AttackConfig(epsilon=0.1), EvaluationConfig(), randomised=True, transfers=True
+    )
+    fine = dict.fromkeys(cases, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
+    fine |= {"epsilon 0.025": 0.8, "epsilon 0.05": 0.7, "epsilon 0.2": 0.3, "epsilon 0.4": 0.1}
+
+    def flagged(**changed: float) -> set[str]:
+        values = fine | {name.replace("_", " "): value for name, value in changed.items()}
+
+        def shares(case: Case) -> Tensor:
+            names = [name for name, known in cases.items() if known == case]
+            made = torch.zeros(100)
+            made[: round(100 * values[names[-1]])] = 1
+            return made.double()
+
+        return {
+            finding.question.split("?")[0] for finding in gradient_masking.verdict(cases, shares) if not finding.passed
+        }
+
+    assert flagged() == set()
+    assert flagged(epsilon_1=0.05) == {"Does a radius of 1 leave nothing"}
+    assert flagged(random_noise=0.7) == {"Is random noise of the same size harmless"}
+    assert flagged(draws_known=0.2) == {"Does robustness outlive its randomness"}
+    assert flagged(transfer=0.3) == {"Is the white box no weaker than a transfer from another model"}
+    assert flagged(square=0.3) == {"Is the white box no weaker than Square, which sees no gradient"}
+    assert flagged(one_step=0.3) == {"Is many steps no weaker than one"}
+    assert flagged(gradients=0.9) == {"Do all images have a gradient"}
+    assert flagged(**{"80 steps": 0.3}) == {"Has the attack converged in steps"}
+    assert flagged(**{"4 restarts": 0.3}) == {"Has the attack converged in restarts"}
+    assert flagged(**{"EOT 32": 0.3}) == {"Has the attack converged in EOT draws"}
+    assert "Does accuracy fall as the radius grows" in flagged(**{"epsilon 0.2": 0.8})
+
+
+def test_the_report_stands_alone(
+    defense: DefendedClassifier, at_model: nn.Module, digits: tuple[Tensor, Tensor], smoke: RunConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(smoke, name="<b>bold", evaluation=FEW)
+    found = judged(defense, digits, "paper", verdict=True)
+    test, said = load(config.data, 0).test, []
+    facts = {"data": "0" * 64, "defense": "models:/<script>", "commit": "abc"}
+    page, data = write_report(
+        found, Subject(defense, "dir"), test, config, facts, tmp_path / "out", at_model, said.append
+    )
+    html, plain = page.read_text(), json.loads(data.read_text())
+    assert "<script>" not in html
+    assert "<b>bold" not in html
+    assert "http" not in re.sub(r"base64,[^\"]+", "", html)  # nothing is fetched
+    assert html.count("data:image/png;base64,") >= 3
+    assert set(plain["figures"]["discarded_noise"]) == {
+        "shares",
+        *(f"{target}, {kind}" for target in ("target", "natural target") for kind in ("PGD", "MI-FGSM")),
+    }
+    assert plain["robustbench"]["clean_acc"] == f"{100 * found.rows[2].accuracy:.2f}"
+    assert plain["robustbench"]["autoattack_acc"] is not None
+    assert len(plain["verdict"]) == 11
+    assert said == [] or "umap-learn is not installed" in said[0]
+    shares = plain["figures"]["discarded_noise"]["target, PGD"]
+    assert shares[-1] >= shares[0]  # all noise gone
+    assert robustbench_entry(found, config)["eps"] == f"{255 * config.attack.epsilon:.4g}/255"
+
+
+def test_published_numbers_stand_beside_their_rows() -> None:
+    assert published("cifar10", {"defense": "dir", "attack": "pgd20"}) == 54.27
+    assert published("cifar10", {"defense": "dir", "attack": "bpda40-eot20"}) == 52.09
+    assert published("svhn", {"defense": "none", "attack": "autoattack-standard"}) == 45.16
+    assert published("digits", {"defense": "dir", "attack": "pgd20"}) is None
+    assert published("cifar10", {"defense": "dir", "attack": "square"}) is None
+
+
+def test_a_suite_without_randomness_has_no_draws() -> None:
+    for name in ("quick", "paper", "rigorous"):
+        cases = suite(
+            name, AttackConfig(), EvaluationConfig(), randomised=False, purifies=True, transfers=True, masked=False
+        )
+        assert {(case.masks, case.draws, case.eot, case.average) for case in cases} == {("none", 1, 1, 1)}
+    assert Memory().get("nothing") is None
+
+
+def test_pictures(smoke: RunConfig) -> None:
+    recipe = stages.dir_stage(smoke, stages.build_denoiser(smoke), stages.build_classifier(smoke)).recipe
+    grid = restoration_grid(recipe, load(smoke.data, 0).held_out, smoke, torch.device("cpu"), images=4)
+    assert grid.shape == (5, 4, 1, 8, 8)
+    assert (grid[1] - grid[0]).abs().max() <= 0.15 + 1e-6
+    masked = grid[2] == 0
+    assert masked.float().mean() >= 0.5  # half of the patches, and black pixels
+    pixels = to_pixels(grid)
+    assert pixels.shape == (5 * 66, 4 * 66, 3)
+    assert pixels.dtype.name == "uint8"
+
+
+def test_the_readmes_lines_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (lines,) = (
+        part.split("```")[0]
+        for part in (root / "README.md").read_text().split("```python\n")[1:]
+        if "evaluate(" in part
+    )
+    exec(compile(lines, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "| defense | pgd20 | none |" in said
+    assert "Do all images have a gradient?" in said
+
+
+def test_a_transfer_is_crafted_on_the_surrogate(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    rows = [{r.attack: r for r in judged(at_model, digits, surrogate=s).rows} for s in (at_model, other, None)]
+    assert rows[0]["transfer-pgd3"].sha256 == rows[0]["pgd3"].sha256
+    assert rows[1]["transfer-pgd3"].sha256 != rows[0]["pgd3"].sha256
+    assert rows[1]["pgd3"] == rows[0]["pgd3"]
+    assert set(rows[2]) == {"natural", "pgd3"}

@@ -1,0 +1,269 @@
+"""The loop: resume is exact from any step, a broken loss changes nothing, the best weights win."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dircluster.cluster.outcome import outcome_of
+from dircluster.config import RunConfig, TrainingConfig
+from dircluster.distributed.parallel import Parallel
+from dircluster.training import stages
+from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.interrupt import Interrupted
+from dircluster.training.locks import TakenOverError
+from dircluster.training.protocols import NoTracker, Quiet, Status
+from dircluster.training.run import Run
+from dircluster.training.trainer import NonFiniteLoss, Trainer
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
+
+
+class StopAfter(Quiet):
+    """Asks to stop after so many progress reports."""
+
+    def __init__(self, reports: int) -> None:
+        self.left = reports
+
+    def show(self, status: Status) -> None:
+        self.left -= 1
+
+    def stop_signal(self) -> int:
+        return 15 if self.left <= 0 else 0
+
+
+def weights(outcome: dict[str, Any]) -> dict[str, bytes]:
+    folder = Path(outcome["checkpoint"])
+    return {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
+
+
+def run(config: RunConfig, console: Any = None, fresh: str = "") -> dict[str, Any]:
+    return Run(config, ALONE, NoTracker(), console or Quiet(), owner=fresh, fresh=bool(fresh)).execute()
+
+
+def elsewhere(config: RunConfig, folder: Path) -> RunConfig:
+    return dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=str(folder)))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_run_interrupted_at_any_step_ends_in_the_same_bits(smoke: RunConfig, tmp_path: Path, joint: bool) -> None:
+    if joint:
+        smoke = dataclasses.replace(
+            smoke,
+            dir=dataclasses.replace(smoke.dir, joint=True, target_optimizer=smoke.target.optimizer),
+            pretrain=dataclasses.replace(smoke.pretrain, epochs=0),
+            target=dataclasses.replace(smoke.target, architecture="resnet18"),
+            data=dataclasses.replace(smoke.data, limit=36),
+        )
+    whole = run(elsewhere(smoke, tmp_path / "whole"))
+    broken = elsewhere(smoke, tmp_path / "broken")
+    interruptions = 0
+    while True:
+        try:
+            outcome = run(broken, StopAfter(1))
+            break
+        except Interrupted:
+            interruptions += 1
+    assert interruptions >= (4 if joint else 20)
+    assert weights(outcome) == weights(whole)
+    assert outcome["results"] == whole["results"]
+    assert outcome["selection"] == whole["selection"]
+
+
+def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -> None:
+    said: list[str] = []
+
+    class Hears(Quiet):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    first = run(smoke, Hears())
+    assert not [line for line in said if "reused" in line]
+    again = run(smoke, Hears())
+    assert [line.split(":")[0] for line in said if "reused" in line] == ["target", "pretrain", "dir", "evaluation"]
+    assert again["results"] == first["results"]
+    said.clear()
+    other = run(dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, alpha=1.0)), Hears())
+    assert [line.split(":")[0] for line in said if "reused" in line] == ["target", "pretrain"]
+    assert other["checkpoint"] != first["checkpoint"]
+    assert weights(other) != weights(first)
+
+
+def test_fresh_starts_beside_what_is_there(smoke: RunConfig) -> None:
+    first = run(smoke)
+    anew = run(smoke, fresh="t1")
+    assert anew["checkpoint"] == first["checkpoint"].replace("/final", ".2/final")
+    assert weights(anew) == weights(first)
+    assert run(smoke, fresh="t1")["checkpoint"] == anew["checkpoint"]
+    assert run(smoke)["checkpoint"] == anew["checkpoint"]
+
+
+def test_a_damaged_result_is_made_again(smoke: RunConfig) -> None:
+    first = run(smoke)
+    whole = weights(first)
+    file = Path(first["checkpoint"]) / "denoiser.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert weights(run(smoke)) == whole
+
+
+def test_two_jobs_do_not_train_one_stage(smoke: RunConfig) -> None:
+    class StartsAnother(Quiet):
+        def show(self, status: Status) -> None:
+            with pytest.raises(TakenOverError, match="another job is training"):
+                run(smoke)
+            assert outcome_of(lambda: run(smoke))["busy"]  # which a sweep waits for
+
+    run(smoke, StartsAnother())
+
+
+def test_a_run_that_ends_while_storage_is_down_ends_as_what_it_is(
+    smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    class Hears(StopAfter):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    said: list[str] = []
+    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr("dircluster.training.trainer.INTERRUPTED_PATIENCE", 1.0)
+    outcome = outcome_of(lambda: run(smoke, Hears(1)))
+    assert (outcome["status"], outcome["signal"]) == ("KILLED", 15)
+    assert [line for line in said if "took no checkpoint for 1 s" in line]
+
+    impatient = dataclasses.replace(smoke.storage, patience=1.0, checkpoint_every=3)
+    trainer = make_trainer(dataclasses.replace(smoke, storage=impatient), tmp_path)
+    trainer.console = Hears(99)
+    monkeypatch.setattr(trainer, "_must_be_finite", lambda terms, step: step < 3 or _broken())
+    with pytest.raises(NonFiniteLoss, match="broken"):
+        trainer.run()
+
+
+def _broken() -> None:
+    raise NonFiniteLoss("broken")
+
+
+def test_a_signal_while_crafting_or_judging_changes_nothing(smoke: RunConfig, tmp_path: Path) -> None:
+    """Each pass of the target is a place where a single worker may be stopped."""
+
+    class StopAtPass(Quiet):
+        def __init__(self, passes: int) -> None:
+            self.left = passes
+
+        def stop_signal(self) -> int:
+            self.left -= 1
+            return 2 if self.left < 0 else 0
+
+    smoke = dataclasses.replace(
+        smoke,
+        dir=dataclasses.replace(smoke.dir, joint=True, epochs=2, target_optimizer=smoke.target.optimizer),
+        pretrain=dataclasses.replace(smoke.pretrain, epochs=0),
+        target=dataclasses.replace(smoke.target, architecture="resnet18"),
+        data=dataclasses.replace(smoke.data, limit=36),
+    )
+    whole = run(elsewhere(smoke, tmp_path / "whole"))
+    broken = elsewhere(smoke, tmp_path / "broken")
+    for passes in (2, 9, 11, 14, 5, 13, 16):
+        with contextlib.suppress(Interrupted):
+            run(broken, StopAtPass(passes))
+    outcome = run(broken)
+    assert weights(outcome) == weights(whole)
+    assert outcome["selection"] == whole["selection"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_resume(smoke: RunConfig, tmp_path: Path) -> None:
+    whole = run(elsewhere(smoke, tmp_path / "whole"))
+    broken = elsewhere(smoke, tmp_path / "broken")
+    with pytest.raises(Interrupted):
+        run(broken, StopAfter(5))
+    newest = sorted((tmp_path / "broken").glob("target-*/step-*"))[-1]
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    said: list[str] = []
+
+    class Hears(Quiet):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    outcome = run(broken, Hears())
+    assert [line for line in said if "damaged" in line and "falling back" in line]
+    assert weights(outcome) == weights(whole)
+
+
+def make_trainer(config: RunConfig, folder: Path) -> Trainer:
+    from dircluster.data.loader import Loader
+    from dircluster.data.sources import load
+    from dircluster.training.protocols import NoRecord
+
+    data = load(config.data, config.seed)
+    denoiser, classifier = stages.build_denoiser(config), stages.build_classifier(config)
+    stage = stages.dir_stage(config, denoiser, classifier)
+    loader = Loader(data.train, config.training.batch_size, config.seed, "dir")
+    return Trainer(stage, loader, data.held_out, config, ALONE, Checkpoints(folder, "k"), NoRecord(), Quiet())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_loss_stops_before_the_update_and_names_the_term(
+    smoke: RunConfig, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(smoke, tmp_path)
+    before = {k: v.clone() for k, v in trainer.recipe.state_dict().items()}
+    compare = trainer.recipe.compare
+
+    def broken(*arguments: Any) -> dict[str, Tensor]:
+        terms = compare(*arguments)
+        return {**terms, "representation": terms["representation"] * value, "loss": terms["loss"] * value}
+
+    monkeypatch.setattr(trainer.recipe, "compare", broken)
+    with pytest.raises(NonFiniteLoss, match="dir: representation is not finite at step 1"):
+        trainer.step(0)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.recipe.state_dict().items())
+
+
+def test_accumulation_changes_nothing_but_memory(smoke: RunConfig, tmp_path: Path) -> None:
+    """Over one step: signs of tiny gradients, which rounding decides, soon lead two trainings apart."""
+    found = []
+    for parts in (1, 4):
+        training = TrainingConfig(batch_size=16, microbatch=16 // parts)
+        trainer = make_trainer(dataclasses.replace(smoke, training=training), tmp_path)
+        loss = trainer.step(0)[0]["loss"]
+        found.append((loss, torch.cat([p.grad.flatten() for p in trainer.parameters.values()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_clipping_bounds_the_gradient(smoke: RunConfig, tmp_path: Path) -> None:
+    optimizer = dataclasses.replace(smoke.dir.optimizer, name="sgd", clip=1e-3, weight_decay=0.0, momentum=0.0, lr=1.0)
+    config = dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, optimizer=optimizer))
+    trainer = make_trainer(config, tmp_path)
+    before = [p.detach().clone() for p in trainer.parameters.values()]
+    trainer.step(3)
+    moved = torch.stack([(p - b).norm() for p, b in zip(trainer.parameters.values(), before, strict=True)]).norm()
+    rate = optimizer.rate(4 / trainer.loader.steps_per_epoch, config.dir.epochs)
+    assert moved.item() == pytest.approx(1e-3 * rate, rel=1e-2)
+
+
+def test_the_no_pretraining_ablation_and_bf16_run(smoke: RunConfig) -> None:
+    config = dataclasses.replace(
+        smoke,
+        pretrain=dataclasses.replace(smoke.pretrain, epochs=0),
+        dir=dataclasses.replace(smoke.dir, mse_weight=1.0),
+        training=dataclasses.replace(smoke.training, precision="bf16"),
+    )
+    outcome = run(config)
+    assert set(outcome["selection"]) == {"target", "dir"}
+    assert not list(Path(config.storage.uri).glob("pretrain-*"))
+
+
+@pytest.mark.parametrize("objective", ["natural", "trades", "mart"])
+def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> None:
+    outcome = run(dataclasses.replace(smoke, target=dataclasses.replace(smoke.target, objective=objective)))
+    assert len(outcome["results"]) == 7
