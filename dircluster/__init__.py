@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dircluster.defenses.base import DefendedClassifier
-    from dircluster.evaluation.session import Report
+    from dircluster.evaluation.session import EvaluationReport
 
 __version__ = "0.1.0"
 
 
-def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "quick", **how: Any) -> Report:
+def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "quick", **how: Any) -> EvaluationReport:
     """Judge any module of images (N, C, H, W) in [0, 1] -> logits; see dircluster.evaluation.session.evaluate.
 
     ``suite`` is quick, paper or rigorous; ``verdict=True`` asks whether the module only hides gradients.

@@ -235,15 +235,15 @@ def as_words(name: str, value: Any) -> list[str]:
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Turn tyro's boxed message into a ConfigError of one line."""
-    said, width = io.StringIO(), os.environ.get("COLUMNS")
+    captured, width = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = os.environ.get("COLUMNS", "100")
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(captured):
             yield
     except SystemExit as ended:
         if ended.code in (0, None):
             raise
-        raise ConfigError(_plain(said.getvalue())) from None
+        raise ConfigError(_plain(captured.getvalue())) from None
     finally:
         if width is None:
             os.environ.pop("COLUMNS")

@@ -45,7 +45,7 @@ def put_back() -> Iterator[list[torch.Generator]]:
 
 
 @contextmanager
-def ambient(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> Iterator[None]:
+def seeded_torch_rng(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> Iterator[None]:
     """Seed what library code draws from PyTorch's own streams (initial weights, dropout), and put them back.
 
     Those of GPUs are seeded too: dropout draws on the device that its input lies on.

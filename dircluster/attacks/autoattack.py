@@ -44,7 +44,7 @@ def autoattack(
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
     warned: list[str] = []
-    with rng.ambient(seed, "autoattack"), _listening(warned):
+    with rng.seeded_torch_rng(seed, "autoattack"), _listening(warned):
         attack = AutoAttack(
             attacked, eps=threat.epsilon, norm=_norm(threat), seed=seed % 2**31, version=version, device=images.device
         )
@@ -89,7 +89,7 @@ def square(
             mean = -averaged(y)(x)
             return mean, mean.clone()
 
-    with rng.ambient(seed, "square"), torch.no_grad():
+    with rng.seeded_torch_rng(seed, "square"), torch.no_grad():
         attack: Any = Averaged(
             model, norm=_norm(threat), n_queries=queries, eps=threat.epsilon, seed=seed, device=images.device
         )
@@ -107,15 +107,15 @@ ENOUGH = 500
 
 
 @contextmanager
-def _listening(said: list[str]) -> Iterator[None]:
+def _listening(lines: list[str]) -> Iterator[None]:
     """Collect the warnings of the library, each once; it speaks only through its logger."""
     logger = logging.getLogger("auto-attack")
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             line = record.getMessage().split(" See flags_doc.md")[0]
-            if record.levelno >= logging.WARNING and line not in said:
-                said.append(line)
+            if record.levelno >= logging.WARNING and line not in lines:
+                lines.append(line)
 
     ear, passed_on = Ear(), logger.propagate
     logger.addHandler(ear)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dircluster.attacks.gradient import Loss, Model, Objective, Slope, cross_entropy_loss, slope
+from dircluster.attacks.gradient import Loss, Model, Objective, ValueAndGrad, cross_entropy_loss, value_and_grad
 
 
 def expected(
     model: Model, labels: Tensor, draws: int, loss: Loss = cross_entropy_loss, most_rows: int | None = None
-) -> Slope:
+) -> ValueAndGrad:
     """The loss averaged over ``draws`` passes through a model that draws anew for every row, and its gradient.
 
     The draws of an image pass side by side, at most ``most_rows`` rows at a time (all at once when not given): one
@@ -28,7 +28,7 @@ def expected(
                 logits = model(candidates.repeat(count, 1, 1, 1))
                 return loss(logits, labels.repeat(count)).view(count, len(candidates)).sum(dim=0)
 
-            some, steep = slope(objective)(images)
+            some, steep = value_and_grad(objective)(images)
             values, gradient = values + some / draws, gradient + steep / draws
         return values, gradient
 

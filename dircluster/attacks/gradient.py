@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits (N, classes), labels (N,) -> what the attacker wants large, (N,)."""
 Objective = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> what the attacker wants large, (N,)."""
-Slope = Callable[[Tensor], tuple[Tensor, Tensor]]
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images (N, C, H, W) -> an objective's values (N,) and its gradient (N, C, H, W), both detached."""
 
 
@@ -43,7 +43,7 @@ def cross_entropy(model: Model, labels: Tensor, loss: Loss = cross_entropy_loss)
     return objective
 
 
-def slope(objective: Objective) -> Slope:
+def value_and_grad(objective: Objective) -> ValueAndGrad:
     """Values and gradient of an objective. The gradient is zero where nothing, or nothing finite, leads back."""
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,15 +59,19 @@ def slope(objective: Objective) -> Slope:
     return both
 
 
-def ascend(objective: Objective, start: Tensor, center: Tensor, threat: Threat, steps: int, step_size: float) -> Tensor:
-    """Projected ascent from ``start`` within ``threat`` around ``center``: -> (N, C, H, W), detached."""
-    return climb(slope(objective), start, center, threat, steps, step_size)
-
-
-def climb(
-    both: Slope, start: Tensor, center: Tensor, threat: Threat, steps: int, step_size: float, keep_best: bool = False
+def projected_ascent(
+    both: ValueAndGrad,
+    start: Tensor,
+    center: Tensor,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    keep_best: bool = False,
 ) -> Tensor:
-    """:func:`ascend` on a slope; with ``keep_best`` it returns each image's iterate of the highest value."""
+    """Projected ascent from ``start`` within ``threat`` around ``center``: -> (N, C, H, W), detached.
+
+    With ``keep_best`` it returns each image's iterate of the highest value.
+    """
     reached = best = start.detach()
     highest: Tensor | None = None
     for _ in range(steps):
@@ -98,7 +102,7 @@ def strongest(values_of: Callable[[Tensor], Tensor], candidates: Iterable[Tensor
 
 def fgsm(model: Model, images: Tensor, labels: Tensor, threat: Threat) -> Tensor:
     """One step of the full radius (Goodfellow et al. 2015): (N, C, H, W), (N,) -> (N, C, H, W)."""
-    return ascend(cross_entropy(model, labels), images, images, threat, 1, threat.epsilon)
+    return projected_ascent(value_and_grad(cross_entropy(model, labels)), images, images, threat, 1, threat.epsilon)
 
 
 def pgd(
@@ -115,10 +119,12 @@ def pgd(
     ``uniform`` in [0, 1), shaped like ``images``, gives a random start; without it the ascent starts at the images.
     """
     start = images if uniform is None else threat.start(images, uniform)
-    return ascend(cross_entropy(model, labels), start, images, threat, steps, step_size)
+    return projected_ascent(value_and_grad(cross_entropy(model, labels)), start, images, threat, steps, step_size)
 
 
-def mi_fgsm(both: Slope, images: Tensor, threat: Threat, steps: int, step_size: float, decay: float = 1.0) -> Tensor:
+def mi_fgsm(
+    both: ValueAndGrad, images: Tensor, threat: Threat, steps: int, step_size: float, decay: float = 1.0
+) -> Tensor:
     """Momentum iterative FGSM (Dong et al. 2018) from the images: (N, C, H, W) -> (N, C, H, W).
 
     Each gradient is divided by its mean absolute value before it joins the momentum; a zero gradient stays zero.
@@ -131,7 +137,7 @@ def mi_fgsm(both: Slope, images: Tensor, threat: Threat, steps: int, step_size: 
 
 
 def vni_fgsm(
-    both: Slope,
+    both: ValueAndGrad,
     images: Tensor,
     threat: Threat,
     steps: int,
@@ -181,4 +187,4 @@ def kl_ascent(
     def objective(candidates: Tensor) -> Tensor:
         return kl_divergence(reference, model(candidates))
 
-    return ascend(objective, images + 1e-3 * normal, images, threat, steps, step_size)
+    return projected_ascent(value_and_grad(objective), images + 1e-3 * normal, images, threat, steps, step_size)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dircluster.attacks.gradient import Loss, cross_entropy_loss, slope
+from dircluster.attacks.gradient import Loss, cross_entropy_loss, value_and_grad
 from dircluster.attacks.threat import Threat
 
 Masked = Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ def masked_attack(
         def objective(candidates: Tensor, mask: Tensor = mask) -> Tensor:
             return loss(model(candidates, mask), labels)
 
-        _, gradient = slope(objective)(reached)
+        _, gradient = value_and_grad(objective)(reached)
         gradient = gradient * pixels(mask)[0].to(gradient.device)
         reached = threat.project(reached + step_size * threat.direction(gradient), images)
     return reached

@@ -71,7 +71,7 @@ class Terminal:
     def table(self, rows: list[dict[str, Any]]) -> None:
         """The results, one row each, with what was done to get them."""
         table = Table(title="Accuracy on the test split")
-        for name in ("defense", "attack", "masks", "accuracy", "95 % interval", "n", "how"):
+        for name in ("defense", "attack", "randomness", "accuracy", "95 % interval", "n", "how"):
             number = name in ("accuracy", "n")
             table.add_column(name, justify="right" if number else "left", no_wrap=name != "how")
         for row in rows:
@@ -80,7 +80,7 @@ class Terminal:
             table.add_row(
                 row["defense"],
                 row["attack"],
-                row["masks"],
+                row["randomness"],
                 accuracy,
                 f"{100 * low:.1f} - {100 * high:.1f}",
                 str(row["total"]),

@@ -23,7 +23,7 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
-class Brief:
+class JobSpec:
     """What is to be judged on what, as plain data that can be sent to a worker."""
 
     config: dict[str, Any]
@@ -40,18 +40,18 @@ class Brief:
     """What the first process found: workers that find something else do not begin."""
 
 
-def load_module(brief: Brief, config: RunConfig) -> nn.Module:
-    """The module that ``brief`` names, in eval mode on the CPU."""
+def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
+    """The module that ``job_spec`` names, in eval mode on the CPU."""
     data, storage = config.data, config.storage
-    if brief.defense == "none":
+    if job_spec.defense == "none":
         if config.target.uri is None:
             raise ConfigError("--defense none judges the bare target: say which with --target.uri")
         return load_classifier(config.target.uri, config)
-    if FACTORY.fullmatch(brief.defense):
-        return _made(brief).eval()
-    if is_remote(brief.defense):
-        check_bucket(brief.defense, storage)
-    defense = load_defense_folder(open_path(brief.defense, storage), trust_code=brief.trust_code)
+    if FACTORY.fullmatch(job_spec.defense):
+        return _made(job_spec).eval()
+    if is_remote(job_spec.defense):
+        check_bucket(job_spec.defense, storage)
+    defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
     denoiser = defense.denoiser
     found = (denoiser.channels, denoiser.height, denoiser.width)
     if found != (data.channels, data.height, data.width):
@@ -68,17 +68,17 @@ def load_classifier(uri: str, config: RunConfig) -> nn.Module:
     return load_target(dataclasses.replace(config, target=target), opener(config.storage)).eval()
 
 
-def _made(brief: Brief) -> nn.Module:
-    name, _, attribute = brief.defense.partition(":")
-    if brief.path not in sys.path:
-        sys.path.insert(0, brief.path)
+def _made(job_spec: JobSpec) -> nn.Module:
+    name, _, attribute = job_spec.defense.partition(":")
+    if job_spec.path not in sys.path:
+        sys.path.insert(0, job_spec.path)
     try:
         made = getattr(importlib.import_module(name), attribute)()
     except Exception as error:  # somebody's code may raise anything
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"--defense {brief.defense}: {type(error).__name__}: {line}") from error
+        raise ConfigError(f"--defense {job_spec.defense}: {type(error).__name__}: {line}") from error
     if not isinstance(made, nn.Module):
-        raise ConfigError(f"--defense {brief.defense} must return a torch.nn.Module, got {type(made).__name__}")
+        raise ConfigError(f"--defense {job_spec.defense} must return a torch.nn.Module, got {type(made).__name__}")
     return made
 
 

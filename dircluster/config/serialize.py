@@ -60,10 +60,10 @@ def with_values(run: AnyConfig, values: Mapping[str, Any]) -> AnyConfig:
     plain = to_dict(run)
     for name, value in values.items():
         *sections, field = name.split(".")
-        place = plain
+        inner = plain
         for section in sections:
-            place = place[section]
-        place[field] = value
+            inner = inner[section]
+        inner[field] = value
     made: AnyConfig = from_dict(type(run), plain)
     return made
 

@@ -148,10 +148,10 @@ class StreamLoader:
         """The image at ``position`` of a lane in an epoch."""
         ends, groups = self._lane(epoch, lane)
         position %= ends[-1]
-        place = next(i for i, end in enumerate(ends) if position < end)
-        group = groups[place]
-        inside = position - (ends[place] - group.rows)
-        row = self._shuffled(epoch, lane, place, group.rows)[inside]
+        index = next(i for i, end in enumerate(ends) if position < end)
+        group = groups[index]
+        inside = position - (ends[index] - group.rows)
+        row = self._shuffled(epoch, lane, index, group.rows)[inside]
         blobs, labels = self._group(group)
         return blobs[row], labels[row]
 
@@ -163,7 +163,7 @@ class StreamLoader:
         return list(itertools.accumulate(group.rows for group in groups)), groups
 
     @lru_cache(maxsize=2 * MOST_LANES)  # noqa: B019
-    def _shuffled(self, epoch: int, lane: int, place: int, rows: int) -> list[int]:
-        generator = rng.generator(self.seed, f"{self.purpose}/rows/{lane}/{place}", epoch)
+    def _shuffled(self, epoch: int, lane: int, index: int, rows: int) -> list[int]:
+        generator = rng.generator(self.seed, f"{self.purpose}/rows/{lane}/{index}", epoch)
         order: list[int] = torch.randperm(rows, generator=generator).tolist()
         return order

@@ -76,9 +76,9 @@ class DefendedClassifier(nn.Module):
         """The masks of the next call: -> (K, N, n) int64 on the CPU."""
         tokens = self.denoiser.tokens
         if self._seed is None:
-            return masking.draw(self._generator, images, tokens, self.masking)
+            return masking.draw_masks(self._generator, images, tokens, self.masking)
         generator = rng.generator(self._seed, "fixed_masks")
-        return masking.draw(generator, 1, tokens, self.masking).expand(-1, images, -1)
+        return masking.draw_masks(generator, 1, tokens, self.masking).expand(-1, images, -1)
 
     def restore(self, images: Tensor) -> Tensor:
         """x~ under the next masks: (N, C, H, W) -> (N, C, H, W), not clamped."""
@@ -98,7 +98,9 @@ class DefendedClassifier(nn.Module):
             kept = torch.cat([self.masks(len(images)) for _ in range(self.draws)], dim=1)
         else:
             sets = (
-                masking.draw(rng.generator(self._seed, "fixed_masks", step=i), 1, self.denoiser.tokens, self.masking)
+                masking.draw_masks(
+                    rng.generator(self._seed, "fixed_masks", step=i), 1, self.denoiser.tokens, self.masking
+                )
                 for i in range(self.draws)
             )
             kept = torch.cat([s.expand(-1, len(images), -1) for s in sets], dim=1)

@@ -14,7 +14,7 @@ from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, DirConfig, MaskingConfig
 from dircluster.defenses.recipe import Batch, Recipe, crafting
 from dircluster.models.masked_vit import MaskedDenoiser
-from dircluster.models.masking import windows
+from dircluster.models.masking import complementary_masks
 
 
 class PretrainRecipe(Recipe):
@@ -45,7 +45,7 @@ class PretrainRecipe(Recipe):
             adversarial = pgd(
                 self.classifier, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform
             )
-        kept = windows(batch.stream.permutations("masks", self.denoiser.tokens), self.masking)
+        kept = complementary_masks(batch.stream.permutations("masks", self.denoiser.tokens), self.masking)
         return replace(batch, adversarial=adversarial, kept=kept)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -156,4 +156,4 @@ class DirRecipe(Recipe):
 
     def _masks(self, batch: Batch, draw: int) -> Tensor:
         purpose = "masks" if draw == 0 else f"masks/{draw}"
-        return windows(batch.stream.permutations(purpose, self.denoiser.tokens), self.masking)
+        return complementary_masks(batch.stream.permutations(purpose, self.denoiser.tokens), self.masking)

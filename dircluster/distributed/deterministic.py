@@ -60,10 +60,10 @@ def _share_of_sum(values: Tensor) -> Tensor:
     return _pairwise(received.view(dist.get_world_size(), -1))
 
 
-def with_pending(aside: PairwiseSum, bucket: Any) -> Any:
+def with_pending(pending: PairwiseSum, bucket: Any) -> Any:
     """``bucket`` with what was set aside of its parameters."""
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        aside.join(parameter, gradient)
+        pending.join(parameter, gradient)
     return bucket
 
 

@@ -47,12 +47,12 @@ class Parallel:
         return self.rank == 0
 
     def wrap(
-        self, module: nn.Module, trained: Sequence[str], strategy: str, half: bool, aside: PairwiseSum
+        self, module: nn.Module, trained: Sequence[str], strategy: str, half: bool, pending: PairwiseSum
     ) -> nn.Module:
         """``module`` with gradients averaged over the workers on backward, where there are several.
 
         ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers weights in bf16 where ``half``.
-        What lies ``aside`` of earlier micro-batches joins the average.
+        What lies ``pending`` of earlier micro-batches joins the average.
         """
         if self.world == 1:
             return module
@@ -63,7 +63,7 @@ class Parallel:
         wrapped = DistributedDataParallel(module)
         exchange: Any = average_bucket if self.device.type == "cpu" else allreduce_hook
         # DDP checks annotations, which are strings in this file: a lambda has none.
-        wrapped.register_comm_hook(aside, lambda state, bucket: exchange(None, with_pending(state, bucket)))
+        wrapped.register_comm_hook(pending, lambda state, bucket: exchange(None, with_pending(state, bucket)))
         return wrapped
 
     def mean(self, values: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """A copy of every tensor in full, in this machine's memory; nothing where the worker does not ``keep`` it.
 
     All workers call it together where some are sharded: they are gathered one after the other.
@@ -178,7 +178,7 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
     return made
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """A whole ``tensor`` on the device of ``model``, sharded as it is."""
     tensor = tensor.to(model.device)
     if isinstance(model, DTensor) and tensor.shape == model.shape:

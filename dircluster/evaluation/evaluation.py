@@ -18,83 +18,90 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.config import digest
 from dircluster.defenses.recipe import crafting
-from dircluster.evaluation.attack_runner import Crafter, judge, modules_of_attack
+from dircluster.evaluation.attack_runner import AttackRunner, judge, modules_of_attack
 from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.results import Result
 from dircluster.evaluation.statistics import wilson_interval
-from dircluster.evaluation.store import Shelf
-from dircluster.evaluation.suites import Case
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.store import ResultStore
+from dircluster.evaluation.suites import AttackSpec
+from dircluster.evaluation.victim import VictimModel
 
 
 @dataclass(frozen=True)
-class Unit:
+class EvalShard:
     """One case on one shard."""
 
-    case: Case
+    spec: AttackSpec
     number: int
     rows: tuple[int, int]
 
     @property
     def name(self) -> str:
         """Where its outcome is kept."""
-        place = f"{self.case.name}-{self.case.masks}-{digest(asdict(self.case))[:8]}"
-        return f"{place}/shard-{self.number:05d}"
+        folder = f"{self.spec.name}-{self.spec.randomness}-{digest(asdict(self.spec))[:8]}"
+        return f"{folder}/shard-{self.number:05d}"
 
 
-class Judgement:
-    """The units of a judgement of a ``subject`` and what has come of them. Each finished one is read once."""
+class Evaluation:
+    """The units of a judgement of a ``victim`` and what has come of them. Each finished one is read once."""
 
     def __init__(
-        self, cases: Sequence[Case], images: int, seed: int, shard: int, most_rows: int, shelf: Shelf, subject: Subject
+        self,
+        specs: Sequence[AttackSpec],
+        images: int,
+        seed: int,
+        shard_size: int,
+        most_rows: int,
+        store: ResultStore,
+        victim: VictimModel,
     ) -> None:
-        self.cases, self.images, self.seed = list(cases), images, seed
-        self.shard, self.most_rows, self.shelf = shard, most_rows, shelf
-        self.subject = subject
+        self.specs, self.images, self.seed = list(specs), images, seed
+        self.shard_size, self.most_rows, self.store = shard_size, most_rows, store
+        self.victim = victim
         self._read: dict[str, dict[str, Any]] = {}
 
-    def units(self, case: Case | None = None) -> Iterator[Unit]:
+    def shards(self, spec: AttackSpec | None = None) -> Iterator[EvalShard]:
         """All units, or those of one case, in the order of the table."""
-        for one in self.cases if case is None else [case]:
+        for one in self.specs if spec is None else [spec]:
             total = self.images if one.first is None else min(one.first, self.images)
-            for number, start in enumerate(range(0, total, self.shard)):
-                yield Unit(one, number, (start, min(start + self.shard, total)))
+            for number, start in enumerate(range(0, total, self.shard_size)):
+                yield EvalShard(one, number, (start, min(start + self.shard_size, total)))
 
-    def open_units(self) -> list[Unit]:
+    def open_shards(self) -> list[EvalShard]:
         """The units that nobody has finished."""
-        return [unit for unit in self.units() if self.outcome(unit) is None]
+        return [shard for shard in self.shards() if self.outcome(shard) is None]
 
-    def outcome(self, unit: Unit) -> dict[str, Any] | None:
+    def outcome(self, shard: EvalShard) -> dict[str, Any] | None:
         """What came out of a unit; None while it is not finished, or only by other code than this."""
-        found = self._read.get(unit.name)
+        found = self._read.get(shard.name)
         if found is None:
-            found = self.shelf.get(unit.name)
-            if found is None or found.get("code") != code(unit.case, self.subject):
+            found = self.store.get(shard.name)
+            if found is None or found.get("code") != code(shard.spec, self.victim):
                 return None
-            self._read[unit.name] = found
+            self._read[shard.name] = found
         return found
 
     def wait(self, asked_to_stop: Callable[[], int]) -> int:
         """Until all units are finished, whoever works on them, or a signal asks to stop; -> the signal, or 0."""
-        left = self.open_units()
+        left = self.open_shards()
         while left:
             if signal := asked_to_stop():
                 return signal
             time.sleep(0.5)
-            left = [unit for unit in left if self.outcome(unit) is None]
+            left = [shard for shard in left if self.outcome(shard) is None]
         return 0
 
-    def work(self, unit: Unit, images: Tensor, labels: Tensor) -> None:
+    def work(self, shard: EvalShard, images: Tensor, labels: Tensor) -> None:
         """Craft and judge the unit's ``images`` (n, C, H, W) in [0, 1], and keep what came out."""
-        began, subject = time.monotonic(), self.subject
-        seed = rng.entropy(self.seed, "judgement/attack", step=unit.number)  # all cases start alike: fair pairs
-        known = rng.entropy(self.seed, "judgement/known", step=unit.number)
-        anew = rng.entropy(self.seed, "judgement/anew", step=unit.number)
-        craft = Crafter(subject, unit.case, seed, known, self.most_rows)
-        with crafting(*subject.modules):
-            found, warned = craft(images, labels)
+        began, victim = time.monotonic(), self.victim
+        seed = rng.entropy(self.seed, "judgement/attack", step=shard.number)  # all cases start alike: fair pairs
+        fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
+        fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
+        attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
+        with crafting(*victim.modules):
+            found, warned = attack(images, labels)
             with torch.no_grad():
-                right = judge(subject, unit.case, known, anew, self.most_rows)(found, labels)
+                right = judge(victim, shard.spec, fixed, fresh, self.most_rows)(found, labels)
         lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
         if lost:
             warned = [*warned, f"{lost} of {len(found)} final images of a shard are not finite"]
@@ -103,38 +110,38 @@ class Judgement:
             "right": {
                 name: ["".join("01"[bit] for bit in row) for row in part.int().tolist()] for name, part in right.items()
             },
-            "code": code(unit.case, subject),
+            "code": code(shard.spec, victim),
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
             "seconds": round(time.monotonic() - began, 3),
         }
-        self.shelf.put(unit.name, outcome, found)
-        self._read[unit.name] = outcome
+        self.store.put(shard.name, outcome, found)
+        self._read[shard.name] = outcome
 
-    def right(self, case: Case) -> dict[str, Tensor]:
+    def right(self, spec: AttackSpec) -> dict[str, Tensor]:
         """What was right in a finished case: known (N, 1) and anew (N, draws), bool, where it has them."""
         parts: dict[str, list[str]] = {}
-        for outcome in self._outcomes(case):
+        for outcome in self._outcomes(spec):
             for name, rows in outcome["right"].items():
                 parts.setdefault(name, []).extend(rows)
         return {name: torch.tensor([[c == "1" for c in row] for row in rows]) for name, rows in parts.items()}
 
-    def shares(self, case: Case) -> Tensor:
+    def shares(self, spec: AttackSpec) -> Tensor:
         """Each image's accuracy in a finished case, (N,) float64: under known draws, else over fresh ones."""
-        right = self.right(case)
-        return right.get("known", right.get("anew", torch.empty(0))).double().mean(dim=1)
+        right = self.right(spec)
+        return right.get("fixed", right.get("fresh", torch.empty(0))).double().mean(dim=1)
 
-    def result(self, case: Case, defense: str) -> Result:
+    def result(self, spec: AttackSpec, defense: str) -> Result:
         """A finished case as a row."""
-        right = self.right(case)
-        main = right.get("known", right.get("anew", torch.empty(0)))
-        again = right.get("anew", main)
-        outcomes = list(self._outcomes(case))
+        right = self.right(spec)
+        main = right.get("fixed", right.get("fresh", torch.empty(0)))
+        again = right.get("fresh", main)
+        outcomes = list(self._outcomes(spec))
         correct, judged, total = int(main.sum()), main.numel(), len(main)
         return Result(
-            defense="none" if case.judged == "target" else defense,
-            attack=case.name,
-            masks="none" if case.judged == "target" else case.masks,
+            defense="none" if spec.judged == "target" else defense,
+            attack=spec.name,
+            randomness="none" if spec.judged == "target" else spec.randomness,
             accuracy=correct / judged,
             correct=correct,
             judged=judged,
@@ -144,45 +151,45 @@ class Judgement:
             mean=again.double().mean().item(),
             worst=again.double().mean(dim=0).min().item(),
             always=again.all(dim=1).double().mean().item(),
-            norm=case.norm,
-            epsilon=case.epsilon,
-            steps=case.steps,
-            step_size=case.step_size if case.steps and case.attack not in ("square", "autoattack") else 0.0,
-            restarts=case.restarts,
-            eot=case.eot,
-            loss=case.loss,
-            average=case.average,
+            norm=spec.norm,
+            epsilon=spec.epsilon,
+            steps=spec.steps,
+            step_size=spec.step_size if spec.steps and spec.attack not in ("square", "autoattack") else 0.0,
+            restarts=spec.restarts,
+            eot=spec.eot,
+            loss=spec.loss,
+            average=spec.average,
             sha256=hashlib.sha256("".join(o["sha256"] for o in outcomes).encode()).hexdigest(),
             warnings=tuple(dict.fromkeys(w for o in outcomes for w in o["warnings"])),
         )
 
-    def seconds(self, case: Case) -> float:
+    def seconds(self, spec: AttackSpec) -> float:
         """One worker's time that a finished case took."""
-        return float(sum(outcome["seconds"] for outcome in self._outcomes(case)))
+        return float(sum(outcome["seconds"] for outcome in self._outcomes(spec)))
 
-    def _outcomes(self, case: Case) -> Iterator[dict[str, Any]]:
-        for unit in self.units(case):
-            outcome = self.outcome(unit)
+    def _outcomes(self, spec: AttackSpec) -> Iterator[dict[str, Any]]:
+        for shard in self.shards(spec):
+            outcome = self.outcome(shard)
             if outcome is None:
-                raise LookupError(f"{unit.name} is not finished")
+                raise LookupError(f"{shard.name} is not finished")
             yield outcome
 
 
-def code(case: Case, subject: Subject) -> str:
+def code(spec: AttackSpec, victim: VictimModel) -> str:
     """Digest of the source that decides what a unit finds: that of its attack, of the defense, and of this room."""
-    models = [subject.module, *(m for m in (subject.target, subject.source) if isinstance(m, nn.Module))]
-    used = frozenset({rng.__name__}).union(modules_of_attack(case.attack), *map(modules_of, models))
-    return code_digest(used, frozenset({__name__, Crafter.__module__, Subject.__module__}))
+    models = [victim.module, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
+    used = frozenset({rng.__name__}).union(modules_of_attack(spec.attack), *map(modules_of, models))
+    return code_digest(used, frozenset({__name__, AttackRunner.__module__, VictimModel.__module__}))
 
 
 def run(
-    judgement: Judgement,
+    evaluation: Evaluation,
     batch: Callable[[int, int], tuple[Tensor, Tensor]],
-    told: Callable[[Unit, int, int], None] = lambda unit, done, total: None,
-    mine: Callable[[int], bool] = lambda place: True,
+    on_shard: Callable[[EvalShard, int, int], None] = lambda shard, done, total: None,
+    mine: Callable[[int], bool] = lambda index: True,
 ) -> None:
     """Work through the open ones of the units whose place is ``mine``; ``batch`` gives images and labels of rows."""
-    waiting = [u for place, u in enumerate(judgement.units()) if mine(place) and judgement.outcome(u) is None]
-    for done, unit in enumerate(waiting):
-        told(unit, done, len(waiting))
-        judgement.work(unit, *batch(*unit.rows))
+    waiting = [u for index, u in enumerate(evaluation.shards()) if mine(index) and evaluation.outcome(u) is None]
+    for done, shard in enumerate(waiting):
+        on_shard(shard, done, len(waiting))
+        evaluation.work(shard, *batch(*shard.rows))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, slope
+from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, value_and_grad
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
 from dircluster.defenses.recipe import crafting
 from dircluster.evaluation.statistics import wilson_interval
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.victim import VictimModel
 
 SHARES = tuple(i / 10 for i in range(11))
 """Shares of the noise that Figure 2 discards."""
@@ -37,7 +37,7 @@ def discarded_noise(
         with crafting(target):
             made = {
                 "PGD": pgd(target, images, labels, threat, steps, step_size, start),
-                "MI-FGSM": mi_fgsm(slope(cross_entropy(target, labels)), images, threat, steps, step_size),
+                "MI-FGSM": mi_fgsm(value_and_grad(cross_entropy(target, labels)), images, threat, steps, step_size),
             }
             for kind, adversarial in made.items():
                 noise = adversarial - images
@@ -50,22 +50,22 @@ def discarded_noise(
 
 
 def restoration(
-    subject: Subject, images: Tensor, labels: Tensor, attack: AttackConfig, steps: int, seed: int
+    victim: VictimModel, images: Tensor, labels: Tensor, attack: AttackConfig, steps: int, seed: int
 ) -> tuple[dict[str, Tensor], float]:
     """Images on their way through a purifier (Figures 4 and 7): by row, (n, C, H, W); and a share.
 
     The share is that of restored pixels outside [0, 1]: what a purifier does beyond cleaning.
     """
-    model, restore = subject.model("fixed", seed), subject.restorer("fixed", seed)
+    model, restore = victim.model("fixed", seed), victim.restorer("fixed", seed)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figures/start")).to(images)
-    with crafting(*subject.modules):
+    with crafting(*victim.modules):
         adversarial = pgd(model, images, labels, threat_of(attack), steps, attack.step_for(steps), start)
         with torch.no_grad():
             natural, cleaned = restore(images), restore(adversarial)
     rows = {"natural": images, "adversarial": adversarial}
-    if subject.masked:
-        kept = subject.masks("fixed", seed, len(images))()
-        for number, mask in enumerate(subject.pixel_masks(kept), 1):
+    if victim.masked:
+        kept = victim.masks("fixed", seed, len(images))()
+        for number, mask in enumerate(victim.pixel_masks(kept), 1):
             rows[f"under mask {number}"] = adversarial * mask.to(adversarial.device)
     rows |= {"restored": cleaned, "restored natural": natural}
     outside = ((cleaned < 0) | (cleaned > 1)).double().mean().item()

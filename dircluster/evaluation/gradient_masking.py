@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dircluster.config import AttackConfig, EvaluationConfig
-from dircluster.evaluation.suites import Case
+from dircluster.evaluation.suites import AttackSpec
 
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Radii of the curve, in units of the threat's own."""
@@ -27,7 +27,7 @@ ZERO = 0.01
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One row of the verdict."""
 
     question: str
@@ -39,18 +39,18 @@ class Finding:
     """The accuracies, by what was done."""
 
 
-def sanity_cases(
+def check_specs(
     attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, transfers: bool
-) -> dict[str, Case]:
+) -> dict[str, AttackSpec]:
     """The cases that the verdict needs, by a name of their own.
 
     "epsilon 1" is the whole pixel range, whatever the norm of the threat; the radii of an L2 threat are "L2 epsilon R".
     """
     eot = (settings.eot or 16) if randomised else 1
     steps = settings.steps or 20
-    base = Case(
+    base = AttackSpec(
         "pgd",
-        masks="fresh" if randomised else "none",
+        randomness="fresh" if randomised else "none",
         norm=attack.norm,
         epsilon=attack.epsilon,
         step_size=attack.step_for(steps),
@@ -59,36 +59,36 @@ def sanity_cases(
         draws=(settings.draws or 10) if randomised else 1,
         first=settings.verdict_images,
     )
-    cases = {"natural": replace(base, attack="natural", epsilon=0.0, steps=0, eot=1)}
+    specs = {"natural": replace(base, attack="natural", epsilon=0.0, steps=0, eot=1)}
     for radius in RADII:
         epsilon, step = radius * attack.epsilon, radius * attack.step_for(steps)
-        cases[f"{_radii(base)}{epsilon:.4g}"] = replace(base, epsilon=epsilon, step_size=step)
-    cases["epsilon 1"] = replace(base, norm="linf", epsilon=1.0, step_size=0.1, steps=2 * steps)
+        specs[f"{_radii(base)}{epsilon:.4g}"] = replace(base, epsilon=epsilon, step_size=step)
+    specs["epsilon 1"] = replace(base, norm="linf", epsilon=1.0, step_size=0.1, steps=2 * steps)
     for count in sorted({max(1, steps // 4), max(1, steps // 2), steps, 2 * steps, 4 * steps}):
-        cases[f"{count} steps"] = replace(base, steps=count, step_size=attack.step_for(count))
+        specs[f"{count} steps"] = replace(base, steps=count, step_size=attack.step_for(count))
     for count in (1, 2, 4):
-        cases[f"{count} restarts"] = replace(base, restarts=count)
+        specs[f"{count} restarts"] = replace(base, restarts=count)
     if randomised:
         for count in sorted({1, max(1, eot // 4), eot, 2 * eot}):
-            cases[f"EOT {count}"] = replace(base, eot=count)
-        cases["draws known"] = replace(base, masks="fixed", eot=1)
-    cases["one step"] = replace(base, attack="fgsm", steps=1, step_size=attack.epsilon)
-    cases["random noise"] = replace(base, attack="noise", steps=0, eot=1)
-    cases["square"] = replace(base, attack="square", steps=settings.queries // 5, eot=min(eot, 4))
+            specs[f"EOT {count}"] = replace(base, eot=count)
+        specs["draws known"] = replace(base, randomness="fixed", eot=1)
+    specs["one step"] = replace(base, attack="fgsm", steps=1, step_size=attack.epsilon)
+    specs["random noise"] = replace(base, attack="noise", steps=0, eot=1)
+    specs["square"] = replace(base, attack="square", steps=settings.queries // 5, eot=min(eot, 4))
     if transfers:
-        cases["transfer"] = replace(base, on="target", eot=1)
-    cases["gradients"] = replace(base, attack="gradient", steps=0, draws=1)
-    return cases
+        specs["transfer"] = replace(base, on="target", eot=1)
+    specs["gradients"] = replace(base, attack="gradient", steps=0, draws=1)
+    return specs
 
 
-def _radii(case: Case) -> str:
+def _radii(spec: AttackSpec) -> str:
     """How the names of cases begin whose radius varies."""
-    return "epsilon " if case.norm == "linf" else "L2 epsilon "
+    return "epsilon " if spec.norm == "linf" else "L2 epsilon "
 
 
-def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Finding]:
+def checks(specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor]) -> list[Check]:
     """The rows, from each case's accuracy image by image: (N,)."""
-    seen = {name: shares(case) for name, case in cases.items()}
+    seen = {name: shares(spec) for name, spec in specs.items()}
 
     def mean(name: str) -> float:
         return seen[name].mean().item()
@@ -99,18 +99,18 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
         spread = moved.std().item() / len(moved) ** 0.5 if len(moved) > 1 else 0.0
         return max(0.0, moved.mean().item() - 1.96 * spread)
 
-    def row(question: str, passed: bool, answer: str, *names: str) -> Finding:
-        return Finding(question, passed, answer, {name: mean(name) for name in names})
+    def row(question: str, passed: bool, answer: str, *names: str) -> Check:
+        return Check(question, passed, answer, {name: mean(name) for name in names})
 
     def percent(*names: str) -> str:
         return ", ".join(f"{name} {100 * mean(name):.1f} %" for name in names)
 
     def starting(word: str) -> list[str]:
-        return [name for name in cases if name.startswith(word) or name.endswith(word)]
+        return [name for name in specs if name.startswith(word) or name.endswith(word)]
 
-    findings = []
+    rows = []
     limit = max(0.01, 1.0 / len(seen["epsilon 1"]))
-    findings.append(
+    rows.append(
         row(
             "Does a radius of 1 leave nothing?",
             mean("epsilon 1") <= limit + 1e-9,
@@ -118,9 +118,9 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
             "epsilon 1",
         )
     )
-    curve = ["natural", *(name for name in starting(_radii(cases["natural"])) if name != "epsilon 1")]
+    curve = ["natural", *(name for name in starting(_radii(specs["natural"])) if name != "epsilon 1")]
     rises = [f"{b} above {a}" for a, b in pairwise(curve) if gain(b, a) > SLACK]
-    findings.append(
+    rows.append(
         row(
             "Does accuracy fall as the radius grows?",
             not rises,
@@ -135,9 +135,9 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
         ("Has the attack converged in EOT draws?", starting("EOT ")),
     ):
         if len(names) > 1:
-            findings.append(row(question, gain(names[-2], names[-1]) <= SLACK, percent(*names), *names))
-    own = f"{cases['1 restarts'].steps} steps"
-    findings.append(
+            rows.append(row(question, gain(names[-2], names[-1]) <= SLACK, percent(*names), *names))
+    own = f"{specs['1 restarts'].steps} steps"
+    rows.append(
         row(
             "Is many steps no weaker than one?",
             gain(own, "one step") <= SLACK,
@@ -150,9 +150,9 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
         ("transfer", "Is the white box no weaker than a transfer from another model?"),
         ("square", "Is the white box no weaker than Square, which sees no gradient?"),
     ):
-        if name in cases:
-            findings.append(row(question, gain(own, name) <= SLACK, percent(name, own), name, own))
-    findings.append(
+        if name in specs:
+            rows.append(row(question, gain(own, name) <= SLACK, percent(name, own), name, own))
+    rows.append(
         row(
             "Is random noise of the same size harmless?",
             gain("natural", "random noise") <= HARM,
@@ -161,7 +161,7 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
             "random noise",
         )
     )
-    findings.append(
+    rows.append(
         row(
             "Do all images have a gradient?",
             1 - mean("gradients") <= ZERO + 1e-9,
@@ -169,9 +169,9 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
             "gradients",
         )
     )
-    if "draws known" in cases:
+    if "draws known" in specs:
         gap = mean(own) - mean("draws known")
-        findings.append(
+        rows.append(
             row(
                 "Does robustness outlive its randomness?",
                 gain(own, "draws known") <= LUCK,
@@ -180,25 +180,27 @@ def verdict(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> list[Fi
                 own,
             )
         )
-    return findings
+    return rows
 
 
-def curves(cases: dict[str, Case], shares: Callable[[Case], Tensor]) -> dict[str, list[tuple[float, float, int]]]:
+def curves(
+    specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor]
+) -> dict[str, list[tuple[float, float, int]]]:
     """Accuracy against radius, steps and EOT draws: name -> (x, accuracy, images), rising in x."""
     found: dict[str, list[tuple[float, float, int]]] = {}
-    for name, case in cases.items():
+    for name, spec in specs.items():
         first, _, last = name.partition(" ")
         for axis, x in (
-            ("epsilon", case.epsilon if name == "natural" or name.startswith(_radii(cases["natural"])) else None),
-            ("steps", case.steps if last == "steps" else None),
-            ("EOT draws", case.eot if first == "EOT" else None),
+            ("epsilon", spec.epsilon if name == "natural" or name.startswith(_radii(specs["natural"])) else None),
+            ("steps", spec.steps if last == "steps" else None),
+            ("EOT draws", spec.eot if first == "EOT" else None),
         ):
             if x is not None:
-                share = shares(case)
+                share = shares(spec)
                 found.setdefault(axis, []).append((float(x), share.mean().item(), len(share)))
     return {axis: sorted(points) for axis, points in found.items()}
 
 
-def to_plain(findings: list[Finding]) -> list[dict[str, Any]]:
+def to_plain(rows: list[Check]) -> list[dict[str, Any]]:
     """Rows for JSON."""
-    return [asdict(finding) for finding in findings]
+    return [asdict(check) for check in rows]

@@ -15,9 +15,9 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import DefendedClassifier
 from dircluster.evaluation import figures
 from dircluster.evaluation.published import published
-from dircluster.evaluation.session import Report
+from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.suites import how
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import device_of
 
 SHOWN, EMBEDDED, DISCARDED = 8, 200, 256
@@ -27,46 +27,46 @@ PAGE = Path(__file__).with_name("html_report.html")
 
 
 def write_report(
-    found: Report,
-    subject: Subject,
+    report: EvaluationReport,
+    victim: VictimModel,
     test: Split,
     config: RunConfig,
     facts: dict[str, Any],
     folder: Path,
     natural_target: nn.Module | None,
-    said: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Path]:
-    """Write report.html and report.json into ``folder``: -> their paths. ``said`` hears what had to be left out."""
+    """Write report.html and report.json into ``folder``: -> their paths. ``say`` hears what had to be left out."""
     from jinja2 import Environment
 
     from dircluster.files import write_whole
 
-    dataset = config.data.name if _as_published(config, subject) else ""
-    plain = found.to_plain()
+    dataset = config.data.name if _as_published(config, victim) else ""
+    plain = report.to_plain()
     for row in plain["rows"]:
         row["published"] = published(dataset, row)
-    drawn, measured = _figures(found, subject, test, config, natural_target, said)
+    drawn, measured = _figures(report, victim, test, config, natural_target, say)
     page = Environment(autoescape=True).from_string(PAGE.read_text())
     html = page.render(
         name=config.name,
-        suite=found.suite,
-        seed=found.seed,
+        suite=report.suite,
+        seed=report.seed,
         images=len(test),
         data=config.data.uri or config.data.name,
         facts=facts,
         rows=plain["rows"],
-        seconds=found.seconds,
+        seconds=report.seconds,
         any_published=any(row["published"] is not None for row in plain["rows"]),
         verdict=plain["verdict"],
-        flags=len(found.flags),
+        flags=len(report.flags),
         verdict_images=min(config.evaluation.verdict_images, len(test)),
         figures=drawn,
         pc=lambda share: f"{100 * share:.1f}",
         how=how,
     )
-    passes = subject.module.masking.masks if isinstance(subject.module, DefendedClassifier) else 1
-    whole = {**plain, "facts": facts, "figures": measured, "robustbench": robustbench_entry(found, config, passes)}
-    name = f"report-{found.suite}-{digest([whole['rows'], whole['verdict']])[:6]}"  # other settings, another report
+    passes = victim.module.masking.masks if isinstance(victim.module, DefendedClassifier) else 1
+    whole = {**plain, "facts": facts, "figures": measured, "robustbench": robustbench_entry(report, config, passes)}
+    name = f"report-{report.suite}-{digest([whole['rows'], whole['verdict']])[:6]}"  # other settings, another report
     paths = [folder / f"{name}.html", folder / f"{name}.json"]
     for path, text in zip(paths, (html, json.dumps(whole, indent=1)), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,20 +74,20 @@ def write_report(
     return paths
 
 
-def _as_published(config: RunConfig, subject: Subject) -> bool:
+def _as_published(config: RunConfig, victim: VictimModel) -> bool:
     """Whether the paper's Tables 1 and 3 were measured under these settings."""
     attack = config.attack
-    masks = subject.module.masking.ratio if isinstance(subject.module, DefendedClassifier) else 0.5
+    masks = victim.module.masking.ratio if isinstance(victim.module, DefendedClassifier) else 0.5
     usual = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step - 2 / 255) < 1e-6
     return usual and attack.norm == "linf" and masks == 0.5 and config.target.objective == "at"
 
 
-def robustbench_entry(found: Report, config: RunConfig, passes: int = 1) -> dict[str, Any]:
+def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int = 1) -> dict[str, Any]:
     """The defense in the form of RobustBench's model_info; its figures are this report's, not the leaderboard's.
 
     ``autoattack_acc`` is AutoAttack standard's on fixed draws; None where the suite has not run it.
     """
-    own = [row for row in found.rows if row.defense == found.defense]
+    own = [row for row in report.rows if row.defense == report.defense]
     natural = next((row for row in own if row.attack == "natural"), None)
     auto = next((row for row in own if row.attack == "autoattack-standard"), None)
     threat, epsilon = config.attack.norm, config.attack.epsilon
@@ -101,42 +101,42 @@ def robustbench_entry(found: Report, config: RunConfig, passes: int = 1) -> dict
         "additional_data": False,
         "number_forward_passes": passes,
         "dataset": config.data.name,
-        "architecture": found.defense,
+        "architecture": report.defense,
         "eps": f"{255 * epsilon:.4g}/255" if threat == "linf" else f"{epsilon:.4g}",
         "clean_acc": None if natural is None else f"{100 * natural.accuracy:.2f}",
         "reported": f"{100 * min(row.accuracy for row in attacked):.2f}" if attacked else None,
         "autoattack_acc": None if auto is None else f"{100 * auto.accuracy:.2f}",
-        "unreliable": bool(found.flags) if found.verdict else None,
-        "footnote": "; ".join(flag.question for flag in found.flags) or None,
+        "unreliable": bool(report.flags) if report.verdict else None,
+        "footnote": "; ".join(flag.question for flag in report.flags) or None,
     }
 
 
 def _figures(
-    found: Report,
-    subject: Subject,
+    report: EvaluationReport,
+    victim: VictimModel,
     test: Split,
     config: RunConfig,
     natural_target: nn.Module | None,
-    said: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
     """Title, text and picture of each figure, and what was measured for them."""
     drawn: list[tuple[str, str, str]] = []
     measured: dict[str, Any] = {}
     steps, attack, seed = config.evaluation.steps or 20, config.attack, config.seed
-    device = device_of(subject.module)
+    device = device_of(victim.module)
     images, labels = test.pixels(slice(DISCARDED)).to(device), test.labels[:DISCARDED].to(device)
-    if found.curves:
+    if report.curves:
         drawn.append(
-            ("Accuracy against radius, steps and draws", "PGD; bands are 95 %.", figures.draw_curves(found.curves))
+            ("Accuracy against radius, steps and draws", "PGD; bands are 95 %.", figures.draw_curves(report.curves))
         )
-    if subject.target is not None:
+    if victim.target is not None:
         few = slice(SHOWN)
-        rows, outside = figures.restoration(subject, images[few], labels[few], attack, steps, seed)
+        rows, outside = figures.restoration(victim, images[few], labels[few], attack, steps, seed)
         measured["restored_pixels_outside_0_1"] = outside
         text = f"{100 * outside:.0f} % of the restored pixels lie outside [0, 1]; pictures are cut to it."
         drawn.append(("Restored images (Figures 4 and 7)", text, figures.draw_images(rows)))
-        drawn.append(_embedding(subject, images[:EMBEDDED], labels[:EMBEDDED], config, said))
-    bare = subject.target if isinstance(subject.target, nn.Module) else None if subject.target else subject.module
+        drawn.append(_embedding(victim, images[:EMBEDDED], labels[:EMBEDDED], config, say))
+    bare = victim.target if isinstance(victim.target, nn.Module) else None if victim.target else victim.module
     if bare is not None:
         targets = {"target": bare} | ({} if natural_target is None else {"natural target": natural_target.to(device)})
         shares = figures.discarded_noise(targets, images, labels, attack, steps, seed)
@@ -148,13 +148,13 @@ def _figures(
 
 
 def _embedding(
-    subject: Subject, images: torch.Tensor, labels: torch.Tensor, config: RunConfig, said: Callable[[str], None]
+    victim: VictimModel, images: torch.Tensor, labels: torch.Tensor, config: RunConfig, say: Callable[[str], None]
 ) -> tuple[str, str, str]:
-    rows, _ = figures.restoration(subject, images, labels, config.attack, config.evaluation.steps or 20, config.seed)
+    rows, _ = figures.restoration(victim, images, labels, config.attack, config.evaluation.steps or 20, config.seed)
     points = figures.embedding(torch.cat([rows["restored natural"], rows["restored"]]), config.seed)
     title = "Restored images, embedded (Figure 5)"
     if points is None:
-        said("the report has no UMAP: umap-learn is not installed (pip install dircluster[umap])")
+        say("the report has no UMAP: umap-learn is not installed (pip install dircluster[umap])")
         return title, "Left out: umap-learn is not installed.", ""
     adversarial = torch.arange(len(points)) >= len(images)
     text = f"UMAP of {len(images)} images, natural and adversarial, after restoration; a colour a class."

@@ -38,11 +38,11 @@ The defense protects against small {norm} noise on images like those it was trai
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Results as a Markdown table."""
-    lines = ["| defense | attack | masks | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
+    lines = ["| defense | attack | randomness | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
         lines.append(
-            f"| {row['defense']} | {row['attack']} | {row['masks']} | {100 * row['accuracy']:.1f} %"
+            f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %"
             f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
         )
     return "\n".join(lines)

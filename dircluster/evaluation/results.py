@@ -14,7 +14,7 @@ class Result:
     defense: str
     """none (the bare target), dir, or the name of somebody's module."""
     attack: str
-    masks: str
+    randomness: str
     """none (nothing is random), fixed (the attacker knows the draws), or fresh (anew at every pass)."""
     accuracy: float
     """correct / judged: under fresh draws the mean over all of them."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dircluster.config import AttackConfig, EvaluationConfig
 from dircluster.evaluation import gradient_masking
-from dircluster.evaluation.evaluation import Judgement, Unit, run
+from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.results import Result, to_plain
-from dircluster.evaluation.store import Memory, Shelf
-from dircluster.evaluation.suites import Case, known_suite
-from dircluster.evaluation.suites import suite as cases_of
-from dircluster.evaluation.victim import Subject, check_images
+from dircluster.evaluation.store import MemoryStore, ResultStore
+from dircluster.evaluation.suites import AttackSpec, known_suite
+from dircluster.evaluation.suites import suite as specs_of
+from dircluster.evaluation.victim import VictimModel, check_images
 from dircluster.models.modules import device_of
 
 
@@ -25,30 +25,30 @@ from dircluster.models.modules import device_of
 class Plan:
     """What a defense will face: the rows of the table, and the cases behind the verdict."""
 
-    table: list[Case]
-    sanity: dict[str, Case] = field(default_factory=dict)
+    table: list[AttackSpec]
+    checks: dict[str, AttackSpec] = field(default_factory=dict)
 
     @property
-    def cases(self) -> list[Case]:
+    def specs(self) -> list[AttackSpec]:
         """All of them, each once."""
-        return list(dict.fromkeys([*self.table, *self.sanity.values()]))
+        return list(dict.fromkeys([*self.table, *self.checks.values()]))
 
 
-def plan(subject: Subject, attack: AttackConfig, settings: EvaluationConfig) -> Plan:
+def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) -> Plan:
     """Suite ``settings.suite`` for a subject that has been met, with the verdict's cases where it is asked for."""
-    drawn, transfers = subject.randomised, subject.source is not None
-    purifies = subject.target is not None
-    table = cases_of(
+    drawn, transfers = victim.randomised, victim.source is not None
+    purifies = victim.target is not None
+    table = specs_of(
         settings.suite,
         attack,
         settings,
         randomised=drawn,
         purifies=purifies,
         transfers=transfers,
-        masked=subject.masked,
+        masked=victim.masked,
     )
     asked = (
-        gradient_masking.sanity_cases(attack, settings, randomised=drawn, transfers=transfers)
+        gradient_masking.check_specs(attack, settings, randomised=drawn, transfers=transfers)
         if settings.verdict
         else {}
     )
@@ -56,13 +56,13 @@ def plan(subject: Subject, attack: AttackConfig, settings: EvaluationConfig) -> 
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What a judgement found, with its evidence."""
 
     defense: str
     suite: str
     rows: list[Result]
-    verdict: list[gradient_masking.Finding]
+    verdict: list[gradient_masking.Check]
     curves: dict[str, list[tuple[float, float, int]]]
     """Accuracy against epsilon, steps and EOT draws: (x, accuracy, images)."""
     seed: int
@@ -70,9 +70,9 @@ class Report:
     """One worker's time for each row."""
 
     @property
-    def flags(self) -> list[gradient_masking.Finding]:
+    def flags(self) -> list[gradient_masking.Check]:
         """The rows of the verdict that the defense did not pass."""
-        return [finding for finding in self.verdict if finding.passed is False]
+        return [check for check in self.verdict if check.passed is False]
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -89,21 +89,21 @@ class Report:
     def __str__(self) -> str:
         from dircluster.evaluation.model_card import markdown_table
 
-        said = [markdown_table(to_plain(self.rows))]
-        said += [f"{'passed ' if f.passed else 'FLAGGED'}  {f.question} {f.answer}" for f in self.verdict]
-        return "\n".join(said)
+        lines = [markdown_table(to_plain(self.rows))]
+        lines += [f"{'passed ' if f.passed else 'FLAGGED'}  {f.question} {f.answer}" for f in self.verdict]
+        return "\n".join(lines)
 
 
-def report(judgement: Judgement, planned: Plan, defense: str, settings: EvaluationConfig) -> Report:
+def report(evaluation: Evaluation, planned: Plan, defense: str, settings: EvaluationConfig) -> EvaluationReport:
     """The table and the verdict of a judgement whose units are all finished."""
-    return Report(
+    return EvaluationReport(
         defense,
         settings.suite,
-        [judgement.result(case, defense) for case in planned.table],
-        gradient_masking.verdict(planned.sanity, judgement.shares) if planned.sanity else [],
-        gradient_masking.curves(planned.sanity, judgement.shares),
-        judgement.seed,
-        [judgement.seconds(case) for case in planned.table],
+        [evaluation.result(spec, defense) for spec in planned.table],
+        gradient_masking.checks(planned.checks, evaluation.shares) if planned.checks else [],
+        gradient_masking.curves(planned.checks, evaluation.shares),
+        evaluation.seed,
+        [evaluation.seconds(spec) for spec in planned.table],
     )
 
 
@@ -121,15 +121,16 @@ def evaluate(
     seed: int = 0,
     name: str = "defense",
     surrogate: nn.Module | None = None,
-    shelf: Shelf | None = None,
-    told: Callable[[Unit, int, int], None] = lambda unit, done, total: None,
-) -> Report:
+    store: ResultStore | None = None,
+    on_shard: Callable[[EvalShard, int, int], None] = lambda shard, done, total: None,
+) -> EvaluationReport:
     """Judge any module that maps images (N, C, H, W) in [0, 1] to logits (N, classes), on the device it lies on.
 
     ``images`` with ``labels`` (N,) int64; ``epsilon``, ``norm`` and ``step_size`` are those of AttackConfig; ``suite``
     is quick, paper or rigorous, and ``verdict`` asks whether the module only hides gradients. Transfers are crafted on
-    ``surrogate``, or on a purifier's own classifier. ``shelf`` keeps finished units, so that a judgement can go on;
-    ``told`` is called before each unit with the units done and open. Modules are judged in eval mode, and come back in
+    ``surrogate``, or on a purifier's own classifier. ``store`` keeps finished units, so that a judgement can go on;
+    ``on_shard`` is called before each unit with the units done and open. Modules are judged in eval mode, and come
+    back in
     the modes, and on the device, that they came in. Raises ConfigError, one line, for images out of range, labels out
     of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or another shape.
     """
@@ -141,10 +142,10 @@ def evaluate(
     images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
     if surrogate is not None and device_of(surrogate) != device:
         surrogate = copy.deepcopy(surrogate).to(device)  # the caller's stays where it is
-    subject = Subject(module, name, surrogate)
-    subject.meet(images[:8].to(device), int(labels.max()))
-    planned = plan(subject, attack, chosen)
-    shelf = Memory() if shelf is None else shelf
-    judgement = Judgement(planned.cases, len(images), seed, chosen.batch_size, chosen.rows, shelf, subject)
-    run(judgement, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), told)
-    return report(judgement, planned, name, chosen)
+    victim = VictimModel(module, name, surrogate)
+    victim.meet(images[:8].to(device), int(labels.max()))
+    planned = plan(victim, attack, chosen)
+    store = MemoryStore() if store is None else store
+    evaluation = Evaluation(planned.specs, len(images), seed, chosen.batch_size, chosen.rows, store, victim)
+    run(evaluation, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), on_shard)
+    return report(evaluation, planned, name, chosen)

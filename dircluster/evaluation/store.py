@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
-class Shelf(Protocol):
+class ResultStore(Protocol):
     """Keeps the outcomes of units, by name."""
 
     def get(self, name: str) -> dict[str, Any] | None:
@@ -19,7 +19,7 @@ class Shelf(Protocol):
         """Keep an outcome, and where asked its adversarial images (N, C, H, W)."""
 
 
-class Memory:
+class MemoryStore:
     """A shelf for one process."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Memory:
         self.kept[name] = outcome
 
 
-class Folder:
+class FolderStore:
     """A shelf in a folder or in object storage: one file a unit, written whole or not at all."""
 
     def __init__(self, folder: Path, keep_images: bool = False) -> None:

@@ -10,16 +10,16 @@ from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 
 SuiteName = Literal["quick", "paper", "rigorous"]
 SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
-Masks = Literal["none", "fixed", "fresh"]
+Randomness = Literal["none", "fixed", "fresh"]
 
 
 @dataclass(frozen=True)
-class Case:
+class AttackSpec:
     """One attack on one form of the defense. Radii and steps are in units of the pixel range."""
 
     attack: str
     """natural, noise, fgsm, pgd, mifgsm, vnifgsm, autoattack, square, masked, bpda, or restored."""
-    masks: Masks = "none"
+    randomness: Randomness = "none"
     """Random draws, known to the attacker (fixed) or anew at every pass (fresh); none where nothing is random."""
     on: Literal["defense", "target"] = "defense"
     """What the attacker crafts on; what is crafted elsewhere and judged on the defense is a transfer."""
@@ -57,9 +57,9 @@ class Case:
 
 def known_suite(name: str) -> SuiteName:
     """``name``, if there is such a suite. Raises ConfigError otherwise."""
-    for known in SUITES:
-        if name == known:
-            return known
+    for fixed in SUITES:
+        if name == fixed:
+            return fixed
     raise ConfigError(f"there is no suite {name!r}; choose {', '.join(SUITES)}")
 
 
@@ -72,90 +72,96 @@ def suite(
     purifies: bool,
     transfers: bool,
     masked: bool,
-) -> list[Case]:
+) -> list[AttackSpec]:
     """The cases of suite ``name`` for a defense of this kind.
 
     ``quick``: seconds. ``paper``: Tables 1 and 3, Eq. 8 and 9. ``rigorous``: what a strong reviewer adds.
     """
     eot = (settings.eot or (8 if name == "quick" else 20)) if randomised else 1
     draws = (settings.draws or (10 if name == "quick" else 20)) if randomised else 1
-    ball = Case("pgd", norm=attack.norm, epsilon=attack.epsilon, draws=draws)
+    ball = AttackSpec("pgd", norm=attack.norm, epsilon=attack.epsilon, draws=draws)
     ball = _lasting(ball, attack, settings.steps or 20)
     restarts = settings.restarts or 1
-    known = replace(ball, masks="fixed") if randomised else ball
-    anew = replace(ball, masks="fresh", eot=eot) if randomised else ball
+    fixed = replace(ball, randomness="fixed") if randomised else ball
+    fresh = replace(ball, randomness="fresh", eot=eot) if randomised else ball
     bare = replace(ball, on="target", judged="target", draws=1)
 
-    cases = [_natural(bare), bare] if purifies else []
-    cases += [_natural(known), _natural(anew)]
+    specs = [_natural(bare), bare] if purifies else []
+    specs += [_natural(fixed), _natural(fresh)]
     if name == "quick":
-        cases += [replace(known, restarts=restarts), replace(anew, restarts=restarts)]
-        cases += [replace(anew, on="target", eot=1)] if transfers else []
+        specs += [replace(fixed, restarts=restarts), replace(fresh, restarts=restarts)]
+        specs += [replace(fresh, on="target", eot=1)] if transfers else []
     elif name == "paper":
-        cases += _paper(known, anew, attack, settings, purifies=purifies, masked=masked)
+        specs += _paper(fixed, fresh, attack, settings, purifies=purifies, masked=masked)
     else:
         steps = settings.steps or 200
-        long = _lasting(anew, attack, steps)
-        cases += [
-            replace(_lasting(known, attack, steps), restarts=settings.restarts or 2),
+        long = _lasting(fresh, attack, steps)
+        specs += [
+            replace(_lasting(fixed, attack, steps), restarts=settings.restarts or 2),
             *([replace(long, restarts=restarts)] if randomised else []),
             replace(long, loss="margin", label=f"pgd{steps}-margin"),
-            *_autoattack(known, settings, masked),
-            replace(anew, attack="square", steps=settings.queries),
+            *_autoattack(fixed, settings, masked),
+            replace(fresh, attack="square", steps=settings.queries),
         ]
         if attack.norm == "linf":  # an L2 threat has been met already
             radius = settings.l2_epsilon
             step_size = radius * attack.step / attack.epsilon
-            cases += [replace(long, norm="l2", epsilon=radius, step_size=step_size, label=f"l2-pgd{steps}")]
+            specs += [replace(long, norm="l2", epsilon=radius, step_size=step_size, label=f"l2-pgd{steps}")]
         if randomised:
-            best = replace(anew, eot=1, average=eot)
-            cases += [
-                replace(anew, attack="autoattack", label="autoattack-rand", steps=0),
+            best = replace(fresh, eot=1, average=eot)
+            specs += [
+                replace(fresh, attack="autoattack", label="autoattack-rand", steps=0),
                 replace(_natural(best), label=f"natural-mean-of-{eot}"),
                 replace(_lasting(best, attack, steps), label=f"pgd{steps}-mean-of-{eot}"),
             ]
-        cases += [replace(long, on="target", eot=1)] if transfers else []
-    return list(dict.fromkeys(cases))
+        specs += [replace(long, on="target", eot=1)] if transfers else []
+    return list(dict.fromkeys(specs))
 
 
-def _natural(case: Case) -> Case:
-    return replace(case, attack="natural", epsilon=0.0, steps=0, step_size=0.0, eot=1)
+def _natural(spec: AttackSpec) -> AttackSpec:
+    return replace(spec, attack="natural", epsilon=0.0, steps=0, step_size=0.0, eot=1)
 
 
-def _lasting(case: Case, attack: AttackConfig, steps: int) -> Case:
+def _lasting(spec: AttackSpec, attack: AttackConfig, steps: int) -> AttackSpec:
     """The case with ``steps`` steps of the size that goes with them."""
-    return replace(case, steps=steps, step_size=attack.step_for(steps))
+    return replace(spec, steps=steps, step_size=attack.step_for(steps))
 
 
-def _autoattack(known: Case, settings: EvaluationConfig, masked: bool) -> list[Case]:
+def _autoattack(fixed: AttackSpec, settings: EvaluationConfig, masked: bool) -> list[AttackSpec]:
     """AutoAttack standard, unless it would meet other draws than it is judged on: it passes some images alone."""
-    if known.masks == "fixed" and not masked:
+    if fixed.randomness == "fixed" and not masked:
         return []
-    return [replace(known, attack="autoattack", label="autoattack-standard", steps=settings.queries)]
+    return [replace(fixed, attack="autoattack", label="autoattack-standard", steps=settings.queries)]
 
 
 def _paper(
-    known: Case, anew: Case, attack: AttackConfig, settings: EvaluationConfig, *, purifies: bool, masked: bool
-) -> list[Case]:
-    forty, eot = settings.steps or 40, anew.eot
+    fixed: AttackSpec,
+    fresh: AttackSpec,
+    attack: AttackConfig,
+    settings: EvaluationConfig,
+    *,
+    purifies: bool,
+    masked: bool,
+) -> list[AttackSpec]:
+    forty, eot = settings.steps or 40, fresh.eot
     restarts = settings.restarts or 1
-    cases = [
-        replace(known, restarts=restarts),
-        replace(anew, restarts=restarts),
-        *_autoattack(known, settings, masked),
-        replace(known, attack="mifgsm"),
-        replace(anew, attack="mifgsm"),
-        replace(known, attack="vnifgsm"),
+    specs = [
+        replace(fixed, restarts=restarts),
+        replace(fresh, restarts=restarts),
+        *_autoattack(fixed, settings, masked),
+        replace(fixed, attack="mifgsm"),
+        replace(fresh, attack="mifgsm"),
+        replace(fixed, attack="vnifgsm"),
     ]
     if masked:
-        both = [_lasting(m, attack, forty) for m in (known, anew)]
-        cases += [replace(m, attack="masked", eot=1, label=f"masked{forty}") for m in both]
+        both = [_lasting(m, attack, forty) for m in (fixed, fresh)]
+        specs += [replace(m, attack="masked", eot=1, label=f"masked{forty}") for m in both]
     if purifies:
-        cases += [replace(_lasting(anew, attack, forty), attack="bpda", label=f"bpda{forty}-eot{eot}")]
-        restored = replace(known, attack="restored", label=f"restored{known.steps}-from-natural")
-        label = f"restored{known.steps}-from-adversarial"
-        cases += [restored, replace(restored, source="adversarial", label=label)]
-    return cases
+        specs += [replace(_lasting(fresh, attack, forty), attack="bpda", label=f"bpda{forty}-eot{eot}")]
+        restored = replace(fixed, attack="restored", label=f"restored{fixed.steps}-from-natural")
+        label = f"restored{fixed.steps}-from-adversarial"
+        specs += [restored, replace(restored, source="adversarial", label=label)]
+    return specs
 
 
 def how(row: Mapping[str, Any], draws: bool = True) -> str:
@@ -169,7 +175,7 @@ def how(row: Mapping[str, Any], draws: bool = True) -> str:
         if row[key] > 1:
             parts.append(f"{name} {row[key]}")
     if draws and row["draws"] > 1:
-        mean = f"mean {100 * row['mean']:.1f}, " if row["masks"] == "fixed" else ""
+        mean = f"mean {100 * row['mean']:.1f}, " if row["randomness"] == "fixed" else ""
         parts.append(
             f"of {row['draws']} fresh draws {mean}worst {100 * row['worst']:.1f}, all {100 * row['always']:.1f} %"
         )

@@ -74,9 +74,9 @@ def accuracies(rows: Iterable[Mapping[str, Any]], defense: str) -> tuple[float, 
     Natural is that of fresh masks where masks there are; robust is the lowest of all attacks but transfers.
     """
     own = [row for row in rows if row["defense"] == defense]
-    natural = [row["mean"] for row in own if row["attack"] == "natural" and row["masks"] != "fixed"]
+    natural = [row["mean"] for row in own if row["attack"] == "natural" and row["randomness"] != "fixed"]
     attacked = [
-        row["accuracy"] if row["masks"] == "fixed" else row["mean"]
+        row["accuracy"] if row["randomness"] == "fixed" else row["mean"]
         for row in own
         if row["epsilon"] and not row["attack"].startswith("transfer")
     ]
@@ -152,9 +152,9 @@ def _heights(points: Sequence[Point], kind: Literal["natural", "robust"]) -> tup
 
 def _target_lines(axis: Any, points: Sequence[Point]) -> None:
     bare = [trial.bare for point in points for trial in point.trials if trial.bare is not None]
-    for place, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
+    for index, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
         if bare:
-            mean = 100 * statistics.fmean(pair[place] for pair in bare)
+            mean = 100 * statistics.fmean(pair[index] for pair in bare)
             axis.axhline(mean, linestyle="--", color=colour, linewidth=1, label=f"bare target, {kind}")
 
 
@@ -172,9 +172,9 @@ def _curves(axis: Any, points: Sequence[Point], name: str) -> None:
 
 
 def _bars(axis: Any, points: Sequence[Point]) -> None:
-    for place, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
+    for index, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
         heights, deviations = _heights(points, kind)
-        x = [number + 0.4 * place - 0.2 for number in range(len(points))]
+        x = [number + 0.4 * index - 0.2 for number in range(len(points))]
         axis.bar(x, heights, 0.38, yerr=deviations, capsize=3, color=colour, label=kind)
     _target_lines(axis, points)
     words = [

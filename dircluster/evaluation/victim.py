@@ -24,7 +24,7 @@ Runner = Callable[[Part, Tensor], Tensor]
 """Runs a part on images under random draws of its own."""
 
 
-class Subject:
+class VictimModel:
     """A module that takes (N, C, H, W) in [0, 1] and returns (N, classes) logits, whoever trained it.
 
     A module with ``restore(images)`` and ``classifier(images)`` is a purifier in front of a classifier, which BPDA,
@@ -84,13 +84,13 @@ class Subject:
                 " attacker knows can be held fixed"
             )
 
-    def model(self, masks: str, seed: int, draws: int = 1, images: int = 1, most_rows: int | None = None) -> Model:
+    def model(self, randomness: str, seed: int, draws: int = 1, images: int = 1, most_rows: int | None = None) -> Model:
         """Images -> logits: under draws that are ``fixed`` and known by ``seed``, or ``fresh`` at every pass.
 
         A DIR defense's fixed masks are those of ``images`` images, which must then pass together, or one for all.
         With ``draws`` > 1 the logits are averaged over so many fresh draws, ``most_rows`` rows at a time.
         """
-        run = self._runner(masks, seed, images)
+        run = self._runner(randomness, seed, images)
         if draws == 1:
             return lambda batch: run(self._logits, batch)
 
@@ -119,21 +119,21 @@ class Subject:
         part.rows = count  # type: ignore[attr-defined]
         return part
 
-    def bypassed(self, masks: str, seed: int, images: int = 1) -> Model:
+    def bypassed(self, randomness: str, seed: int, images: int = 1) -> Model:
         """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
-        run, classifier = self._runner(masks, seed, images), self._classifier()
+        run, classifier = self._runner(randomness, seed, images), self._classifier()
         return lambda batch: run(lambda x, kept: classifier(straight_through(x, self._restore(x, kept))), batch)
 
-    def restorer(self, masks: str, seed: int, images: int = 1) -> Callable[[Tensor], Tensor]:
+    def restorer(self, randomness: str, seed: int, images: int = 1) -> Callable[[Tensor], Tensor]:
         """Images -> restored images."""
-        run = self._runner(masks, seed, images)
+        run = self._runner(randomness, seed, images)
         return lambda batch: run(self._restore, batch)
 
     def masks(self, form: str, seed: int, images: int) -> Callable[[], Tensor]:
         """A DIR defense's masks (K, N, n) as the attacker of Eq. 8 meets them: the same or new ones at each call."""
-        generator, known = self._masks(form, seed, images)
+        generator, fixed = self._masks(form, seed, images)
         device = device_of(self._defense)
-        return lambda: (known if known is not None else self._draw(generator, images)).to(device)
+        return lambda: (fixed if fixed is not None else self._draw(generator, images)).to(device)
 
     def logits_under(self, images: Tensor, kept: Tensor) -> Tensor:
         """Logits of a DIR defense through given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
@@ -163,20 +163,20 @@ class Subject:
         restored: Tensor = module.restore(images) if kept is None else module.denoiser(images, kept)
         return restored
 
-    def _runner(self, masks: str, seed: int, known_images: int = 1) -> Runner:
+    def _runner(self, randomness: str, seed: int, known_images: int = 1) -> Runner:
         if not self.masked:
-            stream = _Stream(seed, again=masks == "fixed")
+            stream = _Stream(seed, again=randomness == "fixed")
 
             def run(part: Part, images: Tensor) -> Tensor:
                 with stream():
                     return part(images, None)
 
             return run
-        generator, known = self._masks(masks, seed, known_images)
+        generator, fixed = self._masks(randomness, seed, known_images)
 
         def run_masked(part: Part, images: Tensor) -> Tensor:
             rows = len(images) * getattr(part, "rows", 1)
-            kept = self._draw(generator, rows) if known is None else known
+            kept = self._draw(generator, rows) if fixed is None else fixed
             return part(images, (kept.expand(-1, rows, -1) if kept.shape[1] == 1 else kept).to(images.device))
 
         return run_masked
@@ -186,7 +186,7 @@ class Subject:
         return generator, self._draw(generator, images) if form == "fixed" else None
 
     def _draw(self, generator: torch.Generator, images: int) -> Tensor:
-        return masking.draw(generator, images, self._defense.denoiser.tokens, self._defense.masking)
+        return masking.draw_masks(generator, images, self._defense.denoiser.tokens, self._defense.masking)
 
 
 class _Stream:

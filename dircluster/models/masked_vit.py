@@ -91,10 +91,10 @@ class MaskedDenoiser(nn.Module):
         first = (self.class_token + position[:, :1]).expand(count * n, -1, -1)
         encoded = self.encoder_norm(self._through(self.encoder, torch.cat([first.to(seen.dtype), seen], dim=1)))
 
-        places = kept.reshape(count * n, size) + torch.arange(count * n, device=kept.device)[:, None] * self.tokens
+        positions = kept.reshape(count * n, size) + torch.arange(count * n, device=kept.device)[:, None] * self.tokens
         unseen = self.mask_token.to(encoded.dtype).expand(count * n, self.tokens, -1)
         full = unseen.reshape(count * n * self.tokens, -1).index_copy(
-            0, places.reshape(-1), encoded[:, 1:].reshape(count * n * size, -1)
+            0, positions.reshape(-1), encoded[:, 1:].reshape(count * n * size, -1)
         )
         full = torch.cat([encoded[:, :1], full.reshape(count * n, self.tokens, -1)], dim=1) + self.decoder_position
         decoded = self.decoder_norm(self._through(self.decoder, full))[:, 1:]

@@ -8,7 +8,7 @@ from torch import Tensor
 from dircluster.config import MaskingConfig
 
 
-def windows(permutations: Tensor, masking: MaskingConfig) -> Tensor:
+def complementary_masks(permutations: Tensor, masking: MaskingConfig) -> Tensor:
     """Kept patches of each mask: cyclic windows of a permutation, starting every T/K places.
 
     (N, T) int64 -> (K, N, n) int64 with n = round((1 - ratio) T). At ratio 1/2 and K = 2 the two masks are exact
@@ -18,14 +18,14 @@ def windows(permutations: Tensor, masking: MaskingConfig) -> Tensor:
     masking.check(tokens)
     kept, count = masking.kept(tokens), masking.masks
     starts = torch.arange(count, device=permutations.device) * tokens // count
-    places = (starts[:, None] + torch.arange(kept, device=permutations.device)) % tokens
-    return permutations[:, places].transpose(0, 1).contiguous()
+    positions = (starts[:, None] + torch.arange(kept, device=permutations.device)) % tokens
+    return permutations[:, positions].transpose(0, 1).contiguous()
 
 
-def draw(generator: torch.Generator, images: int, tokens: int, masking: MaskingConfig) -> Tensor:
+def draw_masks(generator: torch.Generator, images: int, tokens: int, masking: MaskingConfig) -> Tensor:
     """Masks for ``images`` images, each from its own permutation: -> (K, N, n) int64, on the generator's device."""
     keys = torch.rand((images, tokens), generator=generator, dtype=torch.float64, device=generator.device)
-    return windows(keys.argsort(dim=1), masking)
+    return complementary_masks(keys.argsort(dim=1), masking)
 
 
 def pixel_mask(kept: Tensor, height: int, width: int, patch: int) -> Tensor:

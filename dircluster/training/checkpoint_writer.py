@@ -25,7 +25,7 @@ class Save:
     """Name of their folder, weights, and what is known of them."""
 
 
-class Writer:
+class CheckpointWriter:
     """A thread that commits one save while the next one waits; a third is waited for.
 
     Where storage refuses or stalls, training goes on: the newest save takes the place of the one that waits.

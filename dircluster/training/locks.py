@@ -26,7 +26,7 @@ class TakenOverError(ConfigError):
 
 
 @contextlib.contextmanager
-def alone(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def stage_lock(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Hold ``folder`` for the job ``owner``; yields a check that raises TakenOverError where it no longer does.
 
     Raises TakenOverError where another job holds it. A file lock ends with its process; a lease outlives it by ``DEAD``

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dircluster.config import OptimizerConfig
-from dircluster.distributed.parallel import like
+from dircluster.distributed.parallel import shard_like
 
 
 def make_optimizer(parameters: list[Tensor], knobs: OptimizerConfig) -> torch.optim.Optimizer:
@@ -37,4 +37,4 @@ def restore_optimizer(
     for name, value in sorted(tensors.items()):
         owner, _, kind = name.rpartition("|")
         parameter = parameters[owner]
-        optimizer.state[parameter][kind] = value if kind == "step" else like(value, parameter)
+        optimizer.state[parameter][kind] = value if kind == "step" else shard_like(value, parameter)

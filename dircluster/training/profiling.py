@@ -134,7 +134,7 @@ def time_eot(defense: DefendedClassifier, images: Tensor, labels: Tensor, draws:
     generator, best = rng.generator(0, "eot"), {"batched": float("inf"), "calls": float("inf")}
 
     def model(candidates: Tensor) -> Tensor:
-        kept = masking.draw(generator, len(candidates), defense.denoiser.tokens, defense.masking)
+        kept = masking.draw_masks(generator, len(candidates), defense.denoiser.tokens, defense.masking)
         return defense.logits(candidates, kept.to(candidates.device))
 
     with frozen(defense):

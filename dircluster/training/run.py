@@ -20,21 +20,21 @@ from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.stream import Shards, StreamLoader
 from dircluster.defenses.base import DefendedClassifier
-from dircluster.distributed.parallel import Parallel, whole
-from dircluster.evaluation.evaluation import Judgement, Unit, run
+from dircluster.distributed.parallel import Parallel, gather_full
+from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.session import plan, report
-from dircluster.evaluation.store import Folder
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.store import FolderStore
+from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.training import checkpoint, export, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
-from dircluster.training.locks import TakenOverError, alone
+from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import Console, StageRecord, Tracker
-from dircluster.training.stage_folder import Place, find_place
+from dircluster.training.stage_folder import StageFolder, find_stage_folder
 from dircluster.training.trainer import Stage, Trainer
 
 
@@ -124,21 +124,21 @@ class Run:
             stage = stages.target_stage(self.config, models.classifier)
             return self._stage(stage, inputs, models, ("classifier",)).digest
         given = self.parallel.first_does(self._keep_given_target)
-        place = Place("target", given[0], self.open_path(given[1]))
-        models.classifier.load_state_dict(checkpoint.read(place.final, place.key).tensors["classifier"])
+        stage_folder = StageFolder("target", given[0], self.open_path(given[1]))
+        models.classifier.load_state_dict(checkpoint.read(stage_folder.final, stage_folder.key).tensors["classifier"])
         if self.parallel.first:
             self.console.say(f"target: taken from {self.config.target.uri}")
-        return place.digest
+        return stage_folder.digest
 
     def _keep_given_target(self) -> tuple[str, str]:
         weights = export.load_target(self.config, self.open_path).state_dict()
         key = digest(
             {"target": stages.architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}}
         )
-        place = find_place(self.storage, "target", key)
-        if place.digest is None:
-            checkpoint.write(place.final, {"classifier": weights}, {"stage": "target"}, key)
-        return key, str(place.folder)
+        stage_folder = find_stage_folder(self.storage, "target", key)
+        if stage_folder.digest is None:
+            checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
+        return key, str(stage_folder.folder)
 
     def _stage(
         self,
@@ -147,49 +147,54 @@ class Run:
         models: stages.Models,
         names: tuple[str, ...],
         facts: dict[str, Any] | None = None,
-    ) -> Place:
+    ) -> StageFolder:
         """Bring a stage to its end, from wherever it stands; the models of its ``names`` then hold the result."""
         config, parallel = self.config, self.parallel
         key = stages.stage_key(config, stage.name, inputs)
-        folder = parallel.first_does(lambda: str(find_place(self.storage, stage.name, key, self.token).folder))
-        place = Place(stage.name, key, self.open_path(folder))
-        if not parallel.first_does(lambda: self._is_finished(place)):
-            self._train(stage, place, models, names, facts or {})
+        folder = parallel.first_does(lambda: str(find_stage_folder(self.storage, stage.name, key, self.token).folder))
+        stage_folder = StageFolder(stage.name, key, self.open_path(folder))
+        if not parallel.first_does(lambda: self._is_finished(stage_folder)):
+            self._train(stage, stage_folder, models, names, facts or {})
         elif parallel.first:
-            self.console.say(f"{stage.name}: reused from {place.folder}")
-            self._send_again(stage, place)
-            self.tracker.reused(stage.name, place.folder.name)
-        finished = checkpoint.read(place.final, key)
+            self.console.say(f"{stage.name}: reused from {stage_folder.folder}")
+            self._send_again(stage, stage_folder)
+            self.tracker.reused(stage.name, stage_folder.folder.name)
+        finished = checkpoint.read(stage_folder.final, key)
         models.renew(names)  # what was trained may lie in shards
         for name in names:
             getattr(models, name).load_state_dict(finished.tensors[name])
         self.selection[stage.name] = finished.state["best"]
-        return place
+        return stage_folder
 
-    def _is_finished(self, place: Place) -> bool:
-        if place.digest is None:
+    def _is_finished(self, stage_folder: StageFolder) -> bool:
+        if stage_folder.digest is None:
             return False
         try:
-            checkpoint.read(place.final, place.key)
+            checkpoint.read(stage_folder.final, stage_folder.key)
         except checkpoint.DamagedError as error:
             self.console.say(f"{error}; making it again from the stage's checkpoints")
             return False
         return True
 
     def _train(
-        self, stage: Stage, place: Place, models: stages.Models, names: tuple[str, ...], facts: dict[str, Any]
+        self,
+        stage: Stage,
+        stage_folder: StageFolder,
+        models: stages.Models,
+        names: tuple[str, ...],
+        facts: dict[str, Any],
     ) -> None:
         with contextlib.ExitStack() as held:
-            holder = alone(place.folder, self.owner, self.console.say)
+            holder = stage_lock(stage_folder.folder, self.owner, self.console.say)
             checks: list[Callable[[], None]] = []
             self.parallel.first_does(lambda: checks.append(held.enter_context(holder)))
             guard = checks[0] if checks else _free
-            self._train_alone(stage, place, models, names, facts, guard)
+            self._train_alone(stage, stage_folder, models, names, facts, guard)
 
     def _train_alone(
         self,
         stage: Stage,
-        place: Place,
+        stage_folder: StageFolder,
         models: stages.Models,
         names: tuple[str, ...],
         facts: dict[str, Any],
@@ -197,19 +202,19 @@ class Run:
     ) -> None:
         config, parallel = self.config, self.parallel
         loader = self._loader(stage.name)
-        record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
-        checkpoints = Checkpoints(place.folder, place.key, self.console.say, guard)
+        record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
+        checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
         trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
         status = "FAILED"
         try:
             best = trainer.run()
             state = {"stage": stage.name, "best": best, **facts}
-            tensors = {name: whole(getattr(models, name).state_dict(), parallel.first) for name in names}
+            tensors = {name: gather_full(getattr(models, name).state_dict(), parallel.first) for name in names}
 
             def finish() -> None:
                 guard()
-                self._keep_unsent(record, place)
-                checkpoint.write(place.final, tensors, state, place.key)
+                self._keep_unsent(record, stage_folder)
+                checkpoint.write(stage_folder.final, tensors, state, stage_folder.key)
 
             parallel.first_does(lambda: self._persist(finish))
             parallel.wait()  # nobody reads before it is committed
@@ -222,9 +227,9 @@ class Run:
 
     def _loader(self, purpose: str) -> Loader | StreamLoader:
         config, parallel, train = self.config, self.parallel, self.data.train
-        place: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
+        share: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
         if isinstance(train, Shards):
-            return StreamLoader(train, config.training.batch_size, config.seed, purpose, **place)
+            return StreamLoader(train, config.training.batch_size, config.seed, purpose, **share)
         return Loader(
             train,
             config.training.batch_size,
@@ -232,18 +237,18 @@ class Run:
             purpose,
             crop_padding=config.data.crop_padding,
             flip=config.data.flip,
-            **place,
+            **share,
         )
 
-    def _keep_unsent(self, record: StageRecord, place: Place) -> None:
+    def _keep_unsent(self, record: StageRecord, stage_folder: StageFolder) -> None:
         """What the tracker has not received of a stage that ends: the process may be killed before it is sent."""
         points, pictures = record.unsent()
         if points or pictures:
-            checkpoint.write(place.folder / "unsent", {"unsent": pictures}, {"unsent": points}, place.key)
+            checkpoint.write(stage_folder.folder / "unsent", {"unsent": pictures}, {"unsent": points}, stage_folder.key)
 
     def _persist(self, write: Callable[[], None]) -> None:
         """``write``, tried again for up to ``storage.patience`` seconds while storage refuses."""
-        deadline, said = time.monotonic() + self.config.storage.patience, False
+        deadline, warned = time.monotonic() + self.config.storage.patience, False
         with waiting(self.console):
             while True:
                 try:
@@ -253,59 +258,63 @@ class Run:
                 except Exception as trouble:  # whatever storage says
                     if time.monotonic() > deadline:
                         raise
-                    if not said:
+                    if not warned:
                         self.console.say(f"the stage's result cannot be stored yet: {str(trouble).splitlines()[0]}")
-                    said = True
+                    warned = True
                     time.sleep(1.0)
 
-    def _send_again(self, stage: Stage, place: Place) -> None:
-        if checkpoint.digest(place.folder / "unsent") is None:
+    def _send_again(self, stage: Stage, stage_folder: StageFolder) -> None:
+        if checkpoint.digest(stage_folder.folder / "unsent") is None:
             return
         try:
-            kept = checkpoint.read(place.folder / "unsent", place.key)
+            kept = checkpoint.read(stage_folder.folder / "unsent", stage_folder.key)
         except checkpoint.CheckpointError as error:
             self.console.say(f"{error}; some points of {stage.name} may be missing in MLflow")
             return
-        record = self.tracker.stage(stage.name, place.folder.name, self._facts(stage))
+        record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         record.resend(kept.state["unsent"], kept.tensors["unsent"])
         record.end("FINISHED")
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
         return flatten(stages.stage_settings(self.config, stage.name))
 
-    def _evaluate(self, place: Place, denoiser: MaskedDenoiser, classifier: nn.Module) -> list[dict[str, Any]]:
+    def _evaluate(
+        self, stage_folder: StageFolder, denoiser: MaskedDenoiser, classifier: nn.Module
+    ) -> list[dict[str, Any]]:
         """The rows of the suite. Workers share its units out; what is finished stays when a run is interrupted."""
         config, parallel, settings = self.config, self.parallel, self.config.evaluation
-        said: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
+        say: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
         began, test = time.monotonic(), self.data.test.take(slice(settings.images))
         defense = DefendedClassifier(denoiser, classifier, config.masking).to(parallel.device)
-        subject = Subject(defense, "dir")
-        planned = plan(subject, config.attack, dataclasses.replace(settings, verdict=False))
-        facts = facts_of(place.digest, self.data.fingerprint, len(test), config.seed, settings)
-        shelf = Folder(results_folder(self.storage, subject.name, facts))
-        judgement = Judgement(planned.cases, len(test), config.seed, settings.batch_size, settings.rows, shelf, subject)
+        victim = VictimModel(defense, "dir")
+        planned = plan(victim, config.attack, dataclasses.replace(settings, verdict=False))
+        facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
+        store = FolderStore(results_folder(self.storage, victim.name, facts))
+        evaluation = Evaluation(
+            planned.specs, len(test), config.seed, settings.batch_size, settings.rows, store, victim
+        )
 
         def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
             rows = slice(start, stop)
             return test.pixels(rows).to(parallel.device), test.labels[rows].to(parallel.device)
 
-        def told(unit: Unit, done: int, total: int) -> None:
-            if unit.number == 0 or done == 0:
-                said(f"evaluation: {unit.case.name}, masks {unit.case.masks}, of {unit.case.judged}")
+        def on_shard(shard: EvalShard, done: int, total: int) -> None:
+            if shard.number == 0 or done == 0:
+                say(f"evaluation: {shard.spec.name}, randomness {shard.spec.randomness}, of {shard.spec.judged}")
 
-        left = parallel.first_does(lambda: len(judgement.open_units()))
+        left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
-            said(f"evaluation: suite {settings.suite} on {len(test)} test images")
+            say(f"evaluation: suite {settings.suite} on {len(test)} test images")
             with interruptible(classifier, self.console):
-                run(judgement, batch, told, lambda place: place % parallel.world == parallel.rank)
-            if signal := judgement.wait(self.console.stop_signal):  # no collective: another worker may take long
+                run(evaluation, batch, on_shard, lambda index: index % parallel.world == parallel.rank)
+            if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()
-            said(f"evaluation: done in {time.monotonic() - began:.0f} s")
+            say(f"evaluation: done in {time.monotonic() - began:.0f} s")
         else:
-            said(f"evaluation: reused from {shelf.folder}")
+            say(f"evaluation: reused from {store.folder}")
         rows: list[dict[str, Any]] = parallel.first_does(
-            lambda: to_plain(report(judgement, planned, "dir", settings).rows)
+            lambda: to_plain(report(evaluation, planned, "dir", settings).rows)
         )
         return rows
 

@@ -13,7 +13,7 @@ TOKEN = "started-by"
 
 
 @dataclass(frozen=True)
-class Place:
+class StageFolder:
     """A stage's folder, the key of its settings, and whether it is finished."""
 
     name: str
@@ -31,7 +31,7 @@ class Place:
         return checkpoint.digest(self.final)
 
 
-def find_place(storage: Path, name: str, key: str, token: str | None = None) -> Place:
+def find_stage_folder(storage: Path, name: str, key: str, token: str | None = None) -> StageFolder:
     """The newest folder of a stage: NAME-KEY, NAME-KEY.2, ...
 
     With a ``token`` it is the folder that bears it, made after the newest where there is none yet: so a run that
@@ -44,8 +44,8 @@ def find_place(storage: Path, name: str, key: str, token: str | None = None) -> 
     if token is not None:
         marked = [n for n, f in folders.items() if (f / TOKEN).is_file() and (f / TOKEN).read_text() == token]
         number = marked[0] if marked else max(folders, default=0) + 1
-    place = Place(name, key, storage / (stem if number == 1 else f"{stem}.{number}"))
+    stage_folder = StageFolder(name, key, storage / (stem if number == 1 else f"{stem}.{number}"))
     if token is not None and number not in folders:
-        place.folder.mkdir(parents=True)
-        (place.folder / TOKEN).write_text(token)
-    return place
+        stage_folder.folder.mkdir(parents=True)
+        (stage_folder.folder / TOKEN).write_text(token)
+    return stage_folder

@@ -44,14 +44,14 @@ def stage_key(config: RunConfig, name: str, inputs: dict[str, str | None]) -> st
 
 def build_classifier(config: RunConfig) -> nn.Module:
     """The target with its initial weights, a function of the seed."""
-    with rng.ambient(config.seed, "target/weights"):
+    with rng.seeded_torch_rng(config.seed, "target/weights"):
         return classifiers.build(architecture(config), config.data)
 
 
 def build_denoiser(config: RunConfig) -> MaskedDenoiser:
     """The denoiser with its initial weights, a function of the seed."""
     data = config.data
-    with rng.ambient(config.seed, "denoiser/weights"):
+    with rng.seeded_torch_rng(config.seed, "denoiser/weights"):
         return MaskedDenoiser(config.model, data.channels, data.height, data.width)
 
 

@@ -19,10 +19,10 @@ from dircluster.data.split import Split
 from dircluster.data.stream import StreamLoader
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.distributed.deterministic import PairwiseSum
-from dircluster.distributed.parallel import Parallel, accumulates, like, whole, without_sync
+from dircluster.distributed.parallel import Parallel, accumulates, gather_full, shard_like, without_sync
 from dircluster.evaluation.pictures import to_pixels
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
-from dircluster.training.checkpoint_writer import Save, Writer
+from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from dircluster.training.protocols import Console, StageRecord, Status
@@ -83,16 +83,16 @@ class Trainer:
         self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
         self.checkpoints, self.record, self.console = checkpoints, record, console
         self.steps = stage.epochs * loader.steps_per_epoch
-        self.aside = PairwiseSum([])
+        self.pending = PairwiseSum([])
         half = _half(config, parallel.device)
-        self.wrapped = parallel.wrap(stage.recipe, stage.recipe.trained, config.parallel.strategy, half, self.aside)
+        self.wrapped = parallel.wrap(stage.recipe, stage.recipe.trained, config.parallel.strategy, half, self.pending)
         self.parameters = {n: p for n, p in stage.recipe.named_parameters() if p.requires_grad}
-        self.aside.parameters = list(self.parameters.values())
+        self.pending.parameters = list(self.parameters.values())
         self.optimizers = {name: make_optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
         self.best: dict[str, Any] | None = None
         self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
         self.saved = -1
-        self.writer = Writer(checkpoints, console.say) if parallel.first else None
+        self.writer = CheckpointWriter(checkpoints, console.say) if parallel.first else None
 
     def run(self) -> dict[str, Any] | None:
         """Train to the end; the recipe then holds the stage's result. -> what is known of its best weights.
@@ -176,8 +176,8 @@ class Trainer:
 
     def _leavable(self, safe: bool = True) -> AbstractContextManager[None]:
         """Where a single worker may leave at once when it hears a signal; several have to agree on a step."""
-        alone = self.parallel.world == 1 and safe
-        return interruptible(self.recipe.get_submodule("classifier"), self.console, leave=alone)
+        single = self.parallel.world == 1 and safe
+        return interruptible(self.recipe.get_submodule("classifier"), self.console, leave=single)
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
@@ -195,7 +195,7 @@ class Trainer:
         count = pieces(whole_batch, world, self.config.training.microbatch)
         bounds = [len(labels) * i // count for i in range(count + 1)]
         stateless = not any(True for name in self.recipe.trained for _ in self.recipe.get_submodule(name).buffers())
-        with rng.ambient(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
+        with rng.seeded_torch_rng(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
             for begin, end in pairwise(bounds):
                 # Shares may differ by an image: weighted so, their mean over the workers is that of the batch.
                 rows, weight = slice(begin, end), (end - begin) * world / whole_batch
@@ -209,11 +209,11 @@ class Trainer:
                     torch.autograd.backward(losses["loss"] * weight)
                 names = tuple(losses)
                 if end < len(labels) and not accumulates(self.wrapped):
-                    self.aside.put()
+                    self.pending.put()
                 part = torch.stack([value.detach().double() for value in losses.values()]) * weight
                 total = part if total is None else total + part
         assert total is not None
-        self.aside.join_all()
+        self.pending.join_all()
         signal = self.console.stop_signal()
         flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
         *values, asked, number = self.parallel.mean(torch.cat([total, flags])).tolist()
@@ -241,7 +241,7 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         """Copies in full, on the first worker: all call it together."""
-        return whole(
+        return gather_full(
             {
                 f"{name}.{k}": v
                 for name in self.recipe.trained
@@ -256,7 +256,7 @@ class Trainer:
             module = self.recipe.get_submodule(name)
             own = module.state_dict()
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            module.load_state_dict({k: like(v, own[k]) if k in own else v for k, v in state.items()})
+            module.load_state_dict({k: shard_like(v, own[k]) if k in own else v for k, v in state.items()})
 
     def _resume(self) -> int:
         found: Checkpoint | None = None
@@ -290,7 +290,7 @@ class Trainer:
         names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         groups = {"model": self._weights()}
         for module, optimizer in self.optimizers.items():
-            groups[f"optimizer-{module}"] = whole(optimizer_tensors(optimizer, names), keep=self.parallel.first)
+            groups[f"optimizer-{module}"] = gather_full(optimizer_tensors(optimizer, names), keep=self.parallel.first)
         if self.writer is not None:
             points, pictures = self.record.unsent()
             tensors = groups | {"unsent": dict(pictures)}

@@ -14,7 +14,7 @@ from dircluster.config import RunConfig
 from dircluster.data.split import Split
 from dircluster.defenses.recipe import Recipe, crafting
 from dircluster.distributed.parallel import Parallel
-from dircluster.models.masking import pixel_mask, windows
+from dircluster.models.masking import complementary_masks, pixel_mask
 
 
 class Judge:
@@ -42,7 +42,7 @@ class Judge:
     def masks(self, rows: Tensor) -> Tensor:
         """Masks of the rows: -> (K, N, n)."""
         keys = rng.per_image(self.config.seed, f"{self.purpose}/masks", rows, (self.config.tokens,))
-        return windows(keys.argsort(dim=1), self.config.masking).to(self.parallel.device)
+        return complementary_masks(keys.argsort(dim=1), self.config.masking).to(self.parallel.device)
 
     def collect(self, right: Callable[[Tensor], Tensor]) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""

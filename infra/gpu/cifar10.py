@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import dircluster
-from dircluster.attacks.gradient import ascend, cross_entropy, pgd
+from dircluster.attacks.gradient import cross_entropy, pgd, projected_ascent, value_and_grad
 from dircluster.attacks.threat import LInf
 from dircluster.config import (
     AttackConfig,
@@ -104,7 +104,7 @@ class FastDir(DirRecipe):
         with crafting(self.denoiser, self.classifier):
             begun = pgd(self.classifier, batch.images, batch.labels, threat, 3, attack.step, uniform)
             pipeline = cross_entropy(lambda images: self.predict(images, kept), batch.labels)
-            found = ascend(pipeline, begun, batch.images, threat, self.last, attack.step)
+            found = projected_ascent(value_and_grad(pipeline), begun, batch.images, threat, self.last, attack.step)
         return replace(batch, adversarial=found, kept=kept)
 
 
@@ -269,7 +269,7 @@ def relative(found: Tensor, reference: Tensor) -> float:
 def agreement(machine: Machine, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """g, h, h after g and input gradients on the device, in fp32, TF32 and bf16, against float64 on the CPU."""
     h, g = machine.target(False).eval(), machine.denoiser(False).eval()
-    kept = masking.draw(torch.Generator().manual_seed(0), len(images), g.tokens, machine.masking)
+    kept = masking.draw_masks(torch.Generator().manual_seed(0), len(images), g.tokens, machine.masking)
 
     def values(h: nn.Module, g: MaskedDenoiser, images: Tensor, kept: Tensor, labels: Tensor) -> dict[str, Tensor]:
         found = {"h": h(images), "g": g(images, kept)}
@@ -658,7 +658,7 @@ class Training:
             uniform = torch.rand(images.shape, generator=generator, device=machine.device)
             model: Callable[[Tensor], Tensor] = h
             if g is not None:
-                kept = masking.draw(generator, len(images), machine_tokens(g), machine.masking)
+                kept = masking.draw_masks(generator, len(images), machine_tokens(g), machine.masking)
                 model = lambda x, g=g, kept=kept: h(g(x, kept))  # type: ignore[misc] # noqa: E731
             with frozen(h, *([] if g is None else [g])), machine.autocast():
                 found = pgd(model, images, labels, LInf(EPSILON), 10, EPSILON / 4, uniform)

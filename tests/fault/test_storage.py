@@ -25,7 +25,7 @@ from dircluster.data.photos import write_photos
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader
 from dircluster.presets import preset
-from dircluster.training.locks import alone
+from dircluster.training.locks import stage_lock
 from infra.local_cluster import BUCKET, Cluster
 from tests.fault.conftest import ROOT, SMOKE, weights_in
 from tests.fault.kill_at import MOMENTS
@@ -216,15 +216,15 @@ def test_one_job_holds_a_stage_in_object_storage(bucket: Path, monkeypatch: pyte
     monkeypatch.setattr("dircluster.training.locks.BEAT", 0.2)
     monkeypatch.setattr("dircluster.training.locks.DEAD", 2.0)
     said: list[str] = []
-    with alone(bucket, "first", said.append) as check:
-        with pytest.raises(ConfigError, match="another job is training"), alone(bucket, "second", said.append):
+    with stage_lock(bucket, "first", said.append) as check:
+        with pytest.raises(ConfigError, match="another job is training"), stage_lock(bucket, "second", said.append):
             pass
-        with alone(bucket, "first", said.append):  # its own worker, restarted
+        with stage_lock(bucket, "first", said.append):  # its own worker, restarted
             check()
-    with alone(bucket, "second", said.append):
+    with stage_lock(bucket, "second", said.append):
         pass
     (bucket / "lease.json").write_text(json.dumps({"owner": "dead", "beat": 7}))
-    with alone(bucket, "third", said.append):
+    with stage_lock(bucket, "third", said.append):
         deadline = time.monotonic() + 10
         while json.loads((bucket / "lease.json").read_text())["owner"] != "third":
             assert time.monotonic() < deadline

@@ -13,7 +13,7 @@ from dircluster.config import ParallelConfig, RunConfig
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.distributed.deterministic import OrderedReduceScatter, PairwiseSum
 from dircluster.distributed.launch import local_workers
-from dircluster.distributed.parallel import Parallel, whole
+from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.presets import preset
 from dircluster.rng import Stream
 from dircluster.training import stages
@@ -57,7 +57,7 @@ def step(recipe: Recipe, wrapped: torch.nn.Module, parallel: Parallel) -> tuple[
     crafted.append(OrderedReduceScatter.calls)
     wrapped(batch)["loss"].backward()
     sent = SENT[0]
-    return sent, whole({n: p.grad for n, p in recipe.named_parameters() if p.grad is not None})
+    return sent, gather_full({n: p.grad for n, p in recipe.named_parameters() if p.grad is not None})
 
 
 def made(config: RunConfig, parallel: Parallel, recompute: bool = False) -> tuple[Recipe, torch.nn.Module]:
@@ -65,8 +65,8 @@ def made(config: RunConfig, parallel: Parallel, recompute: bool = False) -> tupl
     models.denoiser.recompute = recompute
     recipe = stages.dir_stage(config, models.denoiser, models.classifier).recipe
     recipe.train()
-    aside = PairwiseSum([])
-    return recipe, parallel.wrap(recipe, recipe.trained, config.parallel.strategy, False, aside)
+    pending = PairwiseSum([])
+    return recipe, parallel.wrap(recipe, recipe.trained, config.parallel.strategy, False, pending)
 
 
 crafted: list[int] = []

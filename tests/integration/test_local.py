@@ -170,7 +170,7 @@ def test_the_summary(train: Train) -> None:
     assert len(summary["commit"]) >= 7
     assert (Path(summary["checkpoint"]) / "denoiser.safetensors").is_file()
     for row in summary["results"]:
-        assert {"defense", "attack", "masks", "correct", "total", "interval"} <= set(row)
+        assert {"defense", "attack", "randomness", "correct", "total", "interval"} <= set(row)
         assert row["accuracy"] == row["correct"] / row["judged"]
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
     assert done.out.splitlines()[0].startswith("digits_smoke, seed 3, tracking.enabled False: reusing and resuming")

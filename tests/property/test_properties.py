@@ -16,7 +16,7 @@ from dircluster.attacks.threat import LInf
 from dircluster.config import ConfigError, MaskingConfig, RunConfig, from_dict, to_dict
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.models.masked_vit import patchify, unpatchify
-from dircluster.models.masking import draw
+from dircluster.models.masking import draw_masks
 from dircluster.training import checkpoint
 
 
@@ -24,7 +24,7 @@ from dircluster.training import checkpoint
 def test_masks_cover_every_patch_or_are_refused(tokens: int, ratio: float, count: int | None, seed: int) -> None:
     masking = MaskingConfig(ratio=ratio, count=count)
     try:
-        kept = draw(rng.generator(seed, "masks"), 3, tokens, masking)
+        kept = draw_masks(rng.generator(seed, "masks"), 3, tokens, masking)
     except ConfigError as refusal:
         assert masking.kept(tokens) * masking.masks < tokens + masking.masks or masking.kept(tokens) == 0
         assert "masking." in str(refusal)  # noqa: PT017

@@ -13,10 +13,10 @@ from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, RunCon
 from dircluster.defenses.base import DefendedClassifier
 from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe
-from dircluster.evaluation.attack_runner import Crafter, judge
-from dircluster.evaluation.gradient_masking import sanity_cases
-from dircluster.evaluation.suites import Case, suite
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.attack_runner import AttackRunner, judge
+from dircluster.evaluation.gradient_masking import check_specs
+from dircluster.evaluation.suites import AttackSpec, suite
+from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.models.modules import frozen
 from dircluster.presets import preset
@@ -68,10 +68,10 @@ def test_a_step_of_any_target_stays_on_its_device(objective: Any) -> None:
     assert {value.device for value in losses.values()} == {META}
 
 
-def cases() -> list[Case]:
+def cases() -> list[AttackSpec]:
     kind: dict[str, Any] = {"randomised": True, "purifies": True, "transfers": True, "masked": True}
     found = [case for name in ("quick", "paper", "rigorous") for case in suite(name, AttackConfig(), FEW, **kind)]
-    found += sanity_cases(AttackConfig(), FEW, randomised=True, transfers=True).values()
+    found += check_specs(AttackConfig(), FEW, randomised=True, transfers=True).values()
     short = (dataclasses.replace(case, steps=min(case.steps, 1), epsilon=0.1, label="") for case in found)
     return [case for case in dict.fromkeys(short) if case.attack not in LIBRARY]
 
@@ -79,12 +79,12 @@ def cases() -> list[Case]:
 def test_every_attack_and_judgement_stays_on_the_device_of_its_images() -> None:
     config = preset("digits_smoke")
     denoiser, classifier = models(config)
-    subject = Subject(DefendedClassifier(denoiser, classifier, config.masking), "dir")
+    subject = VictimModel(DefendedClassifier(denoiser, classifier, config.masking), "dir")
     pictures, labels = images(config)
     seen = set()
     for case in cases():
         with frozen(subject.module):
-            found, _ = Crafter(subject, case, 0, 0, 6)(pictures, labels)
+            found, _ = AttackRunner(subject, case, 0, 0, 6)(pictures, labels)
             assert found.device == META, case
             with torch.no_grad():
                 right = judge(subject, case, 0, 0, 6)(found, labels)

@@ -34,9 +34,9 @@ def test_an_images_draw_does_not_depend_on_its_neighbours() -> None:
 
 def test_ambient_draws_are_seeded_and_put_back() -> None:
     before = torch.random.get_rng_state()
-    with rng.ambient(0, "weights"):
+    with rng.seeded_torch_rng(0, "weights"):
         first = torch.rand(3)
-    with rng.ambient(0, "weights"):
+    with rng.seeded_torch_rng(0, "weights"):
         assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -54,7 +54,7 @@ def test_streams_of_gpus_are_seeded_and_put_back_too(gpu: torch.Generator) -> No
     """Dropout of a target on a GPU draws from the GPU's own stream."""
     before, drawn = gpu.get_state(), []
     for purpose in ("a", "a", "b"):
-        with rng.ambient(0, purpose):
+        with rng.seeded_torch_rng(0, purpose):
             drawn.append(torch.rand(3, generator=gpu))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

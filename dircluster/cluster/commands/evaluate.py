@@ -14,8 +14,8 @@ from dircluster.config import ConfigError, RunConfig, refuse_secret, to_dict
 
 if TYPE_CHECKING:
     from dircluster.cluster.console import Terminal
-    from dircluster.cluster.loading import Brief
-    from dircluster.cluster.runtime.evaluation_job import Bench
+    from dircluster.cluster.loading import JobSpec
+    from dircluster.cluster.runtime.evaluation_job import EvaluationJob
 
 
 def main(argv: list[str]) -> int:
@@ -68,34 +68,38 @@ class _Judging:
         if self.job.launcher == "ray":
             scaling = dataclasses.replace(scaling, device="cpu")  # of this process; the workers have their own
         with local_workers(scaling) as parallel:
-            brief = self._brief(parallel)
-            benches: list[Bench] = []
-            parallel.first_does(lambda: benches.append(self._bench(brief, parallel)))  # one download, or one error
-            bench = benches[0] if benches else self._bench(brief, parallel)
-            open_places = parallel.share(self._open_places(bench))
+            job_spec = self._make_job_spec(parallel)
+            evaluation_jobs: list[EvaluationJob] = []
+            parallel.first_does(
+                lambda: evaluation_jobs.append(self._make_evaluation_job(job_spec, parallel))
+            )  # one download, or one error
+            evaluation_job = evaluation_jobs[0] if evaluation_jobs else self._make_evaluation_job(job_spec, parallel)
+            open_indices = parallel.share(self._open_indices(evaluation_job))
             if self.job.launcher == "ray":
-                signal = self._on_ray(brief, bench, open_places)
+                signal = self._on_ray(job_spec, evaluation_job, open_indices)
             else:
-                signal = self._here(bench, open_places, parallel)
+                signal = self._here(evaluation_job, open_indices, parallel)
             if signal:
                 return signal
             if self.first:
-                signal = bench.judgement.wait(self.terminal.stop_signal)  # no collective: others may take long
+                signal = evaluation_job.evaluation.wait(
+                    self.terminal.stop_signal
+                )  # no collective: others may take long
                 if signal:
                     return signal
-                self._tell(bench)
+                self._tell(evaluation_job)
         return 0
 
-    def _brief(self, parallel: Any) -> Brief:
+    def _make_job_spec(self, parallel: Any) -> JobSpec:
         """What is judged, with every model where all workers can read it."""
-        from dircluster.cluster.loading import Brief
+        from dircluster.cluster.loading import JobSpec
 
         named = [self.job.defense, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
         found: list[str] = parallel.first_does(lambda: [self._reachable(uri) for uri in named])
         defense, surrogate, self.natural_target, target = found
         if target:
             self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
-        return Brief(to_dict(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images)
+        return JobSpec(to_dict(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images)
 
     def _reachable(self, uri: str) -> str:
         from dircluster.cluster.loading import FACTORY
@@ -112,77 +116,89 @@ class _Judging:
             return uri
         return str(Path(uri.removeprefix("file://")).expanduser().resolve())  # workers live in other folders
 
-    def _bench(self, brief: Brief, parallel: Any) -> Bench:
+    def _make_evaluation_job(self, job_spec: JobSpec, parallel: Any) -> EvaluationJob:
         """This process's bench. Where Ray's workers do the work, it stays on the CPU."""
         import torch
 
-        from dircluster.cluster.runtime.evaluation_job import Bench
+        from dircluster.cluster.runtime.evaluation_job import EvaluationJob
 
-        return Bench(brief, torch.device("cpu") if self.job.launcher == "ray" else parallel.device)
+        return EvaluationJob(job_spec, torch.device("cpu") if self.job.launcher == "ray" else parallel.device)
 
-    def _open_places(self, bench: Bench) -> list[int]:
-        places = [place for place, unit in enumerate(bench.units) if bench.judgement.outcome(unit) is None]
-        kept = len(bench.units) - len(places)
-        resumed = f", {kept} of {len(bench.units)} units are finished already" if kept and places else ""
+    def _open_indices(self, evaluation_job: EvaluationJob) -> list[int]:
+        indices = [
+            index
+            for index, shard in enumerate(evaluation_job.shards)
+            if evaluation_job.evaluation.outcome(shard) is None
+        ]
+        kept = len(evaluation_job.shards) - len(indices)
+        resumed = f", {kept} of {len(evaluation_job.shards)} units are finished already" if kept and indices else ""
         self.terminal.say(
-            f"judging {self.job.defense}: suite {bench.settings.suite}, {len(bench.test)} images{resumed}"
+            f"judging {self.job.defense}: suite {evaluation_job.settings.suite},"
+            f" {len(evaluation_job.test)} images{resumed}"
         )
-        if not places:
-            self.terminal.say(f"evaluation: reused from {bench.folder}")
-        return places
+        if not indices:
+            self.terminal.say(f"evaluation: reused from {evaluation_job.folder}")
+        return indices
 
-    def _on_ray(self, brief: Brief, bench: Bench, places: list[int]) -> int:
+    def _on_ray(self, job_spec: JobSpec, evaluation_job: EvaluationJob, indices: list[int]) -> int:
         from dircluster.cluster.runtime import ray_evaluate
 
-        if not places:
+        if not indices:
             return 0
-        brief = dataclasses.replace(brief, key=bench.key)
+        job_spec = dataclasses.replace(job_spec, key=evaluation_job.key)
         return ray_evaluate.work(
-            brief,
+            job_spec,
             self.config,
             self.workers,
-            places,
+            indices,
             self.terminal,
-            lambda place: self._finished(bench, place, len(places)),
+            lambda index: self._finished(evaluation_job, index, len(indices)),
         )
 
-    def _here(self, bench: Bench, places: list[int], parallel: Any) -> int:
+    def _here(self, evaluation_job: EvaluationJob, indices: list[int], parallel: Any) -> int:
         from dircluster.defenses.base import DefendedClassifier
         from dircluster.training.interrupt import Interrupted, interruptible
 
-        module = bench.subject.module
+        module = evaluation_job.victim.module
         heard = module.classifier if isinstance(module, DefendedClassifier) else module
-        mine = places[parallel.rank :: parallel.world]
+        mine = indices[parallel.rank :: parallel.world]
         try:
             with interruptible(heard, self.terminal):
-                for place in mine:
-                    bench.work(place)
-                    self._finished(bench, place, len(mine))
+                for index in mine:
+                    evaluation_job.work(index)
+                    self._finished(evaluation_job, index, len(mine))
         except Interrupted as stop:
             return stop.signal
         return 0
 
-    def _finished(self, bench: Bench, place: int, total: int) -> None:
+    def _finished(self, evaluation_job: EvaluationJob, index: int, total: int) -> None:
         self.done += 1
-        elapsed, case = time.monotonic() - self.began, bench.units[place].case
+        elapsed, spec = time.monotonic() - self.began, evaluation_job.shards[index].spec
         left = timedelta(seconds=round(elapsed / self.done * (total - self.done)))
-        self.terminal.say(f"{self.done}/{total}  {case.name}, masks {case.masks}  ETA {left}")
+        self.terminal.say(f"{self.done}/{total}  {spec.name}, randomness {spec.randomness}  ETA {left}")
 
-    def _tell(self, bench: Bench) -> None:
+    def _tell(self, evaluation_job: EvaluationJob) -> None:
         from dircluster.cluster.loading import load_classifier
         from dircluster.cluster.version import commit
         from dircluster.evaluation.html_report import write_report
         from dircluster.evaluation.results import to_plain
         from dircluster.evaluation.session import report
 
-        found = report(bench.judgement, bench.plan, bench.name, bench.settings)
+        found = report(evaluation_job.evaluation, evaluation_job.plan, evaluation_job.name, evaluation_job.settings)
         self.terminal.table(to_plain(found.rows))
-        for finding in found.verdict:
-            self.terminal.say(f"{'passed ' if finding.passed else 'FLAGGED'}  {finding.question}  {finding.answer}")
-        facts = {**bench.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
+        for check in found.verdict:
+            self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")
+        facts = {**evaluation_job.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
         natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
-            found, bench.subject, bench.test, self.config, facts, bench.folder, natural, self.terminal.say
+            found,
+            evaluation_job.victim,
+            evaluation_job.test,
+            self.config,
+            facts,
+            evaluation_job.folder,
+            natural,
+            self.terminal.say,
         )
         for file in files:
             self.terminal.say(f"report    {file}")

@@ -44,7 +44,7 @@ class Seen:
     """How many workers there are to be."""
 
 
-class Mailbox:
+class WorkerChannel:
     """What waits to be collected. Run it as an actor."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Mailbox:
     def enter(self, rank: int, world: int, node: str, process: int) -> None:
         """Worker's side: this process is ``rank`` of ``world`` from now on."""
         self.world = world
-        self.workers = {r: place for r, place in self.workers.items() if r < world} | {rank: (node, process)}
+        self.workers = {r: where for r, where in self.workers.items() if r < world} | {rank: (node, process)}
         self.beats += 1
 
     def exchange(self, events: list[Any], beats: int) -> int:
@@ -88,8 +88,8 @@ class Mailbox:
 class RemoteConsole:
     """The driver's terminal, seen from the first worker; it talks in the background."""
 
-    def __init__(self, mailbox: Any, run: str) -> None:
-        self._mailbox = mailbox
+    def __init__(self, channel: Any, run: str) -> None:
+        self._channel = channel
         self._events: list[Any] = []
         self._signal = self._beats = 0
         self._gauges = {name: Gauge(name, text, tag_keys=("run", "stage")) for name, text in GAUGES.items()}
@@ -124,7 +124,7 @@ class RemoteConsole:
         """Hand over what is left, then the outcome."""
         self._closed.set()
         self._thread.join(10)
-        ray.get(self._mailbox.finish.remote(outcome))
+        ray.get(self._channel.finish.remote(outcome))
 
     def _talk(self) -> None:
         last = False
@@ -133,4 +133,4 @@ class RemoteConsole:
             with self._lock:
                 events, self._events = self._events, []
             beats, self._beats = self._beats, 0
-            self._signal = ray.get(self._mailbox.exchange.remote(events, beats))
+            self._signal = ray.get(self._channel.exchange.remote(events, beats))

@@ -9,39 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dircluster.cluster.loading import FACTORY, Brief, fingerprint, load_classifier, load_module
+from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_module
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import ConfigError, DataConfig, RunConfig, digest, from_dict
 from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import DefendedClassifier
-from dircluster.evaluation.evaluation import Judgement
+from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.session import Plan, plan
-from dircluster.evaluation.store import Folder
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.store import FolderStore
+from dircluster.evaluation.victim import VictimModel
 from dircluster.training import checkpoint
 from dircluster.training.run import data_cache
 
 
-class Bench:
+class EvaluationJob:
     """A worker's defense, images and judgement. Raises ConfigError where they cannot be had or do not fit."""
 
-    def __init__(self, brief: Brief, device: torch.device) -> None:
-        self.config: RunConfig = from_dict(RunConfig, brief.config)
+    def __init__(self, job_spec: JobSpec, device: torch.device) -> None:
+        self.config: RunConfig = from_dict(RunConfig, job_spec.config)
         self.device, self.settings = device, self.config.evaluation
-        module = load_module(brief, self.config).to(device)
+        module = load_module(job_spec, self.config).to(device)
         data = load(with_photos(self.config), self.config.seed, data_cache(self.config), opener(self.config.storage))
         self.test: Split = data.test.take(slice(self.settings.images))
         self.name = {"none": "none"}.get(
-            brief.defense, "dir" if isinstance(module, DefendedClassifier) else brief.defense
+            job_spec.defense, "dir" if isinstance(module, DefendedClassifier) else job_spec.defense
         )
-        surrogate = load_classifier(brief.surrogate, self.config).to(device) if brief.surrogate else None
-        self.subject = Subject(module, self.name, surrogate)
+        surrogate = load_classifier(job_spec.surrogate, self.config).to(device) if job_spec.surrogate else None
+        self.victim = VictimModel(module, self.name, surrogate)
         images, _ = self.batch(0, min(8, len(self.test)))
-        self.subject.meet(images, int(self.test.labels.max()), self.config.data.classes)
+        self.victim.meet(images, int(self.test.labels.max()), self.config.data.classes)
         self.facts = facts_of(
-            committed(brief, self.config) or fingerprint(module, brief.defense),
+            committed(job_spec, self.config) or fingerprint(module, job_spec.defense),
             data.fingerprint,
             len(self.test),
             self.config.seed,
@@ -49,38 +49,39 @@ class Bench:
             None if surrogate is None else fingerprint(surrogate, ""),
         )
         self.key = digest(self.facts)
-        if brief.key not in ("", self.key):
+        if job_spec.key not in ("", self.key):
             raise ConfigError(
-                f"--defense {brief.defense} is not the same on every worker: seed its weights, and install one version"
+                f"--defense {job_spec.defense} is not the same on every worker: seed its weights, and"
+                " install one version"
             )
         storage = open_path(self.config.storage.uri, self.config.storage)
         self.folder = results_folder(storage, self.name, self.facts)
-        self.plan: Plan = plan(self.subject, self.config.attack, self.settings)
-        self.judgement = Judgement(
-            self.plan.cases,
+        self.plan: Plan = plan(self.victim, self.config.attack, self.settings)
+        self.evaluation = Evaluation(
+            self.plan.specs,
             len(self.test),
             self.config.seed,
             self.settings.batch_size,
             self.settings.rows,
-            Folder(self.folder, brief.keep_images),
-            self.subject,
+            FolderStore(self.folder, job_spec.keep_images),
+            self.victim,
         )
 
     @cached_property
-    def units(self) -> list[Any]:
+    def shards(self) -> list[Any]:
         """All units, in order."""
-        return list(self.judgement.units())
+        return list(self.evaluation.shards())
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] and labels of rows, on the worker's device."""
         rows = slice(start, stop)
         return self.test.pixels(rows).to(self.device), self.test.labels[rows].to(self.device)
 
-    def work(self, place: int) -> None:
-        """Do the unit at ``place``, unless it is done."""
-        unit = self.units[place]
-        if self.judgement.outcome(unit) is None:
-            self.judgement.work(unit, *self.batch(*unit.rows))
+    def work(self, index: int) -> None:
+        """Do the unit at ``index``, unless it is done."""
+        shard = self.shards[index]
+        if self.evaluation.outcome(shard) is None:
+            self.evaluation.work(shard, *self.batch(*shard.rows))
 
 
 def with_photos(config: RunConfig) -> DataConfig:
@@ -92,11 +93,11 @@ def with_photos(config: RunConfig) -> DataConfig:
     return dataclasses.replace(data, uri=str(folder))
 
 
-def committed(brief: Brief, config: RunConfig) -> str | None:
+def committed(job_spec: JobSpec, config: RunConfig) -> str | None:
     """Digest of the committed folder that holds the defense, as the run that made it knows it; None where none does."""
-    if brief.defense == "none" or FACTORY.fullmatch(brief.defense):
+    if job_spec.defense == "none" or FACTORY.fullmatch(job_spec.defense):
         return None
-    return checkpoint.digest(open_path(brief.defense, config.storage))
+    return checkpoint.digest(open_path(job_spec.defense, config.storage))
 
 
 def with_suite(config: RunConfig, suite: str | None, verdict: bool) -> RunConfig:

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 
 from dircluster.cluster.console import Terminal
-from dircluster.cluster.loading import Brief
-from dircluster.cluster.runtime.evaluation_job import Bench
+from dircluster.cluster.loading import JobSpec
+from dircluster.cluster.runtime.evaluation_job import EvaluationJob
 from dircluster.cluster.runtime.ray_train import join_cluster
 from dircluster.config import ConfigError, RunConfig, error_from_plain, error_to_plain
 
@@ -24,38 +24,38 @@ PATIENCE = 30.0
 class _Worker:
     """One actor and its bench."""
 
-    def __init__(self, brief: dict[str, Any], on_gpu: bool, threads: int) -> None:
+    def __init__(self, job_spec: dict[str, Any], on_gpu: bool, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.brief, self.device = Brief(**brief), torch.device("cuda" if on_gpu else "cpu")
-        self.bench: Bench | None = None
+        self.job_spec, self.device = JobSpec(**job_spec), torch.device("cuda" if on_gpu else "cpu")
+        self.evaluation_job: EvaluationJob | None = None
 
     def ready(self) -> None:
         """Answered once the actor has a place in the cluster."""
 
-    def work(self, place: int) -> dict[str, Any] | None:
+    def work(self, index: int) -> dict[str, Any] | None:
         """Do one unit; -> None, or as plain data why it cannot be done."""
         try:
-            if self.bench is None:
-                self.bench = Bench(self.brief, self.device)
-            self.bench.work(place)
+            if self.evaluation_job is None:
+                self.evaluation_job = EvaluationJob(self.job_spec, self.device)
+            self.evaluation_job.work(index)
         except ConfigError as error:
             return error_to_plain(error)
         return None
 
 
 def work(
-    brief: Brief,
+    job_spec: JobSpec,
     config: RunConfig,
     workers: int | None,
-    places: list[int],
+    indices: list[int],
     terminal: Terminal,
-    told: Callable[[int], None],
+    on_done: Callable[[int], None],
 ) -> int:
-    """Do the units at ``places`` on ``workers`` actors, or as many as there are CPUs or GPUs; -> the signal, or 0.
+    """Do the units at ``indices`` on ``workers`` actors, or as many as there are CPUs or GPUs; -> the signal, or 0.
 
-    ``told`` hears the place of each unit that is finished. Raises ConfigError where the cluster cannot do it.
+    ``on_done`` hears the place of each unit that is finished. Raises ConfigError where the cluster cannot do it.
     """
     try:
         join_cluster(config, terminal)
@@ -66,13 +66,13 @@ def work(
             raise ConfigError(
                 f"scaling.workers {workers} need as many {'GPUs' if on_gpu else 'CPUs'}, there are {there}"
             )
-        count = min(workers or there, len(places))
+        count = min(workers or there, len(indices))
         kind = ray.remote(_Worker).options(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=RETRIES, max_task_retries=RETRIES
         )
-        actors = [kind.remote(asdict(brief), on_gpu, config.scaling.threads or 1) for _ in range(count)]
-        terminal.say(f"{count} worker(s) on {'GPUs' if on_gpu else 'CPUs'}, {len(places)} units to do")
-        return _share_out(actors, places, terminal, told)
+        actors = [kind.remote(asdict(job_spec), on_gpu, config.scaling.threads or 1) for _ in range(count)]
+        terminal.say(f"{count} worker(s) on {'GPUs' if on_gpu else 'CPUs'}, {len(indices)} units to do")
+        return _share_out(actors, indices, terminal, on_done)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -83,26 +83,26 @@ def work(
         ray.shutdown()
 
 
-def _share_out(actors: list[Any], places: list[int], terminal: Terminal, told: Callable[[int], None]) -> int:
+def _share_out(actors: list[Any], indices: list[int], terminal: Terminal, on_done: Callable[[int], None]) -> int:
     """Units go to actors that have a place in the cluster, one at a time."""
-    left, busy = list(reversed(places)), {actor.ready.remote(): (actor, -1) for actor in actors}
+    left, busy = list(reversed(indices)), {actor.ready.remote(): (actor, -1) for actor in actors}
     heard = time.monotonic()
-    while left or any(place >= 0 for _, place in busy.values()):
+    while left or any(index >= 0 for _, index in busy.values()):
         ready, _ = ray.wait(list(busy), timeout=0.5)
         if signal := terminal.stop_signal():
             return signal
-        if all(place < 0 for _, place in busy.values()) and not ready and time.monotonic() - heard > PATIENCE:
+        if all(index < 0 for _, index in busy.values()) and not ready and time.monotonic() - heard > PATIENCE:
             heard = time.monotonic()
             terminal.say(
                 f"waiting for a place in the cluster: {ray.available_resources().get('CPU', 0):g} CPUs are free"
             )
         for future in ready:
-            actor, place = busy.pop(future)
+            actor, index = busy.pop(future)
             if trouble := ray.get(future):
                 raise error_from_plain(trouble)
-            if place >= 0:
-                told(place)
+            if index >= 0:
+                on_done(index)
             if left:
-                place = left.pop()
-                busy[actor.work.remote(place)] = (actor, place)
+                index = left.pop()
+                busy[actor.work.remote(index)] = (actor, index)
     return 0

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import nodes, stack_dump
-from dircluster.cluster.runtime.channel import POLL, Mailbox, Seen
+from dircluster.cluster.runtime.channel import POLL, Seen, WorkerChannel
 from dircluster.config import ConfigError, RunConfig, to_dict
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
@@ -33,10 +33,10 @@ SILENCE = 60.0
 """Seconds without a worker after which the person is told what is waited for."""
 
 
-def _worker(told: dict[str, Any]) -> None:
+def _worker(arguments: dict[str, Any]) -> None:
     from dircluster.cluster.runtime.ray_worker import work
 
-    work(**told)
+    work(**arguments)
 
 
 def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal) -> dict[str, Any]:
@@ -123,20 +123,20 @@ class Job:
     ) -> None:
         self.scaling, self.terminal = config.scaling, terminal
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()  # nodes may go
-        told = {
+        self.channel = ray.remote(num_cpus=0)(WorkerChannel).options(scheduling_strategy=here).remote()  # nodes may go
+        arguments = {
             "config": to_dict(config),
             "owner": owner,
             "fresh": fresh,
             "until": until,
             "record": None if record is None else asdict(record),
-            "mailbox": self.mailbox,
+            "channel": self.channel,
         }
         least, most = self.scaling.least, self.scaling.most
         on_gpu = self.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= least
         self.trainer = TorchTrainer(
             _worker,
-            train_loop_config=told,
+            train_loop_config=arguments,
             torch_config=TorchConfig(timeout_s=max(60, int(2 * self.scaling.stall))),
             scaling_config=RayScalingConfig(
                 num_workers=most if least == most else (least, most),
@@ -170,15 +170,15 @@ class Job:
         self.fitting.start()
         while True:
             alive = self.fitting.is_alive()
-            seen = ray.get(self.mailbox.collect.remote(terminal.stop_signal()))
+            seen = ray.get(self.channel.collect.remote(terminal.stop_signal()))
             for event in seen.events:
                 terminal.tell(event)
             if seen.outcome is not None:
                 self.fitting.join(5)
                 return dict(seen.outcome)
             if not alive:
-                said = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker told why"
-                terminal.say(said)
+                lines = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker told why"
+                terminal.say(lines)
                 return {"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}
             if terminal.stop_signal():
                 asked = asked or time.monotonic()

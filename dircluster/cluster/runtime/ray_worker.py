@@ -21,7 +21,7 @@ from dircluster.training.run import Run
 
 
 def work(
-    config: dict[str, Any], owner: str, fresh: bool, until: str, record: dict[str, Any] | None, mailbox: Any
+    config: dict[str, Any], owner: str, fresh: bool, until: str, record: dict[str, Any] | None, channel: Any
 ) -> None:
     """Run on this worker; the first one hands the outcome to the mailbox.
 
@@ -31,11 +31,11 @@ def work(
     here = ray.train.get_context().get_local_world_size()
     parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
     node = ray.get_runtime_context().get_node_id()
-    ray.get(mailbox.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
+    ray.get(channel.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
     console: Console = Quiet()
     tracker: Tracker = NoTracker()
     recorder = None
-    remote = RemoteConsole(mailbox, run_config.name) if parallel.first else None
+    remote = RemoteConsole(channel, run_config.name) if parallel.first else None
     if remote is not None:
         console = remote
         if record is not None:
@@ -61,5 +61,5 @@ def work(
         remote.finish(outcome)
     elif outcome["status"] == "FAILED":
         deadline = time.monotonic() + 2 * LAST_WORD  # Ray would start all again as soon as one ends
-        while not ray.get(mailbox.fail.remote(outcome)) and time.monotonic() < deadline:
+        while not ray.get(channel.fail.remote(outcome)) and time.monotonic() < deadline:
             time.sleep(1.0)

@@ -116,6 +116,6 @@ def corners(ranges: Mapping[str, Range]) -> list[Settings]:
     return [{name: value} for name, values in ranges.items() for value in values]
 
 
-def told(settings: Settings) -> str:
+def settings_text(settings: Settings) -> str:
     """Settings in a few words: ``alpha 2, ratio 0.5``."""
     return ", ".join(f"{name.rpartition('.')[2]} {short(value)}" for name, value in settings.items())

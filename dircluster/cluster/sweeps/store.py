@@ -33,15 +33,15 @@ def key_of(run: RunConfig, until: str = "") -> str:
 
 def result_of(run: RunConfig, until: str = "") -> Trial | None:
     """The result of a run that has finished, or None."""
-    return _read(_place_of(run, until))
+    return _read(_file_of(run, until))
 
 
 def store(run: RunConfig, trial: Trial, until: str = "") -> None:
     """Store the result of a run."""
-    _write(_place_of(run, until), asdict(trial))
+    _write(_file_of(run, until), asdict(trial))
 
 
-def _place_of(run: RunConfig, until: str) -> Path:
+def _file_of(run: RunConfig, until: str) -> Path:
     return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key_of(run, until)[:24]}.json"
 
 
@@ -54,7 +54,7 @@ class Notes:
 
     def points(self) -> list[Settings]:
         """Those that a search began, in order."""
-        found = (_plain(place) for place in sorted((self.folder / "points").glob("*.json")))
+        found = (_plain(file) for file in sorted((self.folder / "points").glob("*.json")))
         return [point for point in found if point]
 
     def add_point(self, number: int, settings: Settings) -> None:
@@ -81,22 +81,22 @@ def name_of(settings: Settings, seed: int) -> str:
     return digest([dict(settings), seed])[:24]
 
 
-def _write(place: Path, plain: Settings) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(plain))
+def _write(file: Path, plain: Settings) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(plain))
 
 
-def _plain(place: Path) -> dict[str, Any] | None:
+def _plain(file: Path) -> dict[str, Any] | None:
     """What was written; None where it is not there or not whole."""
     try:
-        found: dict[str, Any] = json.loads(place.read_text())
+        found: dict[str, Any] = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return None
     return found
 
 
-def _read(place: Path) -> Trial | None:
-    plain = _plain(place)
+def _read(file: Path) -> Trial | None:
+    plain = _plain(file)
     try:
         return None if plain is None else Trial(**plain)
     except TypeError:  # another version's

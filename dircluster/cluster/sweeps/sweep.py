@@ -20,7 +20,7 @@ from dircluster import cli
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.runtime import nodes
 from dircluster.cluster.runtime.ray_train import join_cluster
-from dircluster.cluster.sweeps.space import Settings, Space, corners, told
+from dircluster.cluster.sweeps.space import Settings, Space, corners, settings_text
 from dircluster.cluster.sweeps.store import Notes, files_of, key_of, name_of, result_of
 from dircluster.cluster.sweeps.trial import Plan, Task
 from dircluster.cluster.sweeps.tuner import Tuning
@@ -131,7 +131,9 @@ class Sweep:
     def _shared(self, until: str, trial: Trial) -> None:
         """A stage that trials share is trained, or has failed, and with it the trials that need it."""
         if trial.error:
-            self.terminal.say(f"failed, though shared: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
+            self.terminal.say(
+                f"failed, though shared: {settings_text(trial.settings)}, seed {trial.seed}: {trial.error}"
+            )
             self.unshared[key_of(self.plan.run_of(Task(trial.settings, trial.seed)), until)] = trial.error
 
     def _missing(self, task: Task) -> str:
@@ -200,7 +202,7 @@ class Sweep:
         if trial.status == "STOPPED":
             self.notes.add_stopped(trial)
         if trial.status == "FAILED":
-            self.terminal.say(f"failed: {told(trial.settings)}, seed {trial.seed}: {trial.error}")
+            self.terminal.say(f"failed: {settings_text(trial.settings)}, seed {trial.seed}: {trial.error}")
         self._show()
 
     def _note(self, trial: Trial) -> None:
@@ -211,8 +213,8 @@ class Sweep:
                 self.tracker.trial(self.plan.run_of(task), self.plan.tags, child, trial)
 
     def _by_point(self) -> list[Point]:
-        places = {digest(point): place for place, point in enumerate(self.points)}
-        return sorted(by_point(self.trials.values()), key=lambda point: places[digest(point.settings)])
+        indices = {digest(point): index for index, point in enumerate(self.points)}
+        return sorted(by_point(self.trials.values()), key=lambda point: indices[digest(point.settings)])
 
     def _lines(self) -> list[dict[str, str]]:
         def published(settings: Settings) -> tuple[float, float] | None:
@@ -238,7 +240,7 @@ class Sweep:
             command = cli.command(cli.TrainJob(self.job.preset, run))
             files = {"figure.png": figure(points), "best.yaml": cli.to_yaml(run).encode()}
             files["best.txt"] = f"{command}\n".encode()
-            self.terminal.say(f"best      {told(winner.settings)} (by held-out robust accuracy): {command}")
+            self.terminal.say(f"best      {settings_text(winner.settings)} (by held-out robust accuracy): {command}")
         kept = {"table.json": json.dumps(rows, indent=1).encode(), **files}
         self.notes.add_files(kept)
         for name in kept:

@@ -13,7 +13,7 @@ from ray import tune
 
 from dircluster.cluster.runtime.channel import POLL
 from dircluster.cluster.runtime.ray_train import Job, forget
-from dircluster.cluster.sweeps.space import Settings, told
+from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
 from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, with_values
@@ -52,7 +52,7 @@ class Plan:
     retries: int = 0
     at_once: int = 1
     asha: bool = False
-    mailbox: Any = field(default=None)
+    channel: Any = field(default=None)
 
     def run_of(self, task: Task) -> RunConfig:
         """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
@@ -65,11 +65,11 @@ class Plan:
         seed = {"seed": task.seed} if len(self.seeds) > 1 else {}
         if not task.until:
             varied = {**task.settings, **seed}
-            return Child(self.record["run_id"], told(varied), varied)
+            return Child(self.record["run_id"], settings_text(varied), varied)
         decides = flatten(stage_settings(self.run_of(task), task.until))
         decided = {name: value for name, value in task.settings.items() if name in decides}
         name = f"{self.config['name']} shared until {task.until}"
-        words = [name, *([told(decided)] if decided else []), f"seed {task.seed}"]
+        words = [name, *([settings_text(decided)] if decided else []), f"seed {task.seed}"]
         return Child(self.record["run_id"], ", ".join(words), {}, shared=True)
 
 
@@ -80,8 +80,8 @@ class Failed(Exception):
 class Post:
     """A trial's own console: how it ended goes to the sweep, held-out accuracies to Tune."""
 
-    def __init__(self, mailbox: Any, key: str, reports: bool) -> None:
-        self._mailbox, self._key, self._reports = mailbox, key, reports
+    def __init__(self, channel: Any, key: str, reports: bool) -> None:
+        self._channel, self._key, self._reports = channel, key, reports
         self._signal, self._asked, self._judged = 0, 0.0, 0
         self.last = ""
 
@@ -102,7 +102,7 @@ class Post:
     def stop_signal(self) -> int:
         if time.monotonic() - self._asked > POLL:
             self._asked = time.monotonic()
-            self._signal = ray.get(self._mailbox.exchange.remote([], 1))
+            self._signal = ray.get(self._channel.exchange.remote([], 1))
         return self._signal
 
     def post(self, trial: Trial) -> None:
@@ -110,7 +110,7 @@ class Post:
         self._send({"key": self._key, "trial": asdict(trial)})
 
     def _send(self, event: dict[str, Any]) -> None:
-        ray.get(self._mailbox.exchange.remote([event], 1))
+        ray.get(self._channel.exchange.remote([event], 1))
 
 
 def train_task(plan: Plan, task: Task, post: Post) -> Trial:
@@ -172,7 +172,7 @@ def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
         done, errors = [], []
         for task in tasks:
-            post = Post(plan.mailbox, digest(config), reports=plan.asha)
+            post = Post(plan.channel, digest(config), reports=plan.asha)
             try:
                 done.append(train_task(plan, task, post))
             except Exception as error:  # the other seeds go on

@@ -21,7 +21,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from dircluster.cluster import storage
-from dircluster.cluster.runtime.channel import POLL, Mailbox
+from dircluster.cluster.runtime.channel import POLL, WorkerChannel
 from dircluster.cluster.runtime.ray_train import GRACE, forget
 from dircluster.cluster.sweeps.space import Range, Settings
 from dircluster.cluster.sweeps.store import result_of
@@ -121,9 +121,13 @@ class Tuning:
         quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told in a line
-        mailbox, ends, leave = ray.remote(num_cpus=0)(Mailbox).options(resources=ON_HEAD).remote(), _Ends(), _Leave()
+        channel, ends, leave = (
+            ray.remote(num_cpus=0)(WorkerChannel).options(resources=ON_HEAD).remote(),
+            _Ends(),
+            _Leave(),
+        )
         tuner = tune.Tuner(
-            tune.with_resources(trainable(replace(self.plan, mailbox=mailbox)), ON_HEAD),
+            tune.with_resources(trainable(replace(self.plan, channel=channel)), ON_HEAD),
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric=METRIC,
@@ -145,7 +149,7 @@ class Tuning:
         fitting = threading.Thread(target=self._run, args=(tuner,), name="ray-tune", daemon=True)
         fitting.start()  # outside the main thread Ray leaves the signals alone
         try:
-            return self._follow(fitting, mailbox, ends)
+            return self._follow(fitting, channel, ends)
         finally:
             leave.asked = True
             fitting.join(GRACE)
@@ -169,7 +173,7 @@ class Tuning:
         except BaseException as error:  # told by _follow, in the main thread
             self.errors.append(error)
 
-    def _follow(self, fitting: threading.Thread, mailbox: Any, ends: _Ends) -> int:
+    def _follow(self, fitting: threading.Thread, channel: Any, ends: _Ends) -> int:
         failures: dict[str, Trial] = {}
         busy: set[str] = set()
         asked = 0.0
@@ -181,7 +185,7 @@ class Tuning:
                 if "task" not in begun.config and begun.name not in self.met:
                     self.met.add(begun.name)
                     self.begun(begun.config)
-            for event in ray.get(mailbox.collect.remote(signal)).events:
+            for event in ray.get(channel.collect.remote(signal)).events:
                 if "said" in event:
                     self.terminal.say(event["said"])
                 elif (trial := Trial(**event["trial"])).status != "FAILED":

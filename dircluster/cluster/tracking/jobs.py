@@ -176,7 +176,7 @@ def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str,
         )
         log_params(client, run_id, settings)
         now = int(time.time() * 1000)
-        values = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in found["rows"]}
+        values = {f"test/{r['defense']}/{r['attack']}/{r['randomness']}": r["accuracy"] for r in found["rows"]}
         if found["verdict"]:
             values["verdict/flags"] = float(sum(row["passed"] is False for row in found["verdict"]))
         client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])

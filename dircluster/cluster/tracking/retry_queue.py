@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 
-class Outbox:
+class RetryQueue:
     """A thread that carries out deliveries one after another; one that fails is tried again until it succeeds.
 
     A delivery raises :class:`Refused` where trying again is useless; it is then dropped with a warning.

@@ -34,7 +34,7 @@ from dircluster.cluster.tracking.jobs import (
     refusals,
     search_runs,
 )
-from dircluster.cluster.tracking.retry_queue import Outbox, Refused
+from dircluster.cluster.tracking.retry_queue import Refused, RetryQueue
 from dircluster.config import RunConfig
 from dircluster.evaluation.sweep_table import Trial
 
@@ -45,7 +45,7 @@ class MlflowTracker:
     def __init__(self, job: JobRecord, say: Callable[[str], None]) -> None:
         self.job = job
         self.client = MlflowClient(job.uri)
-        self.outbox = Outbox(say)
+        self.queue = RetryQueue(say)
         self.say = say
 
     def stage(self, name: str, key: str, facts: Mapping[str, Any]) -> StageRun:
@@ -59,7 +59,7 @@ class MlflowTracker:
                 runs = search_runs(self.client, self.job.experiment_id, FOLDER_TAG, folder)
                 self.client.set_tag(self.job.run_id, f"dircluster.{name}_run", runs[0] if runs else folder)
 
-        self.outbox.put(link)
+        self.queue.put(link)
 
     def results(self, rows: list[dict[str, Any]], checkpoint: Path) -> None:
         def log() -> None:
@@ -70,11 +70,11 @@ class MlflowTracker:
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 now = int(time.time() * 1000)
                 known = self.client.get_run(self.job.run_id).data.metrics
-                accuracies = {f"test/{r['defense']}/{r['attack']}/{r['masks']}": r["accuracy"] for r in rows}
+                accuracies = {f"test/{r['defense']}/{r['attack']}/{r['randomness']}": r["accuracy"] for r in rows}
                 points = [Metric(name, value, now, 0) for name, value in accuracies.items() if name not in known]
                 self.client.log_batch(self.job.run_id, metrics=points)
 
-        self.outbox.put(log)
+        self.queue.put(log)
 
     def trial(self, run: RunConfig, tags: Mapping[str, str], child: Child, trial: Trial) -> None:
         """What a trial of the sweep found, in its child run, once."""
@@ -101,7 +101,7 @@ class MlflowTracker:
                         client.set_terminated(stage, status)
                 client.set_terminated(run_id, status)
 
-        self.outbox.put(log)
+        self.queue.put(log)
 
     def sweep(self, rows: list[dict[str, str]], files: Mapping[str, bytes], best: str) -> None:
         """The table, the files and the best command of a sweep, in its run."""
@@ -117,12 +117,12 @@ class MlflowTracker:
                 if best:
                     self.client.set_tag(self.job.run_id, BEST_TAG, best)
 
-        self.outbox.put(log)
+        self.queue.put(log)
 
     def close(self, hurry: bool = False) -> None:
         """Deliver what is left, for up to ``tracking.patience`` seconds, or ten in a ``hurry``."""
         patience = min(self.job.patience, 10.0) if hurry else self.job.patience
-        left = self.outbox.close(patience)
+        left = self.queue.close(patience)
         if left:
             self.say(f"MLflow did not come back within {patience:.0f} s: {left} records are lost")
 
@@ -140,12 +140,12 @@ class StageRun:
         self.points: list[Metric] = []
         self.pictures: dict[str, NDArray[np.uint8]] = {}
         self.monitor: Any = None
-        tracker.outbox.put(self._open)
+        tracker.queue.put(self._open)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         self.points += [Metric(name, value, now, step) for name, value in values.items()]
-        self.tracker.outbox.put(self._send)
+        self.tracker.queue.put(self._send)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         key = f"{step}/{name}"
@@ -159,7 +159,7 @@ class StageRun:
                 self.pictures_until = step
             self.pictures.pop(key, None)
 
-        self.tracker.outbox.put(log)
+        self.tracker.queue.put(log)
 
     def unsent(self) -> tuple[list[list[Any]], dict[str, Tensor]]:
         points = [[point.key, point.value, point.timestamp, point.step] for point in list(self.points)]
@@ -167,7 +167,7 @@ class StageRun:
 
     def resend(self, points: list[list[Any]], pictures: Mapping[str, Tensor]) -> None:
         self.points += [Metric(str(name), float(value), int(when), int(step)) for name, value, when, step in points]
-        self.tracker.outbox.put(self._send)
+        self.tracker.queue.put(self._send)
         for key, pixels in pictures.items():
             step, _, name = key.partition("/")
             self.picture(name, pixels.numpy(), int(step))
@@ -180,7 +180,7 @@ class StageRun:
             with refusals():
                 self.tracker.client.set_terminated(self.run_id, status)
 
-        self.tracker.outbox.put(log)
+        self.tracker.queue.put(log)
 
     def _open(self) -> None:
         client, job = self.tracker.client, self.tracker.job

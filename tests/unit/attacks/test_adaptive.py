@@ -12,14 +12,14 @@ from dircluster import rng
 from dircluster.attacks.autoattack import autoattack, square
 from dircluster.attacks.expectation import expected, expected_values, straight_through
 from dircluster.attacks.gradient import (
-    climb,
     cross_entropy,
     cross_entropy_loss,
     margin_loss,
     mi_fgsm,
     pgd,
-    slope,
+    projected_ascent,
     strongest,
+    value_and_grad,
     vni_fgsm,
 )
 from dircluster.attacks.masked import masked_attack
@@ -52,7 +52,7 @@ def uniform() -> Tensor:
 @pytest.mark.parametrize("threat", BALLS, ids=["linf", "l2"])
 @pytest.mark.parametrize("name", ["pgd", "mifgsm", "vnifgsm", "square", "autoattack", "start"])
 def test_every_attack_stays_in_the_ball_and_the_pixel_range(name: str, threat: LInf | L2) -> None:
-    both = slope(cross_entropy(model, LABELS))
+    both = value_and_grad(cross_entropy(model, LABELS))
     step = threat.epsilon / 4
     version: Any = "standard" if isinstance(threat, LInf) else "rand"  # FAB takes long in L2
     found = {
@@ -108,12 +108,12 @@ def test_the_best_iterate_and_the_best_restart_are_kept() -> None:
     def objective(images: Tensor) -> Tensor:
         return -(images - peak).square().flatten(1).sum(dim=1)
 
-    both = slope(objective)
-    kept = climb(both, IMAGES, IMAGES, LInf(0.3), 7, 0.04, keep_best=True)
-    last = climb(both, IMAGES, IMAGES, LInf(0.3), 7, 0.04)
+    both = value_and_grad(objective)
+    kept = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 7, 0.04, keep_best=True)
+    last = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 7, 0.04)
     assert (objective(kept) >= objective(last)).all()
     assert (objective(kept) >= objective(IMAGES)).all()
-    values = slope(objective)
+    values = value_and_grad(objective)
     best = strongest(lambda x: values(x)[0], [last, kept, IMAGES])
     assert torch.equal(objective(best), torch.stack([objective(x) for x in (last, kept, IMAGES)]).amax(0))
 
@@ -124,9 +124,9 @@ def test_bpda_goes_forward_through_and_backward_around() -> None:
     assert torch.equal(made, (IMAGES * 4).round() / 4)
     (gradient,) = torch.autograd.grad((made * torch.arange(64.0).view(1, 1, 8, 8)).sum(), images)
     assert torch.equal(gradient[0, 0].flatten(), torch.arange(64.0))
-    both = slope(cross_entropy(lambda x: model((x * 4).round() / 4), LABELS))
+    both = value_and_grad(cross_entropy(lambda x: model((x * 4).round() / 4), LABELS))
     assert both(IMAGES)[1].abs().max() == 0
-    around = slope(cross_entropy(lambda x: model(straight_through(x, (x * 4).round() / 4)), LABELS))
+    around = value_and_grad(cross_entropy(lambda x: model(straight_through(x, (x * 4).round() / 4)), LABELS))
     assert (around(IMAGES)[1] != 0).any()
 
 
@@ -146,7 +146,7 @@ def test_the_masked_attack_moves_kept_pixels_alone_step_by_step() -> None:
     x = IMAGES
     for step in range(4):
         half = halves[step % 2]
-        _, gradient = slope(lambda z, half=half: cross_entropy_loss(model(z * half), LABELS))(x)
+        _, gradient = value_and_grad(lambda z, half=half: cross_entropy_loss(model(z * half), LABELS))(x)
         x = LInf(EPSILON).project(x + 0.03 * (gradient * half).sign(), IMAGES)
     found = masked_attack(through, IMAGES, LABELS, LInf(EPSILON), 4, 0.03, lambda: kept, pixels)
     torch.testing.assert_close(found, x)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dircluster.attacks.gradient import cross_entropy, fgsm, mi_fgsm, pgd, slope, vni_fgsm
+from dircluster.attacks.gradient import cross_entropy, fgsm, mi_fgsm, pgd, value_and_grad, vni_fgsm
 from dircluster.attacks.threat import LInf
 from tests.unit.attacks.parity import EPSILON, FILE, SAMPLES, SEED, STEP, STEPS, fixed_images, fixed_model
 
@@ -16,7 +16,7 @@ THREAT = LInf(EPSILON)
 
 def made(name: str) -> Tensor:
     model, (images, labels) = fixed_model(), fixed_images()
-    both = slope(cross_entropy(model, labels))
+    both = value_and_grad(cross_entropy(model, labels))
     torch.manual_seed(SEED)
     if name == "fgsm":
         return fgsm(model, images, labels, THREAT)

@@ -17,7 +17,7 @@ TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 
 @pytest.fixture
 def defended() -> DefendedClassifier:
-    with rng.ambient(0, "defended"):
+    with rng.seeded_torch_rng(0, "defended"):
         denoiser, classifier = MaskedDenoiser(TINY, 1, 8, 8), build("small_cnn", DataConfig())
     return DefendedClassifier(denoiser, classifier, MaskingConfig()).eval()
 

@@ -24,7 +24,7 @@ MakeBatch = Callable[..., Batch]
 
 
 def parts() -> tuple[MaskedDenoiser, nn.Module]:
-    with rng.ambient(0, "parts"):
+    with rng.seeded_torch_rng(0, "parts"):
         return MaskedDenoiser(MODEL, 1, 8, 8), build("small_cnn", DataConfig())
 
 

@@ -26,7 +26,7 @@ TARGETS = {
 
 
 def recipe(name: str) -> Recipe:
-    with rng.ambient(0, "parts"):
+    with rng.seeded_torch_rng(0, "parts"):
         denoiser, classifier = MaskedDenoiser(MODEL, 1, 8, 8), build("small_cnn", DataConfig())
     if name == "dir":
         return DirRecipe(denoiser, classifier, DirConfig(perturb_steps=4), MaskingConfig(), ATTACK)

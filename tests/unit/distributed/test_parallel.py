@@ -13,7 +13,7 @@ import torch
 
 from dircluster.config import ConfigError, error_from_plain, error_to_plain
 from dircluster.distributed.deterministic import PairwiseSum, _pairwise
-from dircluster.distributed.parallel import Parallel, whole
+from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.training.checkpoint import CheckpointError, DamagedError
 from dircluster.training.locks import TakenOverError
 from dircluster.training.trainer import pieces
@@ -24,12 +24,12 @@ PARTS = torch.tensor([1e8, 1.0, -1e8, 1.0, 3e7, 0.25, -3e7, 0.5])
 
 def accumulated(parts: torch.Tensor) -> float:
     parameter = torch.nn.Parameter(torch.zeros(1))
-    aside = PairwiseSum([parameter])
+    pending = PairwiseSum([parameter])
     for number, part in enumerate(parts):
         parameter.grad = part.reshape(1).clone()
         if number < len(parts) - 1:
-            aside.put()
-    aside.join_all()
+            pending.put()
+    pending.join_all()
     assert parameter.grad is not None
     return float(parameter.grad)
 
@@ -73,10 +73,10 @@ def test_gradients_are_scaled_to_the_norm() -> None:
 
 def test_copies_are_not_changed_by_later_steps() -> None:
     weights = {"w": torch.zeros(2)}
-    kept = whole(weights)
+    kept = gather_full(weights)
     weights["w"] += 1
     assert kept["w"].tolist() == [0, 0]
-    assert whole(weights, keep=False) == {}
+    assert gather_full(weights, keep=False) == {}
 
 
 @pytest.mark.parametrize("kind", [ConfigError, CheckpointError, DamagedError, TakenOverError])

@@ -29,7 +29,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def at_model() -> nn.Module:
     """Trained against PGD-5 for a few seconds."""
     train = load(DataConfig(), 0).train
-    with rng.ambient(0, "tests/weights"):
+    with rng.seeded_torch_rng(0, "tests/weights"):
         model = build("small_cnn", DataConfig())
     optimizer, draws = torch.optim.Adam(model.parameters(), 2e-3), rng.generator(0, "tests/training")
     images, labels = train.pixels(), train.labels

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.config import EvaluationConfig
-from dircluster.evaluation.session import Report, evaluate
+from dircluster.evaluation.session import EvaluationReport, evaluate
 from tests.unit.evaluation.conftest import EPSILON
 
 SETTINGS = EvaluationConfig(queries=1000, steps=20, eot=4, draws=3, verdict_images=64)
 
 
-def judged(module: nn.Module, digits: tuple[Tensor, Tensor]) -> Report:
+def judged(module: nn.Module, digits: tuple[Tensor, Tensor]) -> EvaluationReport:
     return evaluate(module, *digits, "quick", verdict=True, epsilon=EPSILON, settings=SETTINGS)
 
 

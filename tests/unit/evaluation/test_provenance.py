@@ -16,9 +16,9 @@ from dircluster.defenses.base import DefendedClassifier
 from dircluster.distributed.deterministic import GlobalBatchNorm2d
 from dircluster.evaluation import evaluation, provenance
 from dircluster.evaluation.session import evaluate
-from dircluster.evaluation.store import Memory
-from dircluster.evaluation.suites import Case
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.store import MemoryStore
+from dircluster.evaluation.suites import AttackSpec
+from dircluster.evaluation.victim import VictimModel
 from dircluster.presets import preset
 from dircluster.training import stages
 
@@ -45,11 +45,14 @@ def defense() -> DefendedClassifier:
 
 
 def digests() -> dict[str, str]:
-    subjects = {"dir": Subject(defense(), "dir"), "plain": Subject(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "x")}
+    subjects = {
+        "dir": VictimModel(defense(), "dir"),
+        "plain": VictimModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "x"),
+    }
     found = {}
-    for name, subject in subjects.items():
+    for name, victim in subjects.items():
         for attack in ("natural", "pgd", "masked", "autoattack"):
-            found[f"{name} {attack}"] = evaluation.code(Case(attack), subject)
+            found[f"{name} {attack}"] = evaluation.code(AttackSpec(attack), victim)
     return found
 
 
@@ -112,7 +115,7 @@ def test_statistics_of_several_workers_are_no_other_model() -> None:
 
 
 def test_a_stored_result_is_read_once(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
-    class Counts(Memory):
+    class Counts(MemoryStore):
         def __init__(self) -> None:
             super().__init__()
             self.read: Counter[str] = Counter()
@@ -121,10 +124,10 @@ def test_a_stored_result_is_read_once(at_model: nn.Module, digits: tuple[Tensor,
             self.read[name] += 1
             return super().get(name)
 
-    shelf = Counts()
+    store = Counts()
     few = EvaluationConfig(images=16, batch_size=8, steps=1, queries=5)
-    first = evaluate(at_model, *digits, settings=few, shelf=shelf)
-    assert max(shelf.read.values()) == 1
-    shelf.read.clear()
-    assert evaluate(at_model, *digits, settings=few, shelf=shelf).rows == first.rows
-    assert set(shelf.read.values()) == {1}
+    first = evaluate(at_model, *digits, settings=few, store=store)
+    assert max(store.read.values()) == 1
+    store.read.clear()
+    assert evaluate(at_model, *digits, settings=few, store=store).rows == first.rows
+    assert set(store.read.values()) == {1}

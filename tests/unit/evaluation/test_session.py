@@ -17,18 +17,18 @@ from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunCo
 from dircluster.data.sources import load
 from dircluster.defenses.base import DefendedClassifier
 from dircluster.evaluation import gradient_masking
-from dircluster.evaluation.attack_runner import Crafter
-from dircluster.evaluation.evaluation import Unit
+from dircluster.evaluation.attack_runner import AttackRunner
+from dircluster.evaluation.evaluation import EvalShard
 from dircluster.evaluation.html_report import robustbench_entry, write_report
 from dircluster.evaluation.model_card import markdown_table
 from dircluster.evaluation.pictures import to_pixels
 from dircluster.evaluation.published import published
 from dircluster.evaluation.results import to_plain
-from dircluster.evaluation.session import Report, evaluate
+from dircluster.evaluation.session import EvaluationReport, evaluate
 from dircluster.evaluation.statistics import wilson_interval
-from dircluster.evaluation.store import Folder, Memory
-from dircluster.evaluation.suites import Case, how, suite
-from dircluster.evaluation.victim import Subject
+from dircluster.evaluation.store import FolderStore, MemoryStore
+from dircluster.evaluation.suites import AttackSpec, how, suite
+from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import frozen
 from dircluster.presets import preset
 from dircluster.training import stages
@@ -53,7 +53,7 @@ def defense(at_model: nn.Module) -> DefendedClassifier:
     return DefendedClassifier(stages.build_denoiser(run), at_model, run.masking)
 
 
-def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick", **more: Any) -> Report:
+def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick", **more: Any) -> EvaluationReport:
     return evaluate(module, *digits, name, epsilon=EPSILON, settings=FEW, name="dir", **more)
 
 
@@ -85,7 +85,7 @@ def test_a_suite_runs_whole_on_a_defense(
     defense: DefendedClassifier, digits: tuple[Tensor, Tensor], name: str, rows: str
 ) -> None:
     found = judged(defense, digits, name)
-    assert ", ".join(f"{r.defense} {r.attack} {r.masks}" for r in found.rows) == rows
+    assert ", ".join(f"{r.defense} {r.attack} {r.randomness}" for r in found.rows) == rows
     for row in found.rows:
         assert row.total == 24
         assert row.always <= row.worst <= row.mean <= 1
@@ -97,7 +97,7 @@ def test_a_suite_runs_whole_on_a_defense(
 @pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
 def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[Tensor, Tensor], name: str) -> None:
     found = judged(at_model, (digits[0][:6], digits[1][:6]), name)
-    assert {row.masks for row in found.rows} == {"none"}
+    assert {row.randomness for row in found.rows} == {"none"}
     assert {row.draws for row in found.rows} == {1}
     assert "natural" in {row.attack for row in found.rows}
 
@@ -105,18 +105,18 @@ def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[T
 def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
     defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
 ) -> None:
-    rows = {(r.attack, r.masks): r for r in judged(defense, digits).rows if r.defense == "dir"}
+    rows = {(r.attack, r.randomness): r for r in judged(defense, digits).rows if r.defense == "dir"}
     fixed, fresh = rows["pgd3", "fixed"], rows["pgd3", "fresh"]
     assert (fixed.judged, fixed.draws, fresh.judged, fresh.draws) == (24, 3, 72, 3)
     assert (fresh.steps, fresh.eot, fresh.epsilon) == (3, 2, EPSILON)
-    subject = Subject(defense, "dir")
+    victim = VictimModel(defense, "dir")
     images = digits[0][:6]
-    known, anew = subject.model("fixed", 5), subject.model("fresh", 5)
+    known, anew = victim.model("fixed", 5), victim.model("fresh", 5)
     assert torch.equal(known(images), known(images))
     assert torch.allclose(known(images)[2:4], known(images[2:4]), atol=1e-5)  # AutoAttack passes some images alone
     assert not torch.equal(anew(images), anew(images))
-    assert torch.equal(subject.model("fresh", 5)(images), subject.model("fresh", 5)(images))
-    each = subject.model("fixed", 5, images=6)  # every image its own
+    assert torch.equal(victim.model("fresh", 5)(images), victim.model("fresh", 5)(images))
+    each = victim.model("fixed", 5, images=6)  # every image its own
     assert torch.equal(each(images), each(images))
     assert not torch.allclose(each(images[:1].expand(6, -1, -1, -1)), known(images[:1]), atol=1e-5)
 
@@ -124,10 +124,10 @@ def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
 def test_averaged_logits_and_their_gradients_do_not_depend_on_the_bound_of_rows(
     defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
 ) -> None:
-    subject, images, found = Subject(defense, "dir"), digits[0][:4], []
+    victim, images, found = VictimModel(defense, "dir"), digits[0][:4], []
     for most in (None, 8, 4):
         asked = images.clone().requires_grad_(True)
-        logits = subject.model("fresh", 3, draws=5, most_rows=most)(asked)
+        logits = victim.model("fresh", 3, draws=5, most_rows=most)(asked)
         (gradient,) = torch.autograd.grad(logits.square().sum(), asked)
         found.append((logits.detach(), gradient))
     for logits, gradient in found[1:]:
@@ -163,12 +163,12 @@ def test_a_module_comes_back_in_the_mode_it_came_in(at_model: nn.Module, digits:
     def stop(*_: Any) -> None:
         raise Stopped
 
-    subject = Subject(module, "m", surrogate)
+    victim = VictimModel(module, "m", surrogate)
     assert modes() == came
-    subject.meet(digits[0][:4], 9)
+    victim.meet(digits[0][:4], 9)
     assert modes() == came
     for failing in (
-        lambda: judged(module, digits, told=stop),
+        lambda: judged(module, digits, on_shard=stop),
         lambda: judged(nn.Sequential(module, nn.Softmax(1)), digits),
     ):
         with pytest.raises((Stopped, ConfigError)):
@@ -179,12 +179,12 @@ def test_a_module_comes_back_in_the_mode_it_came_in(at_model: nn.Module, digits:
 def test_what_other_code_found_is_found_again(
     at_model: nn.Module, digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf, seen = Memory(), []
-    judged(at_model, digits, shelf=shelf)
-    judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
+    store, seen = MemoryStore(), []
+    judged(at_model, digits, store=store)
+    judged(at_model, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard))
     assert seen == []
-    monkeypatch.setattr("dircluster.evaluation.evaluation.code", lambda case, subject: "other")
-    judged(at_model, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit))
+    monkeypatch.setattr("dircluster.evaluation.evaluation.code", lambda spec, victim: "other")
+    judged(at_model, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard))
     assert len(seen) == 6
 
 
@@ -204,17 +204,17 @@ def test_somebodys_randomness_is_found_seeded_and_left_alone(
     at_model: nn.Module, digits: tuple[Tensor, Tensor]
 ) -> None:
     module, state = Masked(at_model), torch.get_rng_state()
-    subject = Subject(module, "m")
-    subject.meet(digits[0][:4], 9)
-    assert subject.randomised
-    assert torch.equal(subject.model("fixed", 1)(digits[0]), subject.model("fixed", 1)(digits[0]))
+    victim = VictimModel(module, "m")
+    victim.meet(digits[0][:4], 9)
+    assert victim.randomised
+    assert torch.equal(victim.model("fixed", 1)(digits[0]), victim.model("fixed", 1)(digits[0]))
     found = judged(module, digits)
     torch.rand(3)
     assert found.rows == judged(module, digits).rows
     torch.set_rng_state(state)
     judged(module, digits)
     assert torch.equal(torch.get_rng_state(), state)
-    assert {row.masks for row in found.rows} == {"fixed", "fresh"}
+    assert {row.randomness for row in found.rows} == {"fixed", "fresh"}
 
 
 class Stopped(Exception):
@@ -227,19 +227,19 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     whole = judged(defense, digits)
     seen: list[str] = []
 
-    def stop(unit: Unit, done: int, total: int) -> None:
-        seen.append(unit.name)
+    def stop(shard: EvalShard, done: int, total: int) -> None:
+        seen.append(shard.name)
         if done == 9:
             raise Stopped
 
-    shelf = Folder(tmp_path, keep_images=True)
+    store = FolderStore(tmp_path, keep_images=True)
     with pytest.raises(Stopped):
-        judged(defense, digits, shelf=shelf, told=stop)
+        judged(defense, digits, store=store, on_shard=stop)
     (damaged,) = list(tmp_path.glob(f"{seen[0]}.json"))
     damaged.write_text("{")
     done_before = set(seen[1:9])
     seen.clear()
-    again = judged(defense, digits, shelf=shelf, told=lambda unit, done, total: seen.append(unit.name))
+    again = judged(defense, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard.name))
     assert again.rows == whole.rows
     assert not done_before & set(seen)
     assert len(seen) == 21 - 8
@@ -291,33 +291,29 @@ def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
     apgd.apgd.n_restarts = 1
     with torch.random.fork_rng():
         theirs, _ = apgd.run_standard_evaluation(images, labels, batch_size=len(images))
-    case = Case("pgd", epsilon=EPSILON, step_size=EPSILON / 4, steps=40, restarts=4)
-    subject = Subject(at_model, "at")
+    spec = AttackSpec("pgd", epsilon=EPSILON, step_size=EPSILON / 4, steps=40, restarts=4)
+    victim = VictimModel(at_model, "at")
     with frozen(at_model):
-        ours, _ = Crafter(subject, case, 0, 0, 1024)(images, labels)
+        ours, _ = AttackRunner(victim, spec, 0, 0, 1024)(images, labels)
     left = [(at_model(x).argmax(1) == labels).double().mean().item() for x in (ours, theirs)]
     assert left[0] - left[1] <= 0.005, left
 
 
 def test_the_verdict_from_known_accuracies() -> None:
-    cases = gradient_masking.sanity_cases(
-        AttackConfig(epsilon=0.1), EvaluationConfig(), randomised=True, transfers=True
-    )
-    fine = dict.fromkeys(cases, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
+    specs = gradient_masking.check_specs(AttackConfig(epsilon=0.1), EvaluationConfig(), randomised=True, transfers=True)
+    fine = dict.fromkeys(specs, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
     fine |= {"epsilon 0.025": 0.8, "epsilon 0.05": 0.7, "epsilon 0.2": 0.3, "epsilon 0.4": 0.1}
 
     def flagged(**changed: float) -> set[str]:
         values = fine | {name.replace("_", " "): value for name, value in changed.items()}
 
-        def shares(case: Case) -> Tensor:
-            names = [name for name, known in cases.items() if known == case]
+        def shares(spec: AttackSpec) -> Tensor:
+            names = [name for name, known in specs.items() if known == spec]
             made = torch.zeros(100)
             made[: round(100 * values[names[-1]])] = 1
             return made.double()
 
-        return {
-            finding.question.split("?")[0] for finding in gradient_masking.verdict(cases, shares) if not finding.passed
-        }
+        return {check.question.split("?")[0] for check in gradient_masking.checks(specs, shares) if not check.passed}
 
     assert flagged() == set()
     assert flagged(epsilon_1=0.05) == {"Does a radius of 1 leave nothing"}
@@ -341,7 +337,7 @@ def test_the_report_stands_alone(
     test, said = load(config.data, 0).test, []
     facts = {"data": "0" * 64, "defense": "models:/<script>", "commit": "abc"}
     page, data = write_report(
-        found, Subject(defense, "dir"), test, config, facts, tmp_path / "out", at_model, said.append
+        found, VictimModel(defense, "dir"), test, config, facts, tmp_path / "out", at_model, said.append
     )
     html, plain = page.read_text(), json.loads(data.read_text())
     assert "<script>" not in html
@@ -371,11 +367,11 @@ def test_published_numbers_stand_beside_their_rows() -> None:
 
 def test_a_suite_without_randomness_has_no_draws() -> None:
     for name in ("quick", "paper", "rigorous"):
-        cases = suite(
+        specs = suite(
             name, AttackConfig(), EvaluationConfig(), randomised=False, purifies=True, transfers=True, masked=False
         )
-        assert {(case.masks, case.draws, case.eot, case.average) for case in cases} == {("none", 1, 1, 1)}
-    assert Memory().get("nothing") is None
+        assert {(spec.randomness, spec.draws, spec.eot, spec.average) for spec in specs} == {("none", 1, 1, 1)}
+    assert MemoryStore().get("nothing") is None
 
 
 def test_pictures(smoke: RunConfig) -> None:

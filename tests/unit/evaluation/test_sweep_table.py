@@ -24,7 +24,7 @@ def row(defense: str, attack: str, masks: str, accuracy: float, mean: float, eps
     return {
         "defense": defense,
         "attack": attack,
-        "masks": masks,
+        "randomness": masks,
         "accuracy": accuracy,
         "mean": mean,
         "epsilon": epsilon,

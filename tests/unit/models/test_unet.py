@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {"channels": 1, "height": 8, "width": 8, "widths": (8, 1
 
 def small(**changes: Any) -> DUNet:
     """The network for 8x8 digits, its running statistics not those of a fresh one."""
-    with rng.ambient(0, "unet"):
+    with rng.seeded_torch_rng(0, "unet"):
         network = DUNet(**{**SMALL, **changes})
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):

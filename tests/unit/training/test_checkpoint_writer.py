@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dircluster.training.checkpoint import CheckpointError, Checkpoints
-from dircluster.training.checkpoint_writer import Save, Writer
+from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 
 WEIGHTS = {"w": torch.arange(4.0)}
 
@@ -35,7 +35,7 @@ class Refusal:
 
 
 def test_saves_are_committed_in_order_and_the_newest_two_stay(tmp_path: Path) -> None:
-    writer = Writer(Checkpoints(tmp_path, "k"), print)
+    writer = CheckpointWriter(Checkpoints(tmp_path, "k"), print)
     for step in range(1, 6):
         writer.put(save(step, f"best-{step:08d}" if step % 2 else None))
     writer.close(10)
@@ -47,9 +47,9 @@ def test_saves_are_committed_in_order_and_the_newest_two_stay(tmp_path: Path) ->
 
 
 def test_while_storage_refuses_training_goes_on_and_the_newest_is_stored(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     refusal = Refusal()
-    writer = Writer(Checkpoints(tmp_path, "k", guard=refusal), said.append)
+    writer = CheckpointWriter(Checkpoints(tmp_path, "k", guard=refusal), lines.append)
     began = time.monotonic()
     writer.put(save(1, "best-00000001"))
     while refusal.asked == 0:
@@ -61,15 +61,15 @@ def test_while_storage_refuses_training_goes_on_and_the_newest_is_stored(tmp_pat
     writer.close(20)
     assert [f.name for f in tmp_path.glob("step-*")] == ["step-00000049"]
     assert (tmp_path / "best-00000001" / "COMMIT").exists()  # the best of one that was passed over
-    assert len(said) == 2
-    assert "checkpoint 1 cannot be stored ([Errno 28] No space left on device); training goes on" in said[0]
-    assert "storage takes checkpoints again" in said[1]
+    assert len(lines) == 2
+    assert "checkpoint 1 cannot be stored ([Errno 28] No space left on device); training goes on" in lines[0]
+    assert "storage takes checkpoints again" in lines[1]
 
 
 def test_patience_ends_with_an_error_and_what_was_stored_stays(tmp_path: Path) -> None:
     refusal = Refusal()
     refusal.open.set()
-    writer = Writer(Checkpoints(tmp_path, "k", guard=refusal), lambda line: None)
+    writer = CheckpointWriter(Checkpoints(tmp_path, "k", guard=refusal), lambda line: None)
     writer.put(save(1))
     while writer.step < 1:
         time.sleep(0.01)

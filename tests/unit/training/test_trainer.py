@@ -77,20 +77,20 @@ def test_a_run_interrupted_at_any_step_ends_in_the_same_bits(smoke: RunConfig, t
 
 
 def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -> None:
-    said: list[str] = []
+    lines: list[str] = []
 
     class Hears(Quiet):
         def say(self, line: str) -> None:
-            said.append(line)
+            lines.append(line)
 
     first = run(smoke, Hears())
-    assert not [line for line in said if "reused" in line]
+    assert not [line for line in lines if "reused" in line]
     again = run(smoke, Hears())
-    assert [line.split(":")[0] for line in said if "reused" in line] == ["target", "pretrain", "dir", "evaluation"]
+    assert [line.split(":")[0] for line in lines if "reused" in line] == ["target", "pretrain", "dir", "evaluation"]
     assert again["results"] == first["results"]
-    said.clear()
+    lines.clear()
     other = run(dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, alpha=1.0)), Hears())
-    assert [line.split(":")[0] for line in said if "reused" in line] == ["target", "pretrain"]
+    assert [line.split(":")[0] for line in lines if "reused" in line] == ["target", "pretrain"]
     assert other["checkpoint"] != first["checkpoint"]
     assert weights(other) != weights(first)
 
@@ -130,14 +130,14 @@ def test_a_run_that_ends_while_storage_is_down_ends_as_what_it_is(
 
     class Hears(StopAfter):
         def say(self, line: str) -> None:
-            said.append(line)
+            lines.append(line)
 
-    said: list[str] = []
+    lines: list[str] = []
     monkeypatch.setattr(Checkpoints, "save", full)
     monkeypatch.setattr("dircluster.training.trainer.INTERRUPTED_PATIENCE", 1.0)
     outcome = outcome_of(lambda: run(smoke, Hears(1)))
     assert (outcome["status"], outcome["signal"]) == ("KILLED", 15)
-    assert [line for line in said if "took no checkpoint for 1 s" in line]
+    assert [line for line in lines if "took no checkpoint for 1 s" in line]
 
     impatient = dataclasses.replace(smoke.storage, patience=1.0, checkpoint_every=3)
     trainer = make_trainer(dataclasses.replace(smoke, storage=impatient), tmp_path)
@@ -187,14 +187,14 @@ def test_a_damaged_checkpoint_is_passed_over_on_resume(smoke: RunConfig, tmp_pat
     newest = sorted((tmp_path / "broken").glob("target-*/step-*"))[-1]
     file = newest / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    said: list[str] = []
+    lines: list[str] = []
 
     class Hears(Quiet):
         def say(self, line: str) -> None:
-            said.append(line)
+            lines.append(line)
 
     outcome = run(broken, Hears())
-    assert [line for line in said if "damaged" in line and "falling back" in line]
+    assert [line for line in lines if "damaged" in line and "falling back" in line]
     assert weights(outcome) == weights(whole)
 
 

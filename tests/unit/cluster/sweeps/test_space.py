@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dircluster.cluster.sweeps.space import Space, fitted, load_space, told
+from dircluster.cluster.sweeps.space import Space, fitted, load_space, settings_text
 from dircluster.config import ConfigError, to_dict
 from dircluster.presets import preset
 
@@ -115,4 +115,4 @@ def test_two_ends_are_another_space_than_two_values() -> None:
 
 
 def test_settings_are_told_in_a_few_words() -> None:
-    assert told({"dir.alpha": 2.0, "masking.ratio": 0.123456}) == "alpha 2, ratio 0.1235"
+    assert settings_text({"dir.alpha": 2.0, "masking.ratio": 0.123456}) == "alpha 2, ratio 0.1235"
