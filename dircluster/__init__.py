@@ -1,4 +1,4 @@
-"""dircluster: trains, ablates and honestly judges defences that clean adversarial noise off images."""
+"""dircluster: trains, ablates and honestly judges defenses that clean adversarial noise off images."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "qu
 
 
 def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> DefendedClassifier:
-    """A finished defence, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
+    """A finished defense, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
 
     ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage
     (s3://..., read with the credentials of the environment), or an MLflow URI such as ``models:/dir-digits@champion``,
     looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not given). Only with ``trust_code`` a
-    target of one's own (package.module:factory) is imported. Raises dircluster.config.ConfigError where the defence
+    target of one's own (package.module:factory) is imported. Raises dircluster.config.ConfigError where the defense
     is missing, damaged, or none.
     """
     from dircluster.training.export import load_defense_folder

@@ -60,7 +60,7 @@ class TrainJob(Job):
     launcher: Literal["ray", "local"] = "ray"
     """ray: Ray Train workers; local: this process, or the processes of torchrun."""
     fresh: Switch = False
-    """Start anew beside what is stored instead of reusing or resuming it."""
+    """Start again beside what is stored instead of reusing or resuming it."""
     dry_run: Switch = False
     """Say what would run, and stop."""
 
@@ -209,7 +209,7 @@ def _as_decimal(word: str) -> str:
 
 
 def _words_of(file: Path) -> Iterator[str]:
-    """A YAML file of settings as command-line words, so that both are checked alike."""
+    """A YAML file of settings as command-line words, so that both are checked in the same way."""
     try:
         settings = yaml.safe_load(file.read_text())
     except OSError as error:

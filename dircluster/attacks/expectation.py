@@ -1,4 +1,4 @@
-"""Attacks on randomised and non-differentiable models: EOT and BPDA (Athalye et al. 2018)."""
+"""Attacks on randomized and non-differentiable models: EOT and BPDA (Athalye et al. 2018)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dircluster.attacks.gradient import Loss, Model, Objective, ValueAndGrad, cr
 def expected(
     model: Model, labels: Tensor, draws: int, loss: Loss = cross_entropy_loss, most_rows: int | None = None
 ) -> ValueAndGrad:
-    """The loss averaged over ``draws`` passes through a model that draws anew for every row, and its gradient.
+    """The loss averaged over ``draws`` passes through a model that draws again for every row, and its gradient.
 
     The draws of an image pass side by side, at most ``most_rows`` rows at a time (all at once when not given): one
     call of many rows costs far less than many calls, and memory does not grow with ``draws``.

@@ -1,4 +1,4 @@
-"""The masking-related adaptive attack of Eq. 8: the attacker knows the masks, or redraws them as the defence does."""
+"""The masking-related adaptive attack of Eq. 8: the attacker knows the masks, or redraws them as the defense does."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def masked_attack(
     uniform: Tensor | None = None,
     loss: Loss = cross_entropy_loss,
 ) -> Tensor:
-    """Each step ascends through one mask of the defence's set alone, and only its kept pixels move: -> (N, C, H, W).
+    """Each step ascends through one mask of the defense's set alone, and only its kept pixels move: -> (N, C, H, W).
 
     Eq. 8 with x* = x * m. ``masks`` gives the set of a step, (K, N, n): always the same one (the fixed form, where
-    attacker and defence share it) or a new one (the fresh form); step t takes its mask t modulo K. ``pixels`` turns
+    attacker and defense share it) or a new one (the fresh form); step t takes its mask t modulo K. ``pixels`` turns
     masks (1, N, n) into images of ones and zeros (1, N, 1, H, W).
     """
     reached = (images if uniform is None else threat.start(images, uniform)).detach()

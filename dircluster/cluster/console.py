@@ -32,7 +32,7 @@ def progress_line(status: Status) -> str:
 
 
 class Terminal:
-    """The console of the process that the person started. Use it in a ``with`` block, where it hears signals."""
+    """The console of the process that the person started. Use it in a ``with`` block, where it catches signals."""
 
     def __init__(self) -> None:
         self.rich = Rich(highlight=False, soft_wrap=True)
@@ -59,7 +59,7 @@ class Terminal:
             self.say(line)
 
     def tell(self, event: str | dict[str, Any]) -> None:
-        """What a worker said or showed, as it comes out of the mailbox."""
+        """What a worker said or showed, as it comes out of the channel."""
         if isinstance(event, str):
             self.say(event)
         else:

@@ -30,7 +30,7 @@ class DataConfig:
     width: int = 8
     """Pixels."""
     channels: int = 1
-    """1 for grey, 3 for colour."""
+    """1 for gray, 3 for color."""
     classes: int = 10
     """Number of labels, 0 to classes - 1."""
     held_out: float = 0.1
@@ -175,7 +175,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimiser and its learning-rate schedule."""
+    """An optimizer and its learning-rate schedule."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
@@ -286,9 +286,9 @@ class DirConfig:
     joint: bool = False
     """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2)
-    """The denoiser's optimiser."""
+    """The denoiser's optimizer."""
     target_optimizer: OptimizerConfig = OptimizerConfig()
-    """The target's optimiser in joint mode."""
+    """The target's optimizer in joint mode."""
 
     def __post_init__(self) -> None:
         require_positive("dir", self, "epochs", "perturb_steps")
@@ -305,7 +305,7 @@ class TrainingConfig:
     microbatch: int | None = None
     """Most images that pass through the models at a time, their gradients accumulated; a worker's whole share when
     not given. With half a batch, one worker and two compute the same bits, on equal numbers of threads and without
-    batch normalisation."""
+    batch normalization."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     compile: bool = False
@@ -325,7 +325,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The judgement on the test split: what a defense must face, and how surely it is said."""
+    """The evaluation on the test split: what a defense must face, and how surely it is said."""
 
     suite: Literal["quick", "paper", "rigorous"] = "quick"
     """quick: seconds; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
@@ -404,9 +404,9 @@ class ParallelConfig:
     """How workers share a model that is trained. Neither changes what is computed, but for rounding."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: every worker holds all weights; fsdp: weights, gradients and optimiser state are sharded (FSDP2)."""
+    """ddp: every worker holds all weights; fsdp: weights, gradients and optimizer state are sharded (FSDP2)."""
     activation_checkpointing: bool = False
-    """Compute the denoiser's activations anew in the backward pass instead of keeping them: less memory, more time."""
+    """Compute the denoiser's activations again in the backward pass instead of keeping them: less memory, more time."""
 
 
 @dataclass(frozen=True)
@@ -443,7 +443,7 @@ class StorageConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """What is told to MLflow and to the console, and how often."""
+    """What is shown in MLflow and on the console, and how often."""
 
     enabled: bool = True
     """False keeps no MLflow record."""

@@ -1,4 +1,4 @@
-"""A labelled image set of 256 x 256 tiles cut from the two photographs in scikit-learn's wheel, as parquet shards.
+"""A labeled image set of 256 x 256 tiles cut from the two photographs in scikit-learn's wheel, as parquet shards.
 
 Real pixels at ImageNet's size without a download, to see that streaming works; no task to learn anything from.
 """

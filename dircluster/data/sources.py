@@ -1,4 +1,4 @@
-"""Real images into memory: scikit-learn's digits, torchvision's CIFAR and SVHN, labelled parquet, image folders."""
+"""Real images into memory: scikit-learn's digits, torchvision's CIFAR and SVHN, labeled parquet, image folders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load(
 
     ``cache`` keeps downloads, and ``open_path`` opens ``data.uri``.
 
-    Raises ConfigError when data is missing, empty, unlabelled, of mixed size, or not what ``config`` says it is.
+    Raises ConfigError when data is missing, empty, unlabeled, of mixed size, or not what ``config`` says it is.
     """
     if config.stream:
         return _streamed(config, seed, open_path)

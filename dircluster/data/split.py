@@ -1,4 +1,4 @@
-"""Splits of a labelled image set in memory."""
+"""Splits of a labeled image set in memory."""
 
 from __future__ import annotations
 

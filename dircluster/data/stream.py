@@ -1,6 +1,6 @@
 """Training splits larger than memory: parquet shards, read while they are trained on, in an order that can be computed.
 
-The row groups of all shards are dealt out to lanes, anew in each epoch; a global batch takes equally many images from
+The row groups of all shards are dealt out to lanes, again in each epoch; a global batch takes equally many images from
 every lane. So a batch is a function of (seed, epoch, step) alone, whatever the number of workers; a worker reads the
 lanes of its own rows and no others; and a resumed run reads on where it stopped. What a stream gives up: an image is
 shuffled among the rows of its row group, and row groups among the lanes, but not among all images; and a lane that ends

@@ -49,7 +49,7 @@ class PretrainRecipe(Recipe):
         return replace(batch, adversarial=adversarial, kept=kept)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 2 as a mean over masks, images and pixels, for natural and adversarial samples alike."""
+        """Eq. 2 as a mean over masks, images and pixels, for natural and adversarial samples together."""
         assert batch.adversarial is not None, "craft before forward"
         assert batch.kept is not None
         both = torch.cat([batch.images, batch.adversarial])

@@ -1,4 +1,4 @@
-"""What a recipe is: the modules it trains, how it crafts its samples, and the loss it minimises."""
+"""What a recipe is: the modules it trains, how it crafts its samples, and the loss it minimizes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar loss terms, the one to minimise under ``loss``; batch means."""
+        """Scalar loss terms, the one to minimize under ``loss``; batch means."""
         raise NotImplementedError
 
     def predict(self, images: Tensor, kept: Tensor | None) -> Tensor:

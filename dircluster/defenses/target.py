@@ -58,7 +58,7 @@ class TargetRecipe(Recipe):
         return replace(batch, adversarial=adversarial)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """natural, adversarial and regulariser terms, as far as the objective has them."""
+        """natural, adversarial and regularizer terms, as far as the objective has them."""
         objective, labels = self.config.objective, batch.labels
         if objective == "natural":
             natural = F.cross_entropy(self.classifier(batch.images).float(), labels)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 
 class PairwiseSum:
-    """Gradients of micro-batches, set aside and summed pairwise, as the workers' are: ((a + b) + (c + d))."""
+    """Gradients of micro-batches, kept pending and summed pairwise, as the workers' are: ((a + b) + (c + d))."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
@@ -33,7 +33,7 @@ class PairwiseSum:
         self._waiting.append((level, taken))
 
     def join(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Add, in place, what was set aside of ``parameter`` to its last micro-batch's ``gradient``."""
+        """Add, in place, what was kept pending of ``parameter`` to its last micro-batch's ``gradient``."""
         for _, taken in reversed(self._waiting):
             gradient.add_(taken.pop(parameter))
 
@@ -61,7 +61,7 @@ def _share_of_sum(values: Tensor) -> Tensor:
 
 
 def with_pending(pending: PairwiseSum, bucket: Any) -> Any:
-    """``bucket`` with what was set aside of its parameters."""
+    """``bucket`` with what was kept pending of its parameters."""
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         pending.join(parameter, gradient)
     return bucket
@@ -132,14 +132,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         dist.all_reduce(total)  # workers may hold shares of different size
         count = float(total)
         mean = _sum_with_gradient(x.sum(dim=(0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = _sum_with_gradient(centred.square().sum(dim=(0, 2, 3))) / count
+        centered = x - mean[:, None, None]
+        variance = _sum_with_gradient(centered.square().sum(dim=(0, 2, 3))) / count
         if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
-        shaped = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        shaped = centered * torch.rsqrt(variance + self.eps)[:, None, None]
         scaled: Tensor = shaped * self.weight[:, None, None] + self.bias[:, None, None]
         return scaled

@@ -129,8 +129,8 @@ class Parallel:
             raise error_from_plain(outcome["error"])
         return outcome["result"]
 
-    def synchronise_statistics(self, module: nn.Module) -> nn.Module:
-        """Batch normalisation over the global batch instead of each worker's share.
+    def synchronize_statistics(self, module: nn.Module) -> nn.Module:
+        """Batch normalization over the global batch instead of each worker's share.
 
         On CPUs, layers derived from BatchNorm2d stay as they are: each worker then has statistics of its own.
         """
@@ -145,7 +145,7 @@ class Parallel:
             if type(child) is nn.BatchNorm2d:
                 child.__class__ = GlobalBatchNorm2d
             else:
-                setattr(module, name, self.synchronise_statistics(child))
+                setattr(module, name, self.synchronize_statistics(child))
         return module
 
 

@@ -1,4 +1,4 @@
-"""From a case to adversarial images: which attack meets which form of the defense."""
+"""From an attack's spec to adversarial images: which attack meets which form of the defense."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def modules_of_attack(attack: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class AttackRunner:
-    """Crafts for one shard of images; all that it draws follows from ``seed``, which names the shard and the case.
+    """Attacks one shard of images; all that it draws follows from ``seed``, which names the shard.
 
-    ``defense_seed`` names the draws of the fixed form, which belong to the shard alone: every case knows the same.
+    ``defense_seed`` names the draws of the fixed form, which belong to the shard alone: every attack knows the same.
     ``most_rows`` bounds the rows, images times draws, that pass through a model at a time.
     """
 
@@ -91,7 +91,7 @@ class AttackRunner:
 
     @property
     def threat(self) -> LInf | L2:
-        """The ball of the case."""
+        """The ball of the attack."""
         return BALLS[self.spec.norm](self.spec.epsilon)
 
     def _first_order(self, images: Tensor, labels: Tensor, restart: int) -> Tensor:
@@ -105,8 +105,8 @@ class AttackRunner:
             generator = rng.generator(self.seed, "neighbours")
             return vni_fgsm(both, images, threat, spec.steps, spec.step_size, lambda: _draw(generator, images))
         start = threat.start(images, self._uniform(f"start/{restart}", images))
-        randomised = spec.randomness == "fresh"  # the last iterate may have met an unlucky draw
-        return projected_ascent(both, start, images, threat, spec.steps, spec.step_size, keep_best=randomised)
+        randomized = spec.randomness == "fresh"  # the last iterate may have met an unlucky draw
+        return projected_ascent(both, start, images, threat, spec.steps, spec.step_size, keep_best=randomized)
 
     def _value_and_grad(self, labels: Tensor, purpose: str) -> ValueAndGrad:
         """Loss and gradient of the form that the attacker faces, averaged over draws where they are fresh."""

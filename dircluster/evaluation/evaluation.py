@@ -1,7 +1,8 @@
-"""Judging: cases times shards of images, each a unit of work whose outcome is kept, then rows of a table.
+"""Evaluation: attacks times shards of images, each a piece of work whose outcome is kept, then rows of a table.
 
-What a unit finds follows from the seed, the case and the shard's number alone: neither from who works on it, nor from
-what was done before. So units may be shared out to any number of workers, and a judgement that was killed goes on.
+What comes out of a shard follows from the seed, the attack and the shard's number alone: neither from who works on it,
+nor from
+what was done before. So shards may be shared out to any number of workers, and an evaluation that was killed goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dircluster.evaluation.victim import VictimModel
 
 @dataclass(frozen=True)
 class EvalShard:
-    """One case on one shard."""
+    """One attack on one shard of the images."""
 
     spec: AttackSpec
     number: int
@@ -43,7 +44,7 @@ class EvalShard:
 
 
 class Evaluation:
-    """The units of a judgement of a ``victim`` and what has come of them. Each finished one is read once."""
+    """The units of an evaluation of a ``victim`` and what has come of them. Each finished one is read once."""
 
     def __init__(
         self,
@@ -61,18 +62,18 @@ class Evaluation:
         self._read: dict[str, dict[str, Any]] = {}
 
     def shards(self, spec: AttackSpec | None = None) -> Iterator[EvalShard]:
-        """All units, or those of one case, in the order of the table."""
+        """All shards, or those of one attack, in the order of the table."""
         for one in self.specs if spec is None else [spec]:
             total = self.images if one.first is None else min(one.first, self.images)
             for number, start in enumerate(range(0, total, self.shard_size)):
                 yield EvalShard(one, number, (start, min(start + self.shard_size, total)))
 
     def open_shards(self) -> list[EvalShard]:
-        """The units that nobody has finished."""
+        """The shards that nobody has finished."""
         return [shard for shard in self.shards() if self.outcome(shard) is None]
 
     def outcome(self, shard: EvalShard) -> dict[str, Any] | None:
-        """What came out of a unit; None while it is not finished, or only by other code than this."""
+        """What came out of a shard; None while it is not finished, or only by other code than this."""
         found = self._read.get(shard.name)
         if found is None:
             found = self.store.get(shard.name)
@@ -82,7 +83,7 @@ class Evaluation:
         return found
 
     def wait(self, asked_to_stop: Callable[[], int]) -> int:
-        """Until all units are finished, whoever works on them, or a signal asks to stop; -> the signal, or 0."""
+        """Until all shards are finished, whoever works on them, or a signal asks to stop; -> the signal, or 0."""
         left = self.open_shards()
         while left:
             if signal := asked_to_stop():
@@ -92,9 +93,9 @@ class Evaluation:
         return 0
 
     def work(self, shard: EvalShard, images: Tensor, labels: Tensor) -> None:
-        """Craft and judge the unit's ``images`` (n, C, H, W) in [0, 1], and keep what came out."""
+        """Attack and judge the shard's ``images`` (n, C, H, W) in [0, 1], and keep what came out."""
         began, victim = time.monotonic(), self.victim
-        seed = rng.entropy(self.seed, "judgement/attack", step=shard.number)  # all cases start alike: fair pairs
+        seed = rng.entropy(self.seed, "judgement/attack", step=shard.number)  # all attacks start the same: fair pairs
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
         attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
@@ -119,7 +120,7 @@ class Evaluation:
         self._read[shard.name] = outcome
 
     def right(self, spec: AttackSpec) -> dict[str, Tensor]:
-        """What was right in a finished case: known (N, 1) and anew (N, draws), bool, where it has them."""
+        """What was right in a finished attack: fixed (N, 1) and fresh (N, draws), bool, where it has them."""
         parts: dict[str, list[str]] = {}
         for outcome in self._outcomes(spec):
             for name, rows in outcome["right"].items():
@@ -127,12 +128,12 @@ class Evaluation:
         return {name: torch.tensor([[c == "1" for c in row] for row in rows]) for name, rows in parts.items()}
 
     def shares(self, spec: AttackSpec) -> Tensor:
-        """Each image's accuracy in a finished case, (N,) float64: under known draws, else over fresh ones."""
+        """Each image's accuracy in a finished attack, (N,) float64: under fixed draws, else over fresh ones."""
         right = self.right(spec)
         return right.get("fixed", right.get("fresh", torch.empty(0))).double().mean(dim=1)
 
     def result(self, spec: AttackSpec, defense: str) -> Result:
-        """A finished case as a row."""
+        """A finished attack as a row."""
         right = self.right(spec)
         main = right.get("fixed", right.get("fresh", torch.empty(0)))
         again = right.get("fresh", main)
@@ -164,7 +165,7 @@ class Evaluation:
         )
 
     def seconds(self, spec: AttackSpec) -> float:
-        """One worker's time that a finished case took."""
+        """One worker's time that a finished attack took."""
         return float(sum(outcome["seconds"] for outcome in self._outcomes(spec)))
 
     def _outcomes(self, spec: AttackSpec) -> Iterator[dict[str, Any]]:
@@ -176,7 +177,7 @@ class Evaluation:
 
 
 def code(spec: AttackSpec, victim: VictimModel) -> str:
-    """Digest of the source that decides what a unit finds: that of its attack, of the defense, and of this room."""
+    """Digest of the source that decides what a shard finds: that of its attack, of the defense, and of this room."""
     models = [victim.module, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
     used = frozenset({rng.__name__}).union(modules_of_attack(spec.attack), *map(modules_of, models))
     return code_digest(used, frozenset({__name__, AttackRunner.__module__, VictimModel.__module__}))
@@ -188,7 +189,7 @@ def run(
     on_shard: Callable[[EvalShard, int, int], None] = lambda shard, done, total: None,
     mine: Callable[[int], bool] = lambda index: True,
 ) -> None:
-    """Work through the open ones of the units whose place is ``mine``; ``batch`` gives images and labels of rows."""
+    """Work through the open ones of the shards whose place is ``mine``; ``batch`` gives images and labels of rows."""
     waiting = [u for index, u in enumerate(evaluation.shards()) if mine(index) and evaluation.outcome(u) is None]
     for done, shard in enumerate(waiting):
         on_shard(shard, done, len(waiting))

@@ -155,7 +155,7 @@ def draw_images(rows: Mapping[str, Tensor]) -> str:
 
 
 def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> str:
-    """Figure 5: one colour a class, natural images as dots and adversarial ones as crosses."""
+    """Figure 5: one color a class, natural images as dots and adversarial ones as crosses."""
 
     def draw(axes: Any) -> None:
         for mask, marker, name in ((~adversarial, "o", "natural"), (adversarial, "x", "adversarial")):

@@ -40,23 +40,23 @@ class Check:
 
 
 def check_specs(
-    attack: AttackConfig, settings: EvaluationConfig, *, randomised: bool, transfers: bool
+    attack: AttackConfig, settings: EvaluationConfig, *, randomized: bool, transfers: bool
 ) -> dict[str, AttackSpec]:
-    """The cases that the verdict needs, by a name of their own.
+    """The attacks that the verdict needs, by a name of their own.
 
     "epsilon 1" is the whole pixel range, whatever the norm of the threat; the radii of an L2 threat are "L2 epsilon R".
     """
-    eot = (settings.eot or 16) if randomised else 1
+    eot = (settings.eot or 16) if randomized else 1
     steps = settings.steps or 20
     base = AttackSpec(
         "pgd",
-        randomness="fresh" if randomised else "none",
+        randomness="fresh" if randomized else "none",
         norm=attack.norm,
         epsilon=attack.epsilon,
         step_size=attack.step_for(steps),
         steps=steps,
         eot=eot,
-        draws=(settings.draws or 10) if randomised else 1,
+        draws=(settings.draws or 10) if randomized else 1,
         first=settings.verdict_images,
     )
     specs = {"natural": replace(base, attack="natural", epsilon=0.0, steps=0, eot=1)}
@@ -68,7 +68,7 @@ def check_specs(
         specs[f"{count} steps"] = replace(base, steps=count, step_size=attack.step_for(count))
     for count in (1, 2, 4):
         specs[f"{count} restarts"] = replace(base, restarts=count)
-    if randomised:
+    if randomized:
         for count in sorted({1, max(1, eot // 4), eot, 2 * eot}):
             specs[f"EOT {count}"] = replace(base, eot=count)
         specs["draws known"] = replace(base, randomness="fixed", eot=1)
@@ -87,7 +87,7 @@ def _radii(spec: AttackSpec) -> str:
 
 
 def checks(specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor]) -> list[Check]:
-    """The rows, from each case's accuracy image by image: (N,)."""
+    """The rows, from each attack's accuracy image by image: (N,)."""
     seen = {name: shares(spec) for name, spec in specs.items()}
 
     def mean(name: str) -> float:

@@ -1,4 +1,4 @@
-"""The report of a judgement: one HTML page that stands alone, and the same as JSON."""
+"""The report of an evaluation: one HTML page that stands alone, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(
     natural_target: nn.Module | None,
     say: Callable[[str], None],
 ) -> list[Path]:
-    """Write report.html and report.json into ``folder``: -> their paths. ``say`` hears what had to be left out."""
+    """Write report.html and report.json into ``folder``: -> their paths. ``say`` gets what is left out."""
     from jinja2 import Environment
 
     from dircluster.files import write_whole
@@ -157,5 +157,5 @@ def _embedding(
         say("the report has no UMAP: umap-learn is not installed (pip install dircluster[umap])")
         return title, "Left out: umap-learn is not installed.", ""
     adversarial = torch.arange(len(points)) >= len(images)
-    text = f"UMAP of {len(images)} images, natural and adversarial, after restoration; a colour a class."
+    text = f"UMAP of {len(images)} images, natural and adversarial, after restoration; a color a class."
     return title, text, figures.draw_embedding(points, labels.cpu().repeat(2), adversarial)

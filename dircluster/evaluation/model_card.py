@@ -1,4 +1,4 @@
-"""A finished run in words: the model card that travels with the defence."""
+"""A finished run in words: the model card that travels with the defense."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Masked auto-encoding denoiser in front of a classifier (Zhou et al., ICML 2023):
 
 {table}
 
-Fixed: the attacker knows the masks. Fresh: masks are drawn anew at every pass, the attack averages its gradient over
+Fixed: the attacker knows the masks. Fresh: masks are drawn again at every pass, the attack averages its gradient over
 so many of them (EOT) as the table says, and the accuracy is the mean over {draws} further draws. This is suite
 `{suite}`: a stronger attack may bring the accuracy further down, none can bring it up.
 
@@ -49,7 +49,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
-    """Markdown that says what the defence is, what it was judged against, and how to use it."""
+    """Markdown that says what the defense is, what it was judged against, and how to use it."""
     data, model = config.data, config.model
     return CARD.format(
         name=config.name,

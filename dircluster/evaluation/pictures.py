@@ -1,4 +1,4 @@
-"""What the defence does to images, as one picture."""
+"""What the defense does to images, as one picture."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class Result:
     """none (the bare target), dir, or the name of somebody's module."""
     attack: str
     randomness: str
-    """none (nothing is random), fixed (the attacker knows the draws), or fresh (anew at every pass)."""
+    """none (nothing is random), fixed (the attacker knows the draws), or fresh (new at every pass)."""
     accuracy: float
     """correct / judged: under fresh draws the mean over all of them."""
     correct: int

@@ -1,4 +1,4 @@
-"""The verb of this room: judge a module against a suite, and say what was found as one value."""
+"""Evaluates a module against a suite and returns a report as one value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dircluster.models.modules import device_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a defense will face: the rows of the table, and the cases behind the verdict."""
+    """What a defense will face: the rows of the table, and the attacks behind the verdict."""
 
     table: list[AttackSpec]
     checks: dict[str, AttackSpec] = field(default_factory=dict)
@@ -35,20 +35,20 @@ class Plan:
 
 
 def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) -> Plan:
-    """Suite ``settings.suite`` for a subject that has been met, with the verdict's cases where it is asked for."""
-    drawn, transfers = victim.randomised, victim.source is not None
+    """Suite ``settings.suite`` for a victim that has been met, with the verdict's attacks where it is asked for."""
+    drawn, transfers = victim.randomized, victim.source is not None
     purifies = victim.target is not None
     table = specs_of(
         settings.suite,
         attack,
         settings,
-        randomised=drawn,
+        randomized=drawn,
         purifies=purifies,
         transfers=transfers,
         masked=victim.masked,
     )
     asked = (
-        gradient_masking.check_specs(attack, settings, randomised=drawn, transfers=transfers)
+        gradient_masking.check_specs(attack, settings, randomized=drawn, transfers=transfers)
         if settings.verdict
         else {}
     )
@@ -57,7 +57,7 @@ def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What a judgement found, with its evidence."""
+    """What an evaluation found, with its evidence."""
 
     defense: str
     suite: str
@@ -95,7 +95,7 @@ class EvaluationReport:
 
 
 def report(evaluation: Evaluation, planned: Plan, defense: str, settings: EvaluationConfig) -> EvaluationReport:
-    """The table and the verdict of a judgement whose units are all finished."""
+    """The table and the verdict of an evaluation whose shards are all finished."""
     return EvaluationReport(
         defense,
         settings.suite,
@@ -128,8 +128,8 @@ def evaluate(
 
     ``images`` with ``labels`` (N,) int64; ``epsilon``, ``norm`` and ``step_size`` are those of AttackConfig; ``suite``
     is quick, paper or rigorous, and ``verdict`` asks whether the module only hides gradients. Transfers are crafted on
-    ``surrogate``, or on a purifier's own classifier. ``store`` keeps finished units, so that a judgement can go on;
-    ``on_shard`` is called before each unit with the units done and open. Modules are judged in eval mode, and come
+    ``surrogate``, or on a purifier's own classifier. ``store`` keeps finished shards, so that an evaluation can go on;
+    ``on_shard`` is called before each shard with the shards done and open. Modules are judged in eval mode, and come
     back in
     the modes, and on the device, that they came in. Raises ConfigError, one line, for images out of range, labels out
     of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or another shape.

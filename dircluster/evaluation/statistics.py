@@ -13,6 +13,6 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     if total <= 0 or not 0 <= correct <= total:
         raise ValueError(f"need 0 <= correct <= total and total > 0, got {correct} of {total}")
     share, spread = correct / total, Z95**2 / total
-    centre = (share + spread / 2) / (1 + spread)
+    center = (share + spread / 2) / (1 + spread)
     half = Z95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ResultStore(Protocol):
-    """Keeps the outcomes of units, by name."""
+    """Keeps the outcomes of shards, by name."""
 
     def get(self, name: str) -> dict[str, Any] | None:
         """What was put under ``name``, None where nothing was."""
@@ -20,7 +20,7 @@ class ResultStore(Protocol):
 
 
 class MemoryStore:
-    """A shelf for one process."""
+    """A store for one process."""
 
     def __init__(self) -> None:
         self.kept: dict[str, dict[str, Any]] = {}
@@ -35,13 +35,13 @@ class MemoryStore:
 
 
 class FolderStore:
-    """A shelf in a folder or in object storage: one file a unit, written whole or not at all."""
+    """A store in a folder or in object storage: one file a shard, written whole or not at all."""
 
     def __init__(self, folder: Path, keep_images: bool = False) -> None:
         self.folder, self.keep_images = folder, keep_images
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """What the unit's file holds; None where there is none, or none that can be read."""
+        """What the shard's file holds; None where there is none, or none that can be read."""
         try:
             outcome = json.loads((self.folder / f"{name}.json").read_bytes())
         except (FileNotFoundError, ValueError):

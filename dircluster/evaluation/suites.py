@@ -1,4 +1,4 @@
-"""Suites: which attacks a defense must face, as plain data. A case is one attack and how its images are judged."""
+"""Suites: which attacks a defense must face, as plain data. A spec is one attack and how its images are judged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AttackSpec:
     attack: str
     """natural, noise, fgsm, pgd, mifgsm, vnifgsm, autoattack, square, masked, bpda, or restored."""
     randomness: Randomness = "none"
-    """Random draws, known to the attacker (fixed) or anew at every pass (fresh); none where nothing is random."""
+    """Random draws, known to the attacker (fixed) or new at every pass (fresh); none where nothing is random."""
     on: Literal["defense", "target"] = "defense"
     """What the attacker crafts on; what is crafted elsewhere and judged on the defense is a transfer."""
     judged: Literal["defense", "target"] = "defense"
@@ -68,22 +68,22 @@ def suite(
     attack: AttackConfig,
     settings: EvaluationConfig,
     *,
-    randomised: bool,
+    randomized: bool,
     purifies: bool,
     transfers: bool,
     masked: bool,
 ) -> list[AttackSpec]:
-    """The cases of suite ``name`` for a defense of this kind.
+    """The attacks of suite ``name`` for a defense of this kind.
 
     ``quick``: seconds. ``paper``: Tables 1 and 3, Eq. 8 and 9. ``rigorous``: what a strong reviewer adds.
     """
-    eot = (settings.eot or (8 if name == "quick" else 20)) if randomised else 1
-    draws = (settings.draws or (10 if name == "quick" else 20)) if randomised else 1
+    eot = (settings.eot or (8 if name == "quick" else 20)) if randomized else 1
+    draws = (settings.draws or (10 if name == "quick" else 20)) if randomized else 1
     ball = AttackSpec("pgd", norm=attack.norm, epsilon=attack.epsilon, draws=draws)
     ball = _lasting(ball, attack, settings.steps or 20)
     restarts = settings.restarts or 1
-    fixed = replace(ball, randomness="fixed") if randomised else ball
-    fresh = replace(ball, randomness="fresh", eot=eot) if randomised else ball
+    fixed = replace(ball, randomness="fixed") if randomized else ball
+    fresh = replace(ball, randomness="fresh", eot=eot) if randomized else ball
     bare = replace(ball, on="target", judged="target", draws=1)
 
     specs = [_natural(bare), bare] if purifies else []
@@ -98,7 +98,7 @@ def suite(
         long = _lasting(fresh, attack, steps)
         specs += [
             replace(_lasting(fixed, attack, steps), restarts=settings.restarts or 2),
-            *([replace(long, restarts=restarts)] if randomised else []),
+            *([replace(long, restarts=restarts)] if randomized else []),
             replace(long, loss="margin", label=f"pgd{steps}-margin"),
             *_autoattack(fixed, settings, masked),
             replace(fresh, attack="square", steps=settings.queries),
@@ -107,7 +107,7 @@ def suite(
             radius = settings.l2_epsilon
             step_size = radius * attack.step / attack.epsilon
             specs += [replace(long, norm="l2", epsilon=radius, step_size=step_size, label=f"l2-pgd{steps}")]
-        if randomised:
+        if randomized:
             best = replace(fresh, eot=1, average=eot)
             specs += [
                 replace(fresh, attack="autoattack", label="autoattack-rand", steps=0),

@@ -152,18 +152,18 @@ def _heights(points: Sequence[Point], kind: Literal["natural", "robust"]) -> tup
 
 def _target_lines(axis: Any, points: Sequence[Point]) -> None:
     bare = [trial.bare for point in points for trial in point.trials if trial.bare is not None]
-    for index, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
+    for index, (kind, color) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
         if bare:
             mean = 100 * statistics.fmean(pair[index] for pair in bare)
-            axis.axhline(mean, linestyle="--", color=colour, linewidth=1, label=f"bare target, {kind}")
+            axis.axhline(mean, linestyle="--", color=color, linewidth=1, label=f"bare target, {kind}")
 
 
 def _curves(axis: Any, points: Sequence[Point], name: str) -> None:
     ordered = sorted(points, key=lambda point: float(point.settings[name]))
     x = [point.settings[name] for point in ordered]
-    for kind, colour in zip(KINDS, ("C0", "C1"), strict=True):
+    for kind, color in zip(KINDS, ("C0", "C1"), strict=True):
         heights, deviations = _heights(ordered, kind)
-        axis.errorbar(x, heights, deviations, marker="o", markersize=4, capsize=3, color=colour, label=kind)
+        axis.errorbar(x, heights, deviations, marker="o", markersize=4, capsize=3, color=color, label=kind)
     _target_lines(axis, points)
     axis.set(xlabel=name, ylabel="accuracy, %")
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))  # deviations among seeds of which some failed reach below
@@ -172,10 +172,10 @@ def _curves(axis: Any, points: Sequence[Point], name: str) -> None:
 
 
 def _bars(axis: Any, points: Sequence[Point]) -> None:
-    for index, (kind, colour) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
+    for index, (kind, color) in enumerate(zip(KINDS, ("C0", "C1"), strict=True)):
         heights, deviations = _heights(points, kind)
         x = [number + 0.4 * index - 0.2 for number in range(len(points))]
-        axis.bar(x, heights, 0.38, yerr=deviations, capsize=3, color=colour, label=kind)
+        axis.bar(x, heights, 0.38, yerr=deviations, capsize=3, color=color, label=kind)
     _target_lines(axis, points)
     words = [
         "\n".join(f"{name.rpartition('.')[2]} {short(value)}" for name, value in p.settings.items()) for p in points

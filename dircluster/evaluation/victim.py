@@ -1,4 +1,4 @@
-"""What is judged, in the forms that an attacker may face: its random draws known, made anew, or averaged over."""
+"""What is judged, in the forms that an attacker may face: random draws fixed, new at every pass, or averaged over."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class VictimModel:
         self.source: Model | None = self.target if surrogate is None else surrogate
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
         self.modules = (module,) if surrogate is None else (module, surrogate)
-        self.randomised = self.masked
+        self.randomized = self.masked
 
     def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:
         """See a few images, (n, C, H, W), and learn whether the module draws at random.
@@ -76,7 +76,7 @@ class VictimModel:
         sums = first.double().sum(dim=1)
         if first.min() >= 0 and (sums - 1).abs().max() < 1e-4:
             raise ConfigError("the defense returns probabilities; return logits (what comes before the softmax)")
-        self.randomised = self.masked or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
+        self.randomized = self.masked or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
         once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
         if not torch.allclose(once, again, rtol=1e-4, atol=1e-5):
             raise ConfigError(
@@ -104,7 +104,7 @@ class VictimModel:
         return averaged
 
     def _summed(self, count: int) -> Part:
-        """Logits summed over ``count`` passes side by side; a DIR defense computes them anew for the backward pass."""
+        """Logits summed over ``count`` passes side by side; a DIR defense computes them again for the backward pass."""
 
         def part(batch: Tensor, kept: Tensor | None) -> Tensor:
             def passed(candidates: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Targets h: classifiers that take images in [0, 1], normalise inside themselves and return logits."""
+"""Targets h: classifiers that take images in [0, 1], normalize inside themselves and return logits."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dircluster.defenses.base import evaluating
 from dircluster.models.modules import device_of
 
 
-class Normalised(nn.Module):
-    """A classifier behind per-channel normalisation: (N, C, H, W) in [0, 1] -> (N, classes) logits."""
+class Normalized(nn.Module):
+    """A classifier behind per-channel normalization: (N, C, H, W) in [0, 1] -> (N, classes) logits."""
 
     mean: Tensor
     std: Tensor
@@ -29,7 +29,7 @@ class Normalised(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[1] != self.mean.shape[1]:  # broadcasting would make colour of grey
+        if images.shape[1] != self.mean.shape[1]:  # broadcasting would make color of gray
             raise ValueError(f"expected {self.mean.shape[1]} channels, got {images.shape[1]}")
         logits: Tensor = self.network((images - self.mean) / self.std)
         return logits
@@ -178,7 +178,7 @@ def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn
         raise ConfigError(f"timm:{name} could not be made: {str(error).splitlines()[0]}") from error
     published: Any = network.pretrained_cfg
     mean, std = (tuple(published[name])[:channels] for name in ("mean", "std"))
-    return Normalised(network, mean, std)
+    return Normalized(network, mean, std)
 
 
 def _factory(path: str, data: DataConfig) -> nn.Module:
@@ -210,7 +210,7 @@ def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> n
     """
     if architecture in ARCHITECTURES:
         half = (0.5,) * data.channels
-        return Normalised(ARCHITECTURES[architecture](data), half, half)
+        return Normalized(ARCHITECTURES[architecture](data), half, half)
     if architecture.startswith("timm:"):
         return _timm(architecture[len("timm:") :], None if pretrained else data.classes, data.channels, pretrained)
     return _factory(architecture, data)

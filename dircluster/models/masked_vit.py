@@ -65,11 +65,11 @@ class MaskedDenoiser(nn.Module):
         self.decoder = blocks(config.decoder_depth)
         self.decoder_norm = nn.LayerNorm(dim)
         self.recompute = False
-        """Whether activations of blocks are computed anew in the backward pass instead of being kept."""
+        """Whether activations of blocks are computed again in the backward pass instead of being kept."""
         self.head = nn.Linear(dim, pixels) if config.head == "linear" else TokenMixingHead(self.tokens, dim, pixels)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

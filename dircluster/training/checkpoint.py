@@ -119,7 +119,7 @@ def read(folder: Path, key: str | None = None) -> Checkpoint:
 
 
 def _bytes(path: Path, size: int | None = None, missing: bool = False) -> bytes:
-    """A file's content. Raises CheckpointError unread where it is a link, too large, or not of the ``size`` told.
+    """A file's content. Raises CheckpointError unread where it is a link, too large, or not of the ``size`` given.
 
     A file that is ``missing`` raises FileNotFoundError where that may be; object storage that does not answer raises
     what it raises: it is no sign of damage.
@@ -179,7 +179,7 @@ class Checkpoints:
         """The newest sound checkpoint; a damaged one is passed over with a warning.
 
         So is one whose best weights are damaged, as long as there is another; else the newest comes without them, and
-        the next evaluation chooses anew. Raises CheckpointError where the newest belongs to another config.
+        the next evaluation chooses again. Raises CheckpointError where the newest belongs to another config.
         """
         without_best: Checkpoint | None = None
         for folder in reversed(self._committed("step-")):

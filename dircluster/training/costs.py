@@ -91,7 +91,7 @@ def step_operations(config: RunConfig, stage: str) -> int:
     """Operations of one global batch in ``stage`` (target, pretrain or dir): craft, forward and backward.
 
     The step itself runs, on two images and the meta device, where nothing is computed: layers of batch statistics need
-    two. Where activations are computed anew, that counts too.
+    two. Where activations are computed again, that counts too.
     """
     denoiser, classifier = _models(config)
     denoiser.recompute = config.parallel.activation_checkpointing

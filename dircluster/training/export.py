@@ -1,4 +1,4 @@
-"""The finished defence in a folder, and targets given from outside: weights in, modules out, nothing executed."""
+"""The finished defense in a folder, and targets given from outside: weights in, modules out, nothing executed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dircluster.training.stages import build_classifier
 
 
 def load_defense_folder(folder: Path, *, trust_code: bool = False) -> DefendedClassifier:
-    """The defence that a run left in ``folder``: on the CPU, in eval mode, with fresh masks at each call.
+    """The defense that a run left in ``folder``: on the CPU, in eval mode, with fresh masks at each call.
 
     A target of the user's own (package.module:factory) is imported only where ``trust_code`` is set. Raises
     CheckpointError where the folder is missing, damaged, or holds something else.

@@ -19,7 +19,7 @@ def make_optimizer(parameters: list[Tensor], knobs: OptimizerConfig) -> torch.op
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """An optimiser's state by parameter name: ``NAME|momentum_buffer`` and the like."""
+    """An optimizer's state by parameter name: ``NAME|momentum_buffer`` and the like."""
     found = {
         f"{names[parameter]}|{kind}": value
         for parameter, entry in optimizer.state.items()

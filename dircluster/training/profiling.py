@@ -49,7 +49,7 @@ def _wait(device: torch.device) -> None:
 def time_phases(stage: Stage, train: Split, config: RunConfig, parallel: Parallel, steps: int) -> dict[str, Any]:
     """Train ``stage``, a DIR stage, for 1 + ``steps`` steps; -> mean seconds a phase, images/s, losses, shares.
 
-    The update is the comparison of Eq. 5 to 7, its backward pass and the optimiser's step. The first step is not
+    The update is the comparison of Eq. 5 to 7, its backward pass and the optimizer's step. The first step is not
     timed.
     """
     device, recipe = parallel.device, stage.recipe

@@ -1,4 +1,4 @@
-"""What the core tells the world through: small protocols, each with a form that does nothing."""
+"""Protocols for progress output and experiment tracking, each with a no-op implementation."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Tracker(Protocol):
         """A stage was taken from an earlier job."""
 
     def results(self, rows: list[dict[str, Any]], checkpoint: Path) -> None:
-        """The final table and the folder of the finished defence."""
+        """The final table and the folder of the finished defense."""
 
 
 class Quiet:

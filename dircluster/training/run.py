@@ -59,7 +59,7 @@ class Run:
         until: str = "",
         open_path: Callable[[str], Path] = local_path,
     ) -> None:
-        """``owner`` names the job; with ``fresh`` its stages start anew, in folders that bear the name.
+        """``owner`` names the job; with ``fresh`` its stages start again, in folders that carry the name.
 
         ``until`` names a stage, target or pretrain, after which the run ends.
         ``open_path`` opens the URIs of storage, data and target.
@@ -75,7 +75,7 @@ class Run:
 
         Where the run ends early, -> the selection alone.
 
-        Raises ConfigError, Interrupted or NonFiniteLoss on all workers alike.
+        Raises ConfigError, Interrupted or NonFiniteLoss on all workers.
         """
         config, parallel = self.config, self.parallel
         with waiting(self.console):
@@ -281,7 +281,7 @@ class Run:
     def _evaluate(
         self, stage_folder: StageFolder, denoiser: MaskedDenoiser, classifier: nn.Module
     ) -> list[dict[str, Any]]:
-        """The rows of the suite. Workers share its units out; what is finished stays when a run is interrupted."""
+        """The rows of the suite. Workers share its shards out; what is finished stays when a run is interrupted."""
         config, parallel, settings = self.config, self.parallel, self.config.evaluation
         say: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
         began, test = time.monotonic(), self.data.test.take(slice(settings.images))

@@ -9,7 +9,7 @@ from pathlib import Path
 from dircluster.training import checkpoint
 
 TOKEN = "started-by"
-"""File that names the job which started a stage anew."""
+"""File that names the job which started a stage from nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class StageFolder:
 def find_stage_folder(storage: Path, name: str, key: str, token: str | None = None) -> StageFolder:
     """The newest folder of a stage: NAME-KEY, NAME-KEY.2, ...
 
-    With a ``token`` it is the folder that bears it, made after the newest where there is none yet: so a run that
-    starts anew leaves what is stored alone, and finds its own folder again after a worker was restarted.
+    With a ``token`` it is the folder that carries it, made after the newest where there is none yet: so a run that
+    starts again leaves what is stored alone, and finds its own folder again after a worker was restarted.
     """
     stem = f"{name}-{key[:12]}"
     pattern = re.compile(rf"{re.escape(stem)}(?:\.(\d+))?")

@@ -66,13 +66,13 @@ class Models:
         self.renew(("classifier", "denoiser"))
 
     def renew(self, names: tuple[str, ...]) -> None:
-        """Make the models of those names anew, with initial weights."""
+        """Make the models of those names again, with initial weights."""
         config, parallel = self.config, self.parallel
         if "classifier" in names:
             classifier = build_classifier(config).to(parallel.device)
             if parallel.device.type == "cuda":
                 classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            parallel.synchronise_statistics(classifier)
+            parallel.synchronize_statistics(classifier)
             if config.training.compile:
                 classifier.compile()
             self.classifier = classifier
@@ -112,7 +112,7 @@ def dir_stage(config: RunConfig, denoiser: MaskedDenoiser, classifier: nn.Module
 
 
 def defense_facts(config: RunConfig) -> dict[str, Any]:
-    """What is needed to build the finished defence again, as plain data."""
+    """What is needed to build the finished defense again, as plain data."""
     plain = to_dict(config)
     shape = {k: plain["data"][k] for k in ("channels", "height", "width", "classes")}
     return {"model": plain["model"], "masking": plain["masking"], "data": shape, "architecture": architecture(config)}

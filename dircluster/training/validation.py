@@ -77,7 +77,7 @@ def held_out_accuracy(recipe: Recipe, split: Split, config: RunConfig, parallel:
 
 
 ROWS = ("natural", "adversarial", "masked", "restored", "difference")
-"""Rows of :func:`restoration_grid`, from top to bottom; difference is restored minus natural, around mid-grey."""
+"""Rows of :func:`restoration_grid`, from top to bottom; difference is restored minus natural, around mid-gray."""
 
 
 def restoration_grid(recipe: Recipe, split: Split, config: RunConfig, device: torch.device, images: int = 8) -> Tensor:

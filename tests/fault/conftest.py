@@ -148,7 +148,7 @@ class Job:
             time.sleep(1)
 
     def weights(self) -> dict[str, str]:
-        """SHA-256 of the finished defence's weights."""
+        """SHA-256 of the finished defense's weights."""
         folder = storage.open_path(json.loads(self.summary.read_text())["checkpoint"], StorageConfig())
         return weights_in(folder)
 

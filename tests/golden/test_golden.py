@@ -13,7 +13,7 @@ from tests.golden import write
 
 
 def different(what: str, name: str) -> str:
-    return f"{what} changed; where that is meant, write it anew ({write.COMMAND} {name}) and say why in the commit"
+    return f"{what} changed; where that is meant, write it again ({write.COMMAND} {name}) and say why in the commit"
 
 
 @pytest.mark.parametrize("name", write.RUNS)

@@ -2,7 +2,7 @@
 
     python tests/golden/write.py [NAME ...]
 
-writes the golden files of these runs anew, or all of them. It uses nothing but the command line and the files that a
+writes the golden files of these runs again, or all of them. It uses nothing but the command line and the files that a
 run leaves, so that it outlives any move of modules. Say in the commit why a golden file changes.
 
 ``torch-VERSION/NAME.json`` holds weights (a SHA-256 of each stage's), stage keys, held-out accuracies and result rows

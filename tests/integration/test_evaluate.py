@@ -88,7 +88,7 @@ def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path) ->
     assert 5 <= len(kept) < 50
     there = judge(place, *words, "--storage.uri", "there", "--scaling.workers", "2")
     assert {f: f.stat().st_mtime_ns for f in kept} == kept  # not redone
-    assert "units are finished already" in there["said"]
+    assert "shards are finished already" in there["said"]
     assert (there["rows"], there["verdict"]) == (here["rows"], here["verdict"])
 
     client = MlflowClient(f"sqlite:///{place}/there/mlflow.db")
@@ -110,7 +110,7 @@ def test_what_training_has_evaluated_is_found(place: Path) -> None:
     assert found["results"] == trained["results"]
     assert sorted((place / "runs").glob("**/shard-*.json")) == stored
     more = judge(place, *words, "--launcher", "local", "--suite", "paper", "--no-verdict", *FEW)
-    assert "units are finished already" in more["said"]
+    assert "shards are finished already" in more["said"]
 
 
 def test_somebodys_module_and_the_bare_target(place: Path) -> None:

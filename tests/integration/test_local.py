@@ -91,7 +91,7 @@ def test_a_sharded_model_crafts_without_gathering_gradients(root: Path) -> None:
 
 @pytest.mark.slow
 def test_batch_statistics_are_those_of_the_global_batch(train: Train, tmp_path: Path, real_data: Path) -> None:
-    """A ResNet with batch normalisation, on real images: one worker and two agree on what its statistics are."""
+    """A ResNet with batch normalization, on real images: one worker and two agree on what its statistics are."""
     found = {}
     for workers in (1, 2):
         words = ("svhn_smoke", *LOCAL, "--data.uri", str(real_data / "svhn"), "--data.limit", "40")
@@ -175,7 +175,7 @@ def test_the_summary(train: Train) -> None:
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
     assert done.out.splitlines()[0].startswith("digits_smoke, seed 3, tracking.enabled False: reusing and resuming")
     again = train("digits_smoke", *LOCAL, "--seed", "3", "--fresh")
-    assert again.out.splitlines()[0].startswith("digits_smoke, seed 3, tracking.enabled False: starting anew")
+    assert again.out.splitlines()[0].startswith("digits_smoke, seed 3, tracking.enabled False: starting again")
     assert again.summary["checkpoint"] != summary["checkpoint"]
     assert weights(again.summary["checkpoint"]) == weights(summary["checkpoint"])
 

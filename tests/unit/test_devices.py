@@ -69,14 +69,14 @@ def test_a_step_of_any_target_stays_on_its_device(objective: Any) -> None:
 
 
 def cases() -> list[AttackSpec]:
-    kind: dict[str, Any] = {"randomised": True, "purifies": True, "transfers": True, "masked": True}
+    kind: dict[str, Any] = {"randomized": True, "purifies": True, "transfers": True, "masked": True}
     found = [case for name in ("quick", "paper", "rigorous") for case in suite(name, AttackConfig(), FEW, **kind)]
-    found += check_specs(AttackConfig(), FEW, randomised=True, transfers=True).values()
+    found += check_specs(AttackConfig(), FEW, randomized=True, transfers=True).values()
     short = (dataclasses.replace(case, steps=min(case.steps, 1), epsilon=0.1, label="") for case in found)
     return [case for case in dict.fromkeys(short) if case.attack not in LIBRARY]
 
 
-def test_every_attack_and_judgement_stays_on_the_device_of_its_images() -> None:
+def test_every_attack_and_judgment_stays_on_the_device_of_its_images() -> None:
     config = preset("digits_smoke")
     denoiser, classifier = models(config)
     subject = VictimModel(DefendedClassifier(denoiser, classifier, config.masking), "dir")

@@ -27,7 +27,7 @@ def test_workers_share_the_draws_of_one() -> None:
         assert torch.equal(kind(whole.narrow(2, 5)), kind(whole)[2:5])
 
 
-def test_an_images_draw_does_not_depend_on_its_neighbours() -> None:
+def test_an_images_draw_does_not_depend_on_its_neighbors() -> None:
     many = rng.per_image(0, "x", torch.arange(10), (3,))
     assert torch.equal(rng.per_image(0, "x", torch.tensor([7]), (3,))[0], many[7])
 

@@ -51,7 +51,7 @@ def _judge(job: cli.EvaluateJob) -> int:
 
 
 class _Judging:
-    """One judgement, from the command line to its report."""
+    """One evaluation, from the command line to its report."""
 
     def __init__(self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool) -> None:
         self.job, self.config, self.terminal, self.first = job, config, terminal, first
@@ -117,7 +117,7 @@ class _Judging:
         return str(Path(uri.removeprefix("file://")).expanduser().resolve())  # workers live in other folders
 
     def _make_evaluation_job(self, job_spec: JobSpec, parallel: Any) -> EvaluationJob:
-        """This process's bench. Where Ray's workers do the work, it stays on the CPU."""
+        """This process's evaluation job. Where Ray's workers do the work, it stays on the CPU."""
         import torch
 
         from dircluster.cluster.runtime.evaluation_job import EvaluationJob
@@ -131,7 +131,7 @@ class _Judging:
             if evaluation_job.evaluation.outcome(shard) is None
         ]
         kept = len(evaluation_job.shards) - len(indices)
-        resumed = f", {kept} of {len(evaluation_job.shards)} units are finished already" if kept and indices else ""
+        resumed = f", {kept} of {len(evaluation_job.shards)} shards are finished already" if kept and indices else ""
         self.terminal.say(
             f"judging {self.job.defense}: suite {evaluation_job.settings.suite},"
             f" {len(evaluation_job.test)} images{resumed}"
@@ -160,10 +160,10 @@ class _Judging:
         from dircluster.training.interrupt import Interrupted, interruptible
 
         module = evaluation_job.victim.module
-        heard = module.classifier if isinstance(module, DefendedClassifier) else module
+        watched = module.classifier if isinstance(module, DefendedClassifier) else module
         mine = indices[parallel.rank :: parallel.world]
         try:
-            with interruptible(heard, self.terminal):
+            with interruptible(watched, self.terminal):
                 for index in mine:
                     evaluation_job.work(index)
                     self._finished(evaluation_job, index, len(mine))

@@ -49,7 +49,7 @@ class Launch:
         storage.check(self.config)
         with Terminal() if self.first else Bystander() as terminal:
             changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
-            manner = "starting anew beside what is stored" if job.fresh else "reusing and resuming what is stored"
+            manner = "starting again beside what is stored" if job.fresh else "reusing and resuming what is stored"
             title = f"{job.run.name}, seed {job.run.seed}" + (f", {changed}" if changed else "")
             terminal.say(f"{title}: {manner} in {job.run.storage.uri}")
             self._open_record(terminal)
@@ -113,7 +113,7 @@ class Launch:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
             return register(self.record, self.config, storage.local_copy(folder), card)
-        except Exception as error:  # the defence is in its folder, whatever MLflow says
+        except Exception as error:  # the defense is in its folder, whatever MLflow says
             terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
             return None
 

@@ -36,6 +36,6 @@ def _tune(job: cli.TuneJob) -> int:
 
     storage.check(with_absolute_paths(job.run))
     with Terminal() as terminal:
-        from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are heard
+        from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught
 
         return Sweep(job, reachable(job.run), mapped(space, held), terminal).run()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dircluster.training.protocols import Status
 
 POLL = 1.0
-"""Seconds between two looks into the mailbox."""
+"""Seconds between two looks into the channel."""
 LAST_WORD = 15.0
 """Seconds that the first worker has to say how a run ended after another one has failed."""
 GAUGES = {

@@ -1,4 +1,4 @@
-"""A defense, its images and their evaluation: made alike on every worker, from plain data."""
+"""A defense, its images and their evaluation: made the same way on every worker, from plain data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dircluster.training.run import data_cache
 
 
 class EvaluationJob:
-    """A worker's defense, images and judgement. Raises ConfigError where they cannot be had or do not fit."""
+    """A worker's defense, images and evaluation. Raises ConfigError where they cannot be had or do not fit."""
 
     def __init__(self, job_spec: JobSpec, device: torch.device) -> None:
         self.config: RunConfig = from_dict(RunConfig, job_spec.config)
@@ -69,7 +69,7 @@ class EvaluationJob:
 
     @cached_property
     def shards(self) -> list[Any]:
-        """All units, in order."""
+        """All shards, in order."""
         return list(self.evaluation.shards())
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class EvaluationJob:
         return self.test.pixels(rows).to(self.device), self.test.labels[rows].to(self.device)
 
     def work(self, index: int) -> None:
-        """Do the unit at ``index``, unless it is done."""
+        """Do the shard at ``index``, unless it is done."""
         shard = self.shards[index]
         if self.evaluation.outcome(shard) is None:
             self.evaluation.work(shard, *self.batch(*shard.rows))

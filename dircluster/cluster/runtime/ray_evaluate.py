@@ -1,4 +1,4 @@
-"""A judgement on Ray workers: actors take unit after unit; what they finish lies in storage."""
+"""An evaluation on Ray workers: actors take shard after shard; what they finish lies in storage."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dircluster.cluster.runtime.ray_train import join_cluster
 from dircluster.config import ConfigError, RunConfig, error_from_plain, error_to_plain
 
 RETRIES = 4
-"""Times that a worker which died is started again, and its unit with it."""
+"""Times that a worker which died is started again, and its shard with it."""
 PATIENCE = 30.0
-"""Seconds without any worker after which the person is told."""
+"""Seconds without any worker after which the person is shown."""
 
 
 class _Worker:
-    """One actor and its bench."""
+    """One actor and its evaluation job."""
 
     def __init__(self, job_spec: dict[str, Any], on_gpu: bool, threads: int) -> None:
         import torch
@@ -35,7 +35,7 @@ class _Worker:
         """Answered once the actor has a place in the cluster."""
 
     def work(self, index: int) -> dict[str, Any] | None:
-        """Do one unit; -> None, or as plain data why it cannot be done."""
+        """Do one shard; -> None, or as plain data why it cannot be done."""
         try:
             if self.evaluation_job is None:
                 self.evaluation_job = EvaluationJob(self.job_spec, self.device)
@@ -53,9 +53,10 @@ def work(
     terminal: Terminal,
     on_done: Callable[[int], None],
 ) -> int:
-    """Do the units at ``indices`` on ``workers`` actors, or as many as there are CPUs or GPUs; -> the signal, or 0.
+    """Do the shards at ``indices`` on ``workers`` actors, or as many as there are CPUs or GPUs; -> the signal, or 0.
 
-    ``on_done`` hears the place of each unit that is finished. Raises ConfigError where the cluster cannot do it.
+    ``on_done`` is called with the index of each shard that is finished. Raises ConfigError where the cluster cannot do
+    it.
     """
     try:
         join_cluster(config, terminal)
@@ -71,28 +72,28 @@ def work(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=RETRIES, max_task_retries=RETRIES
         )
         actors = [kind.remote(asdict(job_spec), on_gpu, config.scaling.threads or 1) for _ in range(count)]
-        terminal.say(f"{count} worker(s) on {'GPUs' if on_gpu else 'CPUs'}, {len(indices)} units to do")
+        terminal.say(f"{count} worker(s) on {'GPUs' if on_gpu else 'CPUs'}, {len(indices)} shards to do")
         return _share_out(actors, indices, terminal, on_done)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ConfigError(
-            f"the judgement stopped ({type(cause).__name__}: {line}); the same command goes on"
+            f"the evaluation stopped ({type(cause).__name__}: {line}); the same command goes on"
         ) from error
     finally:
         ray.shutdown()
 
 
 def _share_out(actors: list[Any], indices: list[int], terminal: Terminal, on_done: Callable[[int], None]) -> int:
-    """Units go to actors that have a place in the cluster, one at a time."""
+    """Shards go to actors that have a place in the cluster, one at a time."""
     left, busy = list(reversed(indices)), {actor.ready.remote(): (actor, -1) for actor in actors}
-    heard = time.monotonic()
+    answered = time.monotonic()
     while left or any(index >= 0 for _, index in busy.values()):
         ready, _ = ray.wait(list(busy), timeout=0.5)
         if signal := terminal.stop_signal():
             return signal
-        if all(index < 0 for _, index in busy.values()) and not ready and time.monotonic() - heard > PATIENCE:
-            heard = time.monotonic()
+        if all(index < 0 for _, index in busy.values()) and not ready and time.monotonic() - answered > PATIENCE:
+            answered = time.monotonic()
             terminal.say(
                 f"waiting for a place in the cluster: {ray.available_resources().get('CPU', 0):g} CPUs are free"
             )

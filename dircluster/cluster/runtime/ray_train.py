@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the controller's process loads this module too: keep it lig
 GRACE = 25.0
 """Seconds that workers have to commit a checkpoint after a signal, before they are ended."""
 SILENCE = 60.0
-"""Seconds without a worker after which the person is told what is waited for."""
+"""Seconds without a worker after which the person is shown what is waited for."""
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def forget(config: RunConfig, owner: str) -> None:
 
 
 class Follower(Protocol):
-    """Whom a run is told to while it lasts."""
+    """Whom a run is shown to while it lasts."""
 
     def say(self, line: str) -> None: ...
 
@@ -161,7 +161,7 @@ class Job:
     def _fit(self) -> None:
         try:
             self.trainer.fit()
-        except BaseException as error:  # told by follow(), in the main thread
+        except BaseException as error:  # reported by follow(), in the main thread
             self.errors.append(error)
 
     def follow(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Job:
                 self.fitting.join(5)
                 return dict(seen.outcome)
             if not alive:
-                lines = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker told why"
+                lines = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker said why"
                 terminal.say(lines)
                 return {"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}
             if terminal.stop_signal():

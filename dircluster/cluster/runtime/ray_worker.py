@@ -1,4 +1,4 @@
-"""What each Ray Train worker does: the same pipeline as everywhere, told about through the mailbox."""
+"""What each Ray Train worker does: the same run as everywhere, shown through the channel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dircluster.training.run import Run
 def work(
     config: dict[str, Any], owner: str, fresh: bool, until: str, record: dict[str, Any] | None, channel: Any
 ) -> None:
-    """Run on this worker; the first one hands the outcome to the mailbox.
+    """Run on this worker; the first one hands the outcome to the channel.
 
     Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
     """

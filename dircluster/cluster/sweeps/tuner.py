@@ -48,16 +48,16 @@ class _Ends(tune.Callback):
     """Hears in the sweep's own process which trials are over, and how."""
 
     def __init__(self) -> None:
-        self.heard: deque[_End] = deque()  # Tune pickles it: no locks
+        self.arrived: deque[_End] = deque()  # Tune pickles it: no locks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.append(_End("begun", trial.trial_id, trial.config, {}))
+        self.arrived.append(_End("begun", trial.trial_id, trial.config, {}))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.append(_End("ended", trial.trial_id, trial.config, dict(trial.last_result or {})))
+        self.arrived.append(_End("ended", trial.trial_id, trial.config, dict(trial.last_result or {})))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.heard.append(_End("failed", trial.trial_id, trial.config, {}))
+        self.arrived.append(_End("failed", trial.trial_id, trial.config, {}))
 
 
 class _Leave(tune.Stopper):
@@ -120,7 +120,7 @@ class Tuning:
     def _fit(self, space: dict[str, Any], chooser: Any, samples: int) -> int:
         quiet = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told in a line
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is shown in a line
         channel, ends, leave = (
             ray.remote(num_cpus=0)(WorkerChannel).options(resources=ON_HEAD).remote(),
             _Ends(),
@@ -170,7 +170,7 @@ class Tuning:
     def _run(self, tuner: tune.Tuner) -> None:
         try:
             tuner.fit()
-        except BaseException as error:  # told by _follow, in the main thread
+        except BaseException as error:  # reported by _follow, in the main thread
             self.errors.append(error)
 
     def _follow(self, fitting: threading.Thread, channel: Any, ends: _Ends) -> int:
@@ -179,8 +179,8 @@ class Tuning:
         asked = 0.0
         while True:
             alive, signal = fitting.is_alive(), self.terminal.stop_signal()
-            heard = [ends.heard.popleft() for _ in range(len(ends.heard))]
-            for begun in (end for end in heard if end.how == "begun"):
+            arrived = [ends.arrived.popleft() for _ in range(len(ends.arrived))]
+            for begun in (end for end in arrived if end.how == "begun"):
                 busy.add(digest(begun.config))
                 if "task" not in begun.config and begun.name not in self.met:
                     self.met.add(begun.name)
@@ -194,7 +194,7 @@ class Tuning:
                     failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
                     if signal:
                         busy.discard(event["key"])
-            for ended in (end for end in heard if end.how != "begun"):
+            for ended in (end for end in arrived if end.how != "begun"):
                 busy.discard(digest(ended.config))
                 if not signal:  # what is stopped has not failed
                     self._ended(ended, failures)

@@ -160,7 +160,7 @@ def refusals() -> Iterator[None]:
 
 
 def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str, Any], files: list[Path]) -> str:
-    """A run of its own for a judgement: settings, accuracies, flags, and the report's files; -> its id.
+    """A run of its own for an evaluation: settings, accuracies, flags, and the report's files; -> its id.
 
     Raises ConfigError where the tracking server does not answer.
     """

@@ -1,4 +1,4 @@
-"""Finished defences in MLflow's model registry: safetensors and a script, no pickle."""
+"""Finished defenses in MLflow's model registry: safetensors and a script, no pickle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REQUIREMENTS = ["dircluster", "torch", "timm", "safetensors", "numpy"]
 
 
 def register(job: JobRecord, config: RunConfig, folder: Path, card: str) -> str:
-    """Register the defence in ``folder`` as ``dir-NAME``, described by ``card``, as champion; -> its models:/ URI."""
+    """Register the defense in ``folder`` as ``dir-NAME``, described by ``card``, as champion; -> its models:/ URI."""
     name, data = f"dir-{config.name}", config.data
     client = MlflowClient(job.uri)
     sha = checkpoint.digest(folder) or ""
@@ -94,7 +94,7 @@ def _versions(client: MlflowClient, name: str) -> list[mlflow.entities.model_reg
 
 
 def fetch(uri: str, tracking_uri: str | None = None) -> Path:
-    """Download a registered defence; -> the folder of its checkpoint. Raises ConfigError where it is not to be had.
+    """Download a registered defense; -> the folder of its checkpoint. Raises ConfigError where it is not to be had.
 
     Without ``tracking_uri`` and MLFLOW_TRACKING_URI, the store of the embedded default, runs/mlflow.db, is asked.
     """

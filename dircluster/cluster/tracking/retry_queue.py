@@ -22,7 +22,7 @@ class RetryQueue:
         self._warn = warn
         self._wake = threading.Condition()
         self._closing = self._abandoned = False
-        self._thread = threading.Thread(target=self._deliver, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._deliver, name="retry-queue", daemon=True)
         self._thread.start()
 
     def put(self, delivery: Callable[[], None]) -> None:

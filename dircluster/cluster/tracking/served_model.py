@@ -1,4 +1,4 @@
-"""What MLflow runs to serve a registered defence: images (N, C, H, W) float32 in [0, 1] -> logits (N, classes)."""
+"""What MLflow runs to serve a registered defense: images (N, C, H, W) float32 in [0, 1] -> logits (N, classes)."""
 
 from __future__ import annotations
 

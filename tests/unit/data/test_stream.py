@@ -29,7 +29,7 @@ def png(value: int) -> bytes:
 
 
 def write(folder: Path, name: str, values: range, rows: int) -> Path:
-    """A shard whose images say by their grey which they are."""
+    """A shard whose images say by their gray which they are."""
     table = pa.table({"image": [{"bytes": png(v), "path": ""} for v in values], "label": [v % 10 for v in values]})
     pq.write_table(table, folder / name, row_group_size=rows)
     return folder / name
@@ -42,7 +42,7 @@ def shards(tmp_path: Path) -> Shards:
     return open_shards(files, CONFIG)
 
 
-def greys(loader: StreamLoader, epoch: int, step: int) -> list[int]:
+def grays(loader: StreamLoader, epoch: int, step: int) -> list[int]:
     images, labels, _ = loader(epoch, step)
     found = (images[:, 0, 0, 0] * 255).round().int().tolist()
     assert [v % 10 for v in found] == labels.tolist()
@@ -55,29 +55,29 @@ def test_workers_share_the_batches_of_one(shards: Shards, world: int) -> None:
     several = [StreamLoader(shards, 24, 0, "t", rank=r, world=world) for r in range(world)]
     for epoch in range(2):
         for step in range(one.steps_per_epoch):
-            parts = [greys(loader, epoch, step) for loader in several]
-            assert [grey for part in parts for grey in part] == greys(one, epoch, step)
+            parts = [grays(loader, epoch, step) for loader in several]
+            assert [gray for part in parts for gray in part] == grays(one, epoch, step)
 
 
 def test_a_batch_depends_on_nothing_that_was_read_before(shards: Shards) -> None:
     straight = StreamLoader(shards, 24, 0, "t")
-    seen = {(e, s): greys(straight, e, s) for e in range(3) for s in range(4)}
+    seen = {(e, s): grays(straight, e, s) for e in range(3) for s in range(4)}
     for place in ((2, 3), (0, 1), (1, 0)):
-        assert greys(StreamLoader(shards, 24, 0, "t"), *place) == seen[place]
+        assert grays(StreamLoader(shards, 24, 0, "t"), *place) == seen[place]
     assert seen[0, 0] != seen[1, 0]
-    assert greys(StreamLoader(shards, 24, 1, "t"), 0, 0) != seen[0, 0]
+    assert grays(StreamLoader(shards, 24, 1, "t"), 0, 0) != seen[0, 0]
 
 
 def test_an_epoch_sees_nearly_every_image_once(tmp_path: Path) -> None:
     files = [write(tmp_path, f"train-{i}.parquet", range(i * 48, i * 48 + 48), 8) for i in range(2)]
     loader = StreamLoader(open_shards(files, CONFIG), 24, 0, "t")
     assert loader.lanes == 12
-    seen = [v for step in range(loader.steps_per_epoch) for v in greys(loader, 0, step)]
+    seen = [v for step in range(loader.steps_per_epoch) for v in grays(loader, 0, step)]
     assert sorted(seen) == list(range(96))  # row groups of equal size that fill the lanes
     uneven = StreamLoader(
         open_shards([*files, write(tmp_path, "train-2.parquet", range(96, 99), 3)], CONFIG), 24, 0, "t"
     )
-    seen = [v for step in range(uneven.steps_per_epoch) for v in greys(uneven, 0, step)]
+    seen = [v for step in range(uneven.steps_per_epoch) for v in grays(uneven, 0, step)]
     assert len(set(seen)) > 0.7 * len(seen)
 
 
@@ -90,7 +90,7 @@ def test_a_worker_reads_the_row_groups_of_its_lanes_alone(shards: Shards, monkey
         read.clear()
         loader = StreamLoader(shards, 24, 0, "t", rank=rank, world=3)
         for step in range(loader.steps_per_epoch):
-            greys(loader, 0, step)
+            grays(loader, 0, step)
         loader._pool.shutdown()
         begun = StreamLoader(shards, 24, 0, "t", rank=rank, world=3)
         own = {g for lane in range(rank * 4, rank * 4 + 4) for e in (0, 1) for g in begun._lane(e, lane)[1]}
@@ -108,7 +108,7 @@ def test_held_out_row_groups_are_never_trained_on(tmp_path: Path) -> None:
     assert isinstance(data.train, Shards)
     held = set(data.held_out.images[:, 0, 0, 0].tolist())
     loader = StreamLoader(data.train, 8, 0, "t")
-    trained = {v for step in range(loader.steps_per_epoch) for v in greys(loader, 0, step)}
+    trained = {v for step in range(loader.steps_per_epoch) for v in grays(loader, 0, step)}
     assert (len(held), len(data.train), len(data.test)) == (16, 80, 4)  # a tenth, in whole row groups
     assert not held & trained
     assert load(config, 0).fingerprint == data.fingerprint

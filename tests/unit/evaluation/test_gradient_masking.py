@@ -17,7 +17,7 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor]) -> EvaluationReport
     return evaluate(module, *digits, "quick", verdict=True, epsilon=EPSILON, settings=SETTINGS)
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """Rounds its input to five levels: a gradient that is zero everywhere."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -29,7 +29,7 @@ class Quantised(nn.Module):
         return made
 
 
-class Huge(Quantised):
+class Huge(Quantized):
     """Logits so large that cross-entropy is exactly zero in float32."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ class Huge(Quantised):
         return made
 
 
-class Noisy(Quantised):
-    """Noise on its input, drawn anew at each pass, and wide enough to hide where the attacker must go."""
+class Noisy(Quantized):
+    """Noise on its input, drawn again at each pass, and wide enough to hide where the attacker must go."""
 
     def forward(self, images: Tensor) -> Tensor:
         made: Tensor = self.inner(images + 0.4 * torch.randn_like(images))
@@ -72,7 +72,7 @@ def test_an_honest_model_passes_every_row(at_model: nn.Module, digits: tuple[Ten
 @pytest.mark.parametrize(
     ("cheat", "questions"),
     [
-        (Quantised, {"Do all images have a gradient?", "Does a radius of 1 leave nothing?"}),
+        (Quantized, {"Do all images have a gradient?", "Does a radius of 1 leave nothing?"}),
         (Huge, {"Do all images have a gradient?"}),
         (Noisy, {"Does robustness outlive its randomness?"}),
         (

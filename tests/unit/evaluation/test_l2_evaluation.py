@@ -16,7 +16,7 @@ from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.suites import SUITES, AttackSpec, suite
 
 ATTACK = AttackConfig(norm="l2", epsilon=0.5)
-NAMES = ("randomised", "purifies", "transfers", "masked")
+NAMES = ("randomized", "purifies", "transfers", "masked")
 KINDS = [dict(zip(NAMES, kind, strict=True)) for kind in itertools.product((False, True), repeat=4)]
 
 
@@ -31,7 +31,7 @@ def test_every_case_of_a_suite_has_the_norm_of_the_threat(name: Any, kind: dict[
 
 
 def test_the_suites_of_an_linf_threat_meet_l2_as_well() -> None:
-    kind = {"randomised": True, "purifies": True, "transfers": True, "masked": True}
+    kind = {"randomized": True, "purifies": True, "transfers": True, "masked": True}
     specs = suite("rigorous", AttackConfig(), EvaluationConfig(l2_epsilon=0.7), **kind)
     (other,) = [spec for spec in specs if spec.norm == "l2"]
     assert (other.name, other.epsilon, other.steps) == ("l2-pgd200", 0.7, 200)
@@ -39,7 +39,7 @@ def test_the_suites_of_an_linf_threat_meet_l2_as_well() -> None:
 
 
 def test_the_verdict_of_an_l2_threat() -> None:
-    specs = gradient_masking.check_specs(ATTACK, EvaluationConfig(), randomised=True, transfers=True)
+    specs = gradient_masking.check_specs(ATTACK, EvaluationConfig(), randomized=True, transfers=True)
     assert [name for name, spec in specs.items() if spec.norm == "linf"] == ["epsilon 1"]  # the whole pixel range
     assert specs["L2 epsilon 1"] == replace(specs["L2 epsilon 0.5"], epsilon=1.0, step_size=2 * 2.5 * 0.5 / 20)
     assert (specs["80 steps"].step_size, specs["20 steps"].step_size) == (2.5 * 0.5 / 80, 2.5 * 0.5 / 20)

@@ -189,7 +189,7 @@ def test_what_other_code_found_is_found_again(
 
 
 class Masked(nn.Module):
-    """Somebody's randomised module: drops pixels by PyTorch's own stream."""
+    """Somebody's randomized module: drops pixels by PyTorch's own stream."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_somebodys_randomness_is_found_seeded_and_left_alone(
     module, state = Masked(at_model), torch.get_rng_state()
     victim = VictimModel(module, "m")
     victim.meet(digits[0][:4], 9)
-    assert victim.randomised
+    assert victim.randomized
     assert torch.equal(victim.model("fixed", 1)(digits[0]), victim.model("fixed", 1)(digits[0]))
     found = judged(module, digits)
     torch.rand(3)
@@ -300,7 +300,7 @@ def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
 
 
 def test_the_verdict_from_known_accuracies() -> None:
-    specs = gradient_masking.check_specs(AttackConfig(epsilon=0.1), EvaluationConfig(), randomised=True, transfers=True)
+    specs = gradient_masking.check_specs(AttackConfig(epsilon=0.1), EvaluationConfig(), randomized=True, transfers=True)
     fine = dict.fromkeys(specs, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
     fine |= {"epsilon 0.025": 0.8, "epsilon 0.05": 0.7, "epsilon 0.2": 0.3, "epsilon 0.4": 0.1}
 
@@ -368,7 +368,7 @@ def test_published_numbers_stand_beside_their_rows() -> None:
 def test_a_suite_without_randomness_has_no_draws() -> None:
     for name in ("quick", "paper", "rigorous"):
         specs = suite(
-            name, AttackConfig(), EvaluationConfig(), randomised=False, purifies=True, transfers=True, masked=False
+            name, AttackConfig(), EvaluationConfig(), randomized=False, purifies=True, transfers=True, masked=False
         )
         assert {(spec.randomness, spec.draws, spec.eot, spec.average) for spec in specs} == {("none", 1, 1, 1)}
     assert MemoryStore().get("nothing") is None

@@ -112,8 +112,8 @@ def test_every_kind_of_sweep_has_a_figure(settings: list[dict[str, Any]]) -> Non
     drawn = Image.open(io.BytesIO(figure(by_point([*trials, Trial(settings[0], 7, "FAILED")]))))
     drawn.load()
     assert min(drawn.size) > 200
-    colours = drawn.convert("RGB").getcolors(1 << 24)
-    assert colours is not None
-    assert len(colours) > 20
+    colors = drawn.convert("RGB").getcolors(1 << 24)
+    assert colors is not None
+    assert len(colors) > 20
     with pytest.raises(ValueError, match="no trial has finished"):
         figure(by_point([Trial(settings[0], 0, "FAILED")]))

@@ -15,18 +15,18 @@ from dircluster import config
 from dircluster.config import ConfigError, DataConfig
 from dircluster.models.classifiers import ARCHITECTURES, PreActBlock, build, check_classes
 
-COLOUR = DataConfig(name="cifar10", height=32, width=32, channels=3)
+COLOR = DataConfig(name="cifar10", height=32, width=32, channels=3)
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t", "preactresnet18", "wrn-28-10"])
 def test_logits(architecture: str) -> None:
-    network = build(architecture, COLOUR).eval()
+    network = build(architecture, COLOR).eval()
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    check_classes(network, COLOUR)
+    check_classes(network, COLOR)
 
 
 def test_resnet18_has_the_published_size() -> None:
-    assert sum(p.numel() for p in build("resnet18", COLOUR).parameters()) == 11_173_962  # METHOD: 11.17 M
+    assert sum(p.numel() for p in build("resnet18", COLOR).parameters()) == 11_173_962  # METHOD: 11.17 M
 
 
 # Parameters at 3 channels and 10 classes, by hand. 3x3 convolutions have 9ab, shortcuts ab, normalizations 2a.
@@ -46,7 +46,7 @@ def test_resnet18_has_the_published_size() -> None:
 )
 def test_pre_activation_networks_have_the_published_sizes(architecture: str, parameters: int, gmac: float) -> None:
     with torch.device("meta"):
-        network = build(architecture, COLOUR).eval()
+        network = build(architecture, COLOR).eval()
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, 3, 32, 32))
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -85,7 +85,7 @@ def test_the_config_knows_every_architecture() -> None:
         config.TargetConfig(architecture="WideResNet-28-10")
 
 
-def test_images_are_normalised_inside() -> None:
+def test_images_are_normalized_inside() -> None:
     network = build("small_cnn", DataConfig()).eval()
     images = torch.rand(2, 1, 8, 8)
     assert torch.equal(network(images), network.network((images - 0.5) / 0.5))
@@ -111,12 +111,12 @@ def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_unknown_timm_model_is_named() -> None:
     with pytest.raises(ConfigError, match="timm has no model 'resnet999'"):
-        build("timm:resnet999", COLOUR)
+        build("timm:resnet999", COLOR)
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "small_cnn", "timm:resnet10t", "preactresnet18", "wrn-28-10"])
 def test_a_target_is_checked_on_the_device_that_it_lies_on(architecture: str) -> None:
-    check_classes(build(architecture, COLOUR).to("meta"), COLOUR)  # a CPU image would not meet these weights
+    check_classes(build(architecture, COLOR).to("meta"), COLOR)  # a CPU image would not meet these weights
 
 
 def test_a_wrong_class_count_is_found() -> None:
@@ -126,7 +126,7 @@ def test_a_wrong_class_count_is_found() -> None:
 
 def test_a_target_of_other_images_is_found() -> None:
     with pytest.raises(ConfigError, match="cannot take 1x8x8 images"):
-        check_classes(build("resnet18", COLOUR), DataConfig())
+        check_classes(build("resnet18", COLOR), DataConfig())
 
 
 def test_a_check_leaves_every_part_in_its_mode() -> None:

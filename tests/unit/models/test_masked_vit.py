@@ -26,8 +26,8 @@ def plain_block(block: Any, x: Tensor) -> Tensor:
     """A pre-norm transformer block, written out: (n, D) -> (n, D)."""
 
     def norm(layer: Any, v: Tensor) -> Tensor:
-        centred = v - v.mean(-1, keepdim=True)
-        return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + layer.eps) * layer.weight + layer.bias
+        centered = v - v.mean(-1, keepdim=True)
+        return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + layer.eps) * layer.weight + layer.bias
 
     heads, dim = block.attn.num_heads, x.shape[1]
     qkv = norm(block.norm1, x) @ block.attn.qkv.weight.T + block.attn.qkv.bias

@@ -1,4 +1,4 @@
-"""The finished defence from its folder, and targets given from outside."""
+"""The finished defense from its folder, and targets given from outside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def given(config: RunConfig, uri: object, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, target=dataclasses.replace(config.target, uri=str(uri), **changes))
 
 
-def test_a_finished_defence_loads_and_classifies(smoke: RunConfig) -> None:
+def test_a_finished_defense_loads_and_classifies(smoke: RunConfig) -> None:
     folder = Path(run(smoke)["checkpoint"])
     defense = dircluster.load_defense(folder)
     assert not defense.training
