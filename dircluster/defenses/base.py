@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +11,6 @@ from dircluster import rng
 from dircluster.config import MaskingConfig
 from dircluster.models import masking
 from dircluster.models.masked_vit import MaskedDenoiser
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """``modules`` are in eval mode inside; every part of them is in its own mode again after."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 class DefendedClassifier(nn.Module):

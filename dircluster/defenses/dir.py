@@ -12,9 +12,10 @@ from dircluster.attacks.gradient import kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, DirConfig, MaskingConfig
-from dircluster.defenses.recipe import Batch, Recipe, crafting
+from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.masking import complementary_masks
+from dircluster.models.modules import under_attack
 
 
 class PretrainRecipe(Recipe):
@@ -41,7 +42,7 @@ class PretrainRecipe(Recipe):
         """PGD against the target alone, and the masks of Eq. 2."""
         images, attack = batch.images, self.attack
         uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
-        with crafting(self.classifier):
+        with under_attack(self.classifier):
             adversarial = pgd(
                 self.classifier, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform
             )
@@ -111,7 +112,7 @@ class DirRecipe(Recipe):
             return self.predict(candidates, self._masks(batch, steps_done) if fresh else kept)
 
         uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
-        with crafting(self.denoiser, self.classifier):
+        with under_attack(self.denoiser, self.classifier):
             adversarial = pgd(pipeline, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform)
         return replace(batch, adversarial=adversarial, kept=kept)
 
@@ -126,7 +127,7 @@ class DirRecipe(Recipe):
     def perturb(self, batch: Batch, restored: Tensor, logits: Tensor) -> Tensor:
         """delta of Eq. 4 on restored images (N, C, H, W), given their logits: -> (N, C, H, W)."""
         normal = batch.stream.normal("perturbation", tuple(restored.shape[1:]))
-        with crafting(self.classifier):
+        with under_attack(self.classifier):
             if self.config.joint:  # the logits at hand were made with batch statistics, which crafting does not use
                 with torch.no_grad():
                     logits = self.classifier(restored)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dircluster.defenses.base import evaluating
-from dircluster.models.modules import frozen
 from dircluster.rng import Stream
 
 
@@ -27,13 +23,6 @@ class Batch:
     """(N, C, H, W) in [0, 1]."""
     kept: Tensor | None = None
     """Masks (K, N, n)."""
-
-
-@contextmanager
-def crafting(*modules: nn.Module) -> Iterator[None]:
-    """While samples are crafted: modules in eval mode, their parameters frozen; as they were afterwards."""
-    with evaluating(*modules), frozen(*modules):
-        yield
 
 
 class Recipe(nn.Module):

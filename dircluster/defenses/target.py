@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from dircluster.attacks.gradient import kl_ascent, kl_divergence, pgd
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, TargetConfig
-from dircluster.defenses.recipe import Batch, Recipe, crafting
+from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.models.modules import under_attack
 
 
 def mart_terms(natural: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ class TargetRecipe(Recipe):
         if objective == "natural":
             return batch
         images, threat = batch.images, threat_of(attack)
-        with crafting(self.classifier):
+        with under_attack(self.classifier):
             if objective == "trades":
                 with torch.no_grad():
                     reference = self.classifier(images)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.config import digest
-from dircluster.defenses.recipe import crafting
 from dircluster.evaluation.attack_runner import AttackRunner, judge, modules_of_attack
 from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.results import Result
@@ -26,6 +25,7 @@ from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
 from dircluster.evaluation.suites import AttackSpec
 from dircluster.evaluation.victim import VictimModel
+from dircluster.models.modules import under_attack
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Evaluation:
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
         attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
-        with crafting(*victim.modules):
+        with under_attack(*victim.modules):
             found, warned = attack(images, labels)
             with torch.no_grad():
                 right = judge(victim, shard.spec, fixed, fresh, self.most_rows)(found, labels)

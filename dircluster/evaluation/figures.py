@@ -14,9 +14,9 @@ from dircluster import rng
 from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, value_and_grad
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
-from dircluster.defenses.recipe import crafting
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.victim import VictimModel
+from dircluster.models.modules import under_attack
 
 SHARES = tuple(i / 10 for i in range(11))
 """Shares of the noise that Figure 2 discards."""
@@ -34,7 +34,7 @@ def discarded_noise(
     order = torch.rand(len(images), 1, *images.shape[2:], generator=rng.generator(seed, "figure2")).to(images)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figure2/start")).to(images)
     for name, target in targets.items():
-        with crafting(target):
+        with under_attack(target):
             made = {
                 "PGD": pgd(target, images, labels, threat, steps, step_size, start),
                 "MI-FGSM": mi_fgsm(value_and_grad(cross_entropy(target, labels)), images, threat, steps, step_size),
@@ -58,7 +58,7 @@ def restoration(
     """
     model, restore = victim.model("fixed", seed), victim.restorer("fixed", seed)
     start = torch.rand(images.shape, generator=rng.generator(seed, "figures/start")).to(images)
-    with crafting(*victim.modules):
+    with under_attack(*victim.modules):
         adversarial = pgd(model, images, labels, threat_of(attack), steps, attack.step_for(steps), start)
         with torch.no_grad():
             natural, cleaned = restore(images), restore(adversarial)

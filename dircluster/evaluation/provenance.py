@@ -18,7 +18,7 @@ from dircluster.config import EvaluationConfig, digest
 PACKAGE = __name__.partition(".")[0]
 HERE = Path(__file__).parents[1]
 BY_NAME = f"{PACKAGE}.config"
-"""A module of which every other one imports something: only the definitions that are imported by name count."""
+"""A package of which every module imports something: only the definitions that are imported by name count."""
 
 
 def facts_of(
@@ -69,7 +69,8 @@ def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) ->
             else:
                 left.append(imported)
     parts = [ast.dump(_source(name)) for name in sorted(found)]
-    parts += [ast.dump(node) for node in _source(BY_NAME).body if getattr(node, "name", "") in named]
+    settings = [node for file in sorted((HERE / "config").glob("*.py")) for node in _source(f"{BY_NAME}.{file.stem}").body]
+    parts += [ast.dump(node) for node in settings if getattr(node, "name", "") in named]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -14,9 +14,9 @@ from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
-from dircluster.defenses.base import DefendedClassifier, evaluating
+from dircluster.defenses.base import DefendedClassifier
 from dircluster.models import masking
-from dircluster.models.modules import device_of
+from dircluster.models.modules import device_of, evaluating
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
 """Images (N, C, H, W), masks (K, N, n) where the defense has them -> what is asked of it."""
@@ -29,7 +29,7 @@ class VictimModel:
 
     A module with ``restore(images)`` and ``classifier(images)`` is a purifier in front of a classifier, which BPDA,
     transfer and the attack of Eq. 9 make use of. What it draws must come from PyTorch's own streams, or from masks.
-    It is somebody's: who passes images through it does so within ``crafting(*subject.modules)``.
+    It is somebody's: who passes images through it does so within ``under_attack(*subject.modules)``.
     """
 
     def __init__(self, module: nn.Module, name: str, surrogate: nn.Module | None = None) -> None:

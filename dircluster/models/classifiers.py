@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.defenses.base import evaluating
-from dircluster.models.modules import device_of
+from dircluster.models.modules import device_of, evaluating
 
 
 class Normalized(nn.Module):

@@ -1,4 +1,4 @@
-"""Helpers for any module: its device, and its parameters frozen while it is attacked."""
+"""Helpers for any module: its device, its mode, and its parameters frozen while it is attacked."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """``modules`` are in eval mode inside; every part of them is in its own mode again after."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def under_attack(*modules: nn.Module) -> Iterator[None]:
+    """While samples are crafted: modules in eval mode, their parameters frozen; as they were afterwards."""
+    with evaluating(*modules), frozen(*modules):
+        yield
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -12,9 +12,10 @@ from dircluster.attacks.gradient import pgd
 from dircluster.attacks.threat import threat_of
 from dircluster.config import RunConfig
 from dircluster.data.split import Split
-from dircluster.defenses.recipe import Recipe, crafting
+from dircluster.defenses.recipe import Recipe
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.masking import complementary_masks, pixel_mask
+from dircluster.models.modules import under_attack
 
 
 class Judge:
@@ -66,7 +67,7 @@ def held_out_accuracy(recipe: Recipe, split: Split, config: RunConfig, parallel:
         def model(candidates: Tensor) -> Tensor:
             return recipe.predict(candidates, kept)
 
-        with crafting(recipe):
+        with under_attack(recipe):
             steps = config.attack.steps
             adversarial = pgd(model, images, labels, judge.threat, steps, judge.step_size, judge.start(rows))
             with torch.no_grad():
@@ -86,7 +87,7 @@ def restoration_grid(recipe: Recipe, split: Split, config: RunConfig, device: to
     rows = torch.arange(len(judge.split))
     natural, labels = judge.batch(rows)
     kept = judge.masks(rows)
-    with crafting(recipe):
+    with under_attack(recipe):
         adversarial = pgd(
             lambda x: recipe.predict(x, kept),
             natural,

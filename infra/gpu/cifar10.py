@@ -52,12 +52,12 @@ from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import DefendedClassifier
 from dircluster.defenses.dir import DirRecipe, PretrainRecipe
-from dircluster.defenses.recipe import Batch, crafting
+from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe
 from dircluster.models import classifiers, masking
 from dircluster.models.classifiers import BasicBlock, check_classes
 from dircluster.models.masked_vit import MaskedDenoiser
-from dircluster.models.modules import frozen
+from dircluster.models.modules import frozen, under_attack
 
 EPSILON = 8 / 255
 DATA = DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True)
@@ -101,7 +101,7 @@ class FastDir(DirRecipe):
         """PGD of half the radius a step: -> the batch with adversarial samples and masks."""
         kept, attack, threat = self._masks(batch, 0), self.attack, LInf(self.attack.epsilon)
         uniform = batch.stream.uniform("pgd", tuple(batch.images.shape[1:]))
-        with crafting(self.denoiser, self.classifier):
+        with under_attack(self.denoiser, self.classifier):
             begun = pgd(self.classifier, batch.images, batch.labels, threat, 3, attack.step, uniform)
             pipeline = cross_entropy(lambda images: self.predict(images, kept), batch.labels)
             found = projected_ascent(value_and_grad(pipeline), begun, batch.images, threat, self.last, attack.step)

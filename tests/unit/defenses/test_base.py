@@ -7,10 +7,10 @@ import torch
 
 from dircluster import rng
 from dircluster.config import DataConfig, MaskingConfig, ModelConfig
-from dircluster.defenses.base import DefendedClassifier, evaluating
+from dircluster.defenses.base import DefendedClassifier
 from dircluster.models.classifiers import build
 from dircluster.models.masked_vit import MaskedDenoiser
-from dircluster.models.modules import frozen
+from dircluster.models.modules import evaluating, frozen
 
 TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.config import AttackConfig, DataConfig, DirConfig, MaskingConfig, ModelConfig, TargetConfig
 from dircluster.defenses.dir import DirRecipe, PretrainRecipe
-from dircluster.defenses.recipe import Batch, crafting
+from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe, mart_terms
 from dircluster.models.classifiers import build
 from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.models.modules import under_attack
 
 MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 ATTACK = AttackConfig(epsilon=0.1, steps=3)
@@ -199,7 +200,7 @@ def test_crafting_restores_modes(make_batch: MakeBatch) -> None:
     denoiser, classifier = parts()
     classifier.train()
     denoiser.eval()
-    with crafting(denoiser, classifier):
+    with under_attack(denoiser, classifier):
         assert not classifier.training
         assert not any(p.requires_grad for p in classifier.parameters())
     assert classifier.training
