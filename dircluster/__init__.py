@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dircluster.defenses.base import DefendedClassifier
+    from dircluster.defenses.base import Defended
     from dircluster.evaluation.session import EvaluationReport
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "qu
     return session.evaluate(module, images, labels, suite, **how)
 
 
-def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> DefendedClassifier:
+def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> Defended:
     """A finished defense, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
 
     ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage

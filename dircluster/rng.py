@@ -7,7 +7,7 @@ same for any number of workers and devices, and a resumed run continues the very
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -88,10 +88,10 @@ class Stream:
         drawn = torch.randn((self.batch, *shape), generator=self._generator(purpose))
         return drawn[self.rows].to(self.device)
 
-    def permutations(self, purpose: str, length: int) -> Tensor:
-        """A random permutation of ``length`` for each image: -> (rows, length), int64."""
-        keys = torch.rand((self.batch, length), generator=self._generator(purpose), dtype=torch.float64)
-        return keys[self.rows].argsort(dim=1).to(self.device)
+    def sample(self, purpose: str, draw: Callable[[torch.Generator, int], Tensor | None]) -> Tensor | None:
+        """What ``draw`` makes from a generator for so many images, one row an image: -> (rows, ...), or its None."""
+        drawn = draw(self._generator(purpose), self.batch)
+        return None if drawn is None else drawn[self.rows].to(self.device)
 
     def narrow(self, start: int, stop: int) -> Stream:
         """The same draws for the local rows ``start`` to ``stop`` alone."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ConfigError, RunConfig
-from dircluster.defenses.base import DefendedClassifier
 from dircluster.training.export import load_defense_folder, load_target
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -27,7 +26,7 @@ class JobSpec:
     """What is to be judged on what, as plain data that can be sent to a worker."""
 
     config: dict[str, Any]
-    """A RunConfig."""
+    """A run, see presets.run_to_plain."""
     defense: str
     """none, package.module:factory, or the folder of a checkpoint, here or in object storage."""
     path: str
@@ -52,9 +51,8 @@ def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
     if is_remote(job_spec.defense):
         check_bucket(job_spec.defense, storage)
     defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
-    denoiser = defense.denoiser
-    found = (denoiser.channels, denoiser.height, denoiser.width)
-    if found != (data.channels, data.height, data.width):
+    found, wanted = defense.image_shape, (data.channels, data.height, data.width)
+    if found is not None and found != wanted:
         raise ConfigError(
             f"--defense takes {'x'.join(map(str, found))} images, but preset {config.name} has"
             f" {data.channels}x{data.height}x{data.width}; name the preset it was trained with"
@@ -90,8 +88,6 @@ def fingerprint(module: nn.Module, name: str) -> str:
         if isinstance(value, Tensor):
             plain = value.detach().cpu().contiguous().flatten()
             found.update(str(value.dtype).encode() + plain.view(torch.uint8).numpy().tobytes())
-    if isinstance(module, DefendedClassifier):
-        found.update(repr(module.masking).encode())
     if FACTORY.fullmatch(name):
         package = name.partition(":")[0].partition(".")[0]
         for key, part in sorted(sys.modules.items()):

@@ -6,19 +6,24 @@ Numbers in [0, 1] are in units of the pixel range; epochs are passes over the tr
 
 from __future__ import annotations
 
-from dircluster.config.errors import ConfigError, error_from_plain, error_to_plain, refuse_secret, without_secrets
+from dircluster.config.errors import (
+    ConfigError,
+    error_from_plain,
+    error_to_plain,
+    refuse_secret,
+    require,
+    require_positive,
+    require_share,
+    without_secrets,
+)
 from dircluster.config.sections import (
     ARCHITECTURES,
     LATER_FIELDS,
     AttackConfig,
     DataConfig,
-    DirConfig,
     EvaluationConfig,
-    MaskingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    PretrainConfig,
     RunConfig,
     ScalingConfig,
     StorageConfig,
@@ -35,13 +40,9 @@ __all__ = [
     "AttackConfig",
     "ConfigError",
     "DataConfig",
-    "DirConfig",
     "EvaluationConfig",
-    "MaskingConfig",
-    "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "PretrainConfig",
     "RunConfig",
     "ScalingConfig",
     "StorageConfig",
@@ -56,6 +57,9 @@ __all__ = [
     "from_dict",
     "local_path",
     "refuse_secret",
+    "require",
+    "require_positive",
+    "require_share",
     "short",
     "to_dict",
     "with_values",

@@ -51,6 +51,11 @@ def refuse_secret(name: str, value: str) -> None:
     )
 
 
+def require_share(name: str, value: float | None) -> None:
+    """Raise ConfigError unless ``value`` is missing or lies in [0, 1)."""
+    require(value is None or 0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+
+
 def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

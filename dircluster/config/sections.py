@@ -10,9 +10,15 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from dircluster.config.errors import ConfigError, refuse_secret, require, require_positive, without_secrets
+from dircluster.config.errors import (
+    refuse_secret,
+    require,
+    require_positive,
+    require_share,
+    without_secrets,
+)
 from dircluster.config.serialize import flatten, to_dict
 
 
@@ -112,68 +118,6 @@ class AttackConfig:
 
 
 @dataclass(frozen=True)
-class MaskingConfig:
-    """Information discard: how much of an image each mask hides, and how many masks share an image."""
-
-    ratio: float = 0.5
-    """Share of the patches that each mask discards."""
-    count: int | None = None
-    """Masks an image (K); the fewest that can cover it, ceil(1 / (1 - ratio)), when not given."""
-
-    def __post_init__(self) -> None:
-        hint = f"; did you mean {self.ratio / 100:g}?" if 1 < self.ratio < 100 else ""
-        require(0 < self.ratio < 1, f"masking.ratio must lie in (0, 1), got {self.ratio:g}{hint}")
-        require(self.count is None or self.count >= 1, f"masking.count must be at least 1, got {self.count}")
-
-    @property
-    def masks(self) -> int:
-        """K, the number of masks an image."""
-        return math.ceil(round(1 / (1 - self.ratio), 9)) if self.count is None else self.count
-
-    def kept(self, tokens: int) -> int:
-        """Patches that each mask keeps out of ``tokens``."""
-        return round((1 - self.ratio) * tokens)
-
-    def check(self, tokens: int) -> None:
-        """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""
-        kept, gap = self.kept(tokens), math.ceil(tokens / self.masks)
-        if kept == 0:
-            raise ConfigError(f"masking.ratio {self.ratio:g} keeps none of {tokens} patches; lower it or model.patch")
-        require(
-            kept >= gap,
-            f"masking.count {self.masks} at ratio {self.ratio:g} leaves patches unseen ({self.masks} x {kept} kept of"
-            f" {tokens}); use masking.count {math.ceil(tokens / kept)} or more",
-        )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The masked ViT auto-encoder that restores images."""
-
-    patch: int = 2
-    """Side of a square patch, pixels."""
-    width: int = 192
-    """Token dimension of encoder and decoder."""
-    heads: int = 3
-    """Attention heads."""
-    encoder_depth: int = 8
-    """Transformer blocks over the kept patches."""
-    decoder_depth: int = 2
-    """Transformer blocks over all patches."""
-    mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over its token width."""
-    head: Literal["linear", "token_mixing"] = "linear"
-    """linear: a token gives its own pixels; token_mixing: every patch mixes all tokens (the released code)."""
-
-    def __post_init__(self) -> None:
-        require_positive("model", self, "patch", "width", "heads", "encoder_depth", "decoder_depth", "mlp_ratio")
-        require(
-            self.width % self.heads == 0,
-            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
-        )
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """An optimizer and its learning-rate schedule."""
 
@@ -237,10 +181,13 @@ class TargetConfig:
     """Steps of the KL ascent that crafts TRADES samples."""
     epochs: int = 110
     """Passes over the training split."""
+    ema: float | None = None
+    """Decay of a running mean of weights and statistics (0.995, say), which is then what is validated and kept."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
         require_positive("target", self, "epochs", "trades_steps")
+        require_share("target.ema", self.ema)
         require(self.beta is None or self.beta >= 0, f"target.beta must be 0 or more, got {self.beta}")
         known = self.architecture in ARCHITECTURES or ":" in self.architecture
         require(
@@ -253,47 +200,6 @@ class TargetConfig:
     def weight(self) -> float:
         """Weight of the objective's KL term."""
         return (5.0 if self.objective == "mart" else 6.0) if self.beta is None else self.beta
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Stage 1: the denoiser learns to restore (Eq. 2)."""
-
-    epochs: int = 20
-    """Passes over the training split; 0 leaves the stage out (the ablation: set dir.mse_weight to 1)."""
-    optimizer: OptimizerConfig = OptimizerConfig(
-        name="adamw", lr=1.5e-4 * 128 / 256, weight_decay=0.05, schedule="cosine", warmup_epochs=2
-    )
-
-    def __post_init__(self) -> None:
-        require(self.epochs >= 0, f"pretrain.epochs must be 0 or more, got {self.epochs}")
-
-
-@dataclass(frozen=True)
-class DirConfig:
-    """Stage 2: the game of Algorithm 1 (Eq. 4 to 7)."""
-
-    alpha: float = 2.0
-    """Weight of L_rep in Eq. 7."""
-    epochs: int = 90
-    """Passes over the training split."""
-    perturb_steps: int = 5
-    """Ascent steps that craft the perturbation of Eq. 4."""
-    crafting_masks: Literal["shared", "fresh"] = "shared"
-    """shared: crafted under the masks that the update uses; fresh: new masks at every step (released code)."""
-    mse_weight: float = 0.0
-    """Weight of the squared error between restored and natural images, averaged over pixels (0 in the paper)."""
-    joint: bool = False
-    """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2)
-    """The denoiser's optimizer."""
-    target_optimizer: OptimizerConfig = OptimizerConfig()
-    """The target's optimizer in joint mode."""
-
-    def __post_init__(self) -> None:
-        require_positive("dir", self, "epochs", "perturb_steps")
-        for name in ("alpha", "mse_weight"):
-            require(getattr(self, name) >= 0, f"dir.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -464,19 +370,18 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One whole run: target, pre-training, DIR, evaluation."""
+    """One whole run: the sections that all defenses share. Each defense adds its own in a subclass, see presets."""
+
+    defense: ClassVar[str] = ""
+    """Name of the defense in ``dircluster.defenses.table``, or the module that holds somebody's own."""
 
     name: str = "digits"
-    """Names the run and its model, dir-NAME; the preset's name unless given."""
+    """Names the run and its model, DEFENSE-NAME; the preset's name unless given."""
     seed: int = 0
     """Every draw of the run follows from it."""
     data: DataConfig = DataConfig()
     attack: AttackConfig = AttackConfig()
-    masking: MaskingConfig = MaskingConfig()
-    model: ModelConfig = ModelConfig()
     target: TargetConfig = TargetConfig()
-    pretrain: PretrainConfig = PretrainConfig()
-    dir: DirConfig = DirConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     scaling: ScalingConfig = ScalingConfig()
@@ -485,22 +390,6 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        data, model = self.data, self.model
-        for name in ("height", "width"):
-            side = getattr(data, name)
-            divisors = [p for p in range(1, side + 1) if side % p == 0]
-            require(
-                side % model.patch == 0,
-                f"model.patch must divide data.{name} {side}, got {model.patch};"
-                f" try {min(divisors, key=lambda p: abs(p - model.patch))}",
-            )
-        self.masking.check(self.tokens)
-        pixels = model.patch**2 * data.channels
-        require(
-            model.head == "linear" or model.width % pixels == 0,
-            f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
-            f" got {model.width}",
-        )
         batch, workers = self.training.batch_size, self.scaling.most
         require(batch >= workers, f"training.batch_size must be at least scaling.workers {workers}, got {batch}")
         for name, value in flatten(to_dict(self)).items():
@@ -509,17 +398,6 @@ class RunConfig:
                 refuse_secret(name, value)
                 bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
                 require(bucket, f"{name} must name a bucket, s3://BUCKET/PREFIX, got {value!r}")
-        if self.dir.joint:
-            require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
-            require(
-                self.pretrain.epochs == 0,
-                f"pretrain.epochs must be 0 in joint mode (there is no target yet), got {self.pretrain.epochs}",
-            )
-
-    @property
-    def tokens(self) -> int:
-        """T, the number of patches of an image."""
-        return (self.data.height // self.model.patch) * (self.data.width // self.model.patch)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -527,8 +405,17 @@ class RunConfig:
         plain = to_dict(self)
         return {k: v for k, v in plain.items() if k not in ("name", "scaling", "parallel", "storage", "tracking")}
 
+    @property
+    def printed(self) -> Mapping[str, Mapping[str, float]]:
+        """Percent that the defense's paper prints for such a run: by defense and attack as tables name them."""
+        return {}
 
-LATER_FIELDS: dict[str, Any] = {"attack.norm": "linf"}
+    def printed_ablation(self) -> tuple[float, float] | None:
+        """Natural accuracy and that under PGD-20 that the paper prints where all but what it varies is its preset's."""
+        return None
+
+
+LATER_FIELDS: dict[str, Any] = {"attack.norm": "linf", "target.ema": None, "dir.ema": None}
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 
 

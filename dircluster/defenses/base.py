@@ -1,38 +1,73 @@
-"""The defended pipeline h(g(x)) as one module: images in [0, 1] in, logits out."""
+"""A purifier g, and the defended pipeline h(g(x)) as one module: images in [0, 1] in, logits out."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.config import MaskingConfig
-from dircluster.models import masking
-from dircluster.models.masked_vit import MaskedDenoiser
 
 
-class DefendedClassifier(nn.Module):
-    """Masked, restored, classified. A new module draws fresh masks at every call.
+class Purifier(nn.Module):
+    """g: images (N, C, H, W) in [0, 1] -> purified images (N, C, H, W), not clamped: a clamp hides gradients."""
 
-    :meth:`fresh` and :meth:`fixed` give views of it that draw otherwise: modules of their own with the same weights and
-    submodules. They change nothing of the module that they are asked of. ``draws`` > 1 averages the logits over so many
-    mask draws.
+    forward_methods: tuple[str, ...] = ()
+    """Methods besides ``forward`` that pass images through the weights."""
+    recompute = False
+    """Whether activations are computed again in the backward pass instead of being kept, where the network can."""
+
+    def draw(self, generator: torch.Generator, images: int) -> Tensor | None:
+        """The randomness of a pass as one row an image, (images, ...), on the CPU; None where nothing is random."""
+        return None
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), the rows of :meth:`draw` -> (N, C, H, W)."""
+        raise NotImplementedError
+
+    def visible(self, images: Tensor, draws: Tensor | None) -> Iterable[Tensor]:
+        """What the purifier sees of images, a picture of each view (N, C, H, W); nothing where it sees them whole."""
+        return ()
+
+    @property
+    def passes(self) -> int:
+        """Passes of an image through the network."""
+        return 1
+
+    @property
+    def randomized(self) -> bool:
+        """Whether a pass draws anything."""
+        return self.draw(torch.Generator(), 1) is not None
+
+
+class Defended(nn.Module):
+    """h(g(x)) for any purifier. A new module draws afresh at every call.
+
+    :meth:`fresh`, :meth:`fixed` and :meth:`averaged` give views of it that draw otherwise: modules of their own with
+    the same weights and submodules. They change nothing of the module that they are asked of. ``draws`` > 1 averages
+    the logits over so many draws.
     """
 
-    def __init__(self, denoiser: MaskedDenoiser, classifier: nn.Module, config: MaskingConfig) -> None:
+    def __init__(self, purifier: Purifier, classifier: nn.Module, name: str = "defense") -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.purifier = purifier
         self.classifier = classifier
-        self.masking = config
+        self.name = name
+        """What tables call it."""
+        self.image_shape: tuple[int, int, int] | None = None
+        """Channels, height and width that it was trained on, where they are known."""
+        self.settings: dict[str, Any] = {}
+        """The sections that decided its networks, as plain data, where they are known."""
         self.draws = 1
         self._seed: int | None = None
         self._generator = torch.Generator()
         self._generator.seed()
 
-    def fresh(self, seed: int | None = None, draws: int = 1) -> DefendedClassifier:
-        """A view with new masks at each call, from a generator of its own, seeded from the system without ``seed``."""
+    def fresh(self, seed: int | None = None, draws: int = 1) -> Defended:
+        """A view that draws at each call, from a generator of its own, seeded from the system without ``seed``."""
         view = self._view(None, draws)
         if seed is None:
             view._generator.seed()
@@ -40,11 +75,17 @@ class DefendedClassifier(nn.Module):
             view._generator = rng.generator(seed, "fresh_masks")
         return view
 
-    def fixed(self, seed: int, draws: int = 1) -> DefendedClassifier:
-        """A view with the same masks for every image and call: what an attacker faces who knows the masks."""
+    def fixed(self, seed: int, draws: int = 1) -> Defended:
+        """A view with the same draw for every image and call: what an attacker faces who knows it."""
         return self._view(seed, draws)
 
-    def _view(self, seed: int | None, draws: int) -> DefendedClassifier:
+    def averaged(self, draws: int) -> Defended:
+        """A view whose logits are means over so many draws; they are fixed where this module's are."""
+        view = self._view(self._seed, draws)
+        view._generator.set_state(self._generator.get_state())
+        return view
+
+    def _view(self, seed: int | None, draws: int) -> Defended:
         view = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, dict):  # what is registered with a view, such as a hook, is the view's
@@ -54,40 +95,35 @@ class DefendedClassifier(nn.Module):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether every call uses the same masks."""
+        """Whether every call uses the same draw."""
         return self._seed is not None
 
-    def masks(self, images: int) -> Tensor:
-        """The masks of the next call: -> (K, N, n) int64 on the CPU."""
-        tokens = self.denoiser.tokens
+    def draw(self, images: int, number: int = 0) -> Tensor | None:
+        """The draw of the next call, one row an image, on the CPU; the fixed ones are counted by ``number``."""
         if self._seed is None:
-            return masking.draw_masks(self._generator, images, tokens, self.masking)
-        generator = rng.generator(self._seed, "fixed_masks")
-        return masking.draw_masks(generator, 1, tokens, self.masking).expand(-1, images, -1)
+            return self.purifier.draw(self._generator, images)
+        drawn = self.purifier.draw(rng.generator(self._seed, "fixed_masks", step=number), 1)
+        return None if drawn is None else drawn.expand(images, *drawn.shape[1:])
 
     def restore(self, images: Tensor) -> Tensor:
-        """x~ under the next masks: (N, C, H, W) -> (N, C, H, W), not clamped."""
-        restored: Tensor = self.denoiser(images, self.masks(len(images)).to(images.device))
+        """Purified images under the next draw: (N, C, H, W) -> (N, C, H, W), not clamped."""
+        restored: Tensor = self.purifier(images, _moved(self.draw(len(images)), images))
         return restored
 
-    def logits(self, images: Tensor, kept: Tensor) -> Tensor:
-        """Logits under given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
-        logits: Tensor = self.classifier(self.denoiser(images, kept))
+    def logits(self, images: Tensor, draws: Tensor | None) -> Tensor:
+        """Logits under given draws, one row an image: (N, C, H, W), (N, ...) -> (N, classes)."""
+        logits: Tensor = self.classifier(self.purifier(images, draws))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> (N, classes), averaged over ``draws`` mask draws."""
-        if self.draws == 1:
-            return self.logits(images, self.masks(len(images)).to(images.device))
-        if self._seed is None:
-            kept = torch.cat([self.masks(len(images)) for _ in range(self.draws)], dim=1)
-        else:
-            sets = (
-                masking.draw_masks(
-                    rng.generator(self._seed, "fixed_masks", step=i), 1, self.denoiser.tokens, self.masking
-                )
-                for i in range(self.draws)
-            )
-            kept = torch.cat([s.expand(-1, len(images), -1) for s in sets], dim=1)
+        """(N, C, H, W) in [0, 1] -> (N, classes), averaged over ``draws`` draws."""
+        if self.draws == 1 or not self.purifier.randomized:
+            return self.logits(images, _moved(self.draw(len(images)), images))
+        drawn = [self.draw(len(images), number) for number in range(self.draws)]
+        rows = torch.cat([one for one in drawn if one is not None])
         repeated = images.repeat(self.draws, 1, 1, 1)
-        return self.logits(repeated, kept.to(images.device)).view(self.draws, len(images), -1).mean(dim=0)
+        return self.logits(repeated, _moved(rows, images)).view(self.draws, len(images), -1).mean(dim=0)
+
+
+def _moved(draws: Tensor | None, images: Tensor) -> Tensor | None:
+    return None if draws is None else draws.to(images.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -11,62 +12,96 @@ from torch.nn import functional as F
 from dircluster.attacks.gradient import kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import threat_of
-from dircluster.config import AttackConfig, DirConfig, MaskingConfig
-from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.config import AttackConfig
+from dircluster.defenses.base import Defended, Purifier
+from dircluster.defenses.recipe import Batch, Recipe, drawn, freeze
+from dircluster.defenses.stage import Defense, Modules, Stage
+from dircluster.defenses.target import target_stage
 from dircluster.models.masked_vit import MaskedDenoiser
-from dircluster.models.masking import complementary_masks
+from dircluster.models.masking import complementary_masks, pixel_mask, random_permutations
 from dircluster.models.modules import under_attack
+from dircluster.presets.dir import DirConfig, DirRun, MaskingConfig, ModelConfig
+from dircluster.rng import Stream
+
+
+class MaskedPurifier(MaskedDenoiser, Purifier):
+    """g of the paper: restored from what each complementary mask keeps, averaged. A draw permutes the patches."""
+
+    forward_methods = ("restore_each",)
+
+    def __init__(self, config: ModelConfig, masking: MaskingConfig, channels: int, height: int, width: int) -> None:
+        super().__init__(config, channels, height, width)
+        self.masking = masking
+
+    def draw(self, generator: torch.Generator, images: int) -> Tensor:
+        """Permutations of the patches, one an image: -> (images, T) int64."""
+        return random_permutations(generator, images, self.tokens)
+
+    def masks(self, draws: Tensor) -> Tensor:
+        """Kept patches of each mask: permutations (N, T) -> (K, N, n) int64."""
+        return complementary_masks(draws, self.masking)
+
+    def pixel_masks(self, kept: Tensor) -> Tensor:
+        """Masks (K, N, n) as images of ones and zeros, (K, N, 1, H, W)."""
+        return pixel_mask(kept, self.height, self.width, self.config.patch)
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """The restored image x~ of Eq. 5, the mean over the masks: (N, C, H, W), (N, T) -> (N, C, H, W)."""
+        assert draws is not None
+        return self.restore_each(images, self.masks(draws)).mean(dim=0)
+
+    def visible(self, images: Tensor, draws: Tensor | None) -> Iterable[Tensor]:
+        """The images under each mask."""
+        assert draws is not None
+        return (images * mask.to(images.device) for mask in self.pixel_masks(self.masks(draws)))
+
+    @property
+    def passes(self) -> int:
+        """Passes of an image through the network."""
+        return self.masking.masks
+
+    def extra_repr(self) -> str:
+        return repr(self.masking)
 
 
 class PretrainRecipe(Recipe):
     """Trains the denoiser alone; the target is frozen and never sees a restored image."""
 
     trained = ("denoiser",)
-    restores = True
 
-    def __init__(
-        self, denoiser: MaskedDenoiser, classifier: nn.Module, masking: MaskingConfig, attack: AttackConfig
-    ) -> None:
+    def __init__(self, denoiser: MaskedPurifier, classifier: nn.Module, attack: AttackConfig) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.classifier = classifier.requires_grad_(False).eval()
-        self.masking = masking
-        self.attack = attack
+        self.classifier = freeze(classifier)
+        self.threat = attack
 
     def train(self, mode: bool = True) -> PretrainRecipe:
         super().train(mode)
         self.classifier.eval()
         return self
 
-    def craft(self, batch: Batch) -> Batch:
-        """PGD against the target alone, and the masks of Eq. 2."""
-        images, attack = batch.images, self.attack
-        uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
-        with under_attack(self.classifier):
-            adversarial = pgd(
-                self.classifier, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform
-            )
-        kept = complementary_masks(batch.stream.permutations("masks", self.denoiser.tokens), self.masking)
-        return replace(batch, adversarial=adversarial, kept=kept)
+    def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {"pgd": stream.uniform("pgd", shape), **drawn(stream, "masks", self.denoiser)}
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def attack(self, batch: Batch) -> Batch:
+        """PGD against the target alone."""
+        threat, config = threat_of(self.threat), self.threat
+        with under_attack(self.classifier):
+            found = pgd(
+                self.classifier, batch.images, batch.labels, threat, config.steps, config.step, batch.draws["pgd"]
+            )
+        return replace(batch, adversarial=found)
+
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """Eq. 2 as a mean over masks, images and pixels, for natural and adversarial samples together."""
-        assert batch.adversarial is not None, "craft before forward"
-        assert batch.kept is not None
-        both = torch.cat([batch.images, batch.adversarial])
-        restored = self.denoiser.restore_each(both, batch.kept.repeat(1, 2, 1))
+        both = torch.cat([batch.images, batch.attacked])
+        restored = self.denoiser.restore_each(both, self.denoiser.masks(batch.draws["masks"]).repeat(1, 2, 1))
         errors = (restored - batch.images.repeat(2, 1, 1, 1)).square().mean(dim=(0, 2, 3, 4))
         natural, adversarial = errors.chunk(2)
         return {"loss": errors.mean(), "natural": natural.mean(), "adversarial": adversarial.mean()}
 
-    def predict(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        assert kept is not None
-        logits: Tensor = self.classifier(self.restore(images, kept))
-        return logits
-
-    def restore(self, images: Tensor, kept: Tensor) -> Tensor:
-        restored: Tensor = self.denoiser(images, kept)
-        return restored
+    def deployed(self) -> nn.Module:
+        return Defended(self.denoiser, self.classifier)
 
 
 class DirRecipe(Recipe):
@@ -75,22 +110,14 @@ class DirRecipe(Recipe):
     The target is frozen in eval mode, unless ``config.joint``, where it learns together with the denoiser.
     """
 
-    restores = True
-
     def __init__(
-        self,
-        denoiser: MaskedDenoiser,
-        classifier: nn.Module,
-        config: DirConfig,
-        masking: MaskingConfig,
-        attack: AttackConfig,
+        self, denoiser: MaskedPurifier, classifier: nn.Module, config: DirConfig, attack: AttackConfig
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self.classifier = classifier if config.joint else classifier.requires_grad_(False).eval()
+        self.classifier = classifier if config.joint else freeze(classifier)
         self.config = config
-        self.masking = masking
-        self.attack = attack
+        self.threat = attack
         self.trained = ("denoiser", "classifier") if config.joint else ("denoiser",)
 
     def train(self, mode: bool = True) -> DirRecipe:
@@ -99,41 +126,58 @@ class DirRecipe(Recipe):
             self.classifier.eval()
         return self
 
-    def craft(self, batch: Batch) -> Batch:
-        """Masks, and PGD on h(g(.)) under them (lines 4 and 5 of Algorithm 1)."""
-        images, attack = batch.images, self.attack
-        kept = self._masks(batch, 0)
-        steps_done = 0
+    def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Start of PGD, permutations (those of crafting steps too where they are fresh), start of Eq. 4."""
+        steps = range(1, self.threat.steps + 1) if self.config.crafting_masks == "fresh" else ()
+        made = {"pgd": stream.uniform("pgd", shape), "perturbation": stream.normal("perturbation", shape)}
+        for purpose in ("masks", *(f"masks/{step}" for step in steps)):
+            made |= drawn(stream, purpose, self.denoiser)
+        return made
+
+    def attack(self, batch: Batch) -> Batch:
+        """PGD on h(g(.)) under the masks of the update, or under new ones at every step (line 5 of Algorithm 1)."""
+        threat, steps_done = self.threat, 0
 
         def pipeline(candidates: Tensor) -> Tensor:
             nonlocal steps_done
             steps_done += 1
             fresh = self.config.crafting_masks == "fresh"
-            return self.predict(candidates, self._masks(batch, steps_done) if fresh else kept)
+            return self.predict(candidates, batch.draws[f"masks/{steps_done}" if fresh else "masks"])
 
-        uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
         with under_attack(self.denoiser, self.classifier):
-            adversarial = pgd(pipeline, images, batch.labels, threat_of(attack), attack.steps, attack.step, uniform)
-        return replace(batch, adversarial=adversarial, kept=kept)
+            found = pgd(
+                pipeline,
+                batch.images,
+                batch.labels,
+                threat_of(threat),
+                threat.steps,
+                threat.step,
+                batch.draws["pgd"],
+            )
+        return replace(batch, adversarial=found)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """Lines 7 to 10: the loss terms, with gradient through restored images and constant perturbations."""
-        assert batch.adversarial is not None, "craft before forward"
-        assert batch.kept is not None
-        restored = self.restore(batch.adversarial, batch.kept)
+        restored = self.denoiser(batch.attacked, batch.draws["masks"])
         logits = self.classifier(restored)
         return self.compare(batch, restored, logits, self.perturb(batch, restored.detach(), logits.detach()))
 
     def perturb(self, batch: Batch, restored: Tensor, logits: Tensor) -> Tensor:
         """delta of Eq. 4 on restored images (N, C, H, W), given their logits: -> (N, C, H, W)."""
-        normal = batch.stream.normal("perturbation", tuple(restored.shape[1:]))
         with under_attack(self.classifier):
             if self.config.joint:  # the logits at hand were made with batch statistics, which crafting does not use
                 with torch.no_grad():
                     logits = self.classifier(restored)
             steps = self.config.perturb_steps
-            step_size = self.attack.step_for(steps)
-            return perturbation(self.classifier, restored, logits, threat_of(self.attack), steps, step_size, normal)
+            return perturbation(
+                self.classifier,
+                restored,
+                logits,
+                threat_of(self.threat),
+                steps,
+                self.threat.step_for(steps),
+                batch.draws["perturbation"],
+            )
 
     def compare(self, batch: Batch, restored: Tensor, logits: Tensor, delta: Tensor) -> dict[str, Tensor]:
         """Eq. 5 to 7: adversarial (L_adv), representation (L_rep), and their sum; mse where it is asked for."""
@@ -146,15 +190,78 @@ class DirRecipe(Recipe):
             loss = loss + self.config.mse_weight * terms["mse"]
         return {"loss": loss, **terms}
 
-    def predict(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        assert kept is not None
-        logits: Tensor = self.classifier(self.restore(images, kept))
+    def predict(self, images: Tensor, permutations: Tensor) -> Tensor:
+        """Logits of h(g(.)): (N, C, H, W), (N, T) -> (N, classes)."""
+        logits: Tensor = self.classifier(self.denoiser(images, permutations))
         return logits
 
-    def restore(self, images: Tensor, kept: Tensor) -> Tensor:
-        restored: Tensor = self.denoiser(images, kept)
-        return restored
+    def deployed(self) -> nn.Module:
+        return Defended(self.denoiser, self.classifier)
 
-    def _masks(self, batch: Batch, draw: int) -> Tensor:
-        purpose = "masks" if draw == 0 else f"masks/{draw}"
-        return complementary_masks(batch.stream.permutations(purpose, self.denoiser.tokens), self.masking)
+
+def _denoiser(run: DirRun) -> Callable[[], nn.Module]:
+    data = run.data
+    return lambda: MaskedPurifier(run.model, run.masking, data.channels, data.height, data.width)
+
+
+def _of(modules: Modules) -> MaskedPurifier:
+    denoiser = modules["denoiser"]
+    assert isinstance(denoiser, MaskedPurifier)
+    return denoiser
+
+
+def stages(run: DirRun) -> tuple[Stage, ...]:
+    """Target, pre-training and DIR; DIR alone where the target learns together with the denoiser."""
+    pretrain = Stage(
+        "pretrain",
+        lambda modules: PretrainRecipe(_of(modules), modules["classifier"], run.attack),
+        run.pretrain.epochs,
+        {"denoiser": run.pretrain.optimizer},
+        sections=("masking", "model", "pretrain"),
+        keep="last",
+    )
+    optimizers = {"denoiser": run.dir.optimizer}
+    if run.dir.joint:
+        optimizers["classifier"] = run.dir.target_optimizer
+    game = Stage(
+        "dir",
+        lambda modules: DirRecipe(_of(modules), modules["classifier"], run.dir, run.attack),
+        run.dir.epochs,
+        optimizers,
+        sections=("masking", "model", "dir", *(("target",) if run.dir.joint else ())),
+        stored=("denoiser", "classifier"),
+        ema=run.dir.ema,
+        passes=run.attack.steps + 1,
+    )
+    if run.dir.joint:
+        return (game,)
+    return (target_stage(run), *((pretrain,) if run.pretrain.epochs else ()), game)
+
+
+def describe(run: DirRun) -> str:
+    """For the model card."""
+    model = run.model
+    return (
+        f"Masked auto-encoding denoiser in front of a classifier (DIR; Zhou et al., ICML 2023): each image is seen\n"
+        f"through {run.masking.masks} masks that hide {run.masking.ratio:.0%} of its {run.tokens} patches, restored"
+        f" from each, averaged, classified.\nDenoiser: patch {model.patch}, width {model.width}, {model.encoder_depth}"
+        f" + {model.decoder_depth} blocks; alpha {run.dir.alpha:g}."
+    )
+
+
+def facts(run: DirRun) -> list[tuple[str, str]]:
+    """For --dry-run."""
+    kept, tokens = run.masking.kept(run.tokens), run.tokens
+    return [("masks", f"{run.masking.masks}, each keeps {kept} of {tokens} patches")]
+
+
+DEFENSE = Defense(
+    name="dir",
+    run=DirRun,
+    modules=lambda run: {"denoiser": _denoiser(run)},
+    stages=stages,
+    describe=describe,
+    facts=facts,
+    purifier="denoiser",
+    sections=("model", "masking"),
+)

@@ -1,50 +1,74 @@
-"""What a recipe is: the modules it trains, how it crafts its samples, and the loss it minimizes."""
+"""What a recipe is: the modules it trains, the samples it attacks, and the loss it minimizes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dircluster.defenses.base import Purifier
 from dircluster.rng import Stream
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's share of a step. A recipe's ``craft`` fills the last two fields."""
+    """One worker's share of a step. A recipe's ``attack`` fills the last field."""
 
     images: Tensor
     """(N, C, H, W) in [0, 1]."""
     labels: Tensor
     """(N,) int64."""
-    stream: Stream
-    """The step's draws."""
+    draws: Mapping[str, Tensor]
+    """All randomness of the step by name, one row an image: what :meth:`Recipe.draws` made."""
     adversarial: Tensor | None = None
     """(N, C, H, W) in [0, 1]."""
-    kept: Tensor | None = None
-    """Masks (K, N, n)."""
+
+    @property
+    def attacked(self) -> Tensor:
+        """The adversarial images of a batch that has been attacked."""
+        assert self.adversarial is not None, "attack before forward"
+        return self.adversarial
 
 
 class Recipe(nn.Module):
-    """A step is ``recipe(recipe.craft(batch))``: nothing in it logs, prints or waits for a device."""
+    """A step is ``recipe(recipe.attack(batch))``: nothing in it logs, prints or waits for a device."""
 
     trained: tuple[str, ...] = ()
     """Names of the submodules whose weights the recipe trains."""
-    restores = False
-    """Whether :meth:`restore` means anything: the recipe has a denoiser."""
 
-    def craft(self, batch: Batch) -> Batch:
-        """The batch with its adversarial samples and masks, detached."""
+    @property
+    def updates(self) -> tuple[tuple[str, ...], ...]:
+        """Submodules whose optimizers step in each update of a step, in order; a GAN has several updates."""
+        return (self.trained,)
+
+    def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """All randomness of a step on images of ``shape`` (C, H, W), by name: it can be made ahead of time."""
+        return {}
+
+    def batch(self, images: Tensor, labels: Tensor, stream: Stream) -> Batch:
+        """Images (N, C, H, W), labels (N,) and the draws that ``stream`` makes for them."""
+        return Batch(images, labels, self.draws(stream, tuple(images.shape[1:])))
+
+    def attack(self, batch: Batch) -> Batch:
+        """The batch with its adversarial samples, detached; as it is where the recipe needs none."""
+        return batch
+
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
+        """Scalar loss terms of an update, the one to minimize under ``loss``; batch means."""
         raise NotImplementedError
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar loss terms, the one to minimize under ``loss``; batch means."""
-        raise NotImplementedError
+    def deployed(self) -> nn.Module | None:
+        """What held-out validation attacks: a classifier or a Defended; None where there is nothing to validate."""
+        return None
 
-    def predict(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        """Logits of what the recipe would deploy: (N, C, H, W), masks -> (N, classes)."""
-        raise NotImplementedError
 
-    def restore(self, images: Tensor, kept: Tensor) -> Tensor:
-        """What the denoiser makes of images under masks (K, N, n): (N, C, H, W) -> (N, C, H, W)."""
-        raise NotImplementedError
+def drawn(stream: Stream, purpose: str, purifier: Purifier) -> dict[str, Tensor]:
+    """What one pass through ``purifier`` draws, under the name ``purpose``; nothing where it draws nothing."""
+    found = stream.sample(purpose, purifier.draw)
+    return {} if found is None else {purpose: found}
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """``module`` in eval mode, its parameters asking for no gradient: a target that the stage does not train."""
+    return module.requires_grad_(False).eval()

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from dircluster.attacks.gradient import kl_ascent, kl_divergence, pgd
 from dircluster.attacks.threat import threat_of
-from dircluster.config import AttackConfig, TargetConfig
+from dircluster.config import AttackConfig, RunConfig, TargetConfig
 from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.stage import Stage
 from dircluster.models.modules import under_attack
+from dircluster.rng import Stream
 
 
 def mart_terms(natural: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,11 +39,20 @@ class TargetRecipe(Recipe):
         super().__init__()
         self.classifier = classifier
         self.config = config
-        self.attack = attack
+        self.threat = attack
 
-    def craft(self, batch: Batch) -> Batch:
+    def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The start of the attack that the objective crafts by."""
+        objective = self.config.objective
+        if objective == "natural":
+            return {}
+        if objective == "trades":
+            return {"trades": stream.normal("trades", shape)}
+        return {"pgd": stream.uniform("pgd", shape)}
+
+    def attack(self, batch: Batch) -> Batch:
         """PGD on the cross-entropy for at and mart; KL ascent for trades; nothing for natural training."""
-        objective, attack = self.config.objective, self.attack
+        objective, attack = self.config.objective, self.threat
         if objective == "natural":
             return batch
         images, threat = batch.images, threat_of(attack)
@@ -49,23 +60,23 @@ class TargetRecipe(Recipe):
             if objective == "trades":
                 with torch.no_grad():
                     reference = self.classifier(images)
-                normal = batch.stream.normal("trades", tuple(images.shape[1:]))
                 steps = self.config.trades_steps
-                step_size = attack.step_for(steps)
-                adversarial = kl_ascent(self.classifier, images, reference, threat, steps, step_size, normal)
+                found = kl_ascent(
+                    self.classifier, images, reference, threat, steps, attack.step_for(steps), batch.draws["trades"]
+                )
             else:
-                uniform = batch.stream.uniform("pgd", tuple(images.shape[1:]))
-                adversarial = pgd(self.classifier, images, batch.labels, threat, attack.steps, attack.step, uniform)
-        return replace(batch, adversarial=adversarial)
+                found = pgd(
+                    self.classifier, images, batch.labels, threat, attack.steps, attack.step, batch.draws["pgd"]
+                )
+        return replace(batch, adversarial=found)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
         """natural, adversarial and regularizer terms, as far as the objective has them."""
         objective, labels = self.config.objective, batch.labels
         if objective == "natural":
             natural = F.cross_entropy(self.classifier(batch.images).float(), labels)
             return {"loss": natural, "natural": natural}
-        assert batch.adversarial is not None, "craft before forward"
-        adversarial = self.classifier(batch.adversarial)
+        adversarial = self.classifier(batch.attacked)
         if objective == "at":
             term = F.cross_entropy(adversarial.float(), labels)
             return {"loss": term, "adversarial": term}
@@ -77,6 +88,17 @@ class TargetRecipe(Recipe):
         boosted, divergence = mart_terms(logits, adversarial, labels)
         return {"loss": boosted + self.config.weight * divergence, "boosted": boosted, "divergence": divergence}
 
-    def predict(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        logits: Tensor = self.classifier(images)
-        return logits
+    def deployed(self) -> nn.Module:
+        return self.classifier
+
+
+def target_stage(run: RunConfig) -> Stage:
+    """The first stage of every defense: the target by ``target.objective``, under the threat of ``attack``."""
+    return Stage(
+        "target",
+        lambda modules: TargetRecipe(modules["classifier"], run.target, run.attack),
+        run.target.epochs,
+        {"classifier": run.target.optimizer},
+        sections=("target",),
+        ema=run.target.ema,
+    )

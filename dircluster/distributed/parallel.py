@@ -27,7 +27,6 @@ from dircluster.distributed.deterministic import (
     with_pending,
 )
 from dircluster.models.classifiers import BasicBlock
-from dircluster.models.masked_vit import MaskedDenoiser
 
 SHARDED_ALONE = (Block, BasicBlock)
 """Layers whose weights are gathered, used and dropped as one; what is left of a model is gathered with it."""
@@ -156,8 +155,8 @@ def _shard(module: nn.Module, half: bool, ordered: bool) -> None:
         sharded = fully_shard(part, mp_policy=policy)
         if ordered:
             sharded.set_custom_reduce_scatter(OrderedReduceScatter())
-    if isinstance(module, MaskedDenoiser):
-        register_fsdp_forward_method(module, "restore_each")
+    for name in getattr(module, "forward_methods", ()):
+        register_fsdp_forward_method(module, name)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here works in place
 
 

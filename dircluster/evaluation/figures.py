@@ -63,10 +63,7 @@ def restoration(
         with torch.no_grad():
             natural, cleaned = restore(images), restore(adversarial)
     rows = {"natural": images, "adversarial": adversarial}
-    if victim.masked:
-        kept = victim.masks("fixed", seed, len(images))()
-        for number, mask in enumerate(victim.pixel_masks(kept), 1):
-            rows[f"under mask {number}"] = adversarial * mask.to(adversarial.device)
+    rows |= {f"view {number}": view for number, view in enumerate(victim.views(adversarial, seed), 1)}
     rows |= {"restored": cleaned, "restored natural": natural}
     outside = ((cleaned < 0) | (cleaned > 1)).double().mean().item()
     return rows, outside

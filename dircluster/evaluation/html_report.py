@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dircluster.config import RunConfig, digest
+from dircluster.config import RunConfig, digest, to_dict
 from dircluster.data.split import Split
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
-from dircluster.evaluation.published import published
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.suites import how
 from dircluster.evaluation.victim import VictimModel
@@ -41,10 +40,10 @@ def write_report(
 
     from dircluster.files import write_whole
 
-    dataset = config.data.name if _as_published(config, victim) else ""
+    printed = config.printed if _as_trained(config, victim) else {}
     plain = report.to_plain()
     for row in plain["rows"]:
-        row["published"] = published(dataset, row)
+        row["published"] = printed.get(row["defense"], {}).get(str(row["attack"]).split("-eot")[0])
     drawn, measured = _figures(report, victim, test, config, natural_target, say)
     page = Environment(autoescape=True).from_string(PAGE.read_text())
     html = page.render(
@@ -64,8 +63,12 @@ def write_report(
         pc=lambda share: f"{100 * share:.1f}",
         how=how,
     )
-    passes = victim.module.masking.masks if isinstance(victim.module, DefendedClassifier) else 1
-    whole = {**plain, "facts": facts, "figures": measured, "robustbench": robustbench_entry(report, config, passes)}
+    whole = {
+        **plain,
+        "facts": facts,
+        "figures": measured,
+        "robustbench": robustbench_entry(report, config, victim.passes),
+    }
     name = f"report-{report.suite}-{digest([whole['rows'], whole['verdict']])[:6]}"  # other settings, another report
     paths = [folder / f"{name}.html", folder / f"{name}.json"]
     for path, text in zip(paths, (html, json.dumps(whole, indent=1)), strict=True):
@@ -74,12 +77,10 @@ def write_report(
     return paths
 
 
-def _as_published(config: RunConfig, victim: VictimModel) -> bool:
-    """Whether the paper's Tables 1 and 3 were measured under these settings."""
-    attack = config.attack
-    masks = victim.module.masking.ratio if isinstance(victim.module, DefendedClassifier) else 0.5
-    usual = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step - 2 / 255) < 1e-6
-    return usual and attack.norm == "linf" and masks == 0.5 and config.target.objective == "at"
+def _as_trained(config: RunConfig, victim: VictimModel) -> bool:
+    """Whether the victim's networks are those that ``config`` says, as far as it is known."""
+    settings = victim.module.settings if isinstance(victim.module, Defended) else {}
+    return settings.items() <= to_dict(config).items()
 
 
 def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int = 1) -> dict[str, Any]:

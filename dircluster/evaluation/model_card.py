@@ -5,30 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from dircluster.config import RunConfig
+from dircluster.defenses.table import find_defense
 from dircluster.evaluation.suites import how
 
-CARD = """# {name}: a DIR defense
+CARD = """# {name}: a {defense} defense
 
-Masked auto-encoding denoiser in front of a classifier (Zhou et al., ICML 2023): each image is seen through
-{masks} masks that hide {ratio:.0%} of its {tokens} patches, restored from each, averaged, classified.
+{description}
 
 - images: {channels} x {height} x {width} in [0, 1], {classes} classes; data `{data}` (SHA-256 {fingerprint})
-- denoiser: patch {patch}, width {width_}, {encoder} + {decoder} blocks; target: {architecture}, objective {objective}
-- threat: {norm}, epsilon {epsilon:.4g}; alpha {alpha:g}; seed {seed}; code {commit}
+- target: {architecture}, objective {objective}
+- threat: {norm}, epsilon {epsilon:.4g}; seed {seed}; code {commit}
 
 ## Accuracy on the test split
 
 {table}
 
-Fixed: the attacker knows the masks. Fresh: masks are drawn again at every pass, the attack averages its gradient over
-so many of them (EOT) as the table says, and the accuracy is the mean over {draws} further draws. This is suite
+Fixed: the attacker knows what the defense draws. Fresh: it draws again at every pass, the attack averages its gradient
+over so many draws (EOT) as the table says, and the accuracy is the mean over {draws} further draws. This is suite
 `{suite}`: a stronger attack may bring the accuracy further down, none can bring it up.
 
 ## Use
 
 ```python
 import dircluster
-defense = dircluster.load_defense("models:/dir-{name}@champion")  # or the folder of its checkpoint
+defense = dircluster.load_defense("models:/{defense}-{name}@champion")  # or the folder of its checkpoint
 logits = defense(images)
 ```
 
@@ -50,27 +50,21 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
     """Markdown that says what the defense is, what it was judged against, and how to use it."""
-    data, model = config.data, config.model
+    data, defense = config.data, find_defense(config.defense)
     return CARD.format(
         name=config.name,
-        masks=config.masking.masks,
-        ratio=config.masking.ratio,
-        tokens=config.tokens,
+        defense=defense.name,
+        description=defense.describe(config),
         channels=data.channels,
         height=data.height,
         width=data.width,
         classes=data.classes,
         data=data.uri or data.name,
         fingerprint=outcome["data"][:16],
-        patch=model.patch,
-        width_=model.width,
-        encoder=model.encoder_depth,
-        decoder=model.decoder_depth,
         architecture=config.target.uri or config.target.architecture,
         objective=config.target.objective,
         norm={"linf": "L-infinity", "l2": "L2"}[config.attack.norm],
         epsilon=config.attack.epsilon,
-        alpha=config.dir.alpha,
         seed=config.seed,
         commit=commit,
         table=markdown_table(outcome["results"]),

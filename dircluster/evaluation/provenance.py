@@ -17,8 +17,8 @@ from dircluster.config import EvaluationConfig, digest
 
 PACKAGE = __name__.partition(".")[0]
 HERE = Path(__file__).parents[1]
-BY_NAME = f"{PACKAGE}.config"
-"""A package of which every module imports something: only the definitions that are imported by name count."""
+BY_NAME = (f"{PACKAGE}.config", f"{PACKAGE}.presets")
+"""Packages of settings, of which every module imports some: only the definitions that are imported by name count."""
 
 
 def facts_of(
@@ -59,19 +59,25 @@ def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) ->
     found, left, named = set(alone), list(modules), set[str]()
     while left:
         name = left.pop()
-        if name in found - alone or name == BY_NAME:
+        if name in found - alone or name.startswith(BY_NAME):
             continue
         found.add(name)
         alone -= {name}
         for imported, names in _imports(name):
-            if imported == BY_NAME:
+            if imported.startswith(BY_NAME):
                 named |= names
             else:
                 left.append(imported)
     parts = [ast.dump(_source(name)) for name in sorted(found)]
-    settings = [node for file in sorted((HERE / "config").glob("*.py")) for node in _source(f"{BY_NAME}.{file.stem}").body]
-    parts += [ast.dump(node) for node in settings if getattr(node, "name", "") in named]
+    parts += [ast.dump(node) for node in _settings() if getattr(node, "name", "") in named]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _settings() -> Iterator[ast.stmt]:
+    """The statements of the modules of BY_NAME."""
+    for package in BY_NAME:
+        for file in sorted((HERE / package.partition(".")[2]).glob("*.py")):
+            yield from _source(f"{package}.{file.stem}").body
 
 
 def _file(name: str) -> Path | None:

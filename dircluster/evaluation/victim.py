@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,27 @@ from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
-from dircluster.defenses.base import DefendedClassifier
-from dircluster.models import masking
+from dircluster.defenses.base import Defended
 from dircluster.models.modules import device_of, evaluating
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
-"""Images (N, C, H, W), masks (K, N, n) where the defense has them -> what is asked of it."""
+"""Images (N, C, H, W), what a purifier draws (N, ...) or None -> what is asked of the defense."""
 Runner = Callable[[Part, Tensor], Tensor]
 """Runs a part on images under random draws of its own."""
+
+
+@runtime_checkable
+class Masked(Protocol):
+    """A purifier that sees images through masks, as the attack of Eq. 8 needs to know it."""
+
+    def masks(self, draws: Tensor) -> Tensor:
+        """Kept patches of each mask: draws (N, ...) -> (K, N, n)."""
+
+    def restore_each(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Images purified through each mask: (N, C, H, W), (K, N, n) -> (K, N, C, H, W)."""
+
+    def pixel_masks(self, kept: Tensor) -> Tensor:
+        """Masks (K, N, n) as images of ones and zeros, (K, N, 1, H, W)."""
 
 
 class VictimModel:
@@ -33,18 +46,21 @@ class VictimModel:
     """
 
     def __init__(self, module: nn.Module, name: str, surrogate: nn.Module | None = None) -> None:
-        if isinstance(module, DefendedClassifier) and (module.draws != 1 or module.is_fixed):
+        if isinstance(module, Defended) and (module.draws != 1 or module.is_fixed):
             raise ConfigError(
-                "the defense stands at fixed masks or averaged logits; give it with fresh masks (defense.fresh())"
+                "the defense stands at fixed draws or averaged logits; give it with fresh draws (defense.fresh())"
             )
         self.module, self.name = module, name
-        self.masked = isinstance(module, DefendedClassifier)
+        self.drawn = isinstance(module, Defended) and module.purifier.randomized
+        """Whether its randomness is rows that the attacker may know, hold fixed and pass side by side."""
+        self.masked = self.drawn and isinstance(self._defense.purifier, Masked)
+        """Whether it sees images through masks, which the attack of Eq. 8 makes use of."""
         restore, classifier = getattr(module, "restore", None), getattr(module, "classifier", None)
         self.target: Model | None = classifier if callable(classifier) and callable(restore) else None
         self.source: Model | None = self.target if surrogate is None else surrogate
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
         self.modules = (module,) if surrogate is None else (module, surrogate)
-        self.randomized = self.masked
+        self.randomized = self.drawn
 
     def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:
         """See a few images, (n, C, H, W), and learn whether the module draws at random.
@@ -76,7 +92,7 @@ class VictimModel:
         sums = first.double().sum(dim=1)
         if first.min() >= 0 and (sums - 1).abs().max() < 1e-4:
             raise ConfigError("the defense returns probabilities; return logits (what comes before the softmax)")
-        self.randomized = self.masked or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
+        self.randomized = self.drawn or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
         once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
         if not torch.allclose(once, again, rtol=1e-4, atol=1e-5):
             raise ConfigError(
@@ -87,7 +103,7 @@ class VictimModel:
     def model(self, randomness: str, seed: int, draws: int = 1, images: int = 1, most_rows: int | None = None) -> Model:
         """Images -> logits: under draws that are ``fixed`` and known by ``seed``, or ``fresh`` at every pass.
 
-        A DIR defense's fixed masks are those of ``images`` images, which must then pass together, or one for all.
+        A purifier's fixed draws are those of ``images`` images, which must then pass together, or one for all.
         With ``draws`` > 1 the logits are averaged over so many fresh draws, ``most_rows`` rows at a time.
         """
         run = self._runner(randomness, seed, images)
@@ -95,7 +111,7 @@ class VictimModel:
             return lambda batch: run(self._logits, batch)
 
         def averaged(batch: Tensor) -> Tensor:
-            at_once = draws if most_rows is None or not self.masked else max(1, min(draws, most_rows // len(batch)))
+            at_once = draws if most_rows is None or not self.drawn else max(1, min(draws, most_rows // len(batch)))
             total = torch.zeros((), device=batch.device)
             for first in range(0, draws, at_once):
                 total = total + run(self._summed(min(at_once, draws - first)), batch)
@@ -104,14 +120,14 @@ class VictimModel:
         return averaged
 
     def _summed(self, count: int) -> Part:
-        """Logits summed over ``count`` passes side by side; a DIR defense computes them again for the backward pass."""
+        """Logits summed over ``count`` passes side by side; what draws computes them again for the backward pass."""
 
-        def part(batch: Tensor, kept: Tensor | None) -> Tensor:
+        def part(batch: Tensor, draws: Tensor | None) -> Tensor:
             def passed(candidates: Tensor) -> Tensor:
-                logits = self._logits(candidates.repeat(count, 1, 1, 1), kept)
+                logits = self._logits(candidates.repeat(count, 1, 1, 1), draws)
                 return logits.view(count, len(candidates), -1).sum(dim=0)
 
-            if kept is None or not torch.is_grad_enabled():
+            if draws is None or not torch.is_grad_enabled():
                 return passed(batch)
             recomputed: Tensor = checkpoint(passed, batch, use_reentrant=False)
             return recomputed
@@ -122,7 +138,7 @@ class VictimModel:
     def bypassed(self, randomness: str, seed: int, images: int = 1) -> Model:
         """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
         run, classifier = self._runner(randomness, seed, images), self._classifier()
-        return lambda batch: run(lambda x, kept: classifier(straight_through(x, self._restore(x, kept))), batch)
+        return lambda batch: run(lambda x, draws: classifier(straight_through(x, self._restore(x, draws))), batch)
 
     def restorer(self, randomness: str, seed: int, images: int = 1) -> Callable[[Tensor], Tensor]:
         """Images -> restored images."""
@@ -130,41 +146,59 @@ class VictimModel:
         return lambda batch: run(self._restore, batch)
 
     def masks(self, form: str, seed: int, images: int) -> Callable[[], Tensor]:
-        """A DIR defense's masks (K, N, n) as the attacker of Eq. 8 meets them: the same or new ones at each call."""
-        generator, fixed = self._masks(form, seed, images)
+        """Masks (K, N, n) as the attacker of Eq. 8 meets them: the same or new ones at each call."""
+        generator, fixed = self._draws(form, seed, images)
         device = device_of(self._defense)
-        return lambda: (fixed if fixed is not None else self._draw(generator, images)).to(device)
+        return lambda: self._masked.masks(fixed if fixed is not None else self._draw(generator, images)).to(device)
 
     def logits_under(self, images: Tensor, kept: Tensor) -> Tensor:
-        """Logits of a DIR defense through given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
-        return self._defense.logits(images, kept)
+        """Logits through given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
+        logits: Tensor = self._defense.classifier(self._masked.restore_each(images, kept).mean(dim=0))
+        return logits
 
     def pixel_masks(self, kept: Tensor) -> Tensor:
         """Masks (K, N, n) as images of ones and zeros, (K, N, 1, H, W)."""
-        denoiser = self._defense.denoiser
-        return masking.pixel_mask(kept, denoiser.height, denoiser.width, denoiser.config.patch)
+        return self._masked.pixel_masks(kept)
+
+    def views(self, images: Tensor, seed: int) -> list[Tensor]:
+        """What the purifier sees of images (N, C, H, W) under the fixed draws of ``seed``, a picture of each view."""
+        if not isinstance(self.module, Defended):
+            return []
+        drawn = self._draws("fixed", seed, len(images))[1] if self.drawn else None
+        return list(self.module.purifier.visible(images, drawn))
 
     @property
-    def _defense(self) -> DefendedClassifier:
-        assert isinstance(self.module, DefendedClassifier)
+    def passes(self) -> int:
+        """Passes of an image through the purifier's network, as far as it is known; 1 for anybody's module."""
+        return self.module.purifier.passes if isinstance(self.module, Defended) else 1
+
+    @property
+    def _defense(self) -> Defended:
+        assert isinstance(self.module, Defended)
         return self.module
+
+    @property
+    def _masked(self) -> Masked:
+        purifier = self._defense.purifier
+        assert isinstance(purifier, Masked)
+        return purifier
 
     def _classifier(self) -> Model:
         if self.target is None:
             raise ConfigError(f"{self.name} has no classifier(images) behind a restore(images)")
         return self.target
 
-    def _logits(self, images: Tensor, kept: Tensor | None) -> Tensor:
-        logits: Tensor = self.module(images) if kept is None else self._defense.logits(images, kept)
+    def _logits(self, images: Tensor, draws: Tensor | None) -> Tensor:
+        logits: Tensor = self.module(images) if draws is None else self._defense.logits(images, draws)
         return logits
 
-    def _restore(self, images: Tensor, kept: Tensor | None) -> Tensor:
+    def _restore(self, images: Tensor, draws: Tensor | None) -> Tensor:
         module: Any = self.module
-        restored: Tensor = module.restore(images) if kept is None else module.denoiser(images, kept)
+        restored: Tensor = module.restore(images) if draws is None else module.purifier(images, draws)
         return restored
 
     def _runner(self, randomness: str, seed: int, known_images: int = 1) -> Runner:
-        if not self.masked:
+        if not self.drawn:
             stream = _Stream(seed, again=randomness == "fixed")
 
             def run(part: Part, images: Tensor) -> Tensor:
@@ -172,21 +206,23 @@ class VictimModel:
                     return part(images, None)
 
             return run
-        generator, fixed = self._masks(randomness, seed, known_images)
+        generator, fixed = self._draws(randomness, seed, known_images)
 
-        def run_masked(part: Part, images: Tensor) -> Tensor:
+        def run_drawn(part: Part, images: Tensor) -> Tensor:
             rows = len(images) * getattr(part, "rows", 1)
-            kept = self._draw(generator, rows) if fixed is None else fixed
-            return part(images, (kept.expand(-1, rows, -1) if kept.shape[1] == 1 else kept).to(images.device))
+            draws = self._draw(generator, rows) if fixed is None else fixed
+            return part(images, (draws.expand(rows, *draws.shape[1:]) if len(draws) == 1 else draws).to(images.device))
 
-        return run_masked
+        return run_drawn
 
-    def _masks(self, form: str, seed: int, images: int) -> tuple[torch.Generator, Tensor | None]:
+    def _draws(self, form: str, seed: int, images: int) -> tuple[torch.Generator, Tensor | None]:
         generator = rng.generator(seed, f"{form}_masks")
         return generator, self._draw(generator, images) if form == "fixed" else None
 
     def _draw(self, generator: torch.Generator, images: int) -> Tensor:
-        return masking.draw_masks(generator, images, self._defense.denoiser.tokens, self._defense.masking)
+        drawn = self._defense.purifier.draw(generator, images)
+        assert drawn is not None
+        return drawn
 
 
 class _Stream:

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dircluster.config import ModelConfig
+from dircluster.presets.dir import ModelConfig
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

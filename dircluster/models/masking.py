@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dircluster.config import MaskingConfig
+from dircluster.presets.dir import MaskingConfig
 
 
 def complementary_masks(permutations: Tensor, masking: MaskingConfig) -> Tensor:
@@ -22,10 +22,10 @@ def complementary_masks(permutations: Tensor, masking: MaskingConfig) -> Tensor:
     return permutations[:, positions].transpose(0, 1).contiguous()
 
 
-def draw_masks(generator: torch.Generator, images: int, tokens: int, masking: MaskingConfig) -> Tensor:
-    """Masks for ``images`` images, each from its own permutation: -> (K, N, n) int64, on the generator's device."""
+def random_permutations(generator: torch.Generator, images: int, tokens: int) -> Tensor:
+    """A random order of the patches for each image: -> (images, tokens) int64, on the generator's device."""
     keys = torch.rand((images, tokens), generator=generator, dtype=torch.float64, device=generator.device)
-    return complementary_masks(keys.argsort(dim=1), masking)
+    return keys.argsort(dim=1)
 
 
 def pixel_mask(kept: Tensor, height: int, width: int, patch: int) -> Tensor:

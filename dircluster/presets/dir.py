@@ -1,28 +1,239 @@
-"""DIR's presets. A docstring is a promise: the command, what it costs, and what was measured."""
+"""DIR (Zhou et al., ICML 2023): its settings, its presets, and the numbers that the paper prints.
+
+A preset's docstring is a promise: the command, what it costs, and what was measured.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from dircluster.config import (
     AttackConfig,
+    ConfigError,
     DataConfig,
-    DirConfig,
-    ModelConfig,
     OptimizerConfig,
-    PretrainConfig,
     RunConfig,
     StorageConfig,
     TargetConfig,
     TrackingConfig,
     TrainingConfig,
+    flatten,
+    require,
+    require_positive,
+    require_share,
 )
-from dircluster.presets.base import smoke_of
+from dircluster.presets.base import short_rates, smoke_of, with_smoke_twins
 
 
-def digits() -> RunConfig:
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Information discard: how much of an image each mask hides, and how many masks share an image."""
+
+    ratio: float = 0.5
+    """Share of the patches that each mask discards."""
+    count: int | None = None
+    """Masks an image (K); the fewest that can cover it, ceil(1 / (1 - ratio)), when not given."""
+
+    def __post_init__(self) -> None:
+        hint = f"; did you mean {self.ratio / 100:g}?" if 1 < self.ratio < 100 else ""
+        require(0 < self.ratio < 1, f"masking.ratio must lie in (0, 1), got {self.ratio:g}{hint}")
+        require(self.count is None or self.count >= 1, f"masking.count must be at least 1, got {self.count}")
+
+    @property
+    def masks(self) -> int:
+        """K, the number of masks an image."""
+        return math.ceil(round(1 / (1 - self.ratio), 9)) if self.count is None else self.count
+
+    def kept(self, tokens: int) -> int:
+        """Patches that each mask keeps out of ``tokens``."""
+        return round((1 - self.ratio) * tokens)
+
+    def check(self, tokens: int) -> None:
+        """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""
+        kept, gap = self.kept(tokens), math.ceil(tokens / self.masks)
+        if kept == 0:
+            raise ConfigError(f"masking.ratio {self.ratio:g} keeps none of {tokens} patches; lower it or model.patch")
+        require(
+            kept >= gap,
+            f"masking.count {self.masks} at ratio {self.ratio:g} leaves patches unseen ({self.masks} x {kept} kept of"
+            f" {tokens}); use masking.count {math.ceil(tokens / kept)} or more",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The masked ViT auto-encoder that restores images."""
+
+    patch: int = 2
+    """Side of a square patch, pixels."""
+    width: int = 192
+    """Token dimension of encoder and decoder."""
+    heads: int = 3
+    """Attention heads."""
+    encoder_depth: int = 8
+    """Transformer blocks over the kept patches."""
+    decoder_depth: int = 2
+    """Transformer blocks over all patches."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over its token width."""
+    head: Literal["linear", "token_mixing"] = "linear"
+    """linear: a token gives its own pixels; token_mixing: every patch mixes all tokens (the released code)."""
+
+    def __post_init__(self) -> None:
+        require_positive("model", self, "patch", "width", "heads", "encoder_depth", "decoder_depth", "mlp_ratio")
+        require(
+            self.width % self.heads == 0,
+            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
+        )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: the denoiser learns to restore (Eq. 2)."""
+
+    epochs: int = 20
+    """Passes over the training split; 0 leaves the stage out (the ablation: set dir.mse_weight to 1)."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", lr=1.5e-4 * 128 / 256, weight_decay=0.05, schedule="cosine", warmup_epochs=2
+    )
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, f"pretrain.epochs must be 0 or more, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class DirConfig:
+    """Stage 2: the game of Algorithm 1 (Eq. 4 to 7)."""
+
+    alpha: float = 2.0
+    """Weight of L_rep in Eq. 7."""
+    epochs: int = 90
+    """Passes over the training split."""
+    perturb_steps: int = 5
+    """Ascent steps that craft the perturbation of Eq. 4."""
+    crafting_masks: Literal["shared", "fresh"] = "shared"
+    """shared: crafted under the masks that the update uses; fresh: new masks at every step (released code)."""
+    mse_weight: float = 0.0
+    """Weight of the squared error between restored and natural images, averaged over pixels (0 in the paper)."""
+    joint: bool = False
+    """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
+    ema: float | None = None
+    """Decay of a running mean of the denoiser's weights (0.998, say), which is then what is validated and kept."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2)
+    """The denoiser's optimizer."""
+    target_optimizer: OptimizerConfig = OptimizerConfig()
+    """The target's optimizer in joint mode."""
+
+    def __post_init__(self) -> None:
+        require_positive("dir", self, "epochs", "perturb_steps")
+        require_share("dir.ema", self.ema)
+        for name in ("alpha", "mse_weight"):
+            require(getattr(self, name) >= 0, f"dir.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DirRun(RunConfig):
+    """One whole run of DIR: target, pre-training, DIR, evaluation."""
+
+    defense: ClassVar[str] = "dir"
+
+    masking: MaskingConfig = MaskingConfig()
+    model: ModelConfig = ModelConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    dir: DirConfig = DirConfig()
+
+    def __post_init__(self) -> None:
+        data, model = self.data, self.model
+        for name in ("height", "width"):
+            side = getattr(data, name)
+            divisors = [p for p in range(1, side + 1) if side % p == 0]
+            require(
+                side % model.patch == 0,
+                f"model.patch must divide data.{name} {side}, got {model.patch};"
+                f" try {min(divisors, key=lambda p: abs(p - model.patch))}",
+            )
+        self.masking.check(self.tokens)
+        pixels = model.patch**2 * data.channels
+        require(
+            model.head == "linear" or model.width % pixels == 0,
+            f"model.width must be a multiple of the {pixels} values of a patch for head token_mixing,"
+            f" got {model.width}",
+        )
+        super().__post_init__()
+        if self.dir.joint:
+            require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
+            require(
+                self.pretrain.epochs == 0,
+                f"pretrain.epochs must be 0 in joint mode (there is no target yet), got {self.pretrain.epochs}",
+            )
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of patches of an image."""
+        return (self.data.height // self.model.patch) * (self.data.width // self.model.patch)
+
+    @property
+    def printed(self) -> Mapping[str, Mapping[str, float]]:
+        usual = self.attack.norm == "linf" and self.masking.ratio == 0.5 and self.target.objective == "at"
+        steps = abs(self.attack.epsilon - 8 / 255) < 1e-6 and abs(self.attack.step - 2 / 255) < 1e-6
+        return PRINTED.get(self.data.name, {}) if usual and steps else {}
+
+    def printed_ablation(self) -> tuple[float, float] | None:
+        if self.data.name not in PRINTED:
+            return None
+        usual, own = _decisive({"cifar10": cifar10, "svhn": svhn}[self.data.name]()), _decisive(self)
+        changed = {name for name, value in own.items() if usual[name] != value}
+        if not changed:
+            whole = PRINTED[self.data.name]["dir"]
+            return whole["natural"], whole["pgd20"]
+        if self.data.name == "cifar10" and changed == {"masking.ratio"}:
+            return RATIOS.get(self.masking.ratio)
+        if self.data.name == "cifar10" and changed <= {"model.encoder_depth", "model.decoder_depth"}:
+            return DEPTHS.get((self.model.encoder_depth, self.model.decoder_depth))
+        return None
+
+
+def _decisive(run: DirRun) -> dict[str, Any]:
+    """What must be the preset's where a number of the paper is to stand beside the run's."""
+    free = ("seed", "data.uri", "data.stream")
+    return {n: v for n, v in flatten(run.identity).items() if n not in free and not n.startswith("evaluation.")}
+
+
+TABLE_1 = ("natural", "pgd20", "autoattack-standard", "mifgsm20", "vnifgsm20")
+PRINTED: dict[str, dict[str, dict[str, float]]] = {
+    "cifar10": {
+        "none": dict(zip(TABLE_1, (85.2, 45.72, 42.26, 47.43, 47.39), strict=True)),
+        "dir": {
+            **dict(zip(TABLE_1, (85.11, 54.27, 51.34, 55.62, 55.57), strict=True)),
+            "masked40": 53.68,  # Eq. 8
+            "bpda40": 52.09,  # Table 3, with EOT
+            "restored20-from-natural": 42.16,  # Eq. 9
+        },
+    },
+    "svhn": {
+        "none": dict(zip(TABLE_1, (91.27, 50.83, 45.16, 51.9, 51.85), strict=True)),
+        "dir": dict(zip(TABLE_1, (90.79, 55.3, 51.61, 56.7, 56.64), strict=True)),
+    },
+}
+"""Percent, by data set, defense (none is the bare target) and attack as tables name it."""
+RATIOS = {0.3: (87.34, 49.63), 0.7: (77.68, 50.16)}
+"""Section 4.3, CIFAR-10: natural and under PGD-20, by mask ratio."""
+DEPTHS = {
+    (4, 1): (84.2, 48.23),
+    (4, 2): (84.21, 49.97),
+    (6, 1): (84.25, 52.01),
+    (6, 2): (84.27, 52.63),
+    (12, 4): (85.37, 54.32),
+}
+"""Table 5, CIFAR-10: the same by blocks of encoder and decoder."""
+
+
+def digits() -> DirRun:
     """scikit-learn's 8x8 handwritten digits: everything for real, in minutes, on two CPU cores."""
-    return RunConfig(
+    return DirRun(
         name="digits",
         data=DataConfig(name="digits", height=8, width=8, channels=1, crop_padding=1),
         attack=AttackConfig(epsilon=0.15),
@@ -52,20 +263,20 @@ def digits() -> RunConfig:
     )
 
 
-def cifar10() -> RunConfig:
+def cifar10() -> DirRun:
     """The paper on CIFAR-10 (Section 4.1 and METHOD): ResNet-18 by AT, 20 epochs of pre-training, 90 of DIR.
 
     ``python jobs/train.py cifar10`` on a machine with a GPU. Its accuracy has not been measured yet; the paper
     prints 85.11 % natural and 54.27 % under PGD-20 (CIFAR-10, Table 1).
     """
-    return RunConfig(
+    return DirRun(
         name="cifar10",
         data=DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True),
         target=TargetConfig(architecture="resnet18", epochs=110),
     )
 
 
-def cifar10_joint() -> RunConfig:
+def cifar10_joint() -> DirRun:
     """The authors' released code on CIFAR-10: target and denoiser learn together from scratch, alpha 1.
 
     ``python jobs/train.py cifar10_joint``. Its accuracy has not been measured yet.
@@ -85,7 +296,7 @@ def cifar10_joint() -> RunConfig:
     )
 
 
-def svhn() -> RunConfig:
+def svhn() -> DirRun:
     """The paper on SVHN: as ``cifar10``, without flips.
 
     ``python jobs/train.py svhn``. Its accuracy has not been measured yet; the paper prints 90.79 % natural and
@@ -95,7 +306,7 @@ def svhn() -> RunConfig:
     return replace(run, name="svhn", data=replace(run.data, name="svhn", flip=False))
 
 
-def cifar100() -> RunConfig:
+def cifar100() -> DirRun:
     """The CIFAR-10 settings on CIFAR-100 (100 fine labels), which the paper does not report.
 
     ``python jobs/train.py cifar100`` costs what ``cifar10`` costs. Its accuracy has not been measured yet.
@@ -104,13 +315,32 @@ def cifar100() -> RunConfig:
     return replace(run, name="cifar100", data=replace(run.data, name="cifar100", classes=100))
 
 
-def imagenet_smoke() -> RunConfig:
+def smaller(run: DirRun) -> DirRun:
+    """DIR's own sections for a smoke run."""
+    image = run.data.height > 8
+    return replace(
+        run,
+        model=ModelConfig(patch=4 if image else run.model.patch, width=24, heads=2, encoder_depth=1, decoder_depth=1),
+        pretrain=replace(
+            run.pretrain, epochs=min(run.pretrain.epochs, 2), optimizer=short_rates(run.pretrain.optimizer)
+        ),
+        dir=replace(
+            run.dir,
+            epochs=2,
+            perturb_steps=2,
+            optimizer=short_rates(run.dir.optimizer),
+            target_optimizer=short_rates(run.dir.target_optimizer),
+        ),
+    )
+
+
+def imagenet_smoke() -> DirRun:
     """224 pixels, patch 16, a timm target, shards that are streamed from storage: the whole path in a minute or two.
 
     The images are tiles of two photographs; nothing is learned. For ImageNet itself, give the shards and the sizes
     (``--data.name custom --data.uri s3://BUCKET/imagenet --data.classes 1000 --target.uri timm:NAME``) and a model.
     """
-    smoke = cifar10_smoke()
+    smoke = smoke_of(cifar10, smaller)()
     return replace(
         smoke,
         name="imagenet_smoke",
@@ -122,4 +352,5 @@ def imagenet_smoke() -> RunConfig:
     )
 
 
-cifar10_smoke = smoke_of(cifar10)
+PRESETS = with_smoke_twins((digits, cifar10, cifar10_joint, svhn, cifar100), smaller)
+PRESETS["imagenet_smoke"] = imagenet_smoke

@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dircluster.config import RunConfig
-from dircluster.defenses.recipe import Batch
+from dircluster.defenses.base import Purifier
+from dircluster.defenses.stage import Stage, architecture
+from dircluster.defenses.table import find_defense
+from dircluster.distributed.parallel import SHARDED_ALONE
 from dircluster.models import classifiers
-from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.rng import Stream
-from dircluster.training import stages
+from dircluster.training.stages import find_stage
 from dircluster.training.trainer import pieces
 
 IMAGES = 2
@@ -27,17 +29,17 @@ IMAGES = 2
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one image: floating-point operations of a forward pass, a multiply-add counted as two."""
+    """Of one image: floating-point operations of a forward pass, a multiply-add counted as two; and parameters."""
 
-    denoiser_forward: int
+    purifier_forward: int
     target_forward: int
-    denoiser_parameters: int
+    purifier_parameters: int
     target_parameters: int
-    denoiser_block_parameters: int
-    """Of the denoiser's parameters, those in transformer blocks, which fsdp gathers block by block."""
+    purifier_block_parameters: int
+    """Of the purifier's parameters, those in blocks that fsdp gathers one by one."""
 
-    def exchanged(self, config: RunConfig, workers: int) -> int:
-        """Bytes that each of ``workers`` sends in a step of the DIR stage (frozen target), and receives.
+    def exchanged(self, config: RunConfig, stage: Stage, workers: int) -> int:
+        """Bytes that each of ``workers`` sends in a step of a stage that trains the purifier alone, and receives.
 
         ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and
         update, those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes
@@ -45,12 +47,12 @@ class Costs:
         """
         if workers == 1:
             return 0
-        weights = 4 * self.denoiser_parameters
+        weights = 4 * self.purifier_parameters
         if config.parallel.strategy == "ddp":
             return 2 * weights * (workers - 1) // workers
-        passes = (config.attack.steps + 1) * pieces(config.training.batch_size, workers, config.training.microbatch)
+        passes = stage.passes * pieces(config.training.batch_size, workers, config.training.microbatch)
         width = 2 if config.training.precision == "bf16" else 4
-        gathered = passes * width * (self.denoiser_parameters + self.denoiser_block_parameters)
+        gathered = passes * width * (self.purifier_parameters + self.purifier_block_parameters)
         return (gathered + weights) * (workers - 1) // workers
 
 
@@ -80,7 +82,7 @@ def counting() -> Iterator[Operations]:
         yield found
 
 
-def forward_operations(module: nn.Module, *inputs: torch.Tensor) -> int:
+def forward_operations(module: nn.Module, *inputs: torch.Tensor | None) -> int:
     """Operations of one forward pass, counted operator by operator."""
     with counting() as found, torch.no_grad():
         module(*inputs)
@@ -88,51 +90,51 @@ def forward_operations(module: nn.Module, *inputs: torch.Tensor) -> int:
 
 
 def step_operations(config: RunConfig, stage: str) -> int:
-    """Operations of one global batch in ``stage`` (target, pretrain or dir): craft, forward and backward.
+    """Operations of one global batch in ``stage``, by its name: attack, forward and backward.
 
     The step itself runs, on two images and the meta device, where nothing is computed: layers of batch statistics need
     two. Where activations are computed again, that counts too.
     """
-    denoiser, classifier = _models(config)
-    denoiser.recompute = config.parallel.activation_checkpointing
-    made = {
-        "target": lambda: stages.target_stage(config, classifier),
-        "pretrain": lambda: stages.pretrain_stage(config, denoiser, classifier),
-        "dir": lambda: stages.dir_stage(config, denoiser, classifier),
-    }[stage]()
-    recipe = made.recipe.train()
+    networks = _networks(config)
+    for network in networks.values():
+        if isinstance(network, Purifier):
+            network.recompute = config.parallel.activation_checkpointing
+    recipe = find_stage(config, stage).recipe(networks).train()
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
     stream = Stream(config.seed, 0, 0, IMAGES, slice(0, IMAGES), torch.device("meta"))
     with counting() as found:
-        losses = recipe(recipe.craft(Batch(_image(config, IMAGES), labels, stream)))
-        torch.autograd.backward(losses["loss"])
+        batch = recipe.attack(recipe.batch(_images(config, IMAGES), labels, stream))
+        for update in range(len(recipe.updates)):
+            torch.autograd.backward(recipe(batch, update)["loss"])
     return found.total * config.training.batch_size // IMAGES
 
 
-def _models(config: RunConfig) -> tuple[MaskedDenoiser, nn.Module]:
-    """The run's models on the meta device: without weights."""
-    data = config.data
+def _networks(config: RunConfig) -> dict[str, nn.Module]:
+    """The run's networks on the meta device: without weights."""
+    defense = find_defense(config.defense)
     with torch.device("meta"):
-        denoiser = MaskedDenoiser(config.model, data.channels, data.height, data.width)
-        return denoiser, classifiers.build(stages.architecture(config), data)
+        made = {name: make() for name, make in defense.modules(config).items()}
+        return made | {"classifier": classifiers.build(architecture(config), config.data)}
 
 
-def _image(config: RunConfig, images: int) -> torch.Tensor:
+def _images(config: RunConfig, images: int) -> torch.Tensor:
     data = config.data
     return torch.zeros(images, data.channels, data.height, data.width, device="meta")
 
 
 def count(config: RunConfig) -> Costs:
-    """Costs of the run's models, counted on the meta device: nothing is computed or downloaded."""
-    denoiser, classifier = _models(config)
-    shape = (config.masking.masks, 1, config.masking.kept(config.tokens))
-    image, kept = _image(config, 1), torch.zeros(shape, dtype=torch.int64, device="meta")
+    """Costs of the run's purifier and target, counted on the meta device: nothing is computed or downloaded."""
+    networks = _networks(config)
+    purifier, classifier = networks[find_defense(config.defense).purifier], networks["classifier"]
+    assert isinstance(purifier, Purifier)
+    drawn, image = purifier.draw(torch.Generator(), 1), _images(config, 1)
+    blocks = [part for part in purifier.modules() if isinstance(part, SHARDED_ALONE)]
     return Costs(
-        forward_operations(denoiser.eval(), image, kept),
+        forward_operations(purifier.eval(), image, None if drawn is None else drawn.to("meta")),
         forward_operations(classifier.eval(), image),
-        _parameters(denoiser),
+        _parameters(purifier),
         _parameters(classifier),
-        _parameters(denoiser.encoder) + _parameters(denoiser.decoder),
+        sum(_parameters(block) for block in blocks),
     )
 
 

@@ -10,18 +10,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, DataConfig, MaskingConfig, ModelConfig, RunConfig, from_dict, local_path
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.config import ConfigError, RunConfig, local_path
+from dircluster.defenses.base import Defended
+from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.models import classifiers
-from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.training import checkpoint
-from dircluster.training.stages import build_classifier
 
 
-def load_defense_folder(folder: Path, *, trust_code: bool = False) -> DefendedClassifier:
-    """The defense that a run left in ``folder``: on the CPU, in eval mode, with fresh masks at each call.
+def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
+    """The defense that a run left in ``folder``: on the CPU, in eval mode, drawing afresh at each call.
 
-    A target of the user's own (package.module:factory) is imported only where ``trust_code`` is set. Raises
+    A target or a defense of the user's own (package.module) is imported only where ``trust_code`` is set. Raises
     CheckpointError where the folder is missing, damaged, or holds something else.
     """
     found = checkpoint.read(folder)
@@ -29,20 +28,23 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> DefendedCl
     if facts is None:
         raise checkpoint.CheckpointError(f"{folder} holds no finished defense (it is a {found.state.get('stage')})")
     try:
-        architecture = str(facts["architecture"])
-        model, masking = from_dict(ModelConfig, facts["model"]), from_dict(MaskingConfig, facts["masking"])
-        data = from_dict(DataConfig, facts["data"])
+        name, wanted = str(facts.get("name", "dir")), str(facts["architecture"])
+        own = [text for text in (wanted,) if ":" in text and not text.startswith("timm:")]
+        own += [] if name in DEFENSES else [name]
+        if own and not trust_code:
+            raise checkpoint.CheckpointError(
+                f"{folder} wants to import {own[0]!r}: say that its code is trusted (trust_code=True, --trust-code)"
+            )
+        defense = find_defense(name)
+        run = defense.from_plain(facts)
+    except checkpoint.CheckpointError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {error}") from error
-    if ":" in architecture and not architecture.startswith("timm:") and not trust_code:
-        raise checkpoint.CheckpointError(
-            f"{folder} wants to import {architecture!r}: say that its code is trusted (trust_code=True, --trust-code)"
-        )
-    denoiser = MaskedDenoiser(model, data.channels, data.height, data.width)
-    classifier = classifiers.build(architecture, data)
-    _load(denoiser, found.tensors["denoiser"], str(folder))
-    _load(classifier, found.tensors["classifier"], str(folder))
-    return DefendedClassifier(denoiser, classifier, masking).eval()
+    networks = {name: defense.build(run, name) for name in (defense.purifier, "classifier")}
+    for name, network in networks.items():
+        _load(network, found.tensors[name], str(folder))
+    return defense.defended(run, networks).eval()
 
 
 def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> nn.Module:
@@ -55,7 +57,7 @@ def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path
     if uri.startswith("timm:"):
         classifier = classifiers.build(uri, config.data, pretrained=True)
     else:
-        classifier = build_classifier(config)
+        classifier = find_defense(config.defense).build(config, "classifier")
         _load(classifier, _target_tensors(open_path(uri)), uri)
     classifiers.check_classes(classifier, config.data)
     return classifier

@@ -1,10 +1,11 @@
-"""Where the time of a DIR step goes, phase by phase, and what share of the machine's arithmetic it uses."""
+"""Where the time of a step goes, phase by phase, and what share of the machine's arithmetic it uses."""
 
 from __future__ import annotations
 
 import resource
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,17 +16,17 @@ from dircluster.attacks.expectation import expected
 from dircluster.config import RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.split import Split
-from dircluster.defenses.base import DefendedClassifier
-from dircluster.defenses.dir import DirRecipe
-from dircluster.defenses.recipe import Batch
+from dircluster.defenses.base import Defended
+from dircluster.defenses.recipe import Recipe
+from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
-from dircluster.models import masking
 from dircluster.models.modules import frozen
 from dircluster.training.costs import count, step_operations
 from dircluster.training.protocols import NoRecord, Quiet
-from dircluster.training.trainer import Stage, Trainer, autocast
+from dircluster.training.trainer import Trainer, autocast
 
-PHASES = ("craft", "restore", "perturb", "update")
+PHASES = ("draws", "attack", "forward", "backward", "update")
+"""Of a step: batch and randomness; adversarial samples; loss terms; gradients; the optimizers."""
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, tries: int = 5) -> float:
@@ -46,54 +47,58 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_phases(stage: Stage, train: Split, config: RunConfig, parallel: Parallel, steps: int) -> dict[str, Any]:
-    """Train ``stage``, a DIR stage, for 1 + ``steps`` steps; -> mean seconds a phase, images/s, losses, shares.
+def time_phases(
+    stage: Stage, recipe: Recipe, train: Split, config: RunConfig, parallel: Parallel, steps: int
+) -> dict[str, Any]:
+    """Train ``stage`` for 1 + ``steps`` steps; -> mean seconds a phase, images/s, losses, shares.
 
-    The update is the comparison of Eq. 5 to 7, its backward pass and the optimizer's step. The first step is not
-    timed.
+    The first step is not timed.
     """
-    device, recipe = parallel.device, stage.recipe
-    assert isinstance(recipe, DirRecipe)
-    data, training = config.data, config.training
+    device, data, training = parallel.device, config.data, config.training
     loader = Loader(
-        train, training.batch_size, config.seed, "dir", crop_padding=data.crop_padding, flip=data.flip, device=device
+        train,
+        training.batch_size,
+        config.seed,
+        stage.name,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        device=device,
     )
     checkpoints: Any = None  # nothing is kept of a benchmark
-    trainer = Trainer(stage, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
-    optimizer = trainer.optimizers["denoiser"]
+    trainer = Trainer(stage, recipe, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
     spent, losses = dict.fromkeys(PHASES, 0.0), []
     for step in range(1 + steps):
-        images, labels, stream = loader(*divmod(step, loader.steps_per_epoch))
-        batch = Batch(images, labels, stream)
         recipe.train()
         marks = [_now(device)]
-        with autocast(config, device):
-            batch = recipe.craft(batch)
-        marks.append(_now(device))
-        assert batch.adversarial is not None
-        assert batch.kept is not None
-        with autocast(config, device):
-            restored = recipe.restore(batch.adversarial, batch.kept)
-            logits = recipe.classifier(restored)
+        batch = recipe.batch(*loader(*divmod(step, loader.steps_per_epoch)))
         marks.append(_now(device))
         with autocast(config, device):
-            delta = recipe.perturb(batch, restored.detach(), logits.detach())
+            batch = recipe.attack(batch)
         marks.append(_now(device))
-        with autocast(config, device):
-            terms = recipe.compare(batch, restored, logits, delta)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(terms["loss"])
-        optimizer.step()
-        marks.append(_now(device))
-        losses.append(terms["loss"].item())
+        times, total = [0.0, 0.0, 0.0], 0.0
+        for update, trained in enumerate(recipe.updates):
+            began = _now(device)
+            with autocast(config, device):
+                loss = recipe(batch, update)["loss"]
+            compared = _now(device)
+            for optimizer in trainer.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            back = _now(device)
+            for name in trained:
+                trainer.optimizers[name].step()
+            ends = (began, compared, back, _now(device))
+            times = [was + b - a for was, (a, b) in zip(times, pairwise(ends), strict=True)]
+            total += loss.item()
+        losses.append(total)
         if step:
-            for phase, begin, end in zip(PHASES, marks[:-1], marks[1:], strict=True):
-                spent[phase] += (end - begin) / steps
+            for phase, taken in zip(PHASES, [b - a for a, b in pairwise(marks)] + times, strict=True):
+                spent[phase] += taken / steps
     seconds = sum(spent.values())
     bf16 = device.type == "cuda" and training.precision != "fp32"
     rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
     costs = count(config)
-    operations = step_operations(config, "dir")
+    operations = step_operations(config, stage.name)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident()
     return {
         "device": _name(device),
@@ -129,13 +134,13 @@ def _name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def time_eot(defense: DefendedClassifier, images: Tensor, labels: Tensor, draws: int, tries: int = 3) -> dict[str, Any]:
+def time_eot(defense: Defended, images: Tensor, labels: Tensor, draws: int, tries: int = 3) -> dict[str, Any]:
     """Best seconds of one EOT gradient, its draws side by side and one after the other; images (N, C, H, W)."""
     generator, best = rng.generator(0, "eot"), {"batched": float("inf"), "calls": float("inf")}
 
     def model(candidates: Tensor) -> Tensor:
-        kept = masking.draw_masks(generator, len(candidates), defense.denoiser.tokens, defense.masking)
-        return defense.logits(candidates, kept.to(candidates.device))
+        drawn = defense.purifier.draw(generator, len(candidates))
+        return defense.logits(candidates, None if drawn is None else drawn.to(candidates.device))
 
     with frozen(defense):
         for _ in range(tries + 1):

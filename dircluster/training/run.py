@@ -1,4 +1,4 @@
-"""One run: target, pre-training, DIR, evaluation. A stage that is finished is reused, a begun one resumed."""
+"""One run: the stages of its defense, then the evaluation. A finished stage is reused, a begun one resumed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dircluster.config import RunConfig, digest, flatten, local_path
 from dircluster.data.loader import Loader
@@ -19,7 +19,8 @@ from dircluster.data.photos import write_photos
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.stream import Shards, StreamLoader
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.stage import Stage, architecture
+from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.provenance import facts_of, results_folder
@@ -28,14 +29,13 @@ from dircluster.evaluation.session import plan, report
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
-from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.training import checkpoint, export, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import Console, StageRecord, Tracker
 from dircluster.training.stage_folder import StageFolder, find_stage_folder
-from dircluster.training.trainer import Stage, Trainer
+from dircluster.training.trainer import Trainer
 
 
 def data_cache(config: RunConfig) -> Path:
@@ -61,13 +61,14 @@ class Run:
     ) -> None:
         """``owner`` names the job; with ``fresh`` its stages start again, in folders that carry the name.
 
-        ``until`` names a stage, target or pretrain, after which the run ends.
+        ``until`` names a stage after which the run ends.
         ``open_path`` opens the URIs of storage, data and target.
         """
         self.config, self.parallel, self.tracker, self.console = config, parallel, tracker, console
         self.owner, self.token, self.until = owner, owner if fresh else None, until
         self.open_path = open_path
         self.storage = open_path(config.storage.uri)
+        self.defense = find_defense(config.defense)
         self.selection: dict[str, Any] = {}
 
     def execute(self) -> dict[str, Any]:
@@ -81,19 +82,18 @@ class Run:
         with waiting(self.console):
             self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
-        models = stages.Models(config, parallel)
-        classifiers.check_classes(models.classifier, config.data)
-        if not config.dir.joint:
-            inputs["target"] = self._target(models, inputs)
-            if config.pretrain.epochs and self.until != "target":
-                stage = stages.pretrain_stage(config, models.denoiser, models.classifier)
-                inputs["pretrain"] = self._stage(stage, inputs, models, ("denoiser",)).digest
-        if self.until:
-            return {"selection": self.selection}
-        facts = {"defense": stages.defense_facts(config)}
-        stage = stages.dir_stage(config, models.denoiser, models.classifier)
-        done = self._stage(stage, inputs, models, ("denoiser", "classifier"), facts)
-        rows = self._evaluate(done, models.denoiser, models.classifier)
+        networks = stages.Networks(config, parallel)
+        classifiers.check_classes(networks["classifier"], config.data)
+        done: StageFolder | None = None
+        planned = stages.stages_of(config)
+        for stage in planned:
+            facts = {"defense": self.defense.to_plain(config)} if stage is planned[-1] else {}
+            done = self._stage(stage, inputs, networks, facts)
+            inputs[stage.name] = done.digest
+            if stage.name == self.until:
+                return {"selection": self.selection}
+        assert done is not None, "a defense has at least one stage"
+        rows = self._evaluate(done, networks)
         if parallel.first:
             self.tracker.results(rows, done.final)
         return {
@@ -118,51 +118,44 @@ class Run:
             data = replace(data, uri=str(folder))
         self.data: Dataset = load(data, self.config.seed, data_cache(self.config), self.open_path)
 
-    def _target(self, models: stages.Models, inputs: dict[str, str | None]) -> str | None:
-        """Train the target, or take the given one; -> the digest of its weights."""
-        if self.config.target.uri is None:
-            stage = stages.target_stage(self.config, models.classifier)
-            return self._stage(stage, inputs, models, ("classifier",)).digest
+    def _given_target(self, networks: stages.Networks) -> StageFolder:
+        """Take the target that ``target.uri`` names."""
         given = self.parallel.first_does(self._keep_given_target)
         stage_folder = StageFolder("target", given[0], self.open_path(given[1]))
-        models.classifier.load_state_dict(checkpoint.read(stage_folder.final, stage_folder.key).tensors["classifier"])
+        kept = checkpoint.read(stage_folder.final, stage_folder.key).tensors["classifier"]
+        networks["classifier"].load_state_dict(kept)
         if self.parallel.first:
             self.console.say(f"target: taken from {self.config.target.uri}")
-        return stage_folder.digest
+        return stage_folder
 
     def _keep_given_target(self) -> tuple[str, str]:
         weights = export.load_target(self.config, self.open_path).state_dict()
-        key = digest(
-            {"target": stages.architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}}
-        )
+        key = digest({"target": architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}})
         stage_folder = find_stage_folder(self.storage, "target", key)
         if stage_folder.digest is None:
             checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
         return key, str(stage_folder.folder)
 
     def _stage(
-        self,
-        stage: Stage,
-        inputs: dict[str, str | None],
-        models: stages.Models,
-        names: tuple[str, ...],
-        facts: dict[str, Any] | None = None,
+        self, stage: Stage, inputs: Mapping[str, str | None], networks: stages.Networks, facts: dict[str, Any]
     ) -> StageFolder:
-        """Bring a stage to its end, from wherever it stands; the models of its ``names`` then hold the result."""
+        """Bring a stage to its end, from wherever it stands; the networks that it stores then hold the result."""
         config, parallel = self.config, self.parallel
-        key = stages.stage_key(config, stage.name, inputs)
+        if stage.name == "target" and config.target.uri is not None:
+            return self._given_target(networks)
+        key = stages.stage_key(config, stage, inputs)
         folder = parallel.first_does(lambda: str(find_stage_folder(self.storage, stage.name, key, self.token).folder))
         stage_folder = StageFolder(stage.name, key, self.open_path(folder))
         if not parallel.first_does(lambda: self._is_finished(stage_folder)):
-            self._train(stage, stage_folder, models, names, facts or {})
+            self._train(stage, stage_folder, networks, facts)
         elif parallel.first:
             self.console.say(f"{stage.name}: reused from {stage_folder.folder}")
             self._send_again(stage, stage_folder)
             self.tracker.reused(stage.name, stage_folder.folder.name)
         finished = checkpoint.read(stage_folder.final, key)
-        models.renew(names)  # what was trained may lie in shards
-        for name in names:
-            getattr(models, name).load_state_dict(finished.tensors[name])
+        networks.renew(stage.modules)  # what was trained may lie in shards
+        for name in stage.modules:
+            networks[name].load_state_dict(finished.tensors[name])
         self.selection[stage.name] = finished.state["best"]
         return stage_folder
 
@@ -180,8 +173,7 @@ class Run:
         self,
         stage: Stage,
         stage_folder: StageFolder,
-        models: stages.Models,
-        names: tuple[str, ...],
+        networks: stages.Networks,
         facts: dict[str, Any],
     ) -> None:
         with contextlib.ExitStack() as held:
@@ -189,14 +181,13 @@ class Run:
             checks: list[Callable[[], None]] = []
             self.parallel.first_does(lambda: checks.append(held.enter_context(holder)))
             guard = checks[0] if checks else _free
-            self._train_alone(stage, stage_folder, models, names, facts, guard)
+            self._train_alone(stage, stage_folder, networks, facts, guard)
 
     def _train_alone(
         self,
         stage: Stage,
         stage_folder: StageFolder,
-        models: stages.Models,
-        names: tuple[str, ...],
+        networks: stages.Networks,
         facts: dict[str, Any],
         guard: Callable[[], None],
     ) -> None:
@@ -204,12 +195,15 @@ class Run:
         loader = self._loader(stage.name)
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
-        trainer = Trainer(stage, loader, self.data.held_out, config, parallel, checkpoints, record, self.console)
+        recipe = stage.recipe(networks)
+        trainer = Trainer(
+            stage, recipe, loader, self.data.held_out, config, parallel, checkpoints, record, self.console
+        )
         status = "FAILED"
         try:
             best = trainer.run()
             state = {"stage": stage.name, "best": best, **facts}
-            tensors = {name: gather_full(getattr(models, name).state_dict(), parallel.first) for name in names}
+            tensors = {name: gather_full(networks[name].state_dict(), parallel.first) for name in stage.modules}
 
             def finish() -> None:
                 guard()
@@ -276,17 +270,15 @@ class Run:
         record.end("FINISHED")
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
-        return flatten(stages.stage_settings(self.config, stage.name))
+        return flatten(stages.stage_settings(self.config, stage))
 
-    def _evaluate(
-        self, stage_folder: StageFolder, denoiser: MaskedDenoiser, classifier: nn.Module
-    ) -> list[dict[str, Any]]:
+    def _evaluate(self, stage_folder: StageFolder, networks: stages.Networks) -> list[dict[str, Any]]:
         """The rows of the suite. Workers share its shards out; what is finished stays when a run is interrupted."""
         config, parallel, settings = self.config, self.parallel, self.config.evaluation
         say: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
         began, test = time.monotonic(), self.data.test.take(slice(settings.images))
-        defense = DefendedClassifier(denoiser, classifier, config.masking).to(parallel.device)
-        victim = VictimModel(defense, "dir")
+        defense = self.defense.defended(config, networks).to(parallel.device)
+        victim = VictimModel(defense, defense.name)
         planned = plan(victim, config.attack, dataclasses.replace(settings, verdict=False))
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
         store = FolderStore(results_folder(self.storage, victim.name, facts))
@@ -305,7 +297,7 @@ class Run:
         left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
-            with interruptible(classifier, self.console):
+            with interruptible(defense.classifier, self.console):
                 run(evaluation, batch, on_shard, lambda index: index % parallel.world == parallel.rank)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
@@ -314,7 +306,7 @@ class Run:
         else:
             say(f"evaluation: reused from {store.folder}")
         rows: list[dict[str, Any]] = parallel.first_does(
-            lambda: to_plain(report(evaluation, planned, "dir", settings).rows)
+            lambda: to_plain(report(evaluation, planned, victim.name, settings).rows)
         )
         return rows
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.config import ConfigError, OptimizerConfig, RunConfig
+from dircluster.config import ConfigError, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.split import Split
 from dircluster.data.stream import StreamLoader
+from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.stage import Stage
 from dircluster.distributed.deterministic import PairwiseSum
 from dircluster.distributed.parallel import Parallel, accumulates, gather_full, shard_like, without_sync
 from dircluster.evaluation.pictures import to_pixels
@@ -36,19 +38,6 @@ class NonFiniteLoss(RuntimeError):
     """A loss term or gradient norm is NaN or infinite; no weight was changed by it."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What is trained, for how long, and how."""
-
-    name: str
-    recipe: Recipe
-    epochs: int
-    optimizers: dict[str, OptimizerConfig]
-    """By the name of the submodule each trains."""
-    selects: bool = True
-    """Whether the stage ends on its best held-out weights (robust accuracy) rather than on its last."""
-
-
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 where ``training.precision`` asks for it, or is auto on a GPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=_half(config, device))
@@ -57,6 +46,11 @@ def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[
 def _half(config: RunConfig, device: torch.device) -> bool:
     precision = config.training.precision
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def _ambient(stage: str, update: int) -> str:
+    """The stream that library code draws from in an update (dropout)."""
+    return f"{stage}/ambient" if update == 0 else f"{stage}/ambient/{update}"
 
 
 def pieces(images: int, world: int, microbatch: int | None) -> int:
@@ -71,6 +65,7 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
+        recipe: Recipe,
         loader: Loader | StreamLoader,
         held_out: Split,
         config: RunConfig,
@@ -79,16 +74,23 @@ class Trainer:
         record: StageRecord,
         console: Console,
     ) -> None:
-        self.stage, self.recipe = stage, stage.recipe
+        self.stage, self.recipe = stage, recipe
         self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
         self.checkpoints, self.record, self.console = checkpoints, record, console
         self.steps = stage.epochs * loader.steps_per_epoch
+        if parallel.world > 1 and len(recipe.updates) > 1:
+            raise ConfigError(f"{stage.name} has several updates a step, which one worker makes: use scaling.workers 1")
+        if parallel.world > 1 and stage.ema is not None and config.parallel.strategy == "fsdp":
+            raise ConfigError(f"parallel.strategy must be ddp where {stage.name} keeps a mean of its weights (ema)")
         self.pending = PairwiseSum([])
         half = _half(config, parallel.device)
-        self.wrapped = parallel.wrap(stage.recipe, stage.recipe.trained, config.parallel.strategy, half, self.pending)
-        self.parameters = {n: p for n, p in stage.recipe.named_parameters() if p.requires_grad}
+        self.wrapped = parallel.wrap(recipe, recipe.trained, config.parallel.strategy, half, self.pending)
+        self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         self.pending.parameters = list(self.parameters.values())
         self.optimizers = {name: make_optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
+        self.validates = recipe.deployed() is not None
+        self.mean = self._mean_at_first()
+        """The running mean of weights and statistics, by name; empty where the stage keeps none."""
         self.best: dict[str, Any] | None = None
         self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
         self.saved = -1
@@ -114,6 +116,8 @@ class Trainer:
         self.parallel.wait()
         if self.best is not None and self.best["folder"] is not None:
             self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
+        elif self.mean:
+            self._load_weights(self.mean)
         return self.best
 
     def _commit(self, patience: float) -> None:
@@ -155,7 +159,12 @@ class Trainer:
 
     def _selects_after(self, done: int) -> bool:
         epoch, inside = divmod(done, self.loader.steps_per_epoch)
-        return done > 0 and inside == 0 and (epoch % self.config.training.select_every == 0 or done == self.steps)
+        return (
+            self.validates
+            and done > 0
+            and inside == 0
+            and (epoch % self.config.training.select_every == 0 or done == self.steps)
+        )
 
     def _judge_or_save(self, done: int) -> None:
         """Held-out selection; where a signal ends it, it is made up for on resume."""
@@ -177,10 +186,15 @@ class Trainer:
     def _leavable(self, safe: bool = True) -> AbstractContextManager[None]:
         """Where a single worker may leave at once when it hears a signal; several have to agree on a step."""
         single = self.parallel.world == 1 and safe
-        return interruptible(self.recipe.get_submodule("classifier"), self.console, leave=single)
+        return interruptible(self.watched, self.console, leave=single)
+
+    @property
+    def watched(self) -> nn.Module:
+        """The module whose passes a signal may end: the target, which every attack goes through."""
+        return next((child for name, child in self.recipe.named_children() if name == "classifier"), self.recipe)
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
-        """One update: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
+        """One step: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
         epoch, index = divmod(step, self.loader.steps_per_epoch)
         images, labels, stream = self.loader(epoch, index)
         self.recipe.train()
@@ -188,45 +202,97 @@ class Trainer:
             rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
+        count = pieces(self.config.training.batch_size, self.parallel.world, self.config.training.microbatch)
+        bounds = [len(labels) * i // count for i in range(count + 1)]
+        batches = [
+            self.recipe.batch(images[begin:end], labels[begin:end], stream.narrow(begin, end))
+            for begin, end in pairwise(bounds)
+        ]
+        terms: dict[str, float] = {}
+        signal, loss = 0, 0.0
+        for update, trained in enumerate(self.recipe.updates):
+            with rng.seeded_torch_rng(self.config.seed, _ambient(self.stage.name, update), epoch, index):
+                found, asked = self._update(batches, update)
+            self._must_be_finite(found, step)
+            signal, loss = signal or asked, loss + found["loss"]
+            terms |= found
+            for name in trained:
+                clip = self.stage.optimizers[name].clip
+                if clip is not None:
+                    norm = self.parallel.clip(self._of(name), clip)
+                    self._must_be_finite({f"gradient norm of {name}": norm}, step)
+            for name in trained:
+                self.optimizers[name].step()
+        self._follow(step)
+        return {**terms, "loss": loss}, signal
+
+    def _update(self, batches: list[Batch], update: int) -> tuple[dict[str, float], int]:
+        """Gradients of one update, over micro-batches that the first one attacks: -> loss terms, and a signal or 0."""
         names: tuple[str, ...] = ()
         total: Tensor | None = None
-        whole_batch, world = self.config.training.batch_size, self.parallel.world
-        count = pieces(whole_batch, world, self.config.training.microbatch)
-        bounds = [len(labels) * i // count for i in range(count + 1)]
+        images, world = self.config.training.batch_size, self.parallel.world
         stateless = not any(True for name in self.recipe.trained for _ in self.recipe.get_submodule(name).buffers())
-        with rng.seeded_torch_rng(self.config.seed, f"{self.stage.name}/ambient", epoch, index):
-            for begin, end in pairwise(bounds):
-                # Shares may differ by an image: weighted so, their mean over the workers is that of the batch.
-                rows, weight = slice(begin, end), (end - begin) * world / whole_batch
-                batch = Batch(images[rows], labels[rows], stream.narrow(begin, end))
-                # A step can be left as long as it has changed no running statistics.
-                with autocast(self.config, self.parallel.device), self._leavable(stateless or begin == 0):
-                    batch = self.recipe.craft(batch)
-                with without_sync(self.wrapped, last=end == len(labels)):
-                    with autocast(self.config, self.parallel.device), self._leavable(stateless):
-                        losses = self.wrapped(batch)
-                    torch.autograd.backward(losses["loss"] * weight)
-                names = tuple(losses)
-                if end < len(labels) and not accumulates(self.wrapped):
-                    self.pending.put()
-                part = torch.stack([value.detach().double() for value in losses.values()]) * weight
-                total = part if total is None else total + part
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        for number, batch in enumerate(batches):
+            # Shares may differ by an image: weighted so, their mean over the workers is that of the batch.
+            weight, last = len(batch.labels) * world / images, number == len(batches) - 1
+            # A step can be left as long as it has changed neither weights nor running statistics.
+            safe = update == 0
+            if update == 0:
+                with autocast(self.config, self.parallel.device), self._leavable(stateless or number == 0):
+                    batch = batches[number] = self.recipe.attack(batch)
+            with without_sync(self.wrapped, last=last):
+                with autocast(self.config, self.parallel.device), self._leavable(stateless and safe):
+                    losses = self.wrapped(batch, update)
+                torch.autograd.backward(losses["loss"] * weight)
+            names = tuple(losses)
+            if not last and not accumulates(self.wrapped):
+                self.pending.put()
+            part = torch.stack([value.detach().double() for value in losses.values()]) * weight
+            total = part if total is None else total + part
         assert total is not None
         self.pending.join_all()
         signal = self.console.stop_signal()
         flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
-        *values, asked, number = self.parallel.mean(torch.cat([total, flags])).tolist()
-        terms = dict(zip(names, values, strict=True))
-        self._must_be_finite(terms, step)
-        for name in self.optimizers:
-            clip = self.stage.optimizers[name].clip
-            if clip is not None:
-                norm = self.parallel.clip(self._of(name), clip)
-                self._must_be_finite({f"gradient norm of {name}": norm}, step)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-        return terms, round(number / asked) if asked else 0
+        *values, asked, number_sum = self.parallel.mean(torch.cat([total, flags])).tolist()
+        return dict(zip(names, values, strict=True)), round(number_sum / asked) if asked else 0
+
+    def _state(self) -> dict[str, Tensor]:
+        """Weights and statistics of what is trained, by name: the very tensors."""
+        return {
+            f"{name}.{k}": v
+            for name in self.recipe.trained
+            for k, v in self.recipe.get_submodule(name).state_dict().items()
+        }
+
+    def _mean_at_first(self) -> dict[str, Tensor]:
+        return {} if self.stage.ema is None else {name: value.clone() for name, value in self._state().items()}
+
+    def _follow(self, step: int) -> None:
+        """Move the running mean toward the weights; in the first steps faster, so that it forgets where it began."""
+        if self.stage.ema is None:
+            return
+        decay = min(self.stage.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in self._state().items():
+                if value.is_floating_point():
+                    self.mean[name].lerp_(value, 1 - decay)
+                else:
+                    self.mean[name].copy_(value)
+
+    @contextmanager
+    def _as_kept(self) -> Iterator[None]:
+        """Inside, the modules hold what the stage would keep: the running mean where there is one."""
+        if not self.mean:
+            yield
+            return
+        own = {name: value.clone() for name, value in self._state().items()}
+        self._load_weights(self.mean)
+        try:
+            yield
+        finally:
+            self._load_weights(own)
 
     def _must_be_finite(self, terms: dict[str, float], step: int) -> None:
         broken = [name for name, value in terms.items() if name != "loss" and not math.isfinite(value)]
@@ -241,14 +307,7 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         """Copies in full, on the first worker: all call it together."""
-        return gather_full(
-            {
-                f"{name}.{k}": v
-                for name in self.recipe.trained
-                for k, v in self.recipe.get_submodule(name).state_dict().items()
-            },
-            keep=self.parallel.first,
-        )
+        return gather_full(self._state(), keep=self.parallel.first)
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         for name in self.recipe.trained:
@@ -272,6 +331,7 @@ class Trainer:
         if found is None:
             found = self.checkpoints.at(name)
         self._load_weights(found.tensors["model"])
+        self.mean = {name: found.tensors["ema"][name].to(value.device) for name, value in self.mean.items()}
         for module, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
         self.best, step = found.state["best"], int(found.state["step"])
@@ -289,6 +349,8 @@ class Trainer:
         began = time.monotonic()
         names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         groups = {"model": self._weights()}
+        if self.mean:
+            groups["ema"] = gather_full(self.mean, keep=self.parallel.first)
         for module, optimizer in self.optimizers.items():
             groups[f"optimizer-{module}"] = gather_full(optimizer_tensors(optimizer, names), keep=self.parallel.first)
         if self.writer is not None:
@@ -306,21 +368,27 @@ class Trainer:
         self.new_best, self.saved = None, done
 
     def _judge(self, done: int) -> None:
-        natural, robust = held_out_accuracy(self.recipe, self.held_out, self.config, self.parallel)
-        if self.best is None or robust > self.best["robust"]:
-            folder = f"best-{done:08d}" if self.stage.selects else None
-            facts = {"step": done, "natural": natural, "robust": robust, "folder": folder}
-            if folder is not None:
-                weights = self._weights()
-                self.new_best = (folder, weights, facts) if self.parallel.first else None
-            self.best = facts
+        deployed = self.recipe.deployed()
+        if deployed is None:
+            return
+        with self._as_kept():
+            natural, robust = held_out_accuracy(deployed, self.held_out, self.config, self.parallel)
+            if self.best is None or robust > self.best["robust"]:
+                folder = f"best-{done:08d}" if self.stage.keep == "best" else None
+                facts = {"step": done, "natural": natural, "robust": robust, "folder": folder}
+                if folder is not None:
+                    weights = self._weights()
+                    self.new_best = (folder, weights, facts) if self.parallel.first else None
+                self.best = facts
         self.best = {**self.best, "last": {"step": done, "natural": natural, "robust": robust}}
         if self.parallel.first:
             self.record.metrics({"held_out/natural": natural, "held_out/robust": robust}, done)
 
     def _picture(self, done: int) -> None:
-        if self.recipe.restores and (self.parallel.first or accumulates(self.wrapped)):  # shards restore together
-            grid = restoration_grid(self.recipe, self.held_out, self.config, self.parallel.device)
+        deployed = self.recipe.deployed()
+        if isinstance(deployed, Defended) and (self.parallel.first or accumulates(self.wrapped)):  # shards go together
+            with self._as_kept():
+                grid = restoration_grid(deployed, self.held_out, self.config, self.parallel.device)
             if not self.parallel.first:
                 return
             self.record.picture("restored", to_pixels(grid), done)

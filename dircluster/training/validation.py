@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.attacks.gradient import pgd
 from dircluster.attacks.threat import threat_of
 from dircluster.config import RunConfig
 from dircluster.data.split import Split
-from dircluster.defenses.recipe import Recipe
+from dircluster.defenses.base import Defended
 from dircluster.distributed.parallel import Parallel
-from dircluster.models.masking import complementary_masks, pixel_mask
 from dircluster.models.modules import under_attack
 
 
@@ -40,10 +41,20 @@ class Judge:
         shape = tuple(self.split.images.shape[1:])
         return rng.per_image(self.config.seed, f"{self.purpose}/pgd", rows, shape).float().to(self.parallel.device)
 
-    def masks(self, rows: Tensor) -> Tensor:
-        """Masks of the rows: -> (K, N, n)."""
-        keys = rng.per_image(self.config.seed, f"{self.purpose}/masks", rows, (self.config.tokens,))
-        return complementary_masks(keys.argsort(dim=1), self.config.masking).to(self.parallel.device)
+    def model(self, deployed: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """Images of the rows -> logits; what a purifier draws is known, and each image's own."""
+        draws = self.draws(deployed, rows)
+        if isinstance(deployed, Defended):
+            return partial(deployed.logits, draws=draws)
+        return deployed
+
+    def draws(self, deployed: nn.Module, rows: Tensor) -> Tensor | None:
+        """What a purifier draws for the rows: -> (N, ...); None where it draws nothing, or there is none."""
+        if not isinstance(deployed, Defended) or not deployed.purifier.randomized:
+            return None
+        seed, purpose, draw = self.config.seed, f"{self.purpose}/masks", deployed.purifier.draw
+        each = [draw(rng.generator(seed, purpose, step=row), 1) for row in rows.tolist()]
+        return torch.cat([one for one in each if one is not None]).to(self.parallel.device)
 
     def collect(self, right: Callable[[Tensor], Tensor]) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
@@ -55,19 +66,15 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=1) == labels
 
 
-def held_out_accuracy(recipe: Recipe, split: Split, config: RunConfig, parallel: Parallel) -> tuple[float, float]:
-    """Natural accuracy, and accuracy under the training attack with masks known, of what ``recipe`` would deploy."""
+def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel) -> tuple[float, float]:
+    """Natural accuracy, and accuracy under the training attack with draws known, of a classifier or a Defended."""
     split = split.take(slice(config.training.select_images))
     judge = Judge(split, config, parallel, "selection", config.evaluation.batch_size)
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
-        kept = judge.masks(rows) if recipe.restores else None
-
-        def model(candidates: Tensor) -> Tensor:
-            return recipe.predict(candidates, kept)
-
-        with under_attack(recipe):
+        model = judge.model(deployed, rows)
+        with under_attack(deployed):
             steps = config.attack.steps
             adversarial = pgd(model, images, labels, judge.threat, steps, judge.step_size, judge.start(rows))
             with torch.no_grad():
@@ -77,19 +84,21 @@ def held_out_accuracy(recipe: Recipe, split: Split, config: RunConfig, parallel:
     return natural, robust
 
 
-ROWS = ("natural", "adversarial", "masked", "restored", "difference")
-"""Rows of :func:`restoration_grid`, from top to bottom; difference is restored minus natural, around mid-gray."""
+def restoration_grid(
+    deployed: Defended, split: Split, config: RunConfig, device: torch.device, images: int = 8
+) -> Tensor:
+    """Held-out images through the pipeline, one a column, in [0, 1]: -> (rows, n, C, H, W).
 
-
-def restoration_grid(recipe: Recipe, split: Split, config: RunConfig, device: torch.device, images: int = 8) -> Tensor:
-    """Held-out images through the pipeline, one a column, in [0, 1]: -> (len(ROWS), n, C, H, W)."""
+    Rows: natural, adversarial, what the purifier sees of it in its first view (where it does not see all), restored,
+    and restored minus natural around mid-gray.
+    """
     judge = Judge(split.take(slice(images)), config, Parallel(0, 1, device), "pictures", images)
     rows = torch.arange(len(judge.split))
     natural, labels = judge.batch(rows)
-    kept = judge.masks(rows)
-    with under_attack(recipe):
+    draws = judge.draws(deployed, rows)
+    with under_attack(deployed):
         adversarial = pgd(
-            lambda x: recipe.predict(x, kept),
+            judge.model(deployed, rows),
             natural,
             labels,
             judge.threat,
@@ -98,8 +107,8 @@ def restoration_grid(recipe: Recipe, split: Split, config: RunConfig, device: to
             judge.start(rows),
         )
         with torch.no_grad():
-            restored = recipe.restore(adversarial, kept)
-    masked = adversarial * pixel_mask(kept, config.data.height, config.data.width, config.model.patch)[0]
+            restored = deployed.purifier(adversarial, draws)
+    seen = list(islice(deployed.purifier.visible(adversarial, draws), 1))
     moved = restored - natural
     difference = 0.5 + moved / (2 * moved.abs().amax().clamp_min(1.0))  # restored images may leave [0, 1]
-    return torch.stack([natural, adversarial, masked, restored, difference]).clamp(0, 1).cpu()
+    return torch.stack([natural, adversarial, *seen, restored, difference]).clamp(0, 1).cpu()

@@ -1,4 +1,4 @@
-"""One call behind jobs/benchmark.py: time a DIR step on real images and print where it goes."""
+"""One call behind jobs/benchmark.py: time a step on real images and print where it goes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.cluster.storage import opener
     from dircluster.data.sources import load
     from dircluster.data.split import Split
-    from dircluster.defenses.base import DefendedClassifier
     from dircluster.distributed.launch import local_workers
     from dircluster.training import stages
     from dircluster.training.export import load_target
@@ -42,12 +41,12 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     with local_workers(config.scaling) as parallel:
         train = load(short, config.seed, data_cache(config), opener(config.storage)).train
         assert isinstance(train, Split)
-        models = stages.Models(config, parallel)
+        networks = stages.Networks(config, parallel)
         if config.target.uri:
-            models.classifier.load_state_dict(load_target(config, opener(config.storage)).state_dict())
-        stage = stages.dir_stage(config, models.denoiser, models.classifier)
-        measured = time_phases(stage, train, config, parallel, job.steps)
-        defense = DefendedClassifier(models.denoiser, models.classifier, config.masking).eval()
+            networks["classifier"].load_state_dict(load_target(config, opener(config.storage)).state_dict())
+        stage = stages.stages_of(config)[-1]
+        measured = time_phases(stage, stage.recipe(networks), train, config, parallel, job.steps)
+        defense = networks.defense.defended(config, networks).eval()
         few = slice(min(8, len(train)))
         images, labels = train.pixels(few).to(parallel.device), train.labels[few].to(parallel.device)
         return measured | {"eot": time_eot(defense, images, labels, draws=20)}

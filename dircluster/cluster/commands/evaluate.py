@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, RunConfig, refuse_secret, to_dict
+from dircluster.config import ConfigError, RunConfig, refuse_secret
+from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:
     from dircluster.cluster.console import Terminal
@@ -99,7 +100,9 @@ class _Judging:
         defense, surrogate, self.natural_target, target = found
         if target:
             self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
-        return JobSpec(to_dict(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images)
+        return JobSpec(
+            run_to_plain(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images
+        )
 
     def _reachable(self, uri: str) -> str:
         from dircluster.cluster.loading import FACTORY
@@ -156,11 +159,11 @@ class _Judging:
         )
 
     def _here(self, evaluation_job: EvaluationJob, indices: list[int], parallel: Any) -> int:
-        from dircluster.defenses.base import DefendedClassifier
+        from dircluster.defenses.base import Defended
         from dircluster.training.interrupt import Interrupted, interruptible
 
         module = evaluation_job.victim.module
-        watched = module.classifier if isinstance(module, DefendedClassifier) else module
+        watched = module.classifier if isinstance(module, Defended) else module
         mine = indices[parallel.rank :: parallel.world]
         try:
             with interruptible(watched, self.terminal):

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_module
 from dircluster.cluster.storage import open_path, opener
-from dircluster.config import ConfigError, DataConfig, RunConfig, digest, from_dict
+from dircluster.config import ConfigError, DataConfig, RunConfig, digest
 from dircluster.data.sources import load
 from dircluster.data.split import Split
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.base import Defended
 from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.session import Plan, plan
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
+from dircluster.presets import run_from_plain
 from dircluster.training import checkpoint
 from dircluster.training.run import data_cache
 
@@ -28,14 +29,12 @@ class EvaluationJob:
     """A worker's defense, images and evaluation. Raises ConfigError where they cannot be had or do not fit."""
 
     def __init__(self, job_spec: JobSpec, device: torch.device) -> None:
-        self.config: RunConfig = from_dict(RunConfig, job_spec.config)
+        self.config: RunConfig = run_from_plain(job_spec.config)
         self.device, self.settings = device, self.config.evaluation
         module = load_module(job_spec, self.config).to(device)
         data = load(with_photos(self.config), self.config.seed, data_cache(self.config), opener(self.config.storage))
         self.test: Split = data.test.take(slice(self.settings.images))
-        self.name = {"none": "none"}.get(
-            job_spec.defense, "dir" if isinstance(module, DefendedClassifier) else job_spec.defense
-        )
+        self.name = module.name if isinstance(module, Defended) else job_spec.defense
         surrogate = load_classifier(job_spec.surrogate, self.config).to(device) if job_spec.surrogate else None
         self.victim = VictimModel(module, self.name, surrogate)
         images, _ = self.batch(0, min(8, len(self.test)))

@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import nodes, stack_dump
 from dircluster.cluster.runtime.channel import POLL, Seen, WorkerChannel
-from dircluster.config import ConfigError, RunConfig, to_dict
+from dircluster.config import ConfigError, RunConfig
+from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
     from dircluster.cluster.console import Terminal
@@ -125,7 +126,7 @@ class Job:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel = ray.remote(num_cpus=0)(WorkerChannel).options(scheduling_strategy=here).remote()  # nodes may go
         arguments = {
-            "config": to_dict(config),
+            "config": run_to_plain(config),
             "owner": owner,
             "fresh": fresh,
             "until": until,

@@ -13,8 +13,9 @@ import ray.train.torch
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.runtime.channel import LAST_WORD, RemoteConsole
 from dircluster.cluster.storage import opener
-from dircluster.config import RunConfig, from_dict
+from dircluster.config import RunConfig
 from dircluster.distributed.launch import joined_workers
+from dircluster.presets import run_from_plain
 from dircluster.training.interrupt import waiting
 from dircluster.training.protocols import Console, NoTracker, Quiet, Tracker
 from dircluster.training.run import Run
@@ -27,7 +28,7 @@ def work(
 
     Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
     """
-    run_config: RunConfig = from_dict(RunConfig, config)
+    run_config: RunConfig = run_from_plain(config)
     here = ray.train.get_context().get_local_world_size()
     parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
     node = ray.get_runtime_context().get_node_id()

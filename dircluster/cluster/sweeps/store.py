@@ -12,7 +12,7 @@ from dircluster.cluster import storage
 from dircluster.cluster.sweeps.space import Settings
 from dircluster.config import RunConfig, digest, to_dict
 from dircluster.evaluation.sweep_table import Trial
-from dircluster.training.stages import FORMAT, stage_settings
+from dircluster.training.stages import FORMAT, stage_settings, stages_of
 
 
 def files_of(*runs: RunConfig) -> dict[str, Any]:
@@ -25,9 +25,11 @@ def key_of(run: RunConfig, until: str = "") -> str:
     """What decides how a run ends, or, with ``until``, what its stages up to that one end in."""
     decides: dict[str, Any] = {"until": until, "format": FORMAT, **files_of(run)}
     if until:
-        decides |= {"data": to_dict(run.data), "given": run.target.uri, "target": stage_settings(run, "target")}
-    if until == "pretrain" and run.pretrain.epochs:
-        decides["pretrain"] = stage_settings(run, "pretrain")
+        planned = stages_of(run)
+        names = [stage.name for stage in planned]
+        before = planned[: names.index(until) + 1]
+        decides |= {"data": to_dict(run.data), "given": run.target.uri}
+        decides["stages"] = {stage.name: stage_settings(run, stage) for stage in before}
     return digest(decides if until else {**run.identity, **decides})
 
 

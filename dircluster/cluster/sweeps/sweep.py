@@ -27,9 +27,10 @@ from dircluster.cluster.sweeps.tuner import Tuning
 from dircluster.cluster.tracking.jobs import finish_job, open_job
 from dircluster.cluster.tracking.tracker import MlflowTracker
 from dircluster.cluster.version import commit
-from dircluster.config import ConfigError, RunConfig, digest, to_dict, with_values
-from dircluster.evaluation.published import published_ablation
+from dircluster.config import ConfigError, RunConfig, digest, with_values
 from dircluster.evaluation.sweep_table import Point, Trial, best, by_point, figure, table
+from dircluster.presets import run_to_plain
+from dircluster.training.stages import stages_of
 
 
 class Sweep:
@@ -99,7 +100,7 @@ class Sweep:
         tags = {"dircluster.commit": commit()}
         record = self._open_record(tags)
         config = dataclasses.replace(self.config, scaling=dataclasses.replace(scaling, threads=threads))
-        return Plan(to_dict(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha)
+        return Plan(run_to_plain(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha)
 
     def _open_record(self, tags: dict[str, str]) -> dict[str, Any] | None:
         if not self.config.tracking.enabled:
@@ -139,9 +140,7 @@ class Sweep:
     def _missing(self, task: Task) -> str:
         """Why a stage that a task shares could not be trained; empty where it could, or where it shares none."""
         run = self.plan.run_of(task)
-        if run.dir.joint:
-            return ""
-        found = (self.unshared.get(key_of(run, until)) for until in ("target", "pretrain"))
+        found = (self.unshared.get(key_of(run, stage.name)) for stage in stages_of(run)[:-1])
         return next((reason for reason in found if reason), "")
 
     def _train(self) -> int:
@@ -219,7 +218,7 @@ class Sweep:
     def _lines(self) -> list[dict[str, str]]:
         def published(settings: Settings) -> tuple[float, float] | None:
             with contextlib.suppress(ConfigError):
-                return published_ablation(with_values(self.config, settings))
+                return with_values(self.config, settings).printed_ablation()
             return None
 
         return table(self._by_point(), published)
@@ -256,19 +255,22 @@ def shared_stages(plan: Plan, space: Space) -> list[tuple[str, list[Task]]]:
     """What to train before the trials, so that no two train the same: stages by name, and a run for each."""
     points = corners(space.ranges) or space.points
     enough = max(2, len(points) if space.ranges else 2)  # a search shares what none of its ranges changes
-    targets: dict[str, dict[str, list[Task]]] = {}
+    shared: dict[str, dict[str, list[Task]]] = {}  # by stage, then by what decides it
+    then: dict[str, set[str]] = {}  # what decides the stage after it
     for task in (Task(point, seed) for point in points for seed in plan.seeds):
         run = plan.run_of(task)
-        if not run.dir.joint:
-            of_target = targets.setdefault(key_of(run, "target"), {})
-            of_target.setdefault(key_of(run, "pretrain"), []).append(task)
-    first = [
-        next(iter(groups.values()))[0]
-        for groups in targets.values()
-        if len(groups) > 1 and sum(len(group) for group in groups.values()) >= enough
-    ]
-    then = [group[0] for groups in targets.values() for group in groups.values() if len(group) >= enough]
+        keys = {stage.name: key_of(run, stage.name) for stage in stages_of(run)[:-1]}
+        for (name, key), after in zip(keys.items(), [*list(keys.values())[1:], ""], strict=True):
+            shared.setdefault(name, {}).setdefault(key, []).append(task)
+            then.setdefault(key, set()).add(after)
     return [
-        (until, [dataclasses.replace(task, until=until) for task in tasks])
-        for until, tasks in (("target", first), ("pretrain", then))
+        (
+            name,
+            [
+                dataclasses.replace(group[0], until=name)
+                for key, group in groups.items()
+                if len(group) >= enough and (then[key] == {""} or len(then[key]) > 1)
+            ],
+        )
+        for name, groups in shared.items()
     ]

@@ -16,9 +16,10 @@ from dircluster.cluster.runtime.ray_train import Job, forget
 from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
-from dircluster.config import ConfigError, RunConfig, digest, flatten, from_dict, with_values
+from dircluster.config import ConfigError, RunConfig, digest, flatten, with_values
 from dircluster.evaluation.sweep_table import Trial, accuracies
-from dircluster.training.stages import stage_settings
+from dircluster.presets import run_from_plain
+from dircluster.training.stages import find_stage, stage_settings, stages_of
 
 LATEST = 1_000_000
 """The epoch that stands for a trial's end."""
@@ -43,7 +44,7 @@ class Plan:
     """What all trials of a sweep share, as plain data that can be sent to their actors."""
 
     config: dict[str, Any]
-    """The RunConfig that they vary."""
+    """The run that they vary, see presets.run_to_plain."""
     record: dict[str, Any] | None
     """The sweep's JobRecord."""
     seeds: tuple[int, ...]
@@ -56,7 +57,7 @@ class Plan:
 
     def run_of(self, task: Task) -> RunConfig:
         """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
-        return with_values(from_dict(RunConfig, self.config), {**task.settings, "seed": task.seed})
+        return with_values(run_from_plain(self.config), {**task.settings, "seed": task.seed})
 
     def child(self, task: Task) -> Child | None:
         """What its run in MLflow is to the sweep's; None where there is no record."""
@@ -66,9 +67,10 @@ class Plan:
         if not task.until:
             varied = {**task.settings, **seed}
             return Child(self.record["run_id"], settings_text(varied), varied)
-        decides = flatten(stage_settings(self.run_of(task), task.until))
+        run = self.run_of(task)
+        decides = flatten(stage_settings(run, find_stage(run, task.until)))
         decided = {name: value for name, value in task.settings.items() if name in decides}
-        name = f"{self.config['name']} shared until {task.until}"
+        name = f"{self.config['run']['name']} shared until {task.until}"
         words = [name, *([settings_text(decided)] if decided else []), f"seed {task.seed}"]
         return Child(self.record["run_id"], ", ".join(words), {}, shared=True)
 
@@ -80,8 +82,9 @@ class Failed(Exception):
 class Post:
     """A trial's own console: how it ended goes to the sweep, held-out accuracies to Tune."""
 
-    def __init__(self, channel: Any, key: str, reports: bool) -> None:
-        self._channel, self._key, self._reports = channel, key, reports
+    def __init__(self, channel: Any, key: str, stage: str) -> None:
+        """``stage`` is the one whose held-out accuracies are reported, none where it is empty."""
+        self._channel, self._key, self._stage = channel, key, stage
         self._signal, self._asked, self._judged = 0, 0.0, 0
         self.last = ""
 
@@ -93,7 +96,7 @@ class Post:
             self._send({"said": line})
 
     def tell(self, event: str | dict[str, Any]) -> None:
-        if isinstance(event, dict) and event["stage"] == "dir" and self._reports:
+        if isinstance(event, dict) and event["stage"] == self._stage:
             found = event["held_out"]
             if found and found["step"] > self._judged:
                 self._judged = found["step"]
@@ -137,12 +140,12 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         error = outcome.get("error", f"stopped by signal {outcome.get('signal')}")
         raise Failed(post.last if error.endswith("stands above") else error)
     rows = outcome.get("results", [])
-    natural, robust = accuracies(rows, "dir") or (None, None)
+    natural, robust = accuracies(rows, run.defense) or (None, None)
     trial = Trial(
         dict(task.settings),
         task.seed,
         "FINISHED",
-        outcome["selection"].get("dir", {}).get("robust"),
+        outcome["selection"].get(stages_of(run)[-1].name, {}).get("robust"),
         natural,
         robust,
         accuracies(rows, "none"),
@@ -172,7 +175,8 @@ def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
         done, errors = [], []
         for task in tasks:
-            post = Post(plan.channel, digest(config), reports=plan.asha)
+            last = stages_of(plan.run_of(task))[-1].name if plan.asha else ""
+            post = Post(plan.channel, digest(config), last)
             try:
                 done.append(train_task(plan, task, post))
             except Exception as error:  # the other seeds go on

@@ -26,8 +26,10 @@ from dircluster.cluster.runtime.ray_train import GRACE, forget
 from dircluster.cluster.sweeps.space import Range, Settings
 from dircluster.cluster.sweeps.store import result_of
 from dircluster.cluster.sweeps.trial import LATEST, METRIC, ON_HEAD, Plan, Task, trainable
-from dircluster.config import ConfigError, RunConfig, digest, from_dict
+from dircluster.config import ConfigError, RunConfig, digest
 from dircluster.evaluation.sweep_table import Trial
+from dircluster.presets import run_from_plain
+from dircluster.training.stages import stages_of
 
 if TYPE_CHECKING:
     from dircluster.cluster.console import Terminal
@@ -87,7 +89,7 @@ class Tuning:
         has chosen.
         """
         self.plan, self.terminal, self.over, self.begun = plan, terminal, over, begun
-        self.config: RunConfig = from_dict(RunConfig, plan.config)
+        self.config: RunConfig = run_from_plain(plan.config)
         self.name = f"sweep-{uuid.uuid4().hex}"
         self.errors: list[BaseException] = []
         self.met: set[str] = set()
@@ -158,7 +160,7 @@ class Tuning:
     def _scheduler(self) -> TrialScheduler | None:
         if not self.plan.asha:
             return None
-        grace = max(self.config.training.select_every, self.config.dir.epochs // 8)
+        grace = max(self.config.training.select_every, stages_of(self.config)[-1].epochs // 8)
         return ASHAScheduler(
             time_attr="epoch",
             max_t=LATEST,

@@ -29,8 +29,8 @@ REQUIREMENTS = ["dircluster", "torch", "timm", "safetensors", "numpy"]
 
 
 def register(job: JobRecord, config: RunConfig, folder: Path, card: str) -> str:
-    """Register the defense in ``folder`` as ``dir-NAME``, described by ``card``, as champion; -> its models:/ URI."""
-    name, data = f"dir-{config.name}", config.data
+    """Register the defense in ``folder`` as ``DEFENSE-NAME``, with ``card``, as champion; -> its models:/ URI."""
+    name, data = f"{config.defense}-{config.name}", config.data
     client = MlflowClient(job.uri)
     sha = checkpoint.digest(folder) or ""
     for version in _versions(client, name):
