@@ -1,0 +1,171 @@
+"""The documents keep their word: examples run, commands parse, links lead somewhere, lines are short."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "infra" / "README.md"])
+COLUMNS = 100
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose_and_code(text: str) -> Iterator[tuple[int, str, bool]]:
+    """Line numbers and lines, and whether each is code: fenced, or indented by four after an empty line or code."""
+    fenced, code, inside, empty = False, False, 0, True
+    for number, line in enumerate(text.splitlines(), 1):
+        words, indent = line.strip(), len(line) - len(line.lstrip())
+        if words.startswith("```"):
+            fenced = not fenced
+            yield number, line, True
+            continue
+        if fenced:
+            yield number, line, True
+            continue
+        if not words:
+            empty = True
+            yield number, line, code
+            continue
+        code = indent >= inside + 4 and (empty or code)
+        if not code:
+            marker = re.match(r" *(?:[-*]|\d+[.)]) +", line)
+            inside = len(marker[0]) if marker else inside if indent and indent >= inside else 0
+        empty = False
+        yield number, line, code
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python blocks of a page, each with empty lines before it so that line numbers are the page's."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return ["\n" * text[: block.start(1)].count("\n") + block[1] for block in found]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every ``python jobs/NAME.py ...`` that stands on a line of code of its own: page and line, and the command."""
+    for page in PAGES:
+        waiting = ""
+        for number, line, code in prose_and_code(page.read_text(encoding="utf-8")):
+            whole = waiting + line.strip() if code else ""
+            waiting = whole[:-1] if whole.endswith("\\") else ""
+            if not waiting and (found := re.match(r"(?:.*? -- )?python (jobs/\w+\.py .*)", whole)):
+                yield f"{name_of(page)}:{number}", found[1].rstrip("'")
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as it is made on the pages of code hosts."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", "")).replace(" ", "-")
+
+
+def test_there_are_pages_with_the_names_that_one_guesses() -> None:
+    names = {name_of(page) for page in PAGES}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= names
+    assert {f"docs/{name}.md" for name in ("api", "extend", "operate", "glossary", "faq", "results")} <= names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_prose_wraps(page: Path) -> None:
+    long = [
+        f"{name_of(page)}:{number}"
+        for number, line, code in prose_and_code(page.read_text(encoding="utf-8"))
+        if len(line) > COLUMNS and not code and not line.lstrip().startswith(("|", "![")) and " " in line.strip()
+    ]
+    assert not long, f"longer than {COLUMNS} columns"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = "\n".join(line for _, line, code in prose_and_code(page.read_text(encoding="utf-8")) if not code)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = page if not path else page.parent / path
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            if anchor not in {slug(heading) for heading in headings}:
+                broken.append(link)
+    assert not broken
+
+
+def messages() -> list[str]:
+    """Every text of the package's source, with NUL where a value is filled in."""
+
+    def text(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) or "\0" for part in node.values)
+        return None
+
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "dircluster").rglob("*.py"))
+    return [found for tree in trees for node in ast.walk(tree) if (found := text(node))]
+
+
+def test_what_you_see_is_what_the_code_says() -> None:
+    table = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8").partition("## Trouble")[2]
+    known, missing = messages(), []
+    for line in table.splitlines():
+        for phrase in re.findall(r"`([^`]+)`", line.split("|")[1] if line.startswith("| ") else ""):
+            pattern = re.sub(r"(?<![\w(])(\d\S*|[NXY])(?!\w)", "(?:\\1|\0)", re.escape(phrase).replace(r"\ ", " "))
+            pattern = pattern.replace(r"\.\.\.", ".*")
+            if not any(re.search(pattern, message, re.DOTALL) for message in known):
+                missing.append(phrase)
+    assert not missing
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize(("place", "command"), list(commands()), ids=lambda value: value.split(" ")[0])
+def test_commands_are_understood(
+    place: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, *words = shlex.split(command, comments=True)
+    words = [word for word in words if word not in ("&", "...")]
+    monkeypatch.setattr(sys, "argv", [script, *words, "--print-config"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0, f"{place}: {capsys.readouterr().err}"
+
+
+def test_the_examples_of_extend_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "extend.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, object] = {"__name__": "extend"}
+    for block in blocks(page):
+        if named := re.match(r"# (\w+\.py)\n", block.lstrip()):
+            (tmp_path / named[1]).write_text(block.lstrip())
+        else:
+            exec(compile(block, name_of(page), "exec"), names)
+    assert (tmp_path / "myspace.py").is_file()
+
+
+def test_the_examples_of_the_reference_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "api.md"
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {"__name__": "api"}
+    for block in blocks(page):
+        exec(compile(block, name_of(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_blocks_are_python(page: Path) -> None:
+    for block in blocks(page):
+        compile(block, name_of(page), "exec")
