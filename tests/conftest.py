@@ -16,9 +16,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 import torch
 
-from dircluster.config import RunConfig
-from dircluster.defenses.recipe import Batch
+from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.presets import preset
+from dircluster.presets.dir import DirRun
 from dircluster.rng import Stream
 
 torch.set_num_threads(1)
@@ -41,9 +41,10 @@ def real_data() -> Path:
 
 
 @pytest.fixture
-def smoke(tmp_path: Path) -> RunConfig:
+def smoke(tmp_path: Path) -> DirRun:
     """The digits run that takes seconds, kept in a folder of the test's own and not recorded."""
     run = preset("digits_smoke")
+    assert isinstance(run, DirRun)
     return dataclasses.replace(
         run,
         storage=dataclasses.replace(run.storage, uri=str(tmp_path / "runs"), checkpoint_every=1),
@@ -54,12 +55,14 @@ def smoke(tmp_path: Path) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
-    """Random images with the draws of a step: (n, channels, side) -> Batch."""
+    """Random images with what a recipe draws in a step: (recipe, n, channels, side) -> Batch."""
 
-    def make(n: int = 4, channels: int = 1, side: int = 8, classes: int = 10, dtype: Any = torch.float32) -> Batch:
+    def make(
+        recipe: Recipe, n: int = 4, channels: int = 1, side: int = 8, classes: int = 10, dtype: Any = torch.float32
+    ) -> Batch:
         generator = torch.Generator().manual_seed(n + 7 * side)
-        images = torch.rand(n, channels, side, side, generator=generator, dtype=dtype)
+        images = torch.rand(n, channels, side, side, generator=generator)
         labels = torch.randint(classes, (n,), generator=generator)
-        return Batch(images, labels, Stream(0, 0, 0, n, slice(0, n), torch.device("cpu")))
+        return recipe.batch(images, labels, Stream(0, 0, 0, n, slice(0, n), torch.device("cpu")))
 
     return make

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dircluster.config import ParallelConfig, RunConfig
-from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.recipe import Recipe
 from dircluster.distributed.deterministic import OrderedReduceScatter, PairwiseSum
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel, gather_full
@@ -53,7 +53,7 @@ def step(recipe: Recipe, wrapped: torch.nn.Module, parallel: Parallel) -> tuple[
     recipe.zero_grad()
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(parallel.rank))
     rows = slice(4 * parallel.rank, 4 * parallel.rank + 4)
-    batch = recipe.craft(Batch(images, torch.arange(4), Stream(0, 0, 0, 8, rows, parallel.device)))
+    batch = recipe.attack(recipe.batch(images, torch.arange(4), Stream(0, 0, 0, 8, rows, parallel.device)))
     crafted.append(OrderedReduceScatter.calls)
     wrapped(batch)["loss"].backward()
     sent = SENT[0]
@@ -61,9 +61,9 @@ def step(recipe: Recipe, wrapped: torch.nn.Module, parallel: Parallel) -> tuple[
 
 
 def made(config: RunConfig, parallel: Parallel, recompute: bool = False) -> tuple[Recipe, torch.nn.Module]:
-    models = stages.Models(config, parallel)
-    models.denoiser.recompute = recompute
-    recipe = stages.dir_stage(config, models.denoiser, models.classifier).recipe
+    again = dataclasses.replace(config.parallel, activation_checkpointing=recompute)
+    networks = stages.Networks(dataclasses.replace(config, parallel=again), parallel)
+    recipe = stages.find_stage(config, "dir").recipe(networks)
     recipe.train()
     pending = PairwiseSum([])
     return recipe, parallel.wrap(recipe, recipe.trained, config.parallel.strategy, False, pending)
@@ -82,7 +82,7 @@ def main() -> None:
     sharded = dataclasses.replace(config, parallel=ParallelConfig("fsdp"))
     with local_workers(config.scaling) as parallel:
         count_bytes()
-        costs = count(config)
+        costs, stage = count(config), stages.find_stage(config, "dir")
         replicated_bytes, expected = step(*made(config, parallel), parallel)
         recipe, wrapped = made(sharded, parallel)
         here = sum(p.to_local().numel() for n, p in recipe.named_parameters() if n.startswith("denoiser"))
@@ -93,11 +93,11 @@ def main() -> None:
             "while crafting": crafted[1],
             "in the backward pass": calls,
             "layers": config.model.encoder_depth + config.model.decoder_depth + 1,
-            "share of the weights on a worker": here / costs.denoiser_parameters,
+            "share of the weights on a worker": here / costs.purifier_parameters,
             "sharding changes the gradient by": _apart(expected, gradients),
             "recomputing changes the gradient by": _apart(gradients, again),
-            "sent to predicted, ddp": replicated_bytes / costs.exchanged(config, 2),
-            "sent to predicted, fsdp": sharded_bytes / costs.exchanged(sharded, 2),
+            "sent to predicted, ddp": replicated_bytes / costs.exchanged(config, stage, 2),
+            "sent to predicted, fsdp": sharded_bytes / costs.exchanged(sharded, stage, 2),
         }
         if parallel.first:
             print(json.dumps(found))

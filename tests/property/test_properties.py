@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from dircluster import rng
 from dircluster.attacks.gradient import pgd
 from dircluster.attacks.threat import LInf
-from dircluster.config import ConfigError, MaskingConfig, RunConfig, from_dict, to_dict
+from dircluster.config import ConfigError, from_dict, to_dict
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.models.masked_vit import patchify, unpatchify
-from dircluster.models.masking import draw_masks
+from dircluster.models.masking import complementary_masks, random_permutations
+from dircluster.presets.dir import DirRun, MaskingConfig
 from dircluster.training import checkpoint
 
 
@@ -24,7 +25,7 @@ from dircluster.training import checkpoint
 def test_masks_cover_every_patch_or_are_refused(tokens: int, ratio: float, count: int | None, seed: int) -> None:
     masking = MaskingConfig(ratio=ratio, count=count)
     try:
-        kept = draw_masks(rng.generator(seed, "masks"), 3, tokens, masking)
+        kept = complementary_masks(random_permutations(rng.generator(seed, "masks"), 3, tokens), masking)
     except ConfigError as refusal:
         assert masking.kept(tokens) * masking.masks < tokens + masking.masks or masking.kept(tokens) == 0
         assert "masking." in str(refusal)  # noqa: PT017
@@ -69,11 +70,11 @@ def test_an_interval_holds_its_proportion(correct: int, total: int) -> None:
 
 @given(st.integers(0, 2**31), st.floats(0, 5), st.floats(0.31, 0.5), st.booleans())
 def test_configs_round_trip(seed: int, alpha: float, ratio: float, flip: bool) -> None:
-    run = RunConfig(seed=seed, masking=MaskingConfig(ratio=ratio, count=3))
+    run = DirRun(seed=seed, masking=MaskingConfig(ratio=ratio, count=3))
     run = dataclasses.replace(
         run, dir=dataclasses.replace(run.dir, alpha=alpha), data=dataclasses.replace(run.data, flip=flip)
     )
-    assert from_dict(RunConfig, to_dict(run)) == run
+    assert from_dict(DirRun, to_dict(run)) == run
 
 
 @settings(deadline=None, max_examples=60)

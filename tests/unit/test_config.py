@@ -9,18 +9,19 @@ import pytest
 
 from dircluster import config as c
 from dircluster.presets import PRESETS, preset
+from dircluster.presets import dir as d
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: c.MaskingConfig(ratio=50), "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
+        (lambda: d.MaskingConfig(ratio=50), "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
         (lambda: c.AttackConfig(epsilon=8), "attack.epsilon must lie in (0, 1), got 8; did you mean 8/255?"),
         (lambda: c.AttackConfig(epsilon=1.0), "attack.epsilon must lie in (0, 1), got 1"),
         (lambda: c.AttackConfig(norm="l2", epsilon=0), "attack.epsilon must be positive, got 0"),
         (lambda: c.AttackConfig(norm="l2", step_size=-1), "attack.step_size must be positive, got -1"),
-        (lambda: c.ModelConfig(width=10, heads=3), "model.width must be a multiple of model.heads"),
-        (lambda: c.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
+        (lambda: d.ModelConfig(width=10, heads=3), "model.width must be a multiple of model.heads"),
+        (lambda: d.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
         (lambda: c.DataConfig(name="custom"), "data.uri is missing"),
         (lambda: c.TargetConfig(architecture="resnet19"), "target.architecture must be"),
         (lambda: c.StorageConfig(uri="gs://bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
@@ -36,17 +37,17 @@ def test_a_wrong_value_is_refused_by_name(make: Any, message: str) -> None:
 
 def test_a_patch_must_divide_the_image() -> None:
     with pytest.raises(c.ConfigError, match=r"model.patch must divide data.height 32, got 3; try 2"):
-        dataclasses.replace(preset("cifar10"), model=c.ModelConfig(patch=3))
+        dataclasses.replace(preset("cifar10"), model=d.ModelConfig(patch=3))
 
 
 def test_masks_must_see_every_patch() -> None:
     with pytest.raises(c.ConfigError, match=r"leaves patches unseen .* use masking.count 4 or more"):
-        dataclasses.replace(preset("cifar10"), masking=c.MaskingConfig(ratio=0.7, count=3))
+        dataclasses.replace(preset("cifar10"), masking=d.MaskingConfig(ratio=0.7, count=3))
 
 
 def test_every_number_must_be_finite() -> None:
     with pytest.raises(c.ConfigError, match=r"dir.alpha must be finite, got inf"):
-        dataclasses.replace(preset("digits"), dir=c.DirConfig(alpha=float("inf")))
+        dataclasses.replace(preset("digits"), dir=d.DirConfig(alpha=float("inf")))
 
 
 def test_every_worker_has_an_image_of_a_batch() -> None:
@@ -92,19 +93,19 @@ def test_a_uri_with_a_password_is_refused_without_repeating_it(change: dict[str,
 
 @pytest.mark.parametrize(("ratio", "masks"), [(0.3, 2), (0.5, 2), (0.7, 4), (0.75, 4), (0.9, 10)])
 def test_the_fewest_masks_that_cover_an_image(ratio: float, masks: int) -> None:
-    assert c.MaskingConfig(ratio=ratio).masks == masks
+    assert d.MaskingConfig(ratio=ratio).masks == masks
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_a_round_trip(name: str) -> None:
     run = preset(name)
-    assert c.from_dict(c.RunConfig, c.to_dict(run)) == run
+    assert c.from_dict(d.DirRun, c.to_dict(run)) == run
     assert hash(run) == hash(preset(name))
 
 
 def test_an_unknown_field_is_named() -> None:
     with pytest.raises(c.ConfigError, match="MaskingConfig has no field rato"):
-        c.from_dict(c.RunConfig, {"masking": {"rato": 0.5}})
+        c.from_dict(d.DirRun, {"masking": {"rato": 0.5}})
 
 
 def test_identity_leaves_out_where_it_runs() -> None:

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, RunConfig
-from dircluster.defenses.base import DefendedClassifier
-from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe
+from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.gradient_masking import check_specs
 from dircluster.evaluation.suites import AttackSpec, suite
@@ -20,6 +18,7 @@ from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.models.modules import frozen
 from dircluster.presets import preset
+from dircluster.presets.dir import DirRun
 from dircluster.rng import Stream
 from dircluster.training import stages
 
@@ -35,25 +34,26 @@ def images(config: RunConfig, count: int = 4) -> tuple[torch.Tensor, torch.Tenso
     return torch.zeros(shape, device=META), torch.zeros(count, dtype=torch.int64, device=META)
 
 
-def models(config: RunConfig) -> tuple[Any, nn.Module]:
-    return stages.build_denoiser(config).to(META), stages.build_classifier(config).to(META)
+def networks(config: RunConfig) -> stages.Networks:
+    return stages.Networks(config, Parallel(0, 1, META))
+
+
+def stream() -> Stream:
+    return Stream(0, 0, 0, 4, slice(0, 4), META)
 
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
 def test_a_step_stays_on_the_device_of_its_models(stage: str, joint: bool) -> None:
     config = preset("digits_smoke")
+    assert isinstance(config, DirRun)
+    if joint and stage != "dir":
+        joint = False  # the other stages have no such mode
     knobs = dataclasses.replace(config.dir, joint=joint, crafting_masks="fresh", mse_weight=0.1)
-    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, epochs=0), dir=knobs)
-    denoiser, classifier = models(config)
-    made = {
-        "target": lambda: stages.target_stage(config, classifier),
-        "pretrain": lambda: stages.pretrain_stage(config, denoiser, classifier),
-        "dir": lambda: stages.dir_stage(config, denoiser, classifier),
-    }[stage]()
-    pictures, labels = images(config)
-    recipe = made.recipe.train()
-    losses = recipe(recipe.craft(Batch(pictures, labels, Stream(0, 0, 0, 4, slice(0, 4), META))))
+    epochs = 0 if joint else 1
+    config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, epochs=epochs), dir=knobs)
+    recipe = stages.find_stage(config, stage).recipe(networks(config)).train()
+    losses = recipe(recipe.attack(recipe.batch(*images(config), stream())))
     losses["loss"].backward()
     assert {value.device for value in losses.values()} == {META}
 
@@ -61,10 +61,9 @@ def test_a_step_stays_on_the_device_of_its_models(stage: str, joint: bool) -> No
 @pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
 def test_a_step_of_any_target_stays_on_its_device(objective: Any) -> None:
     config = preset("digits_smoke")
-    recipe = TargetRecipe(
-        models(config)[1], dataclasses.replace(config.target, objective=objective), config.attack
-    ).train()
-    losses = recipe(recipe.craft(Batch(*images(config), Stream(0, 0, 0, 4, slice(0, 4), META))))
+    target = dataclasses.replace(config.target, objective=objective)
+    recipe = TargetRecipe(networks(config)["classifier"], target, config.attack).train()
+    losses = recipe(recipe.attack(recipe.batch(*images(config), stream())))
     assert {value.device for value in losses.values()} == {META}
 
 
@@ -78,8 +77,8 @@ def cases() -> list[AttackSpec]:
 
 def test_every_attack_and_judgment_stays_on_the_device_of_its_images() -> None:
     config = preset("digits_smoke")
-    denoiser, classifier = models(config)
-    subject = VictimModel(DefendedClassifier(denoiser, classifier, config.masking), "dir")
+    made = networks(config)
+    subject = VictimModel(made.defense.defended(config, made), "dir")
     pictures, labels = images(config)
     seen = set()
     for case in cases():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dircluster import rng
+from dircluster.models.masking import random_permutations
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,11 @@ def test_every_argument_changes_the_stream() -> None:
 
 def test_workers_share_the_draws_of_one() -> None:
     whole = rng.Stream(3, 1, 2, 8, slice(0, 8), CPU)
-    for kind in (lambda s: s.uniform("u", (2, 3)), lambda s: s.normal("n", (4,)), lambda s: s.permutations("p", 9)):
+
+    def permuted(generator: torch.Generator, images: int) -> torch.Tensor:
+        return random_permutations(generator, images, 9)
+
+    for kind in (lambda s: s.uniform("u", (2, 3)), lambda s: s.normal("n", (4,)), lambda s: s.sample("p", permuted)):
         parts = [kind(rng.Stream(3, 1, 2, 8, slice(start, start + 4), CPU)) for start in (0, 4)]
         assert torch.equal(torch.cat(parts), kind(whole))
         assert torch.equal(kind(whole.narrow(2, 5)), kind(whole)[2:5])

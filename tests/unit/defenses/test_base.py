@@ -6,30 +6,31 @@ import pytest
 import torch
 
 from dircluster import rng
-from dircluster.config import DataConfig, MaskingConfig, ModelConfig
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.config import DataConfig
+from dircluster.defenses.base import Defended
+from dircluster.defenses.dir import MaskedPurifier
 from dircluster.models.classifiers import build
-from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.modules import evaluating, frozen
+from dircluster.presets.dir import MaskingConfig, ModelConfig
 
 TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 
 
 @pytest.fixture
-def defended() -> DefendedClassifier:
+def defended() -> Defended:
     with rng.seeded_torch_rng(0, "defended"):
-        denoiser, classifier = MaskedDenoiser(TINY, 1, 8, 8), build("small_cnn", DataConfig())
-    return DefendedClassifier(denoiser, classifier, MaskingConfig()).eval()
+        denoiser, classifier = MaskedPurifier(TINY, MaskingConfig(), 1, 8, 8), build("small_cnn", DataConfig())
+    return Defended(denoiser, classifier).eval()
 
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=rng.generator(0, "images"))
 
 
-def test_fresh_masks_differ_at_each_call(defended: DefendedClassifier) -> None:
+def test_fresh_masks_differ_at_each_call(defended: Defended) -> None:
     assert not torch.equal(defended(IMAGES), defended(IMAGES))
 
 
-def test_a_seeded_stream_of_fresh_masks_repeats(defended: DefendedClassifier) -> None:
+def test_a_seeded_stream_of_fresh_masks_repeats(defended: Defended) -> None:
     one, other = defended.fresh(seed=1), defended.fresh(seed=1)
     first, again = [one(IMAGES), one(IMAGES)], [other(IMAGES), other(IMAGES)]
     assert torch.equal(first[0], again[0])
@@ -38,7 +39,7 @@ def test_a_seeded_stream_of_fresh_masks_repeats(defended: DefendedClassifier) ->
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_fixed_masks_make_a_function_of_the_image_alone(defended: DefendedClassifier, draws: int) -> None:
+def test_fixed_masks_make_a_function_of_the_image_alone(defended: Defended, draws: int) -> None:
     fixed = defended.fixed(seed=5, draws=draws)
     whole = fixed(IMAGES)
     assert torch.equal(whole, fixed(IMAGES))
@@ -47,17 +48,17 @@ def test_fixed_masks_make_a_function_of_the_image_alone(defended: DefendedClassi
     assert not torch.equal(whole, defended.fixed(seed=6, draws=draws)(IMAGES))
 
 
-def test_logits_are_averaged_over_draws(defended: DefendedClassifier) -> None:
+def test_logits_are_averaged_over_draws(defended: Defended) -> None:
     averaged = defended.fresh(seed=2, draws=3)(IMAGES)
     single = defended.fresh(seed=2)
     separate = torch.stack([single(IMAGES) for _ in range(3)]).mean(dim=0)
     torch.testing.assert_close(averaged, separate)
 
 
-def test_views_share_weights_and_change_nothing(defended: DefendedClassifier) -> None:
+def test_views_share_weights_and_change_nothing(defended: Defended) -> None:
     defended = defended.fresh(seed=3)
     same = defended.fresh(seed=3)
-    views = [defended.fixed(0), defended.fixed(0, draws=2), defended.fresh(draws=3), defended.fixed(1).fresh()]
+    views = [defended.fixed(0), defended.fixed(0).averaged(2), defended.averaged(3), defended.fixed(1).fresh()]
     assert [(view.is_fixed, view.draws) for view in views] == [(True, 1), (True, 2), (False, 3), (False, 1)]
     for view in views:
         view(IMAGES)
@@ -70,11 +71,11 @@ def test_views_share_weights_and_change_nothing(defended: DefendedClassifier) ->
     fixed = defended.fixed(0)
     before = fixed(IMAGES)
     with torch.no_grad():
-        defended.denoiser.head.bias += 1  # the weights are the same ones, not copies
+        defended.purifier.head.bias += 1  # the weights are the same ones, not copies
     assert not torch.equal(fixed(IMAGES), before)
 
 
-def test_modes_come_back_whatever_happens(defended: DefendedClassifier) -> None:
+def test_modes_come_back_whatever_happens(defended: Defended) -> None:
     defended.train()
     defended.classifier.eval()
     modes = [part.training for part in defended.modules()]
@@ -89,14 +90,14 @@ def test_modes_come_back_whatever_happens(defended: DefendedClassifier) -> None:
     assert [part.training for part in defended.modules()] == modes
 
 
-def test_global_random_state_is_left_alone(defended: DefendedClassifier) -> None:
+def test_global_random_state_is_left_alone(defended: Defended) -> None:
     before = torch.random.get_rng_state()
     defended.fresh()(IMAGES)
     defended.fixed(0)(IMAGES)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_frozen_gives_back_what_it_took(defended: DefendedClassifier) -> None:
+def test_frozen_gives_back_what_it_took(defended: Defended) -> None:
     defended.classifier.requires_grad_(False)
     asked = [p.requires_grad for p in defended.parameters()]
     with frozen(defended):

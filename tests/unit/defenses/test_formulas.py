@@ -11,22 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.config import AttackConfig, DataConfig, DirConfig, MaskingConfig, ModelConfig, TargetConfig
-from dircluster.defenses.dir import DirRecipe, PretrainRecipe
+from dircluster.config import AttackConfig, DataConfig, TargetConfig
+from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe, mart_terms
 from dircluster.models.classifiers import build
-from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.modules import under_attack
+from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
 
 MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 ATTACK = AttackConfig(epsilon=0.1, steps=3)
 MakeBatch = Callable[..., Batch]
 
 
-def parts() -> tuple[MaskedDenoiser, nn.Module]:
+def parts(ratio: float = 0.5) -> tuple[MaskedPurifier, nn.Module]:
     with rng.seeded_torch_rng(0, "parts"):
-        return MaskedDenoiser(MODEL, 1, 8, 8), build("small_cnn", DataConfig())
+        return MaskedPurifier(MODEL, MaskingConfig(ratio=ratio), 1, 8, 8), build("small_cnn", DataConfig())
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -48,15 +48,15 @@ def mean(values: list[float]) -> float:
 
 
 def test_eq_2_pretraining(make_batch: MakeBatch) -> None:
-    denoiser, classifier = parts()
-    recipe = PretrainRecipe(denoiser, classifier, MaskingConfig(ratio=0.7), ATTACK)
-    batch = recipe.craft(make_batch())
-    terms = recipe(batch)
+    denoiser, classifier = parts(ratio=0.7)
+    recipe = PretrainRecipe(denoiser, classifier, ATTACK)
+    batch = recipe.attack(make_batch(recipe))
+    terms, kept = recipe(batch), denoiser.masks(batch.draws["masks"])
     errors: dict[str, list[float]] = {"natural": [], "adversarial": []}
     for name, images in (("natural", batch.images), ("adversarial", batch.adversarial)):
         for k in range(4):
             for n in range(4):
-                restored = denoiser.restore_each(images[n : n + 1], batch.kept[k : k + 1, n : n + 1])[0, 0]
+                restored = denoiser.restore_each(images[n : n + 1], kept[k : k + 1, n : n + 1])[0, 0]
                 errors[name] += [((restored - batch.images[n]).double() ** 2).sum().item() / 64]
     assert terms["natural"].item() == pytest.approx(mean(errors["natural"]), rel=1e-5)
     assert terms["adversarial"].item() == pytest.approx(mean(errors["adversarial"]), rel=1e-5)
@@ -65,21 +65,22 @@ def test_eq_2_pretraining(make_batch: MakeBatch) -> None:
 
 def test_pretraining_attacks_the_target_alone(make_batch: MakeBatch) -> None:
     denoiser, classifier = parts()
-    recipe = PretrainRecipe(denoiser, classifier, MaskingConfig(), ATTACK)
+    recipe = PretrainRecipe(denoiser, classifier, ATTACK)
     with torch.no_grad():
-        first = recipe.craft(make_batch()).adversarial
+        first = recipe.attack(make_batch(recipe)).adversarial
         for parameter in denoiser.parameters():
             parameter.mul_(2)
-    assert torch.equal(first, recipe.craft(make_batch()).adversarial)
+    assert torch.equal(first, recipe.attack(make_batch(recipe)).adversarial)
 
 
 @pytest.mark.parametrize(("alpha", "mse"), [(2.0, 0.0), (0.5, 3.0)])
 def test_eq_5_to_7(make_batch: MakeBatch, alpha: float, mse: float) -> None:
     denoiser, classifier = parts()
-    recipe = DirRecipe(denoiser, classifier, DirConfig(alpha=alpha, mse_weight=mse), MaskingConfig(), ATTACK)
-    batch = recipe.craft(make_batch())
+    recipe = DirRecipe(denoiser, classifier, DirConfig(alpha=alpha, mse_weight=mse), ATTACK)
+    batch = recipe.attack(make_batch(recipe))
     terms = recipe(batch)
-    each = torch.stack([denoiser.restore_each(batch.adversarial, batch.kept[k : k + 1])[0] for k in range(2)])
+    kept = denoiser.masks(batch.draws["masks"])
+    each = torch.stack([denoiser.restore_each(batch.adversarial, kept[k : k + 1])[0] for k in range(2)])
     restored = each.sum(dim=0) / 2  # Eq. 5, second line
     delta = recipe.perturb(batch, restored.detach(), classifier(restored).detach())
     p, q = rows(classifier(restored)), rows(classifier(restored + delta))
@@ -97,8 +98,8 @@ def test_eq_5_to_7(make_batch: MakeBatch, alpha: float, mse: float) -> None:
 
 def test_both_terms_of_dir_teach_the_denoiser_and_delta_is_constant(make_batch: MakeBatch) -> None:
     denoiser, classifier = parts()
-    recipe = DirRecipe(denoiser, classifier, DirConfig(), MaskingConfig(), ATTACK)
-    batch = recipe.craft(make_batch())
+    recipe = DirRecipe(denoiser, classifier, DirConfig(), ATTACK)
+    batch = recipe.attack(make_batch(recipe))
     for term in ("adversarial", "representation"):
         denoiser.zero_grad()
         recipe(batch)[term].backward()
@@ -110,18 +111,19 @@ def test_both_terms_of_dir_teach_the_denoiser_and_delta_is_constant(make_batch: 
 
 def test_dir_crafts_against_the_whole_pipeline_under_the_shared_masks(make_batch: MakeBatch) -> None:
     denoiser, classifier = parts()
-    recipe = DirRecipe(denoiser, classifier, DirConfig(), MaskingConfig(), ATTACK)
-    batch = make_batch()
-    crafted = recipe.craft(batch)
-    x = (batch.images + 0.1 * (2 * batch.stream.uniform("pgd", (1, 8, 8)) - 1)).clamp(0, 1)
+    recipe = DirRecipe(denoiser, classifier, DirConfig(), ATTACK)
+    batch = make_batch(recipe)
+    crafted = recipe.attack(batch)
+    x = (batch.images + 0.1 * (2 * batch.draws["pgd"] - 1)).clamp(0, 1)
     for _ in range(3):
         x.requires_grad_(True)
-        loss = nn.functional.cross_entropy(recipe.predict(x, crafted.kept), batch.labels, reduction="sum")
+        loss = nn.functional.cross_entropy(recipe.predict(x, batch.draws["masks"]), batch.labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)
         x = torch.clamp(x.detach() + 0.025 * gradient.sign(), batch.images - 0.1, batch.images + 0.1).clamp(0, 1)
     torch.testing.assert_close(crafted.adversarial, x)
-    fresh = DirRecipe(denoiser, classifier, DirConfig(crafting_masks="fresh"), MaskingConfig(), ATTACK).craft(batch)
-    assert torch.equal(fresh.kept, crafted.kept)
+    other = DirRecipe(denoiser, classifier, DirConfig(crafting_masks="fresh"), ATTACK)
+    fresh = other.attack(make_batch(other))
+    assert torch.equal(fresh.draws["masks"], batch.draws["masks"])
     assert not torch.equal(fresh.adversarial, crafted.adversarial)
 
 
@@ -129,16 +131,16 @@ def test_the_frozen_target_stays_as_it_is(make_batch: MakeBatch) -> None:
     denoiser, _ = parts()
     target = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 10))
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    recipe = DirRecipe(denoiser, target, DirConfig(), MaskingConfig(), ATTACK).train()
-    recipe(recipe.craft(make_batch()))["loss"].backward()
+    recipe = DirRecipe(denoiser, target, DirConfig(), ATTACK).train()
+    recipe(recipe.attack(make_batch(recipe)))["loss"].backward()
     assert not target.training
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
 def test_joint_mode_teaches_both(make_batch: MakeBatch) -> None:
     denoiser, classifier = parts()
-    recipe = DirRecipe(denoiser, classifier, DirConfig(joint=True, alpha=1), MaskingConfig(), ATTACK).train()
-    recipe(recipe.craft(make_batch()))["loss"].backward()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(joint=True, alpha=1), ATTACK).train()
+    recipe(recipe.attack(make_batch(recipe)))["loss"].backward()
     for module in (denoiser, classifier):
         assert all(p.grad is not None for p in module.parameters())
     assert classifier.training
@@ -146,10 +148,10 @@ def test_joint_mode_teaches_both(make_batch: MakeBatch) -> None:
 
 def test_adversarial_and_natural_training(make_batch: MakeBatch) -> None:
     _, classifier = parts()
-    batch = make_batch()
     for objective in ("natural", "at"):
         recipe = TargetRecipe(classifier, TargetConfig(objective=objective), ATTACK)  # type: ignore[arg-type]
-        crafted = recipe.craft(batch)
+        batch = make_batch(recipe)
+        crafted = recipe.attack(batch)
         images = batch.images if objective == "natural" else crafted.adversarial
         p = rows(classifier(images))
         expected = -mean([math.log(p[i][y]) for i, y in enumerate(batch.labels.tolist())])
@@ -159,7 +161,7 @@ def test_adversarial_and_natural_training(make_batch: MakeBatch) -> None:
 def test_trades(make_batch: MakeBatch) -> None:
     _, classifier = parts()
     recipe = TargetRecipe(classifier, TargetConfig(objective="trades"), ATTACK)
-    batch = recipe.craft(make_batch())
+    batch = recipe.attack(make_batch(recipe))
     p, q = rows(classifier(batch.images)), rows(classifier(batch.adversarial))
     natural = -mean([math.log(p[i][y]) for i, y in enumerate(batch.labels.tolist())])
     divergence = mean([kl(a, b) for a, b in zip(p, q, strict=True)])
@@ -184,7 +186,7 @@ def test_mart(make_batch: MakeBatch) -> None:
     assert divergence.item() == pytest.approx(mean(weighted), rel=1e-5)
     _, classifier = parts()
     recipe = TargetRecipe(classifier, TargetConfig(objective="mart"), ATTACK)
-    terms = recipe(recipe.craft(make_batch()))
+    terms = recipe(recipe.attack(make_batch(recipe)))
     assert terms["loss"].item() == pytest.approx((terms["boosted"] + 5 * terms["divergence"]).item())
 
 
@@ -210,9 +212,9 @@ def test_crafting_restores_modes(make_batch: MakeBatch) -> None:
 def test_a_dir_step_passes_six_times_through_g_and_twelve_times_through_h(make_batch: MakeBatch) -> None:
     """At the paper's setting: 5 crafting steps, 5 perturbing steps, one update."""
     denoiser, classifier = parts()
-    recipe = DirRecipe(denoiser, classifier, DirConfig(), MaskingConfig(), dataclasses.replace(ATTACK, steps=5)).train()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(), dataclasses.replace(ATTACK, steps=5)).train()
     calls = {"denoiser": 0, "classifier": 0}
     for name in calls:
         recipe.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
-    recipe(recipe.craft(make_batch()))["loss"].backward()
+    recipe(recipe.attack(make_batch(recipe)))["loss"].backward()
     assert calls == {"denoiser": 6, "classifier": 12}

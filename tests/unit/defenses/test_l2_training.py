@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import AttackConfig, DataConfig, DirConfig, MaskingConfig, ModelConfig, TargetConfig
-from dircluster.defenses.dir import DirRecipe, PretrainRecipe
+from dircluster.config import AttackConfig, DataConfig, TargetConfig
+from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.defenses.target import TargetRecipe
 from dircluster.models.classifiers import build
-from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
 
 ATTACK = AttackConfig(norm="l2", epsilon=1.2, steps=3)
 MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
@@ -27,11 +27,11 @@ TARGETS = {
 
 def recipe(name: str) -> Recipe:
     with rng.seeded_torch_rng(0, "parts"):
-        denoiser, classifier = MaskedDenoiser(MODEL, 1, 8, 8), build("small_cnn", DataConfig())
+        denoiser, classifier = MaskedPurifier(MODEL, MaskingConfig(), 1, 8, 8), build("small_cnn", DataConfig())
     if name == "dir":
-        return DirRecipe(denoiser, classifier, DirConfig(perturb_steps=4), MaskingConfig(), ATTACK)
+        return DirRecipe(denoiser, classifier, DirConfig(perturb_steps=4), ATTACK)
     if name == "pretrain":
-        return PretrainRecipe(denoiser, classifier, MaskingConfig(), ATTACK)
+        return PretrainRecipe(denoiser, classifier, ATTACK)
     return TargetRecipe(classifier, TARGETS[name], ATTACK)
 
 
@@ -42,7 +42,7 @@ def lengths(moved: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [*TARGETS, "pretrain", "dir"])
 def test_samples_lie_in_the_ball_and_use_it(name: str, make_batch: Callable[..., Batch]) -> None:
     made = recipe(name)
-    batch = made.craft(make_batch())
+    batch = made.attack(make_batch(made))
     assert batch.adversarial is not None
     moved = batch.adversarial - batch.images
     assert lengths(moved).max() <= 1.2 + 1e-5
@@ -58,10 +58,9 @@ def test_samples_lie_in_the_ball_and_use_it(name: str, make_batch: Callable[...,
 def test_the_perturbation_of_dir_lies_in_the_ball(make_batch: Callable[..., Batch]) -> None:
     made = recipe("dir")
     assert isinstance(made, DirRecipe)
-    batch = made.craft(make_batch())
+    batch = made.attack(make_batch(made))
     assert batch.adversarial is not None
-    assert batch.kept is not None
-    restored = made.restore(batch.adversarial, batch.kept).detach()
+    restored = made.denoiser(batch.adversarial, batch.draws["masks"]).detach()
     delta = made.perturb(batch, restored, made.classifier(restored).detach())
     assert lengths(delta).max() <= 1.2 + 1e-5
     assert lengths(delta).min() > 1.0  # 4 steps of 2.5 * 1.2 / 4 reach the surface

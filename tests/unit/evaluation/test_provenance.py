@@ -12,7 +12,8 @@ import pytest
 from torch import Tensor, nn
 
 from dircluster.config import EvaluationConfig
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.base import Defended
+from dircluster.defenses.dir import DEFENSE
 from dircluster.distributed.deterministic import GlobalBatchNorm2d
 from dircluster.evaluation import evaluation, provenance
 from dircluster.evaluation.session import evaluate
@@ -20,7 +21,6 @@ from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.suites import AttackSpec
 from dircluster.evaluation.victim import VictimModel
 from dircluster.presets import preset
-from dircluster.training import stages
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def forget() -> None:
     provenance._source.cache_clear()
 
 
-def defense() -> DefendedClassifier:
+def defense() -> Defended:
     run = preset("digits_smoke")
-    return DefendedClassifier(stages.build_denoiser(run), stages.build_classifier(run), run.masking)
+    return DEFENSE.defended(run, {name: DEFENSE.build(run, name) for name in ("denoiser", "classifier")})
 
 
 def digests() -> dict[str, str]:
@@ -65,17 +65,18 @@ OF_DIR = {name for name in EVERY if name.startswith("dir")}
     [
         ("attacks/masked.py", "X = 1", {"dir masked", "plain masked"}),
         ("attacks/autoattack.py", "X = 1", {"dir autoattack", "plain autoattack"}),
-        ("attacks/gradient.py", "X = 1", {name for name in EVERY if "natural" not in name}),
-        ("models/denoiser.py", "X = 1", OF_DIR),
+        ("attacks/gradient.py", "X = 1", EVERY - {"plain natural"}),
+        ("models/masked_vit.py", "X = 1", OF_DIR),
+        ("defenses/dir.py", "X = 1", OF_DIR),
         ("models/masking.py", "X = 1", OF_DIR),
-        ("evaluation/subject.py", "X = 1", EVERY),
+        ("evaluation/victim.py", "X = 1", EVERY),
         ("rng.py", "X = 1", EVERY),
         ("rng.py", "# said otherwise", set()),
         ("rng.py", '"""Said otherwise."""', set()),
-        ("recipes/dir.py", "X = 1", set()),
+        ("defenses/hgd.py", "X = 1", set()),
         ("evaluation/suites.py", "X = 1", set()),
-        ("config.py", "class DirConfig: pass", set()),
-        ("config.py", "class MaskingConfig: pass", OF_DIR),
+        ("presets/dir.py", "class PretrainConfig: pass", set()),
+        ("presets/dir.py", "class MaskingConfig: pass", OF_DIR),
     ],
 )
 def test_an_edit_voids_what_the_code_found(copy: Path, file: str, change: str, voided: set[str]) -> None:

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import dircluster
-from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig, with_values
 from dircluster.data.sources import load
-from dircluster.defenses.base import DefendedClassifier
+from dircluster.defenses.base import Defended
+from dircluster.defenses.dir import DEFENSE
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
 from dircluster.evaluation.evaluation import EvalShard
 from dircluster.evaluation.html_report import robustbench_entry, write_report
 from dircluster.evaluation.model_card import markdown_table
 from dircluster.evaluation.pictures import to_pixels
-from dircluster.evaluation.published import published
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.session import EvaluationReport, evaluate
 from dircluster.evaluation.statistics import wilson_interval
@@ -31,7 +31,6 @@ from dircluster.evaluation.suites import AttackSpec, how, suite
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import frozen
 from dircluster.presets import preset
-from dircluster.training import stages
 from dircluster.training.validation import restoration_grid
 from tests.unit.evaluation.conftest import EPSILON
 
@@ -48,9 +47,10 @@ def test_wilson_interval() -> None:
 
 
 @pytest.fixture(scope="module")
-def defense(at_model: nn.Module) -> DefendedClassifier:
+def defense(at_model: nn.Module) -> Defended:
     run = preset("digits_smoke")
-    return DefendedClassifier(stages.build_denoiser(run), at_model, run.masking)
+    networks = {"denoiser": DEFENSE.build(run, "denoiser"), "classifier": at_model}
+    return DEFENSE.defended(run, networks)
 
 
 def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick", **more: Any) -> EvaluationReport:
@@ -82,7 +82,7 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
     ],
 )
 def test_a_suite_runs_whole_on_a_defense(
-    defense: DefendedClassifier, digits: tuple[Tensor, Tensor], name: str, rows: str
+    defense: Defended, digits: tuple[Tensor, Tensor], name: str, rows: str
 ) -> None:
     found = judged(defense, digits, name)
     assert ", ".join(f"{r.defense} {r.attack} {r.randomness}" for r in found.rows) == rows
@@ -103,7 +103,7 @@ def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[T
 
 
 def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
-    defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
+    defense: Defended, digits: tuple[Tensor, Tensor]
 ) -> None:
     rows = {(r.attack, r.randomness): r for r in judged(defense, digits).rows if r.defense == "dir"}
     fixed, fresh = rows["pgd3", "fixed"], rows["pgd3", "fresh"]
@@ -122,7 +122,7 @@ def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
 
 
 def test_averaged_logits_and_their_gradients_do_not_depend_on_the_bound_of_rows(
-    defense: DefendedClassifier, digits: tuple[Tensor, Tensor]
+    defense: Defended, digits: tuple[Tensor, Tensor]
 ) -> None:
     victim, images, found = VictimModel(defense, "dir"), digits[0][:4], []
     for most in (None, 8, 4):
@@ -135,9 +135,9 @@ def test_averaged_logits_and_their_gradients_do_not_depend_on_the_bound_of_rows(
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-4)
 
 
-def test_modes_that_would_be_ignored_are_refused(defense: DefendedClassifier, digits: tuple[Tensor, Tensor]) -> None:
+def test_modes_that_would_be_ignored_are_refused(defense: Defended, digits: tuple[Tensor, Tensor]) -> None:
     for made in (defense.fixed(3), defense.fresh(draws=4)):
-        with pytest.raises(ConfigError, match="give it with fresh masks"):
+        with pytest.raises(ConfigError, match="give it with fresh draws"):
             judged(made, digits)
     wrapped = nn.Sequential(defense.fresh())
     with pytest.raises(ConfigError, match="a random stream of its own"):
@@ -222,7 +222,7 @@ class Stopped(Exception):
 
 
 def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
-    defense: DefendedClassifier, digits: tuple[Tensor, Tensor], tmp_path: Path
+    defense: Defended, digits: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     whole = judged(defense, digits)
     seen: list[str] = []
@@ -247,7 +247,7 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     assert all(not name.startswith("/") for name in seen)
 
 
-def test_results_survive_json(defense: DefendedClassifier, digits: tuple[Tensor, Tensor]) -> None:
+def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) -> None:
     found = judged(defense, digits)
     rows = to_plain(found.rows)
     assert json.loads(json.dumps(found.to_plain())) == found.to_plain()
@@ -330,7 +330,7 @@ def test_the_verdict_from_known_accuracies() -> None:
 
 
 def test_the_report_stands_alone(
-    defense: DefendedClassifier, at_model: nn.Module, digits: tuple[Tensor, Tensor], smoke: RunConfig, tmp_path: Path
+    defense: Defended, at_model: nn.Module, digits: tuple[Tensor, Tensor], smoke: RunConfig, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(smoke, name="<b>bold", evaluation=FEW)
     found = judged(defense, digits, "paper", verdict=True)
@@ -358,11 +358,13 @@ def test_the_report_stands_alone(
 
 
 def test_published_numbers_stand_beside_their_rows() -> None:
-    assert published("cifar10", {"defense": "dir", "attack": "pgd20"}) == 54.27
-    assert published("cifar10", {"defense": "dir", "attack": "bpda40-eot20"}) == 52.09
-    assert published("svhn", {"defense": "none", "attack": "autoattack-standard"}) == 45.16
-    assert published("digits", {"defense": "dir", "attack": "pgd20"}) is None
-    assert published("cifar10", {"defense": "dir", "attack": "square"}) is None
+    assert preset("cifar10").printed["dir"]["pgd20"] == 54.27
+    assert preset("cifar10").printed["dir"]["bpda40"] == 52.09
+    assert preset("svhn").printed["none"]["autoattack-standard"] == 45.16
+    assert preset("digits").printed == {}
+    assert "square" not in preset("cifar10").printed["dir"]
+    other = with_values(preset("cifar10"), {"masking.ratio": 0.3})
+    assert other.printed == {}
 
 
 def test_a_suite_without_randomness_has_no_draws() -> None:
@@ -375,8 +377,10 @@ def test_a_suite_without_randomness_has_no_draws() -> None:
 
 
 def test_pictures(smoke: RunConfig) -> None:
-    recipe = stages.dir_stage(smoke, stages.build_denoiser(smoke), stages.build_classifier(smoke)).recipe
-    grid = restoration_grid(recipe, load(smoke.data, 0).held_out, smoke, torch.device("cpu"), images=4)
+    networks = {name: DEFENSE.build(smoke, name) for name in ("denoiser", "classifier")}
+    grid = restoration_grid(
+        DEFENSE.defended(smoke, networks), load(smoke.data, 0).held_out, smoke, torch.device("cpu"), images=4
+    )
     assert grid.shape == (5, 4, 1, 8, 8)
     assert (grid[1] - grid[0]).abs().max() <= 0.15 + 1e-6
     masked = grid[2] == 0

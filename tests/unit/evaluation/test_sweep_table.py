@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from dircluster.config import with_values
-from dircluster.evaluation.published import published_ablation
 from dircluster.evaluation.sweep_table import PAPER, Trial, accuracies, best, by_point, figure, table
 from dircluster.presets import preset
 
@@ -78,7 +77,7 @@ def test_the_papers_numbers_stand_beside_ours_on_its_data() -> None:
     run = preset("cifar10")
     lines = table(
         by_point([trial(ratio, 0, 0.5, 0.5, "masking.ratio") for ratio in (0.3, 0.5, 0.6)]),
-        lambda settings: published_ablation(with_values(run, settings)),
+        lambda settings: with_values(run, settings).printed_ablation(),
     )
     assert [line[PAPER] for line in lines] == ["87.34 / 49.63", "85.11 / 54.27", ""]
 
@@ -86,14 +85,14 @@ def test_the_papers_numbers_stand_beside_ours_on_its_data() -> None:
 def test_the_papers_numbers_are_those_of_its_settings_alone() -> None:
     run = preset("cifar10")
     anywhere = {"seed": 3, "data.uri": "/data", "evaluation.suite": "paper"}
-    assert published_ablation(with_values(run, anywhere)) == (85.11, 54.27)
-    assert published_ablation(preset("svhn")) == (90.79, 55.3)
-    assert published_ablation(with_values(run, {"model.encoder_depth": 4})) == (84.21, 49.97)
-    assert published_ablation(with_values(run, {"model.decoder_depth": 4, "model.encoder_depth": 12})) == (85.37, 54.32)
-    assert published_ablation(with_values(run, {"model.encoder_depth": 4, "dir.alpha": 5.0})) is None
-    assert published_ablation(with_values(preset("svhn"), {"masking.ratio": 0.3})) is None
+    assert with_values(run, anywhere).printed_ablation() == (85.11, 54.27)
+    assert preset("svhn").printed_ablation() == (90.79, 55.3)
+    assert with_values(run, {"model.encoder_depth": 4}).printed_ablation() == (84.21, 49.97)
+    assert with_values(run, {"model.decoder_depth": 4, "model.encoder_depth": 12}).printed_ablation() == (85.37, 54.32)
+    assert with_values(run, {"model.encoder_depth": 4, "dir.alpha": 5.0}).printed_ablation() is None
+    assert with_values(preset("svhn"), {"masking.ratio": 0.3}).printed_ablation() is None
     for name in ("cifar10_smoke", "cifar10_joint", "digits"):
-        assert published_ablation(preset(name)) is None
+        assert preset(name).printed_ablation() is None
 
 
 @pytest.mark.parametrize(

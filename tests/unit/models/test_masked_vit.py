@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import MaskingConfig, ModelConfig
 from dircluster.models.masked_vit import MaskedDenoiser, patchify, unpatchify
-from dircluster.models.masking import draw_masks
+from dircluster.models.masking import complementary_masks, random_permutations
+from dircluster.presets.dir import MaskingConfig, ModelConfig
 
 TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=2, decoder_depth=1)
 
@@ -77,7 +77,7 @@ def test_it_is_the_definition(ratio: float, masks: int) -> None:
         for parameter in g.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng.generator(1, "p"), dtype=torch.float64))
         images = torch.rand(3, 3, 8, 8, generator=rng.generator(0, "x"), dtype=torch.float64)
-        kept = draw_masks(rng.generator(0, "m"), 3, 16, MaskingConfig(ratio=ratio))
+        kept = complementary_masks(random_permutations(rng.generator(0, "m"), 3, 16), MaskingConfig(ratio=ratio))
         each = g.restore_each(images, kept)
         for k in range(masks):
             for n in range(3):
@@ -97,7 +97,7 @@ def test_the_papers_size() -> None:
 def test_only_kept_pixels_matter() -> None:
     g = make().eval()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    kept = draw_masks(rng.generator(0, "m"), 2, 16, MaskingConfig())[:1]
+    kept = complementary_masks(random_permutations(rng.generator(0, "m"), 2, 16), MaskingConfig())[:1]
     images.requires_grad_(True)
     g.restore_each(images, kept).square().sum().backward()
     moved = patchify(images.grad, 2).abs().sum(dim=2) > 0
@@ -110,7 +110,7 @@ def test_only_kept_pixels_matter() -> None:
 def test_any_size_and_channels(head: Any, channels: int, height: int, width: int) -> None:
     config = ModelConfig(patch=2, width=24, heads=2, encoder_depth=1, decoder_depth=1, head=head)
     g = make(config, channels, height, width)
-    kept = draw_masks(rng.generator(0, "m"), 2, g.tokens, MaskingConfig(ratio=0.7))
+    kept = complementary_masks(random_permutations(rng.generator(0, "m"), 2, g.tokens), MaskingConfig(ratio=0.7))
     assert g(torch.rand(2, channels, height, width, dtype=torch.float64), kept).shape == (2, channels, height, width)
 
 
@@ -124,7 +124,7 @@ def test_token_mixing_mixes_all_tokens() -> None:
 
 def test_every_parameter_learns() -> None:
     g = make()
-    kept = draw_masks(rng.generator(0, "m"), 2, 16, MaskingConfig())
+    kept = complementary_masks(random_permutations(rng.generator(0, "m"), 2, 16), MaskingConfig())
     g(torch.rand(2, 3, 8, 8, dtype=torch.float64), kept).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in g.parameters())
 

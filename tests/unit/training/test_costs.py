@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from dircluster.defenses.recipe import Batch
+from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.rng import Stream
 from dircluster.training import costs, stages
@@ -22,17 +22,17 @@ def test_what_is_counted_without_computing_is_what_is_computed(stage: str) -> No
             pretrain=dataclasses.replace(config.pretrain, epochs=0),
             dir=dataclasses.replace(config.dir, joint=True),
         )
-    denoiser, classifier = stages.build_denoiser(config), stages.build_classifier(config)
-    made = {
-        "target": lambda: stages.target_stage(config, classifier),
-        "pretrain": lambda: stages.pretrain_stage(config, denoiser, classifier),
-    }.get(stage, lambda: stages.dir_stage(config, denoiser, classifier))()
+    name = "dir" if stage == "joint" else stage
+    networks = stages.Networks(config, Parallel(0, 1, torch.device("cpu")))
     images = config.training.batch_size
-    recipe, stream = made.recipe.train(), Stream(0, 0, 0, images, slice(0, images), torch.device("cpu"))
-    batch = Batch(torch.rand(images, 1, 8, 8), torch.zeros(images, dtype=torch.int64), stream)
+    recipe, stream = (
+        stages.find_stage(config, name).recipe(networks).train(),
+        Stream(0, 0, 0, images, slice(0, images), torch.device("cpu")),
+    )
+    batch = recipe.batch(torch.rand(images, 1, 8, 8), torch.zeros(images, dtype=torch.int64), stream)
     with costs.counting() as computed:
-        recipe(recipe.craft(batch))["loss"].backward()
-    assert costs.step_operations(config, "dir" if stage == "joint" else stage) == computed.total > 0
+        recipe(recipe.attack(batch))["loss"].backward()
+    assert costs.step_operations(config, name) == computed.total > 0
 
 
 def test_a_backward_pass_of_attention_is_twice_its_forward() -> None:
@@ -54,7 +54,7 @@ def test_the_papers_dir_step(monkeypatch: pytest.MonkeyPatch) -> None:
     linear += masks * 2 * tokens * width * 12  # head
     attention = masks * 4 * width * (8 * (kept + 1) ** 2 + 2 * (tokens + 1) ** 2)
     found = costs.count(config)
-    assert found.denoiser_forward == linear + attention
+    assert found.purifier_forward == linear + attention
     step = costs.step_operations(config, "dir") / config.training.batch_size
     assert step == pytest.approx(13 * linear + 18 * attention + 24 * found.target_forward, rel=1e-3)
     assert step / 1e9 == pytest.approx(69.6, abs=0.05)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import dircluster
 from dircluster.config import ConfigError, RunConfig
+from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
-from dircluster.training import stages
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 
@@ -42,7 +42,7 @@ def test_a_finished_defense_loads_and_classifies(smoke: RunConfig) -> None:
 
 
 def test_given_targets(smoke: RunConfig, tmp_path: Path) -> None:
-    classifier = stages.build_classifier(dataclasses.replace(smoke, seed=5))
+    classifier = find_defense("dir").build(dataclasses.replace(smoke, seed=5), "classifier")
     save_file(classifier.state_dict(), tmp_path / "whole.safetensors")
     save_file(classifier.network.state_dict(), tmp_path / "bare.safetensors")
     outcomes = [run(given(smoke, tmp_path / f"{name}.safetensors")) for name in ("whole", "bare")]
@@ -54,7 +54,7 @@ def test_given_targets(smoke: RunConfig, tmp_path: Path) -> None:
 
 def test_targets_that_do_not_fit_are_one_line(smoke: RunConfig, tmp_path: Path) -> None:
     seven = dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, classes=7))
-    save_file(stages.build_classifier(seven).state_dict(), tmp_path / "seven.safetensors")
+    save_file(find_defense("dir").build(seven, "classifier").state_dict(), tmp_path / "seven.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:-100])
     for name, message in {

@@ -8,7 +8,7 @@ import pytest
 
 from dircluster.config import LATER_FIELDS, AttackConfig, as_hashed, flatten, to_dict, with_values
 from dircluster.presets import PRESETS, preset
-from dircluster.training.stages import stage_key, stage_settings
+from dircluster.training.stages import find_stage, stage_key, stage_settings
 
 INPUTS: dict[str, str | None] = {"data": "0" * 64}
 KEYS = {  # computed at d27d5de, before there were other norms than linf
@@ -33,15 +33,15 @@ KEYS = {  # computed at d27d5de, before there were other norms than linf
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, keys in KEYS.items() for stage in keys])
 def test_stages_stored_by_earlier_versions_are_found(name: str, stage: str) -> None:
-    assert stage_key(preset(name), stage, INPUTS) == KEYS[name][stage]
+    assert stage_key(preset(name), find_stage(preset(name), stage), INPUTS) == KEYS[name][stage]
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
 def test_another_norm_is_another_stage(stage: str) -> None:
     run = preset("digits")
     other = replace(run, attack=replace(run.attack, norm="l2", step_size=run.attack.step))
-    assert stage_key(other, stage, INPUTS) != stage_key(run, stage, INPUTS)
-    assert flatten(stage_settings(run, stage))["attack.norm"] == "linf"  # what MLflow shows is whole
+    assert stage_key(other, find_stage(other, stage), INPUTS) != stage_key(run, find_stage(run, stage), INPUTS)
+    assert flatten(stage_settings(run, find_stage(run, stage)))["attack.norm"] == "linf"  # what MLflow shows is whole
 
 
 def test_only_defaults_of_later_settings_are_left_out() -> None:

@@ -204,10 +204,10 @@ def make_trainer(config: RunConfig, folder: Path) -> Trainer:
     from dircluster.training.protocols import NoRecord
 
     data = load(config.data, config.seed)
-    denoiser, classifier = stages.build_denoiser(config), stages.build_classifier(config)
-    stage = stages.dir_stage(config, denoiser, classifier)
+    stage = stages.find_stage(config, "dir")
+    recipe = stage.recipe(stages.Networks(config, ALONE))
     loader = Loader(data.train, config.training.batch_size, config.seed, "dir")
-    return Trainer(stage, loader, data.held_out, config, ALONE, Checkpoints(folder, "k"), NoRecord(), Quiet())
+    return Trainer(stage, recipe, loader, data.held_out, config, ALONE, Checkpoints(folder, "k"), NoRecord(), Quiet())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

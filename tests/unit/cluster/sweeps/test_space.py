@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dircluster.cluster.sweeps.space import Space, fitted, load_space, settings_text
-from dircluster.config import ConfigError, to_dict
-from dircluster.presets import preset
+from dircluster.config import ConfigError
+from dircluster.presets import preset, run_to_plain
 
 SPACES = Path(__file__).parents[4] / "tune_spaces"
 DEPTHS = [(4, 1), (4, 2), (6, 1), (6, 2), (8, 2), (12, 4)]
@@ -94,7 +94,7 @@ def test_stages_that_trials_share_are_trained_once(file: str, search: bool, shar
     from dircluster.cluster.sweeps.sweep import shared_stages
     from dircluster.cluster.sweeps.trial import Plan
 
-    plan, space = Plan(to_dict(preset("digits")), None, (0, 1), {}), load_space(SPACES / f"{file}.py")
+    plan, space = Plan(run_to_plain(preset("digits")), None, (0, 1), {}), load_space(SPACES / f"{file}.py")
     found = shared_stages(plan, fitted(space, preset("digits"), search))
     assert {until: len(tasks) for until, tasks in found} == shared
     assert all(task.until == until for until, tasks in found for task in tasks)
