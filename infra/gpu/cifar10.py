@@ -38,26 +38,18 @@ from torch.utils.flop_counter import flop_registry
 import dircluster
 from dircluster.attacks.gradient import cross_entropy, pgd, projected_ascent, value_and_grad
 from dircluster.attacks.threat import LInf
-from dircluster.config import (
-    AttackConfig,
-    DataConfig,
-    DirConfig,
-    EvaluationConfig,
-    MaskingConfig,
-    ModelConfig,
-    TargetConfig,
-)
+from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, TargetConfig
 from dircluster.data.augment import crop
 from dircluster.data.sources import load
 from dircluster.data.split import Split
-from dircluster.defenses.base import DefendedClassifier
-from dircluster.defenses.dir import DirRecipe, PretrainRecipe
+from dircluster.defenses.base import Defended
+from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe
-from dircluster.models import classifiers, masking
+from dircluster.models import classifiers
 from dircluster.models.classifiers import BasicBlock, check_classes
-from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.modules import frozen, under_attack
+from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
 
 EPSILON = 8 / 255
 DATA = DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True)
@@ -74,7 +66,7 @@ def say(text: str) -> None:
 
 
 class Draws:
-    """What recipes draw from, on the device: uniform, normal and permutations of (rows, *shape)."""
+    """What recipes draw from, on the device: one row an image."""
 
     def __init__(self, generator: torch.Generator, rows: int) -> None:
         self.generator, self.rows = generator, rows
@@ -87,9 +79,9 @@ class Draws:
         """Standard normal."""
         return torch.randn((self.rows, *shape), generator=self.generator, device=self.generator.device)
 
-    def permutations(self, purpose: str, length: int) -> Tensor:
-        """A permutation of ``length`` a row."""
-        return self.uniform(purpose, (length,)).argsort(dim=1)
+    def sample(self, purpose: str, draw: Callable[[torch.Generator, int], Tensor | None]) -> Tensor | None:
+        """What ``draw`` makes for the rows."""
+        return draw(self.generator, self.rows)
 
 
 class FastDir(DirRecipe):
@@ -97,15 +89,15 @@ class FastDir(DirRecipe):
 
     last = 1
 
-    def craft(self, batch: Batch) -> Batch:
-        """PGD of half the radius a step: -> the batch with adversarial samples and masks."""
-        kept, attack, threat = self._masks(batch, 0), self.attack, LInf(self.attack.epsilon)
-        uniform = batch.stream.uniform("pgd", tuple(batch.images.shape[1:]))
+    def attack(self, batch: Batch) -> Batch:
+        """PGD of half the radius a step: -> the batch with adversarial samples."""
+        config, draws = self.threat, batch.draws
+        threat = LInf(config.epsilon)
         with under_attack(self.denoiser, self.classifier):
-            begun = pgd(self.classifier, batch.images, batch.labels, threat, 3, attack.step, uniform)
-            pipeline = cross_entropy(lambda images: self.predict(images, kept), batch.labels)
-            found = projected_ascent(value_and_grad(pipeline), begun, batch.images, threat, self.last, attack.step)
-        return replace(batch, adversarial=found, kept=kept)
+            begun = pgd(self.classifier, batch.images, batch.labels, threat, 3, config.step, draws["pgd"])
+            pipeline = value_and_grad(cross_entropy(lambda images: self.predict(images, draws["masks"]), batch.labels))
+            found = projected_ascent(pipeline, begun, batch.images, threat, self.last, config.step)
+        return replace(batch, adversarial=found)
 
 
 class WholeLinear(nn.Linear):
@@ -171,11 +163,11 @@ class Machine:
             compile_blocks(h, BasicBlock)
         return h
 
-    def denoiser(self, compiled: bool) -> MaskedDenoiser:
+    def denoiser(self, compiled: bool) -> MaskedPurifier:
         """The paper's g with seeded weights, patch embedding and head in fp32."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(2)
-            made = MaskedDenoiser(self.model, 3, 32, 32)
+            made = MaskedPurifier(self.model, self.masking, 3, 32, 32)
         made = made.to(self.device)
         if self.gpu:
             whole_precision(made.embed, made.head)
@@ -183,7 +175,7 @@ class Machine:
             compile_blocks(made, Block)
         return made
 
-    def batches(self, split: Split, size: int) -> Iterator[Batch]:
+    def batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor, Draws]]:
         """Augmented batches without end, each epoch in a new order."""
         images, labels = split.images.to(self.device), split.labels.to(self.device)
         size = min(size, len(labels))
@@ -196,7 +188,7 @@ class Machine:
                 offsets = (draws.uniform("crop", (2,)) * 9).long()
                 some = crop(images[rows], offsets, 4)
                 some = torch.where(draws.uniform("flip", (1, 1, 1)) < 0.5, some.flip(3), some)
-                yield Batch(some.float() / 255, labels[rows], draws)  # type: ignore[arg-type]
+                yield some.float() / 255, labels[rows], draws
 
     def wait(self) -> float:
         """The time once the device is done."""
@@ -218,12 +210,12 @@ def tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-def recipes(machine: Machine, h: nn.Module, g: MaskedDenoiser) -> dict[str, Callable[[], nn.Module]]:
+def recipes(machine: Machine, h: nn.Module, g: MaskedPurifier) -> dict[str, Callable[[], nn.Module]]:
     """Every kind of step by name."""
 
     def fast(last: int) -> Callable[[], nn.Module]:
         def make() -> nn.Module:
-            made = FastDir(g, h, DirConfig(perturb_steps=2), machine.masking, HALF)
+            made = FastDir(g, h, DirConfig(perturb_steps=2), HALF)
             made.last = last
             return made
 
@@ -231,19 +223,19 @@ def recipes(machine: Machine, h: nn.Module, g: MaskedDenoiser) -> dict[str, Call
 
     return {
         "target, AT PGD-5": lambda: TargetRecipe(h.requires_grad_(True), TargetConfig(), PAPER),
-        "pre-training": lambda: PretrainRecipe(g, h, machine.masking, PAPER),
-        "DIR, PGD-5, Eq. 4 in 5 (paper)": lambda: DirRecipe(g, h, DirConfig(), machine.masking, PAPER),
-        "DIR, PGD-3 of e/2, Eq. 4 in 2": lambda: DirRecipe(g, h, DirConfig(perturb_steps=2), machine.masking, HALF),
+        "pre-training": lambda: PretrainRecipe(g, h, PAPER),
+        "DIR, PGD-5, Eq. 4 in 5 (paper)": lambda: DirRecipe(g, h, DirConfig(), PAPER),
+        "DIR, PGD-3 of e/2, Eq. 4 in 2": lambda: DirRecipe(g, h, DirConfig(perturb_steps=2), HALF),
         "DIR, 3 on h + 2 on h.g, Eq. 4 in 2": fast(2),
         "DIR, 3 on h + 1 on h.g, Eq. 4 in 2": fast(1),
     }
 
 
-def step(machine: Machine, recipe: Any, batch: Batch, optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
+def step(machine: Machine, recipe: Any, given: Any, optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
     """One update: -> the loss, left on the device."""
     recipe.train()
     with machine.autocast():
-        loss = recipe(recipe.craft(batch))["loss"]
+        loss = recipe(recipe.attack(recipe.batch(*given)))["loss"]
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if clip is not None:
@@ -269,9 +261,9 @@ def relative(found: Tensor, reference: Tensor) -> float:
 def agreement(machine: Machine, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """g, h, h after g and input gradients on the device, in fp32, TF32 and bf16, against float64 on the CPU."""
     h, g = machine.target(False).eval(), machine.denoiser(False).eval()
-    kept = masking.draw_masks(torch.Generator().manual_seed(0), len(images), g.tokens, machine.masking)
+    kept = g.draw(torch.Generator().manual_seed(0), len(images))
 
-    def values(h: nn.Module, g: MaskedDenoiser, images: Tensor, kept: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def values(h: nn.Module, g: MaskedPurifier, images: Tensor, kept: Tensor, labels: Tensor) -> dict[str, Tensor]:
         found = {"h": h(images), "g": g(images, kept)}
         for name, model in (("h", h), ("h(g)", lambda x: h(g(x, kept)))):
             asked = images.clone().requires_grad_(True)
@@ -369,7 +361,7 @@ def speeds(machine: Machine, split: Split, peak: float, deadline: float) -> list
     plan = [(name, 256, False) for name in names]
     plan += [(names[at], 256, True) for at in (4, 0, 2, 3, 5)]
     plan += [(names[at], size, False) for size in (128, 512) for at in (2, 0)]
-    made: dict[bool, tuple[nn.Module, nn.Module, MaskedDenoiser]] = {}
+    made: dict[bool, tuple[nn.Module, nn.Module, MaskedPurifier]] = {}
     for name, size, compiled in plan:
         if time.monotonic() - BEGAN > deadline:
             say(f"out of time before {name}, batch {size}")
@@ -548,7 +540,7 @@ class Training:
         say(f"{name}: {json.dumps(self.report[name])}")
         return twin
 
-    def run(self) -> tuple[nn.Module, MaskedDenoiser]:
+    def run(self) -> tuple[nn.Module, MaskedPurifier]:
         """All three stages: -> target and denoiser, rounded to bf16, uncompiled."""
         machine, small = self.machine, self.machine.rehearse
         compiled = self.compiled
@@ -579,7 +571,7 @@ class Training:
         warm = lambda share: min(1.0, share / 0.06) * 0.5 * (1 + math.cos(math.pi * share))  # noqa: E731
         mean = self.fit(
             "pretrain",
-            PretrainRecipe(g, h, machine.masking, PAPER),
+            PretrainRecipe(g, h, PAPER),
             g,
             adamw(machine, g, 5e-4),
             0.3 if small else 4,
@@ -594,7 +586,7 @@ class Training:
         pretrained, g = g, machine.denoiser(compiled)
         g.load_state_dict(pretrained.state_dict())
 
-        recipe = FastDir(g, h, DirConfig(perturb_steps=2), machine.masking, HALF)
+        recipe = FastDir(g, h, DirConfig(perturb_steps=2), HALF)
         per_step = self.pace(recipe, g)
         reserve = 20 if small else 70  # judging at the end, and what is slower than the pace
         epochs = 0.3 if small else max(1.0, (self.left - reserve) / per_step / self.steps_an_epoch)
@@ -641,7 +633,7 @@ class Training:
         made.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in h.state_dict().items()})
         return made.eval()
 
-    def fresh_denoiser(self, g: nn.Module) -> MaskedDenoiser:
+    def fresh_denoiser(self, g: nn.Module) -> MaskedPurifier:
         """An uncompiled copy."""
         made = self.machine.denoiser(False)
         made.load_state_dict(g.state_dict())
@@ -658,7 +650,8 @@ class Training:
             uniform = torch.rand(images.shape, generator=generator, device=machine.device)
             model: Callable[[Tensor], Tensor] = h
             if g is not None:
-                kept = masking.draw_masks(generator, len(images), machine_tokens(g), machine.masking)
+                assert isinstance(g, MaskedPurifier)
+                kept = g.draw(generator, len(images))
                 model = lambda x, g=g, kept=kept: h(g(x, kept))  # type: ignore[misc] # noqa: E731
             with frozen(h, *([] if g is None else [g])), machine.autocast():
                 found = pgd(model, images, labels, LInf(EPSILON), 10, EPSILON / 4, uniform)
@@ -669,22 +662,16 @@ class Training:
         return {"natural": natural, "robust": robust}
 
 
-def machine_tokens(g: nn.Module) -> int:
-    """T of a denoiser."""
-    assert isinstance(g, MaskedDenoiser)
-    return g.tokens
-
-
 def copied(module: nn.Module) -> nn.Module:
     """A copy in eval mode without compiled blocks."""
     made = copy.deepcopy(module)
     return made.eval()
 
 
-def judge(machine: Machine, h: nn.Module, g: MaskedDenoiser, test: Split) -> dict[str, Any]:
+def judge(machine: Machine, h: nn.Module, g: MaskedPurifier, test: Split) -> dict[str, Any]:
     """Suite quick on test images: crafted in bf16, judged in true fp32."""
     count = 32 if machine.rehearse else 1000
-    defense = DefendedClassifier(g, h, machine.masking).eval()
+    defense = Defended(g, h, "dir").eval()
 
     def mixed(module: nn.Module) -> None:
         inner = module.forward
@@ -710,7 +697,9 @@ def judge(machine: Machine, h: nn.Module, g: MaskedDenoiser, test: Split) -> dic
         "quick",
         settings=settings,
         name="dir",
-        told=lambda unit, done, total: say(f"judging {unit.case.name}, {unit.case.masks}, {done} of {total}"),
+        on_shard=lambda shard, done, total: say(
+            f"judging {shard.spec.name}, {shard.spec.randomness}, {done} of {total}"
+        ),
     )
     say(str(report))
     return {"report": report.to_plain(), "images": count, "seconds": machine.wait() - began}
