@@ -145,7 +145,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         dict(task.settings),
         task.seed,
         "FINISHED",
-        outcome["selection"].get(stages_of(run)[-1].name, {}).get("robust"),
+        (outcome["selection"].get(stages_of(run)[-1].name) or {}).get("robust"),
         natural,
         robust,
         accuracies(rows, "none"),

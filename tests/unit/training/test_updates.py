@@ -1,0 +1,143 @@
+"""Several updates a step, in order, as a GAN has them; and a running mean of weights that is kept and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dircluster.config import ConfigError, OptimizerConfig, RunConfig
+from dircluster.data.loader import Loader
+from dircluster.data.sources import load
+from dircluster.data.split import Split
+from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.stage import Stage
+from dircluster.distributed.parallel import Parallel
+from dircluster.presets.dir import DirRun
+from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.interrupt import Interrupted
+from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
+from dircluster.training.run import Run
+from dircluster.training.trainer import Trainer
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
+
+
+class Game(Recipe):
+    """A critic that is taught first, and a maker that is then judged by the critic as it has become."""
+
+    trained = ("critic", "maker")
+    updates = (("critic",), ("maker",))
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.critic, self.maker = nn.Linear(64, 1), nn.Linear(64, 64)
+        self.seen: list[tuple[int, float]] = []
+        self.attacks = 0
+
+    def attack(self, batch: Batch) -> Batch:
+        self.attacks += 1
+        return dataclasses.replace(batch, adversarial=batch.images.flip(3))
+
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
+        self.seen.append((update, float(self.critic.weight.detach().sum())))
+        made = self.maker(batch.attacked.flatten(1))
+        if update == 0:
+            loss = (self.critic(made.detach()) - 1).square().mean() + self.critic(
+                batch.images.flatten(1)
+            ).square().mean()
+            return {"loss": loss, "critic": loss}
+        loss = self.critic(made).square().mean()
+        return {"loss": loss, "maker": loss}
+
+
+class StopAfter(Quiet):
+    """Asks to stop after so many progress reports."""
+
+    def __init__(self, reports: int) -> None:
+        self.left = reports
+
+    def show(self, status: Status) -> None:
+        self.left -= 1
+
+    def stop_signal(self) -> int:
+        return 15 if self.left <= 0 else 0
+
+
+def trainer(run: RunConfig, recipe: Recipe, folder: Path, console: Quiet, parallel: Parallel = ALONE) -> Trainer:
+    knobs = OptimizerConfig(name="adamw", lr=1e-2, schedule="constant")
+    stage = Stage("game", lambda modules: recipe, 2, {"critic": knobs, "maker": knobs}, keep="last", ema=0.9)
+    data = load(run.data, run.seed)
+    assert isinstance(data.train, Split)
+    loader = Loader(data.train, run.training.batch_size, run.seed, "game")
+    return Trainer(stage, recipe, loader, data.held_out, run, parallel, Checkpoints(folder, "k"), NoRecord(), console)
+
+
+def test_each_update_steps_its_own_optimizers_in_order(smoke: DirRun, tmp_path: Path) -> None:
+    recipe = Game()
+    made = trainer(smoke, recipe, tmp_path, Quiet())
+    maker = recipe.maker.weight.detach().clone()
+    terms, _ = made.step(0)
+    parts = 4  # micro-batches
+    assert recipe.attacks == parts  # attacked once, for both updates
+    assert [update for update, _ in recipe.seen] == [0] * parts + [1] * parts
+    before, after = {value for _, value in recipe.seen[:parts]}, {value for _, value in recipe.seen[parts:]}
+    assert len(before) == len(after) == 1
+    assert before != after  # the maker meets the critic that has just been taught
+    assert not torch.equal(recipe.maker.weight, maker)
+    assert terms["loss"] == pytest.approx(terms["critic"] + terms["maker"])
+
+
+def test_updates_and_means_resume_to_the_bit_without_validation(smoke: DirRun, tmp_path: Path) -> None:
+    whole = Game()
+    assert trainer(smoke, whole, tmp_path / "whole", Quiet()).run() is None  # nothing is deployed, nothing validated
+    resumes = 0
+    while True:
+        broken = Game()
+        try:
+            trainer(smoke, broken, tmp_path / "broken", StopAfter(2)).run()
+            break
+        except Interrupted:
+            resumes += 1
+    assert resumes >= 2
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[name]), name
+
+
+def test_the_mean_is_what_a_stage_keeps(smoke: DirRun, tmp_path: Path) -> None:
+    made = trainer(smoke, Game(), tmp_path, Quiet())
+    made.run()
+    held = made.mean["maker.weight"]
+    assert torch.equal(made.recipe.state_dict()["maker.weight"], held)
+    last = made.checkpoints.latest()
+    assert last is not None
+    assert torch.equal(last.tensors["ema"]["maker.weight"], held)
+    assert not torch.equal(last.tensors["model"]["maker.weight"], held)
+
+
+def test_several_workers_refuse_several_updates(smoke: DirRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="game has several updates a step"):
+        trainer(smoke, Game(), tmp_path, Quiet(), Parallel(0, 2, torch.device("cpu")))
+
+
+def test_a_run_with_means_is_another_stage_and_resumes(smoke: DirRun, tmp_path: Path) -> None:
+    plain = Run(smoke, ALONE, NoTracker(), Quiet()).execute()
+    config = dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, ema=0.8))
+    whole = Run(config, ALONE, NoTracker(), Quiet()).execute()
+    assert whole["checkpoint"] != plain["checkpoint"]
+    elsewhere = dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=str(tmp_path / "other")))
+    resumes = 0
+    while True:
+        try:
+            broken = Run(elsewhere, ALONE, NoTracker(), StopAfter(5)).execute()
+            break
+        except Interrupted:
+            resumes += 1
+    assert resumes > 1
+    for file in Path(whole["checkpoint"]).glob("*.safetensors"):
+        assert file.read_bytes() == (Path(broken["checkpoint"]) / file.name).read_bytes()
