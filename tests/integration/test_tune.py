@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from dircluster.cluster.commands import tune
 from dircluster.config import with_values
 from dircluster.presets import preset
-from dircluster.training.stages import build_classifier
 
 Train = Callable[..., Any]
 Start = Callable[..., subprocess.Popen[str]]
