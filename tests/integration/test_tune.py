@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from dircluster.cluster.commands import tune
 from dircluster.config import with_values
+from dircluster.defenses.table import find_defense
 from dircluster.presets import preset
 
 Train = Callable[..., Any]
@@ -120,7 +121,8 @@ def test_asha_stops_what_is_behind(train: Train, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_given_targets_are_varied_and_noticed_when_they_were_replaced(train: Train, tmp_path: Path) -> None:
     def give(name: str, seed: int) -> None:
-        classifier = build_classifier(with_values(preset("digits_smoke"), {"seed": seed}))
+        seeded = with_values(preset("digits_smoke"), {"seed": seed})
+        classifier = find_defense("dir").build(seeded, "classifier")
         save_file(classifier.state_dict(), tmp_path / name)
 
     give("one.safetensors", 1)
