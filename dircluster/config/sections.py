@@ -26,9 +26,9 @@ from dircluster.config.serialize import flatten, to_dict
 class DataConfig:
     """Where images come from and how they look."""
 
-    name: Literal["digits", "photos", "cifar10", "cifar100", "svhn", "custom"] = "digits"
-    """digits and photos (tiles of two photographs, streamed) lie in scikit-learn's wheel; cifar10, cifar100 (fine
-    labels) and svhn are downloaded by torchvision unless uri is given."""
+    name: Literal["digits", "cifar10", "cifar100", "svhn", "custom"] = "digits"
+    """digits lie in scikit-learn's wheel; cifar10, cifar100 (fine labels) and svhn are downloaded by torchvision unless
+    uri is given; custom needs uri."""
     uri: str | None = None
     """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
     height: int = 8
@@ -67,10 +67,9 @@ class DataConfig:
             "data.uri is missing: a custom data set needs --data.uri PATH (parquet files or image folders)",
         )
         require(
-            not self.stream or self.uri is not None or self.name == "photos",
+            not self.stream or self.uri is not None,
             "data.uri is missing: data.stream needs --data.uri PATH with parquet shards train* and test*",
         )
-        require(self.stream or self.name != "photos", "data.stream must be on for photos: they are shards")
         require(not self.stream or self.limit is None, f"data.limit has no use in a stream, got {self.limit}")
 
 

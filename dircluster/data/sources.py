@@ -18,7 +18,7 @@ from dircluster.data.split import Dataset, Split
 
 MOST_HELD_OUT = 10_000
 """Held-out images of a stream at the most: they lie in memory."""
-KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "photos": 96}
+KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257}
 """Training images of the named sets, before the held-out share is cut off."""
 SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
 """How files and folders of a split begin. Without a test split, val is it; extra is left out."""
@@ -145,7 +145,8 @@ def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[P
     except OSError as error:
         raise ConfigError(f"data.uri {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
     if not exists:
-        raise ConfigError(f"data.uri {str(path)!r} does not exist")
+        hint = "; python infra/photo_shards.py FOLDER writes small shards to try it with" if config.stream else ""
+        raise ConfigError(f"data.uri {str(path)!r} does not exist{hint}")
     files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
     if not files:
         files = sorted(f for f in path.glob("**/*") if f.suffix.lower() in IMAGE_SUFFIXES)

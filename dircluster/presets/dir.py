@@ -337,15 +337,24 @@ def smaller(run: DirRun) -> DirRun:
 def imagenet_smoke() -> DirRun:
     """224 pixels, patch 16, a timm target, shards that are streamed from storage: the whole path in a minute or two.
 
-    The images are tiles of two photographs; nothing is learned. For ImageNet itself, give the shards and the sizes
-    (``--data.name custom --data.uri s3://BUCKET/imagenet --data.classes 1000 --target.uri timm:NAME``) and a model.
+    It reads ``shards``, which ``python infra/photo_shards.py shards`` writes: tiles of two photographs, from which
+    nothing is learned. For ImageNet itself, give the shards and the sizes (``--data.uri s3://BUCKET/imagenet
+    --data.classes 1000 --target.uri timm:NAME``) and a model.
     """
     smoke = smoke_of(cifar10, smaller)()
     return replace(
         smoke,
         name="imagenet_smoke",
         data=DataConfig(
-            name="photos", height=224, width=224, channels=3, classes=2, flip=True, resize=True, stream=True
+            name="custom",
+            uri="shards",
+            height=224,
+            width=224,
+            channels=3,
+            classes=2,
+            flip=True,
+            resize=True,
+            stream=True,
         ),
         model=replace(smoke.model, patch=16),
         target=replace(smoke.target, architecture="timm:test_vit"),

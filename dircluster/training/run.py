@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from dircluster.config import RunConfig, digest, flatten, local_path
 from dircluster.data.loader import Loader
-from dircluster.data.photos import write_photos
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.stream import Shards, StreamLoader
@@ -110,13 +108,8 @@ class Run:
             self._load_data()
 
     def _load_data(self) -> None:
-        data = self.config.data
-        if data.name == "photos" and data.uri is None:
-            folder = self.storage / "data" / "photos"
-            if self.parallel.first:
-                write_photos(folder)
-            data = replace(data, uri=str(folder))
-        self.data: Dataset = load(data, self.config.seed, data_cache(self.config), self.open_path)
+        config = self.config
+        self.data: Dataset = load(config.data, config.seed, data_cache(config), self.open_path)
 
     def _given_target(self, networks: stages.Networks) -> StageFolder:
         """Take the target that ``target.uri`` names."""

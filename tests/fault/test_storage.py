@@ -21,12 +21,12 @@ import torch
 
 from dircluster.cluster import storage
 from dircluster.config import ConfigError, DataConfig, StorageConfig
-from dircluster.data.photos import write_photos
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader
 from dircluster.presets import preset
 from dircluster.training.locks import stage_lock
 from infra.local_cluster import BUCKET, Cluster
+from infra.photo_shards import write_photos
 from tests.fault.conftest import ROOT, SMOKE, weights_in
 from tests.fault.kill_at import MOMENTS
 
@@ -275,7 +275,7 @@ def test_shards_stream_from_object_storage(bucket: Path, tmp_path: Path) -> None
     for folder in (bucket, tmp_path):
         write_photos(folder)
         config = DataConfig(
-            name="photos", uri=str(folder), height=224, width=224, channels=3, classes=2, resize=True, stream=True
+            name="custom", uri=str(folder), height=224, width=224, channels=3, classes=2, resize=True, stream=True
         )
         data = load(config, 0, open_path=storage.opener(StorageConfig()))
         assert isinstance(data.train, Shards)

@@ -46,6 +46,8 @@ class Golden:
     words: tuple[str, ...]
     cifar10: bool = False
     """Whether it reads images of the real CIFAR-10."""
+    shards: bool = False
+    """Whether it streams the shards that infra/photo_shards.py writes."""
     suites: tuple[str, ...] = ()
 
     @property
@@ -56,7 +58,9 @@ class Golden:
 RUNS = {
     "digits_smoke": Golden(("digits_smoke",), suites=("paper", "rigorous")),
     "digits_smoke_joint": Golden(("digits_smoke", *JOINT)),
-    "imagenet_smoke": Golden(("imagenet_smoke", *SHORT, "--attack.steps", "1", "--dir.perturb-steps", "1")),
+    "imagenet_smoke": Golden(
+        ("imagenet_smoke", *SHORT, "--attack.steps", "1", "--dir.perturb-steps", "1"), shards=True
+    ),
     "cifar10_smoke": Golden(("cifar10_smoke", *SHORT, "--data.limit", "20"), cifar10=True),
     "cifar10_joint_smoke": Golden(
         ("cifar10_joint_smoke", "--dir.epochs", "1", "--evaluation.images", "8", "--data.limit", "20"), cifar10=True
@@ -112,10 +116,15 @@ def sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def job(name: str, *words: str, folder: Path) -> str:
     """What jobs/NAME.py prints when it is called with ``words`` in ``folder``."""
+    return script(f"jobs/{name}.py", *words, folder=folder)
+
+
+def script(file: str, *words: str, folder: Path) -> str:
+    """What a script of the checkout prints when it is called with ``words`` in ``folder``."""
     told = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS", "FORCE_COLOR")}
     told |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
     told |= {"NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *words]
+    command = [sys.executable, str(ROOT / file), *words]
     done = subprocess.run(command, cwd=folder, env=told, capture_output=True, encoding="utf-8", timeout=500)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
@@ -130,6 +139,8 @@ def observe(name: str, folder: Path) -> dict[str, Any]:
         assert source is not None
         write_few(source, folder / "few")
         words += ["--data.uri", "few"]
+    if golden.shards:
+        script("infra/photo_shards.py", "shards", folder=folder)
     job("train", *golden.words, *words, "--summary", "train.json", folder=folder)
     trained = json.loads((folder / "train.json").read_text())
     weights: dict[str, dict[str, str]] = {}

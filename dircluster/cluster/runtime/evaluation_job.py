@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_module
 from dircluster.cluster.storage import open_path, opener
-from dircluster.config import ConfigError, DataConfig, RunConfig, digest
+from dircluster.config import ConfigError, RunConfig, digest
 from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
@@ -32,7 +32,7 @@ class EvaluationJob:
         self.config: RunConfig = run_from_plain(job_spec.config)
         self.device, self.settings = device, self.config.evaluation
         module = load_module(job_spec, self.config).to(device)
-        data = load(with_photos(self.config), self.config.seed, data_cache(self.config), opener(self.config.storage))
+        data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
         self.test: Split = data.test.take(slice(self.settings.images))
         self.name = module.name if isinstance(module, Defended) else job_spec.defense
         surrogate = load_classifier(job_spec.surrogate, self.config).to(device) if job_spec.surrogate else None
@@ -81,15 +81,6 @@ class EvaluationJob:
         shard = self.shards[index]
         if self.evaluation.outcome(shard) is None:
             self.evaluation.work(shard, *self.batch(*shard.rows))
-
-
-def with_photos(config: RunConfig) -> DataConfig:
-    """``config.data``; where it names the photos that a run writes into storage, the place where they lie."""
-    data = config.data
-    if data.name != "photos" or data.uri is not None:
-        return data
-    folder = open_path(config.storage.uri, config.storage) / "data" / "photos"
-    return dataclasses.replace(data, uri=str(folder))
 
 
 def committed(job_spec: JobSpec, config: RunConfig) -> str | None:

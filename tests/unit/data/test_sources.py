@@ -88,7 +88,7 @@ def test_what_torchvision_cannot_fetch_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_set_that_is_downloaded_has_a_known_size() -> None:
-    assert set(DATASETS) == set(KNOWN_SIZES) - {"photos"}  # photos are written as shards, and streamed
+    assert set(DATASETS) == set(KNOWN_SIZES)
 
 
 def test_fine_labels_are_those_of_parquet_files_with_two_kinds(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data import stream
-from dircluster.data.photos import write_photos
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader, open_shards
+from infra.photo_shards import write_photos
 
 CONFIG = DataConfig(name="custom", uri="x", height=8, width=8, channels=1, classes=100, stream=True)
 
@@ -134,7 +134,7 @@ def test_photos_are_real_shards_written_once(tmp_path: Path) -> None:
     write_photos(tmp_path)
     assert {f.name: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == before
     config = DataConfig(
-        name="photos", uri=str(tmp_path), height=224, width=224, channels=3, classes=2, resize=True, stream=True
+        name="custom", uri=str(tmp_path), height=224, width=224, channels=3, classes=2, resize=True, stream=True
     )
     data = load(config, 0)
     assert data.held_out.images.shape[1:] == (3, 224, 224)

@@ -1,11 +1,14 @@
 """A labeled image set of 256 x 256 tiles cut from the two photographs in scikit-learn's wheel, as parquet shards.
 
+    python infra/photo_shards.py FOLDER
+
 Real pixels at ImageNet's size without a download, to see that streaming works; no task to learn anything from.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import torch
@@ -46,3 +49,9 @@ def write_photos(folder: Path) -> None:
         partial.write_bytes(written.getvalue())
         if isinstance(folder, Path):
             partial.rename(folder / name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python infra/photo_shards.py FOLDER")
+    write_photos(Path(sys.argv[1]))
