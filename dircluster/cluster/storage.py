@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from dircluster.config import ConfigError, RunConfig, StorageConfig, digest, local_path, refuse_secret
+from dircluster.config import ConfigError, RunConfig, StorageConfig, digest, first_line, local_path, refuse_secret
 
 PATIENT, QUICK = 15, 1
 """Tries of a request: about two minutes with s3fs's pauses, or one."""
@@ -90,7 +90,7 @@ def version(uri: str, storage: StorageConfig) -> str:
         except (FileNotFoundError, PermissionError, NoCredentialsError):
             return ""
         except Exception as error:  # whatever a network that is not there says
-            raise ConfigError(f"{uri}: {endpoint(storage) or 'AWS'} does not answer ({_line(error)})") from error
+            raise ConfigError(f"{uri}: {endpoint(storage) or 'AWS'} does not answer ({first_line(error)})") from error
         finally:
             files.retries = PATIENT
         facts = [(name, file["size"], file["ETag"]) for name, file in found.items()]
@@ -144,7 +144,7 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
         raise ConfigError(f"storage.uri: {missing}") from error
     except PermissionError as error:
         raise ConfigError(
-            f"storage.uri: {server} refuses the credentials at hand for bucket {bucket!r} ({_line(error)})"
+            f"storage.uri: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)})"
         ) from error
     except NoCredentialsError as error:
         raise ConfigError(
@@ -152,7 +152,9 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
             " AWS_SECRET_ACCESS_KEY, or run with an instance role"
         ) from error
     except Exception as error:  # whatever a network that is not there says
-        raise ConfigError(f"storage.uri: {server} does not answer ({_line(error)}); see storage.endpoint") from error
+        raise ConfigError(
+            f"storage.uri: {server} does not answer ({first_line(error)}); see storage.endpoint"
+        ) from error
     finally:
         files.retries = PATIENT
 
@@ -166,10 +168,6 @@ def _check_folder(folder: Path, uri: str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"storage.uri {uri!r} cannot be written: {error.strerror or error}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def copy(source: Path, target: Path) -> None:

@@ -28,6 +28,11 @@ def error_from_plain(plain: Mapping[str, Any]) -> ConfigError:
     return next((known[name] for name in plain["kinds"] if name in known), ConfigError)(plain["message"])
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line: its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)

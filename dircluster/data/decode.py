@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, DataConfig
+from dircluster.config import ConfigError, DataConfig, first_line
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 
@@ -37,7 +37,7 @@ def decode(blobs: Iterable[bytes | Path | None], config: DataConfig) -> Tensor:
                     ImageOps.fit(converted, size, Image.Resampling.BILINEAR) if config.resize else converted
                 )
         except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(f"an image cannot be read: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"an image cannot be read: {first_line(error)}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = list(pool.map(one, blobs, chunksize=256))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dircluster import rng
-from dircluster.config import ConfigError, DataConfig, local_path
+from dircluster.config import ConfigError, DataConfig, first_line, local_path
 from dircluster.data.decode import columns, decode
 from dircluster.data.split import Dataset, Split
 
@@ -124,7 +124,7 @@ def _fetched(name: str, read: Callable[[bool], Split]) -> tuple[Split, Split]:
         return read(True), read(False)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"torchvision could not fetch {name}: {str(error).splitlines()[0]}; give --data.uri PATH instead"
+            f"torchvision could not fetch {name}: {first_line(error)}; give --data.uri PATH instead"
         ) from error
 
 
@@ -143,7 +143,7 @@ def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[P
     try:
         exists = path.exists()
     except OSError as error:
-        raise ConfigError(f"data.uri {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"data.uri {str(path)!r} cannot be read: {first_line(error)}") from error
     if not exists:
         hint = "; python infra/photo_shards.py FOLDER writes small shards to try it with" if config.stream else ""
         raise ConfigError(f"data.uri {str(path)!r} does not exist{hint}")
@@ -179,7 +179,7 @@ def training_images(config: DataConfig, open_path: Callable[[str], Path] = local
             try:
                 whole = sum(pq.ParquetFile(file.open("rb")).metadata.num_rows for file in train)
             except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"{train[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+                raise ConfigError(f"{train[0]} cannot be read as parquet: {first_line(error)}") from error
         if not test:
             whole -= max(1, round(config.test_share * whole))
     whole = whole if config.limit is None else min(whole, config.limit)
@@ -201,7 +201,7 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
     try:
         table = pa.concat_tables([pq.read_table(f.open("rb")) for f in files])
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{files[0]} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
     if table.num_rows == 0:
         raise ConfigError(f"{files[0]} holds no rows")
     blobs, labels = columns(table, files[0])

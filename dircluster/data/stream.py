@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import ConfigError, DataConfig
+from dircluster.config import ConfigError, DataConfig, first_line
 from dircluster.data.augment import augmented
 from dircluster.data.decode import columns, decode
 
@@ -82,7 +82,7 @@ def open_shards(files: list[Path], config: DataConfig) -> Shards:
             with file.open("rb") as opened:
                 footer = pq.ParquetFile(opened).metadata
         except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"{file} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{file} cannot be read as parquet: {first_line(error)}") from error
         groups += [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
     return Shards(tuple(groups), config)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dircluster.config import ConfigError, DataConfig
+from dircluster.config import ConfigError, DataConfig, first_line
 from dircluster.models.modules import device_of, evaluating
 
 
@@ -174,7 +174,7 @@ def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn
     try:
         network: nn.Module = timm.create_model(name, in_chans=channels, pretrained=pretrained, **sizes)
     except Exception as error:  # a download that fails may raise anything; its first line says why
-        raise ConfigError(f"timm:{name} could not be made: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"timm:{name} could not be made: {first_line(error)}") from error
     published: Any = network.pretrained_cfg
     mean, std = (tuple(published[name])[:channels] for name in ("mean", "std"))
     return Normalized(network, mean, std)
@@ -185,20 +185,14 @@ def _factory(path: str, data: DataConfig) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"target.architecture {path!r} cannot be imported: {_first_line(error)}") from error
+        raise ConfigError(f"target.architecture {path!r} cannot be imported: {first_line(error)}") from error
     try:
         made = make(classes=data.classes, channels=data.channels)
     except Exception as error:  # the user's code may raise anything
-        raise ConfigError(
-            f"target.architecture {path!r} raised {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise ConfigError(f"target.architecture {path!r} raised {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
     return made
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> nn.Module:
@@ -223,7 +217,7 @@ def check_classes(classifier: nn.Module, data: DataConfig) -> None:
             shape = tuple(classifier(image).shape)
     except Exception as error:  # whatever a network says of images that it was not made for
         raise ConfigError(
-            f"the target cannot take {data.channels}x{data.height}x{data.width} images: {_first_line(error)}"
+            f"the target cannot take {data.channels}x{data.height}x{data.width} images: {first_line(error)}"
         ) from error
     if shape != (1, data.classes):
         raise ConfigError(f"the target gives {shape[-1]} classes, but data.classes is {data.classes}")

@@ -10,7 +10,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster.version import source_version
-from dircluster.config import ConfigError, ScalingConfig
+from dircluster.config import ConfigError, ScalingConfig, first_line
 
 if TYPE_CHECKING:
     from dircluster.cluster.console import Terminal
@@ -69,7 +69,7 @@ def must_run_this_version() -> None:
         except ray.exceptions.GetTimeoutError:
             continue  # a slow node is no other version
         except ray.exceptions.RayError as error:
-            raise ConfigError(f"node {address} cannot run this job: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"node {address} cannot run this job: {first_line(error)}") from error
         if found != own:
             raise ConfigError(
                 f"node {address} runs dircluster {found}, this job is {own};"

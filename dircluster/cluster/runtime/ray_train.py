@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import nodes, stack_dump
 from dircluster.cluster.runtime.channel import POLL, Seen, WorkerChannel
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
@@ -51,7 +51,7 @@ def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, 
         job = Job(config, owner, fresh, record, terminal)
         return job.follow()
     except ray.exceptions.RayError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return {"status": "FAILED", "error": f"the cluster is gone ({reason}); the same command resumes", "exit": 1}
     finally:
         ray.shutdown()
@@ -82,7 +82,7 @@ def _start_ray(config: RunConfig) -> None:
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if address else own))
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         what = f"no Ray cluster answers at RAY_ADDRESS {address}" if address else "Ray cannot start on this machine"
-        raise ConfigError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        raise ConfigError(f"{what}: {first_line(error)}") from error
 
 
 def forget(config: RunConfig, owner: str) -> None:

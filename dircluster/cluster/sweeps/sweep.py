@@ -27,7 +27,7 @@ from dircluster.cluster.sweeps.tuner import Tuning
 from dircluster.cluster.tracking.jobs import finish_job, open_job
 from dircluster.cluster.tracking.tracker import MlflowTracker
 from dircluster.cluster.version import commit
-from dircluster.config import ConfigError, RunConfig, digest, with_values
+from dircluster.config import ConfigError, RunConfig, digest, first_line, with_values
 from dircluster.evaluation.sweep_table import Point, Trial, best, by_point, figure, table
 from dircluster.presets import run_to_plain
 from dircluster.training.stages import stages_of
@@ -73,7 +73,7 @@ class Sweep:
                 self._tell()
                 whole = True
         except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
         finally:
             ray.shutdown()

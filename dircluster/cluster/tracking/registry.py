@@ -20,7 +20,7 @@ from mlflow.types import Schema, TensorSpec
 
 from dircluster.cluster.storage import copy, open_path
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.training import checkpoint
 
 ALIAS = "champion"
@@ -105,7 +105,7 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
         with _quiet(), _tracking(tracking_uri):
             local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"{uri} cannot be fetched: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{uri} cannot be fetched: {first_line(error)}") from error
     folders = sorted(Path(local).glob(f"**/{checkpoint.COMMIT}"))
     if not folders:
         raise ConfigError(f"{uri} is not a model that dircluster registered: it holds no checkpoint")
