@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,8 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dircluster.config import first_line
 from dircluster.training.checkpoint import CheckpointError, Checkpoints
 from dircluster.training.locks import TakenOverError
+from dircluster.training.retry import RetryQueue
+
+GOES_ON = "training goes on, and it is tried again"
 
 
 @dataclass(frozen=True)
@@ -26,104 +29,41 @@ class Save:
 
 
 class CheckpointWriter:
-    """A thread that commits one save while the next one waits; a third is waited for.
+    """Commits one save while the next one waits; a third is waited for.
 
     Where storage refuses or stalls, training goes on: the newest save takes the place of the one that waits.
     """
 
-    LONGEST_PAUSE = 5.0
-    """Seconds between two tries at the most."""
-    LONGEST_WAIT = 5.0
-    """Seconds that training waits for a commit under way before it goes on without."""
-
     def __init__(self, checkpoints: Checkpoints, warn: Callable[[str], None]) -> None:
-        self.checkpoints, self.warn = checkpoints, warn
+        self.checkpoints = checkpoints
         self.step, self.seconds = 0, 0.0
         """The newest committed step, and what committing it took."""
-        self._waiting: Save | None = None
-        self._closing = self._abandoned = False
-        self._ended: TakenOverError | None = None
-        self._trouble = ""
-        """Why storage takes nothing, empty while it does."""
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-        self._thread.start()
+        self._queue: RetryQueue[Save] = RetryQueue(
+            self._commit,
+            warn,
+            complaint=lambda save, error: f"checkpoint {save.step} cannot be stored ({first_line(error)}); {GOES_ON}",
+            recovery=lambda save: f"checkpoint {save.step} is stored: storage takes checkpoints again",
+            merge=lambda older, newer: newer if newer.best is not None else replace(newer, best=older.best),
+            final=(TakenOverError,),
+        )
 
     def put(self, save: Save) -> None:
         """Commit ``save`` soon. Raises TakenOverError once another job holds the folder."""
-        with self._changed:
-            if self._ended is not None:
-                raise self._ended
-            free = self._changed.wait_for(lambda: self._waiting is None or self._trouble, self.LONGEST_WAIT)
-            if not free:
-                self._complain(self._waiting, f"no answer for {self.LONGEST_WAIT:.0f} s")
-            if self._waiting is not None and save.best is None:
-                save = replace(save, best=self._waiting.best)
-            self._waiting = save
-            self._changed.notify_all()
+        self._queue.put(save)
 
     def close(self, patience: float) -> None:
         """Wait up to ``patience`` seconds until all is committed. Raises CheckpointError where it is not."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join(patience)
-        self._abandoned = True
-        if self._ended is not None:
-            raise self._ended
-        if self._thread.is_alive():
+        if self._queue.close(patience):
+            trouble = self._queue.trouble
             raise CheckpointError(
                 f"storage.uri: {self.checkpoints.folder} took no checkpoint for {patience:.0f} s"
-                f" ({self._trouble or 'no answer'}); what was committed before stays"
+                f" ({first_line(trouble) if trouble else 'no answer'}); what was committed before stays"
             )
 
-    def _complain(self, save: Save | None, trouble: str) -> None:
-        if not self._trouble and save is not None:
-            self.warn(f"checkpoint {save.step} cannot be stored ({trouble}); training goes on, and it is tried again")
-        self._trouble = trouble
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None:
-                    if self._closing:
-                        return
-                    self._changed.wait()
-                save, self._waiting = self._waiting, None
-                self._changed.notify_all()
-            self._commit(save)
-            if self._ended is not None:
-                return
-
     def _commit(self, save: Save) -> None:
-        pause, began = 0.5, time.monotonic()
-        while not self._abandoned:
-            try:
-                if save.best is not None:
-                    name, weights, facts = save.best
-                    self.checkpoints.save_at(name, {"model": weights}, {"best": facts})
-                self.checkpoints.save(save.step, save.tensors, save.state)
-            except TakenOverError as error:
-                self._ended = error
-                return
-            except Exception as trouble:  # whatever storage says: it may say otherwise later
-                with self._changed:
-                    self._complain(save, _line(trouble))
-                    self._changed.notify_all()
-                time.sleep(pause)
-                pause = min(2 * pause, self.LONGEST_PAUSE)
-                with self._changed:
-                    if self._waiting is not None:  # a newer one has come meanwhile
-                        newer, self._waiting = self._waiting, None
-                        save = newer if newer.best is not None else replace(newer, best=save.best)
-                continue
-            with self._changed:
-                if self._trouble:
-                    self.warn(f"checkpoint {save.step} is stored: storage takes checkpoints again")
-                self.step, self.seconds, self._trouble = save.step, time.monotonic() - began, ""
-                self._changed.notify_all()
-            return
-
-
-def _line(trouble: Exception) -> str:
-    return (str(trouble).strip() or type(trouble).__name__).splitlines()[0]
+        began = time.monotonic()
+        if save.best is not None:
+            name, weights, facts = save.best
+            self.checkpoints.save_at(name, {"model": weights}, {"best": facts})
+        self.checkpoints.save(save.step, save.tensors, save.state)
+        self.step, self.seconds = save.step, time.monotonic() - began

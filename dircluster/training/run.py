@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dircluster.config import RunConfig, digest, flatten, local_path
+from dircluster.config import RunConfig, digest, first_line, flatten, local_path
 from dircluster.data.loader import Loader
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
@@ -32,6 +32,7 @@ from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import Console, StageRecord, Tracker
+from dircluster.training.retry import retry
 from dircluster.training.stage_folder import StageFolder, find_stage_folder
 from dircluster.training.trainer import Trainer
 
@@ -235,20 +236,12 @@ class Run:
 
     def _persist(self, write: Callable[[], None]) -> None:
         """``write``, tried again for up to ``storage.patience`` seconds while storage refuses."""
-        deadline, warned = time.monotonic() + self.config.storage.patience, False
+
+        def complain(error: Exception) -> None:
+            self.console.say(f"the stage's result cannot be stored yet: {first_line(error)}")
+
         with waiting(self.console):
-            while True:
-                try:
-                    return write()
-                except TakenOverError:
-                    raise
-                except Exception as trouble:  # whatever storage says
-                    if time.monotonic() > deadline:
-                        raise
-                    if not warned:
-                        self.console.say(f"the stage's result cannot be stored yet: {str(trouble).splitlines()[0]}")
-                    warned = True
-                    time.sleep(1.0)
+            retry(write, complain=complain, patience=self.config.storage.patience, final=(TakenOverError,))
 
     def _send_again(self, stage: Stage, stage_folder: StageFolder) -> None:
         if checkpoint.digest(stage_folder.folder / "unsent") is None:

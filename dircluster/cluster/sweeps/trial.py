@@ -16,9 +16,10 @@ from dircluster.cluster.runtime.ray_train import Job, forget
 from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
-from dircluster.config import ConfigError, RunConfig, digest, flatten, with_values
+from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, with_values
 from dircluster.evaluation.sweep_table import Trial, accuracies
 from dircluster.presets import run_from_plain
+from dircluster.training.retry import retry
 from dircluster.training.stages import find_stage, stage_settings, stages_of
 
 LATEST = 1_000_000
@@ -158,15 +159,18 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
 
 def _open_record(plan: Plan, task: Task, run: RunConfig, post: Post) -> JobRecord | None:
     """Its run in MLflow, which may be away for ``tracking.patience`` seconds; afterwards it trains without curves."""
-    child, deadline = plan.child(task), time.monotonic() + run.tracking.patience
-    while child is not None and not post.stop_signal():
-        try:
-            return open_job(run, plan.tags, child=child)
-        except ConfigError:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(WAIT)
-    return None
+    child = plan.child(task)
+    if child is None:
+        return None
+    try:
+        return retry(
+            lambda: open_job(run, plan.tags, child=child),
+            patience=run.tracking.patience,
+            longest_pause=WAIT,
+            stopped=lambda: bool(post.stop_signal()),
+        )
+    except ConfigError:
+        return None
 
 
 def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
@@ -180,7 +184,7 @@ def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
             try:
                 done.append(train_task(plan, task, post))
             except Exception as error:  # the other seeds go on
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                line = first_line(error)
                 post.post(Trial(dict(task.settings), task.seed, "FAILED", error=line))
                 errors.append(error)
             else:

@@ -19,8 +19,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from dircluster.cluster.storage import is_remote
-from dircluster.cluster.tracking.retry_queue import Refused
-from dircluster.config import ConfigError, RunConfig, digest, flatten, local_path, refuse_secret, to_dict
+from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
 
 JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
 ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
@@ -114,7 +113,7 @@ def open_job(
         for tag, value in tags.items():
             client.set_tag(run_id, tag, value)
     except Exception as error:  # MLflow raises what its transport raises
-        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
     return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience)
 
 
@@ -149,8 +148,13 @@ def log_params(client: MlflowClient, run_id: str, flat: Mapping[str, Any]) -> No
         client.log_batch(run_id, params=params[start : start + PARAMS_A_REQUEST])
 
 
+class Refused(Exception):
+    """The server answered, and will never accept this record."""
+
+
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
+    """Raise Refused where MLflow says that trying again is useless."""
     try:
         yield
     except MlflowException as error:
@@ -187,7 +191,7 @@ def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str,
                 client.log_artifact(run_id, str(copy))
         client.set_terminated(run_id, "FINISHED")
     except Exception as error:  # MLflow raises what its transport raises
-        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
     return run_id
 
 

@@ -28,15 +28,18 @@ from dircluster.cluster.tracking.jobs import (
     POINTS_A_REQUEST,
     Child,
     JobRecord,
+    Refused,
     _job,
     log_params,
     open_job,
     refusals,
     search_runs,
 )
-from dircluster.cluster.tracking.retry_queue import Refused, RetryQueue
-from dircluster.config import RunConfig
+from dircluster.config import RunConfig, first_line
 from dircluster.evaluation.sweep_table import Trial
+from dircluster.training.retry import RetryQueue
+
+KEPT = "keeping records until it does"
 
 
 class MlflowTracker:
@@ -45,7 +48,13 @@ class MlflowTracker:
     def __init__(self, job: JobRecord, say: Callable[[str], None]) -> None:
         self.job = job
         self.client = MlflowClient(job.uri)
-        self.queue = RetryQueue(say)
+        self.queue: RetryQueue[Callable[[], None]] = RetryQueue(
+            self._deliver,
+            say,
+            complaint=lambda _, error: f"MLflow does not answer ({type(error).__name__}); {KEPT}",
+            recovery=lambda _: "MLflow answers again",
+            longest_pause=10.0,
+        )
         self.say = say
 
     def stage(self, name: str, key: str, facts: Mapping[str, Any]) -> StageRun:
@@ -118,6 +127,12 @@ class MlflowTracker:
                     self.client.set_tag(self.job.run_id, BEST_TAG, best)
 
         self.queue.put(log)
+
+    def _deliver(self, record: Callable[[], None]) -> None:
+        try:
+            record()
+        except Refused as refusal:
+            self.say(f"MLflow refused a record: {first_line(refusal)}")
 
     def close(self, hurry: bool = False) -> None:
         """Deliver what is left, for up to ``tracking.patience`` seconds, or ten in a ``hurry``."""
