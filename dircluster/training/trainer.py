@@ -28,6 +28,7 @@ from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from dircluster.training.protocols import Console, StageRecord, Status
+from dircluster.training.running_mean import RunningMean
 from dircluster.training.validation import held_out_accuracy, restoration_grid
 
 INTERRUPTED_PATIENCE = 20.0
@@ -89,8 +90,7 @@ class Trainer:
         self.pending.parameters = list(self.parameters.values())
         self.optimizers = {name: make_optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
         self.validates = recipe.deployed() is not None
-        self.mean = self._mean_at_first()
-        """The running mean of weights and statistics, by name; empty where the stage keeps none."""
+        self.mean = RunningMean(stage.ema, self._state())
         self.best: dict[str, Any] | None = None
         self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
         self.saved = -1
@@ -116,8 +116,8 @@ class Trainer:
         self.parallel.wait()
         if self.best is not None and self.best["folder"] is not None:
             self._load_weights(self.checkpoints.at(self.best["folder"]).tensors["model"])
-        elif self.mean:
-            self._load_weights(self.mean)
+        elif self.mean.tensors:
+            self._load_weights(self.mean.tensors)
         return self.best
 
     def _commit(self, patience: float) -> None:
@@ -223,7 +223,7 @@ class Trainer:
                     self._must_be_finite({f"gradient norm of {name}": norm}, step)
             for name in trained:
                 self.optimizers[name].step()
-        self._follow(step)
+        self.mean.follow(self._state(), step)
         return {**terms, "loss": loss}, signal
 
     def _update(self, batches: list[Batch], update: int) -> tuple[dict[str, float], int]:
@@ -266,29 +266,14 @@ class Trainer:
             for k, v in self.recipe.get_submodule(name).state_dict().items()
         }
 
-    def _mean_at_first(self) -> dict[str, Tensor]:
-        return {} if self.stage.ema is None else {name: value.clone() for name, value in self._state().items()}
-
-    def _follow(self, step: int) -> None:
-        """Move the running mean toward the weights; in the first steps faster, so that it forgets where it began."""
-        if self.stage.ema is None:
-            return
-        decay = min(self.stage.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for name, value in self._state().items():
-                if value.is_floating_point():
-                    self.mean[name].lerp_(value, 1 - decay)
-                else:
-                    self.mean[name].copy_(value)
-
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
         """Inside, the modules hold what the stage would keep: the running mean where there is one."""
-        if not self.mean:
+        if not self.mean.tensors:
             yield
             return
         own = {name: value.clone() for name, value in self._state().items()}
-        self._load_weights(self.mean)
+        self._load_weights(self.mean.tensors)
         try:
             yield
         finally:
@@ -331,7 +316,7 @@ class Trainer:
         if found is None:
             found = self.checkpoints.at(name)
         self._load_weights(found.tensors["model"])
-        self.mean = {name: found.tensors["ema"][name].to(value.device) for name, value in self.mean.items()}
+        self.mean.load(found.tensors.get("ema", {}))
         for module, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
         self.best, step = found.state["best"], int(found.state["step"])
@@ -349,8 +334,8 @@ class Trainer:
         began = time.monotonic()
         names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         groups = {"model": self._weights()}
-        if self.mean:
-            groups["ema"] = gather_full(self.mean, keep=self.parallel.first)
+        if self.mean.tensors:
+            groups["ema"] = gather_full(self.mean.tensors, keep=self.parallel.first)
         for module, optimizer in self.optimizers.items():
             groups[f"optimizer-{module}"] = gather_full(optimizer_tensors(optimizer, names), keep=self.parallel.first)
         if self.writer is not None:

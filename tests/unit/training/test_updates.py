@@ -112,7 +112,7 @@ def test_updates_and_means_resume_to_the_bit_without_validation(smoke: DirRun, t
 def test_the_mean_is_what_a_stage_keeps(smoke: DirRun, tmp_path: Path) -> None:
     made = trainer(smoke, Game(), tmp_path, Quiet())
     made.run()
-    held = made.mean["maker.weight"]
+    held = made.mean.tensors["maker.weight"]
     assert torch.equal(made.recipe.state_dict()["maker.weight"], held)
     last = made.checkpoints.latest()
     assert last is not None
