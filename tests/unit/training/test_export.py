@@ -66,3 +66,9 @@ def test_targets_that_do_not_fit_are_one_line(smoke: RunConfig, tmp_path: Path) 
         with pytest.raises(ConfigError, match=message) as refusal:
             run(given(smoke, tmp_path / f"{name}.safetensors"))
         assert "\n" not in str(refusal.value)
+
+
+def test_code_stored_with_older_models_still_finds_its_loader() -> None:
+    from dircluster.training import bundle, export
+
+    assert bundle.load_defense_folder is export.load_defense_folder
