@@ -27,10 +27,14 @@ class Normalized(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the network takes them, both (N, C, H, W)."""
         if images.shape[1] != self.mean.shape[1]:  # broadcasting would make color of gray
             raise ValueError(f"expected {self.mean.shape[1]} channels, got {images.shape[1]}")
-        logits: Tensor = self.network((images - self.mean) / self.std)
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(images))
         return logits
 
 
@@ -207,6 +211,31 @@ def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> n
     if architecture.startswith("timm:"):
         return _timm(architecture[len("timm:") :], None if pretrained else data.classes, data.channels, pretrained)
     return _factory(architecture, data)
+
+
+def last_map(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The last feature map of ``classifier`` before pooling or flattening, as a function of images.
+
+    (N, C, H, W) in [0, 1] -> (N, features, h, w), by the weights of ``classifier``; whatever ``forward_features`` gives
+    for timm's networks. Raises ConfigError where the network does not say which map that is.
+    """
+    network = classifier.network if isinstance(classifier, Normalized) else classifier
+    through: Callable[[Tensor], Tensor] | None = getattr(network, "forward_features", None)
+    if through is None and isinstance(network, nn.Sequential):
+        parts = list(network)
+        ends = [i for i, part in enumerate(parts) if isinstance(part, nn.AdaptiveAvgPool2d | nn.Flatten)]
+        through = nn.Sequential(*parts[: ends[0]]) if ends else None
+    if through is None:
+        raise ConfigError(
+            f"the target ({type(network).__name__}) does not say what its last feature map is: it is no nn.Sequential"
+            " with a pooling or Flatten, and has no forward_features"
+        )
+    features = through
+
+    def mapped(images: Tensor) -> Tensor:
+        return features(classifier.normalize(images) if isinstance(classifier, Normalized) else images)
+
+    return mapped
 
 
 def check_classes(classifier: nn.Module, data: DataConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dircluster import config
 from dircluster.config import ConfigError, DataConfig
-from dircluster.models.classifiers import ARCHITECTURES, PreActBlock, build, check_classes
+from dircluster.models.classifiers import ARCHITECTURES, Normalized, PreActBlock, build, check_classes, last_map
 
 COLOR = DataConfig(name="cifar10", height=32, width=32, channels=3)
 
@@ -136,3 +137,32 @@ def test_a_check_leaves_every_part_in_its_mode() -> None:
     modes = [part.training for part in classifier.modules()]
     check_classes(classifier, DataConfig(channels=3, height=8, width=8))
     assert [part.training for part in classifier.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("architecture", "channels", "side"),
+    [("resnet18", 512, 4), ("small_cnn", 64, 16), ("preactresnet18", 512, 4), ("wrn-28-10", 640, 8)],
+)
+def test_the_last_map_is_what_is_pooled_or_flattened(architecture: str, channels: int, side: int) -> None:
+    classifier, images = build(architecture, COLOR).eval(), torch.rand(2, 3, 32, 32)
+    assert isinstance(classifier, Normalized)
+    assert isinstance(classifier.network, nn.Sequential)
+    found = last_map(classifier)(images)
+    assert found.shape == (2, channels, side, side)
+    after = list(classifier.network)
+    while not isinstance(after[0], nn.AdaptiveAvgPool2d | nn.Flatten):
+        after.pop(0)
+    torch.testing.assert_close(nn.Sequential(*after)(found), classifier(images))
+
+
+def test_the_last_map_of_a_timm_model_is_its_own() -> None:
+    classifier, images = build("timm:resnet10t", COLOR).eval(), torch.rand(2, 3, 32, 32)
+    assert isinstance(classifier, Normalized)
+    network: Any = classifier.network
+    torch.testing.assert_close(network.forward_head(last_map(classifier)(images)), classifier(images))
+
+
+@pytest.mark.parametrize("target", [nn.Linear(4, 2), nn.Sequential(nn.Conv2d(3, 2, 1))])
+def test_a_target_without_a_last_map_is_refused(target: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"the target \((Linear|Sequential)\) does not say"):
+        last_map(target)
