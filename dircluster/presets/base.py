@@ -1,14 +1,71 @@
-"""What presets share: a small form of a run, to see that all is there."""
+"""What presets share: the tasks that defenses are compared on, and a small form of a run to see that all is there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from dircluster.config import EvaluationConfig, OptimizerConfig, RunConfig, ScalingConfig, TrainingConfig
+from dircluster.config import (
+    AttackConfig,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScalingConfig,
+    StorageConfig,
+    TargetConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
+
+def digits(run: type[AnyRun], **own: Any) -> AnyRun:
+    """A run on scikit-learn's 8x8 digits. All defenses have the same target there, and find it stored."""
+    shared: dict[str, Any] = {
+        "name": "digits",
+        "data": DataConfig(name="digits", height=8, width=8, channels=1, crop_padding=1),
+        "attack": AttackConfig(epsilon=0.15),
+        "target": TargetConfig(
+            architecture="small_cnn",
+            epochs=150,
+            optimizer=OptimizerConfig(
+                name="adamw", lr=2e-3, weight_decay=1e-4, schedule="cosine", warmup_epochs=15, clip=1.0
+            ),
+        ),
+        "training": TrainingConfig(batch_size=128, select_every=10),
+        "storage": StorageConfig(checkpoint_every=200),
+        "tracking": TrackingConfig(log_every=10, picture_every=10),
+    }
+    return run(**{**shared, **own})
+
+
+def cifar10(run: type[AnyRun], **own: Any) -> AnyRun:
+    """A run on CIFAR-10 with the target of the DIR paper (Section 4.1): ResNet-18 by adversarial training."""
+    shared: dict[str, Any] = {
+        "name": "cifar10",
+        "data": DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True),
+        "target": TargetConfig(architecture="resnet18", epochs=110),
+    }
+    return run(**{**shared, **own})
+
+
+TABLE_1 = ("natural", "pgd20", "autoattack-standard", "mifgsm20", "vnifgsm20")
+"""Columns of Table 1 of the DIR paper (Zhou et al., ICML 2023), as tables name the attacks."""
+NO_DEFENSE = {
+    "cifar10": dict(zip(TABLE_1, (85.2, 45.72, 42.26, 47.43, 47.39), strict=True)),
+    "svhn": dict(zip(TABLE_1, (91.27, 50.83, 45.16, 51.9, 51.85), strict=True)),
+}
+"""Its first row, percent: the bare target."""
+
+
+def as_in_table_1(run: RunConfig) -> bool:
+    """Whether target and threat are those of Table 1."""
+    attack = run.attack
+    steps = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step - 2 / 255) < 1e-6
+    return attack.norm == "linf" and steps and run.target.objective == "at"
 
 
 def smoke_of(make: Callable[[], AnyRun], smaller: Callable[[AnyRun], AnyRun]) -> Callable[[], AnyRun]:

@@ -11,21 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from dircluster.config import (
-    AttackConfig,
     ConfigError,
     DataConfig,
     OptimizerConfig,
     RunConfig,
-    StorageConfig,
-    TargetConfig,
-    TrackingConfig,
-    TrainingConfig,
     flatten,
     require,
     require_positive,
     require_share,
 )
-from dircluster.presets.base import short_rates, smoke_of, with_smoke_twins
+from dircluster.presets import base
+from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, smoke_of, with_smoke_twins
 
 
 @dataclass(frozen=True)
@@ -177,9 +173,7 @@ class DirRun(RunConfig):
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
-        usual = self.attack.norm == "linf" and self.masking.ratio == 0.5 and self.target.objective == "at"
-        steps = abs(self.attack.epsilon - 8 / 255) < 1e-6 and abs(self.attack.step - 2 / 255) < 1e-6
-        return PRINTED.get(self.data.name, {}) if usual and steps else {}
+        return PRINTED.get(self.data.name, {}) if as_in_table_1(self) and self.masking.ratio == 0.5 else {}
 
     def printed_ablation(self) -> tuple[float, float] | None:
         if self.data.name not in PRINTED:
@@ -202,10 +196,9 @@ def _decisive(run: DirRun) -> dict[str, Any]:
     return {n: v for n, v in flatten(run.identity).items() if n not in free and not n.startswith("evaluation.")}
 
 
-TABLE_1 = ("natural", "pgd20", "autoattack-standard", "mifgsm20", "vnifgsm20")
 PRINTED: dict[str, dict[str, dict[str, float]]] = {
     "cifar10": {
-        "none": dict(zip(TABLE_1, (85.2, 45.72, 42.26, 47.43, 47.39), strict=True)),
+        "none": NO_DEFENSE["cifar10"],
         "dir": {
             **dict(zip(TABLE_1, (85.11, 54.27, 51.34, 55.62, 55.57), strict=True)),
             "masked40": 53.68,  # Eq. 8
@@ -214,7 +207,7 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
         },
     },
     "svhn": {
-        "none": dict(zip(TABLE_1, (91.27, 50.83, 45.16, 51.9, 51.85), strict=True)),
+        "none": NO_DEFENSE["svhn"],
         "dir": dict(zip(TABLE_1, (90.79, 55.3, 51.61, 56.7, 56.64), strict=True)),
     },
 }
@@ -233,18 +226,9 @@ DEPTHS = {
 
 def digits() -> DirRun:
     """scikit-learn's 8x8 handwritten digits: everything for real, in minutes, on two CPU cores."""
-    return DirRun(
-        name="digits",
-        data=DataConfig(name="digits", height=8, width=8, channels=1, crop_padding=1),
-        attack=AttackConfig(epsilon=0.15),
+    return base.digits(
+        DirRun,
         model=ModelConfig(patch=2, width=48, heads=4, encoder_depth=2, decoder_depth=1),
-        target=TargetConfig(
-            architecture="small_cnn",
-            epochs=150,
-            optimizer=OptimizerConfig(
-                name="adamw", lr=2e-3, weight_decay=1e-4, schedule="cosine", warmup_epochs=15, clip=1.0
-            ),
-        ),
         pretrain=PretrainConfig(
             epochs=20,
             optimizer=OptimizerConfig(
@@ -257,9 +241,6 @@ def digits() -> DirRun:
                 name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=6, clip=1.0
             ),
         ),
-        training=TrainingConfig(batch_size=128, select_every=10),
-        storage=StorageConfig(checkpoint_every=200),
-        tracking=TrackingConfig(log_every=10, picture_every=10),
     )
 
 
@@ -269,11 +250,7 @@ def cifar10() -> DirRun:
     ``python jobs/train.py cifar10`` on a machine with a GPU. Its accuracy has not been measured yet; the paper
     prints 85.11 % natural and 54.27 % under PGD-20 (CIFAR-10, Table 1).
     """
-    return DirRun(
-        name="cifar10",
-        data=DataConfig(name="cifar10", height=32, width=32, channels=3, crop_padding=4, flip=True),
-        target=TargetConfig(architecture="resnet18", epochs=110),
-    )
+    return base.cifar10(DirRun)
 
 
 def cifar10_joint() -> DirRun:
