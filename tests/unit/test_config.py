@@ -99,7 +99,7 @@ def test_the_fewest_masks_that_cover_an_image(ratio: float, masks: int) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_a_round_trip(name: str) -> None:
     run = preset(name)
-    assert c.from_dict(d.DirRun, c.to_dict(run)) == run
+    assert c.from_dict(type(run), c.to_dict(run)) == run
     assert hash(run) == hash(preset(name))
 
 
