@@ -195,6 +195,13 @@ def without_sync(module: nn.Module, last: bool) -> Any:
     return module.no_sync()
 
 
+def reshard(module: nn.Module) -> None:
+    """Drop what is still gathered of sharded weights: it keeps the flags that it was gathered with (frozen or not)."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def accumulates(module: nn.Module) -> bool:
     """Whether ``module`` keeps the gradients of earlier micro-batches itself (FSDP does, out of sight)."""
     return any(isinstance(part, FSDPModule) for part in module.modules())

@@ -21,7 +21,7 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.deterministic import PairwiseSum
-from dircluster.distributed.parallel import Parallel, accumulates, gather_full, shard_like, without_sync
+from dircluster.distributed.parallel import Parallel, accumulates, gather_full, reshard, shard_like, without_sync
 from dircluster.evaluation.pictures import to_pixels
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
@@ -198,6 +198,7 @@ class Trainer:
         epoch, index = divmod(step, self.loader.steps_per_epoch)
         images, labels, stream = self.loader(epoch, index)
         self.recipe.train()
+        reshard(self.wrapped)  # validation gathers frozen weights, and may leave them so
         for name, optimizer in self.optimizers.items():
             rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
             for group in optimizer.param_groups:
