@@ -9,6 +9,7 @@ from dircluster.defenses.stage import Defense
 
 DEFENSES = {
     "dir": "dircluster.defenses.dir",
+    "hgd": "dircluster.defenses.hgd",
 }
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, from_dict, to_dict
-from dircluster.presets import dir
+from dircluster.presets import dir, hgd
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {**dir.PRESETS}
-RUNS: dict[str, type[RunConfig]] = {run.defense: run for run in (dir.DirRun,)}
+PRESETS: dict[str, Callable[[], RunConfig]] = {**dir.PRESETS, **hgd.PRESETS}
+RUNS: dict[str, type[RunConfig]] = {run.defense: run for run in (dir.DirRun, hgd.HgdRun)}
 """The settings of each defense of this package."""
 
 
