@@ -1,0 +1,31 @@
+"""``dircluster VERB ...``: the jobs as one command, for whoever has installed the package without its jobs folder."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {
+    "train": "train a defense and evaluate it",
+    "evaluate": "evaluate a defense, whoever trained it",
+    "tune": "train a defense at every point of a space",
+    "benchmark": "time the phases of a training step",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the verb that the first word names; -> its exit code, 2 for a word that is none."""
+    words = sys.argv[1:] if argv is None else argv
+    usage = "\n".join(["usage: dircluster VERB ...", *(f"  {verb:10} {text}" for verb, text in VERBS.items())])
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{usage}\ndircluster VERB --help tells more.")
+        return 0
+    if words[0] not in VERBS:
+        print(f"error: there is no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    code: int = importlib.import_module(f"dircluster.cluster.commands.{words[0]}").main(words[1:])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The jobs as one command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dircluster.__main__ import VERBS, main
+
+
+def test_it_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {verb} " in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_is_its_job(verb: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (root / "jobs" / f"{verb}.py").is_file()
+    assert main([verb, "digits", "--print-config"]) == 0
+    assert capsys.readouterr().out.startswith("name: digits\n")
+
+
+def test_another_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", "digits"]) == 2
+    assert capsys.readouterr().err == "error: there is no verb 'judge'; there are train, evaluate, tune, benchmark\n"
+
+
+def test_help_answers_without_torch(root: Path) -> None:
+    code = "import sys; from dircluster.__main__ import main; main(['-h']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
