@@ -1,6 +1,7 @@
 """Sums over micro-batches and workers in one order on CPUs: pairwise, ((a + b) + (c + d)).
 
-The same bits for 1, 2, 4, ... workers, sharded or not. NCCL sums in its own order.
+The same bits for 1, 2, 4, ... workers, sharded or not. NCCL sums in its own order: :func:`in_order` is the switch, and
+the functions below it are all that differs between the two.
 """
 
 from __future__ import annotations
@@ -11,7 +12,45 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.nn.parallel import DistributedDataParallel
+
+
+def in_order(device: torch.device) -> bool:
+    """Whether sums over the workers on ``device`` are made in one order."""
+    return device.type == "cpu"
+
+
+def average_gradients(module: DistributedDataParallel, pending: PairwiseSum, device: torch.device) -> None:
+    """Make DDP's exchange the mean over the workers of its gradients and of what lies ``pending``."""
+    exchange: Any = _average_bucket if in_order(device) else allreduce_hook
+
+    # DDP checks annotations, which are strings in this file: a lambda has none.
+    module.register_comm_hook(pending, lambda state, bucket: exchange(None, _with_pending(state, bucket)))
+
+
+def scatter_gradients(sharded: FSDPModule, device: torch.device) -> None:
+    """Make FSDP's exchange each worker's part of the mean over the workers."""
+    if in_order(device):
+        sharded.set_custom_reduce_scatter(OrderedReduceScatter())
+
+
+def normalize_globally(module: nn.Module, device: torch.device) -> nn.Module:
+    """Batch normalization over the global batch instead of each worker's share.
+
+    On CPUs, layers derived from BatchNorm2d stay as they are: each worker then has statistics of its own.
+    """
+    if not in_order(device):
+        from timm.layers import convert_sync_batchnorm  # knows timm's own layers too
+
+        converted: nn.Module = convert_sync_batchnorm(module)
+        return converted
+    for layer in module.modules():
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = GlobalBatchNorm2d
+    return module
 
 
 class PairwiseSum:
@@ -60,14 +99,14 @@ def _share_of_sum(values: Tensor) -> Tensor:
     return _pairwise(received.view(dist.get_world_size(), -1))
 
 
-def with_pending(pending: PairwiseSum, bucket: Any) -> Any:
+def _with_pending(pending: PairwiseSum, bucket: Any) -> Any:
     """``bucket`` with what was kept pending of its parameters."""
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
         pending.join(parameter, gradient)
     return bucket
 
 
-def average_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _average_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
     buffer, world = bucket.buffer(), dist.get_world_size()
     padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % world))

@@ -13,18 +13,16 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dircluster.config import ConfigError, error_from_plain, error_to_plain
 from dircluster.distributed.deterministic import (
-    GlobalBatchNorm2d,
-    OrderedReduceScatter,
     PairwiseSum,
-    average_bucket,
-    with_pending,
+    average_gradients,
+    normalize_globally,
+    scatter_gradients,
 )
 from dircluster.models.classifiers import BasicBlock
 
@@ -57,12 +55,10 @@ class Parallel:
             return module
         if strategy == "fsdp":
             for name in trained:
-                _shard(module.get_submodule(name), half, ordered=self.device.type == "cpu")
+                _shard(module.get_submodule(name), half, self.device)
             return module
         wrapped = DistributedDataParallel(module)
-        exchange: Any = average_bucket if self.device.type == "cpu" else allreduce_hook
-        # DDP checks annotations, which are strings in this file: a lambda has none.
-        wrapped.register_comm_hook(pending, lambda state, bucket: exchange(None, with_pending(state, bucket)))
+        average_gradients(wrapped, pending, self.device)
         return wrapped
 
     def mean(self, values: Tensor) -> Tensor:
@@ -129,32 +125,16 @@ class Parallel:
         return outcome["result"]
 
     def synchronize_statistics(self, module: nn.Module) -> nn.Module:
-        """Batch normalization over the global batch instead of each worker's share.
-
-        On CPUs, layers derived from BatchNorm2d stay as they are: each worker then has statistics of its own.
-        """
-        if self.world == 1:
-            return module
-        if self.device.type == "cuda":
-            from timm.layers import convert_sync_batchnorm  # knows timm's own layers too
-
-            converted: nn.Module = convert_sync_batchnorm(module)
-            return converted
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                child.__class__ = GlobalBatchNorm2d
-            else:
-                setattr(module, name, self.synchronize_statistics(child))
-        return module
+        """Batch normalization over the global batch instead of each worker's share."""
+        return module if self.world == 1 else normalize_globally(module, self.device)
 
 
-def _shard(module: nn.Module, half: bool, ordered: bool) -> None:
+def _shard(module: nn.Module, half: bool, device: torch.device) -> None:
     """FSDP2 over all workers, in place."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     for part in [*(m for m in module.modules() if isinstance(m, SHARDED_ALONE)), module]:
         sharded = fully_shard(part, mp_policy=policy)
-        if ordered:
-            sharded.set_custom_reduce_scatter(OrderedReduceScatter())
+        scatter_gradients(sharded, device)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here works in place
