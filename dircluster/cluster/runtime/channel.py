@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ class Seen:
 class WorkerChannel:
     """What waits to be collected. Run it as an actor."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self.events: list[Any] = []
         self.signal = 0
         self.beats = self.world = 0
@@ -71,7 +73,7 @@ class WorkerChannel:
         """Driver's side: what has come since the last call."""
         self.signal = signal
         events, self.events = self.events, []
-        if self.outcome is None and self.failed is not None and time.monotonic() - self.failed[0] > LAST_WORD:
+        if self.outcome is None and self.failed is not None and self.clock() - self.failed[0] > LAST_WORD:
             self.outcome = self.failed[1]
         return Seen(events, self.outcome, self.beats, self.workers, self.world)
 
@@ -81,7 +83,7 @@ class WorkerChannel:
 
     def fail(self, outcome: dict[str, Any]) -> bool:
         """Another worker's side: it failed so, should the first one not say how the run ended; -> whether it did."""
-        self.failed = self.failed or (time.monotonic(), outcome)
+        self.failed = self.failed or (self.clock(), outcome)
         return self.outcome is not None
 
 

@@ -7,9 +7,8 @@ import logging
 import os
 import threading
 import time
-import traceback
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import FailureConfig
@@ -20,18 +19,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import nodes, stack_dump
-from dircluster.cluster.runtime.channel import POLL, Seen, WorkerChannel
+from dircluster.cluster.runtime.channel import POLL, WorkerChannel
+from dircluster.cluster.runtime.watch import Follower, Watch
 from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
     from dircluster.cluster.console import Terminal
     from dircluster.cluster.tracking.jobs import JobRecord
-
-GRACE = 25.0
-"""Seconds that workers have to commit a checkpoint after a signal, before they are ended."""
-SILENCE = 60.0
-"""Seconds without a worker after which the person is shown what is waited for."""
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -99,17 +94,6 @@ def forget(config: RunConfig, owner: str) -> None:
             folder.fs.rm(folder.path, recursive=True)
 
 
-class Follower(Protocol):
-    """Whom a run is shown to while it lasts."""
-
-    def say(self, line: str) -> None: ...
-
-    def tell(self, event: str | dict[str, Any]) -> None:
-        """What a worker said, or showed as a Status."""
-
-    def stop_signal(self) -> int: ...
-
-
 class Job:
     """One run while it lasts, in a process that has joined the cluster."""
 
@@ -154,10 +138,13 @@ class Job:
         # Outside the main thread Ray leaves the signals alone.
         self.fitting = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         self.errors: list[BaseException] = []
-        self.beats, self.lived = 0, time.monotonic()
-        self.came: dict[int, tuple[str, int]] = {}
-        self.gone = 0.0
-        """Since when workers are missing, 0 while none is known to be."""
+        self.watch = Watch(
+            config.scaling,
+            terminal,
+            stack_dump.dump,
+            stack_dump.end,
+            lambda: float(ray.available_resources().get("CPU", 0)),
+        )
 
     def _fit(self) -> None:
         try:
@@ -167,55 +154,13 @@ class Job:
 
     def follow(self) -> dict[str, Any]:
         """Until the run ends: -> its outcome."""
-        terminal, asked = self.terminal, None
         self.fitting.start()
         while True:
             alive = self.fitting.is_alive()
-            seen = ray.get(self.channel.collect.remote(terminal.stop_signal()))
-            for event in seen.events:
-                terminal.tell(event)
-            if seen.outcome is not None:
-                self.fitting.join(5)
-                return dict(seen.outcome)
-            if not alive:
-                lines = "".join(traceback.format_exception(self.errors[0])) if self.errors else "no worker said why"
-                terminal.say(lines)
-                return {"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}
-            if terminal.stop_signal():
-                asked = asked or time.monotonic()
-                if time.monotonic() - asked > GRACE:
-                    return {"status": "KILLED", "signal": terminal.stop_signal()}
-            elif (stalled := self._stalled(seen)) is not None:
-                return stalled
+            seen = ray.get(self.channel.collect.remote(self.terminal.stop_signal()))
+            outcome = self.watch.look(seen, alive, self.errors)
+            if outcome is not None:
+                if seen.outcome is not None:
+                    self.fitting.join(5)
+                return outcome
             time.sleep(POLL)
-
-    def _stalled(self, seen: Seen) -> dict[str, Any] | None:
-        """The outcome of a run that shows no life although all its workers exist; None otherwise."""
-        now = time.monotonic()
-        if seen.workers != self.came and len(seen.workers) == seen.world:
-            if self.came:
-                self.terminal.say(f"workers changed: {seen.world} at work")
-            self.came = dict(seen.workers)
-        if seen.beats != self.beats or seen.events:
-            self.beats, self.lived, self.gone = seen.beats, now, 0.0
-        patience = min(SILENCE, self.scaling.stall) if self.gone or not self.came else self.scaling.stall
-        if now - self.lived < patience:
-            return None
-        dumps = stack_dump.dump(self.came) if self.came and not self.gone else {}
-        if not dumps or stack_dump.GONE in dumps.values():  # Ray starts the workers again as soon as it can
-            self.lived, self.gone = now, self.gone or now
-            free = ray.available_resources().get("CPU", 0)
-            self.terminal.say(f"waiting for {self.scaling.least} workers: {free:g} CPUs of the cluster are free")
-            if now - self.gone < self.scaling.stall + self.scaling.wait:
-                return None
-            error = f"no {self.scaling.least} workers for {now - self.gone:.0f} s (scaling.stall, scaling.wait)"
-            return {"status": "FAILED", "error": f"{error}; the same command resumes", "exit": 1}
-        for rank, dump in sorted(dumps.items()):
-            self.terminal.say(f"worker {rank}: {dump}")
-        stack_dump.end(self.came)
-        return {
-            "status": "FAILED",
-            "error": f"no worker made progress for {self.scaling.stall:.0f} s (scaling.stall);"
-            " their stacks stand above, and the same command resumes from the last checkpoint",
-            "exit": 1,
-        }

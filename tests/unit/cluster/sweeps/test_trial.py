@@ -1,0 +1,278 @@
+"""One trial: found, trained, waiting for another's stage, stopped, failed; and what Tune and the sweep are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dircluster.cluster.runtime.channel import WorkerChannel
+from dircluster.cluster.sweeps import trial as module
+from dircluster.cluster.sweeps.store import result_of, store
+from dircluster.cluster.sweeps.trial import LATEST, METRIC, WAIT, Failed, Plan, Post, Task, train_task, trainable
+from dircluster.config import ConfigError, RunConfig, TrackingConfig, from_dict, to_dict
+from dircluster.evaluation.sweep_table import Trial
+from dircluster.presets import preset
+from tests.unit.cluster.conftest import Actor, Clock
+
+ALPHA = {"dir.alpha": 2.0}
+TASK = Task(ALPHA, 0)
+ROWS = [
+    {"defense": defense, "attack": attack, "randomness": randomness, "accuracy": accuracy, "mean": accuracy}
+    | {"epsilon": 0.0 if attack == "natural" else 0.15}
+    for defense, attack, randomness, accuracy in (
+        ("none", "natural", "none", 0.9),
+        ("none", "pgd2", "none", 0.3),
+        ("dir", "natural", "fresh", 0.8),
+        ("dir", "pgd2", "fixed", 0.5),
+        ("dir", "pgd2", "fresh", 0.4),
+    )
+]
+DONE = {"status": "FINISHED", "results": ROWS, "selection": {"dir": {"robust": 0.6}}, "checkpoint": "final"}
+BUSY = {"status": "FAILED", "error": "another job is training it", "exit": 2, "busy": True}
+
+
+class Cluster:
+    """In place of runs on Ray: outcomes by seed, one a run; what was run, recorded and forgotten."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[int, list[dict[str, Any] | Exception]] = {}
+        self.ran: list[tuple[int, str]] = []
+        self.records: list[Any] = []
+        self.forgotten = 0
+        self.lines: list[str] = []
+
+    def job(self, run: RunConfig, owner: str, fresh: bool, record: Any, post: Post, until: str) -> Any:
+        def follow() -> dict[str, Any]:
+            self.ran.append((run.seed, until))
+            for line in self.lines:
+                post.say(line)
+            outcome = self.outcomes[run.seed].pop(0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        return SimpleNamespace(follow=follow)
+
+    def forget(self, run: RunConfig, owner: str) -> None:
+        self.forgotten += 1
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, clock: Clock, no_ray: Callable[..., None]) -> Cluster:
+    made = Cluster()
+    no_ray(module)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "Job", made.job)
+    monkeypatch.setattr(module, "forget", made.forget)
+    monkeypatch.setattr(module, "finish_job", lambda record, status: made.records.append((record, status)))
+    return made
+
+
+@pytest.fixture
+def channel(clock: Clock) -> WorkerChannel:
+    return WorkerChannel(clock)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, channel: WorkerChannel) -> Plan:
+    run = preset("digits_smoke")
+    run = replace(run, storage=replace(run.storage, uri=str(tmp_path / "runs")), tracking=TrackingConfig(enabled=False))
+    return Plan(to_dict(run), None, (0, 1), {}, channel=Actor(channel))
+
+
+@pytest.fixture
+def post(plan: Plan) -> Post:
+    return Post(plan.channel, "key", reports=False)
+
+
+def test_a_trial_is_trained_and_stored(cluster: Cluster, plan: Plan, post: Post) -> None:
+    cluster.outcomes = {0: [DONE]}
+    found = train_task(plan, TASK, post)
+    assert (found.status, found.held_out, found.natural, found.robust) == ("FINISHED", 0.6, 0.8, 0.4)
+    assert (found.bare, found.checkpoint, dict(found.settings)) == ((0.9, 0.3), "final", ALPHA)
+    kept = result_of(plan.run_of(TASK))
+    assert kept is not None
+    assert kept.robust == 0.4
+    assert cluster.forgotten == 1
+
+
+def test_what_was_found_before_is_not_trained(cluster: Cluster, plan: Plan, post: Post) -> None:
+    store(plan.run_of(TASK), Trial({"other": 1}, 7, "FINISHED", 0.5))
+    found = train_task(plan, TASK, post)
+    assert (found.held_out, found.settings, found.seed) == (0.5, ALPHA, 0)
+    assert cluster.ran == []
+
+
+def test_a_stage_that_another_trial_trains_is_waited_for(
+    cluster: Cluster, plan: Plan, post: Post, clock: Clock
+) -> None:
+    cluster.outcomes = {0: [BUSY, BUSY, DONE]}
+    began = clock.now
+    assert train_task(plan, TASK, post).status == "FINISHED"
+    assert clock.now - began == 2 * WAIT
+    assert len(cluster.ran) == 3
+
+
+def test_who_waits_can_be_stopped(
+    cluster: Cluster, plan: Plan, post: Post, clock: Clock, channel: WorkerChannel
+) -> None:
+    cluster.outcomes = {0: [BUSY, BUSY, DONE]}
+    clock.after(WAIT, lambda: channel.collect(15) and None)
+    with pytest.raises(Failed, match="another job is training it"):
+        train_task(plan, TASK, post)
+    assert len(cluster.ran) == 2
+    assert cluster.forgotten == 1
+
+
+def test_a_sweep_that_was_stopped_begins_no_trial(
+    cluster: Cluster, plan: Plan, post: Post, channel: WorkerChannel
+) -> None:
+    channel.collect(2)
+    with pytest.raises(Failed, match="stopped by signal 2"):
+        train_task(plan, TASK, post)
+    assert cluster.ran == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        ({"status": "KILLED", "signal": 15}, "stopped by signal 15"),
+        ({"status": "FAILED", "error": "dir: loss is not finite", "exit": 1}, "dir: loss is not finite"),
+        ({"status": "FAILED", "error": "Ray Train gave up; the reason stands above", "exit": 1}, "OSError: no space"),
+    ],
+)
+def test_a_trial_that_does_not_finish_says_why(
+    cluster: Cluster, plan: Plan, post: Post, outcome: dict[str, Any], message: str
+) -> None:
+    cluster.outcomes, cluster.lines = {0: [outcome]}, ["Traceback\n  somewhere\nOSError: no space\n"]
+    with pytest.raises(Failed) as failure:
+        train_task(plan, TASK, post)
+    assert str(failure.value) == message
+    assert result_of(plan.run_of(TASK)) is None
+    assert cluster.forgotten == 1
+
+
+class Server:
+    """MLflow, which does not answer for the first so many times."""
+
+    def __init__(self, away: int) -> None:
+        self.away = away
+
+    def open(self, run: RunConfig, tags: Mapping[str, str], child: Any) -> str:
+        self.away -= 1
+        if self.away >= 0:
+            raise ConfigError("does not answer")
+        return f"record of {child.name}"
+
+
+@pytest.mark.parametrize(
+    ("away", "records"),
+    [(0, [("record of alpha 2, seed 0", "FINISHED")]), (3, [("record of alpha 2, seed 0", "FINISHED")]), (99, [])],
+)
+def test_a_record_is_waited_for_and_then_done_without(
+    cluster: Cluster,
+    plan: Plan,
+    post: Post,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    away: int,
+    records: list[Any],
+) -> None:
+    cluster.outcomes, began = {0: [DONE]}, clock.now
+    monkeypatch.setattr(module, "open_job", Server(away).open)
+    train_task(replace(plan, record={"run_id": "sweep"}), TASK, post)
+    assert cluster.records == records
+    patience = from_dict(RunConfig, plan.config).tracking.patience
+    assert clock.now - began == pytest.approx(min(away * WAIT, patience), abs=2 * WAIT)
+
+
+def test_a_record_is_marked_failed_when_the_cluster_goes(
+    cluster: Cluster, plan: Plan, post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_job", Server(0).open)
+    cluster.outcomes = {0: [RuntimeError("the actor is gone")]}
+    with pytest.raises(RuntimeError):
+        train_task(replace(plan, record={"run_id": "sweep"}), TASK, post)
+    assert [status for _, status in cluster.records] == ["KILLED"]
+    assert cluster.forgotten == 1
+
+
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What Tune is told."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "tune", SimpleNamespace(report=found.append))
+    return found
+
+
+def trials(channel: WorkerChannel) -> list[tuple[int, str, str]]:
+    """What the sweep is told: seed, status and error of each training."""
+    found = [event["trial"] for event in channel.collect(0).events if "trial" in event]
+    return [(trial["seed"], trial["status"], trial["error"]) for trial in found]
+
+
+def test_a_point_is_trained_at_every_seed(
+    cluster: Cluster, plan: Plan, channel: WorkerChannel, reported: list[dict[str, Any]]
+) -> None:
+    other = {**DONE, "selection": {"dir": {"robust": 0.4}}}
+    cluster.outcomes = {0: [DONE], 1: [other]}
+    trainable(plan)(ALPHA)
+    assert trials(channel) == [(0, "FINISHED", ""), (1, "FINISHED", "")]
+    assert reported == [{METRIC: 0.5, "epoch": LATEST, "whole": True}]
+
+
+def test_a_seed_that_fails_does_not_keep_the_others_from_training(
+    cluster: Cluster, plan: Plan, channel: WorkerChannel, reported: list[dict[str, Any]]
+) -> None:
+    cluster.outcomes = {0: [ValueError("first\nsecond line")], 1: [DONE]}
+    with pytest.raises(ValueError, match="first"):
+        trainable(plan)(ALPHA)
+    assert trials(channel) == [(0, "FAILED", "first"), (1, "FINISHED", "")]
+    assert reported == []  # Tune begins it again, where it may
+    cluster.outcomes = {0: [DONE]}
+    trainable(plan)(ALPHA)
+    assert cluster.ran == [(0, ""), (1, ""), (0, "")]  # the one that was finished is found
+    assert len(reported) == 1
+
+
+def test_a_task_is_done_at_its_own_seed_until_its_stage(
+    cluster: Cluster, plan: Plan, channel: WorkerChannel, reported: list[dict[str, Any]]
+) -> None:
+    cluster.outcomes = {1: [{"status": "FINISHED", "selection": {}}]}
+    trainable(plan)({"task": {"settings": ALPHA, "seed": 1, "until": "pretrain"}})
+    assert cluster.ran == [(1, "pretrain")]
+    assert trials(channel) == [(1, "FINISHED", "")]
+    assert reported == [{METRIC: 0.0, "epoch": LATEST, "whole": True}]
+
+
+def status(epoch: int, step: int, robust: float, stage: str = "dir") -> dict[str, Any]:
+    return {"stage": stage, "epoch": epoch, "held_out": {"step": step, "robust": robust}}
+
+
+def test_held_out_accuracies_are_reported_once_each(plan: Plan, reported: list[dict[str, Any]]) -> None:
+    post = Post(plan.channel, "key", reports=True)
+    post.tell(status(1, 4, 0.9, stage="target"))
+    post.tell({"stage": "dir", "epoch": 1, "held_out": {}})
+    for epoch, step in ((1, 4), (1, 4), (2, 8)):
+        post.tell(status(epoch, step, 0.1 * epoch))
+    post.tell("a line")
+    assert reported == [{METRIC: 0.1, "epoch": 1}, {METRIC: 0.2, "epoch": 2}]
+    reported.clear()
+    Post(plan.channel, "key", reports=False).tell(status(1, 4, 0.5))
+    assert reported == []
+
+
+def test_only_what_has_several_lines_is_passed_on(
+    plan: Plan, channel: WorkerChannel, no_ray: Callable[..., None]
+) -> None:
+    no_ray(module)
+    post = Post(plan.channel, "key", reports=False)
+    post.say("dir: resuming at step 4")
+    post.say("worker 0: stack\n  frame")
+    assert channel.collect(0).events == [{"said": "worker 0: stack\n  frame"}]
+    assert post.last.strip() == "frame"
