@@ -3,7 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 RUN := .venv/bin/python
 
-.PHONY: train test proofs lint ui cluster cluster-down lock clean
+.PHONY: train check test proofs lint ui cluster cluster-down lock clean
 .DEFAULT_GOAL := train
 
 train: .venv/product  ## train and judge a DIR defense on scikit-learn's digits
@@ -19,8 +19,12 @@ cluster: .venv/dev  ## start S3, MLflow and a Ray cluster on this machine, on lo
 cluster-down: .venv/uv  ## end exactly what make cluster started
 	$(RUN) infra/local_cluster.py down $(ARGS)
 
+check: .venv/dev lint  ## what a person runs often: lint, types, unit and property tests, on two cores
+	$(RUN) -m pytest -n 2 tests/unit tests/property $(ARGS)
+
 test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they cover
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 tests/unit tests/property tests/golden $(ARGS)
+	$(RUN) -m pytest tests/integration tests/fault $(ARGS) $(if $(findstring --cov,$(ARGS)),--cov-append)
 
 proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (80 minutes)
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -151,12 +151,15 @@ def test_a_cluster_that_grows_is_waited_for(
     assert asked == [4, 0]  # what was asked for is taken back: Ray Train asks for itself
 
 
-@pytest.mark.parametrize("signal", [0, 2])
-def test_a_cluster_that_does_not_grow(sizes: deque[float], asked: list[int], terminal: Terminal, signal: int) -> None:
+@pytest.mark.parametrize(("signal", "waited"), [(0, 60.0), (2, 0.0)])
+def test_a_cluster_that_does_not_grow(
+    sizes: deque[float], asked: list[int], terminal: Terminal, clock: Clock, signal: int, waited: float
+) -> None:
     sizes.append(1.0)
-    terminal.signal = signal
+    terminal.signal, began = signal, clock.now
     with pytest.raises(ConfigError, match="the cluster has 1"):
         suffice(ScalingConfig(workers=4, wait=60.0), terminal)
+    assert clock.now - began == waited
 
 
 class Second:
