@@ -20,9 +20,9 @@ from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.rng import Stream
+from tests.jobs import ROOT, Outcome, run_job
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +51,32 @@ def smoke(tmp_path: Path) -> DirRun:
         tracking=dataclasses.replace(run.tracking, enabled=False),
         scaling=dataclasses.replace(run.scaling, device="cpu", threads=1),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A defense that was trained once for all tests that need one, in ``runs`` of a folder they must not change."""
+
+    folder: Path
+    done: Outcome
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.done.summary
+
+    @property
+    def final(self) -> str:
+        """The folder of its checkpoint."""
+        return str(self.summary["checkpoint"])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """jobs/train.py digits_smoke --launcher local, recorded in MLflow."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_job("train", "digits_smoke", "--launcher", "local", folder=folder)
+    assert done.code == 0, done.err
+    return Trained(folder, done)
 
 
 @pytest.fixture(scope="session")

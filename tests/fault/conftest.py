@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,8 +20,8 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
 from infra.local_cluster import BUCKET, Cluster
+from tests.jobs import ROOT, run_job
 
-ROOT = Path(__file__).parents[2]
 SMOKE = ("digits_smoke", "--training.select-every", "5", "--tracking.picture-every", "5")
 """A run whose first two stages take seconds; the DIR stage, of four steps an epoch, is what is broken into."""
 
@@ -197,16 +196,14 @@ def job(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
 
 @pytest.fixture
 def unbroken(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Weights of the same run that nothing happened to, on one local worker: words -> SHA-256 by file."""
+    """Weights of the same run that nothing happened to, in this process: words -> SHA-256 by file."""
 
     def run(*words: str) -> dict[str, str]:
         folder = tmp_path / "unbroken"
         folder.mkdir()
-        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *SMOKE, *words, "--seed", "3"]
-        command += ["--launcher", "local", "--tracking.no-enabled", "--summary", "summary.json"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-        return weights_in(Path(summary["checkpoint"]))
+        alone = ("--seed", "3", "--launcher", "local", "--tracking.no-enabled")
+        done = run_job("train", *SMOKE, *words, *alone, folder=folder)
+        assert done.code == 0, done.out[-2000:] + done.err
+        return weights_in(Path(done.summary["checkpoint"]))
 
     return run

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from dircluster.cluster import storage
 from dircluster.config import ConfigError, DataConfig, StorageConfig
@@ -27,8 +28,9 @@ from dircluster.presets import preset
 from dircluster.training.locks import stage_lock
 from infra.local_cluster import BUCKET, Cluster
 from infra.photo_shards import write_photos
-from tests.fault.conftest import ROOT, SMOKE, weights_in
+from tests.fault.conftest import SMOKE, weights_in
 from tests.fault.kill_at import MOMENTS
+from tests.jobs import ROOT, run_job
 
 QUICK = (("before the marker", False),)
 """The moment that CI tries, in a folder; the rest, and object storage, are slow."""
@@ -36,7 +38,7 @@ ALONE = ("--launcher", "local", "--tracking.no-enabled", "--seed", "3")
 
 
 class Train:
-    """jobs/train.py, or kill_at.py, on one local worker."""
+    """jobs/train.py on one local worker, and kill_at.py, which needs a process of its own."""
 
     def __init__(self, folder: Path, environment: dict[str, str], uri: str) -> None:
         self.folder, self.uri = folder, uri
@@ -56,7 +58,14 @@ class Train:
             )
 
     def run(self, *words: str, moment: str = "") -> int:
-        return self.start(*words, moment=moment).wait(300)
+        if moment:
+            return self.start(*words, moment=moment).wait(300)
+        S3FileSystem.clear_instance_cache()  # it remembers credentials
+        words = (*SMOKE, *ALONE, "--storage.uri", self.uri, *words)
+        done = run_job("train", *words, folder=self.folder, env=self.environment)
+        self.log.write_text(done.out + done.err)
+        S3FileSystem.clear_instance_cache()
+        return done.code
 
     @property
     def said(self) -> str:

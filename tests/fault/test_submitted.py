@@ -22,7 +22,7 @@ from dircluster.cluster import storage
 from dircluster.config import StorageConfig
 from infra.local_cluster import BUCKET, Cluster
 from infra.photo_shards import write_photos
-from tests.fault.conftest import ROOT
+from tests.jobs import ROOT, run_job
 
 Make = Callable[..., Any]
 OFTEN = ("--storage.checkpoint-every", "10")
@@ -73,38 +73,24 @@ def test_from_upload_to_table_and_no_secret_anywhere(
     again = submit("digits_smoke", "--defense", "models:/dir-digits_smoke@champion", *uri, script="jobs/evaluate.py")
     assert again.returncode == 0, again.stdout[-3000:]
     assert re.search(r"report    s3://\S+\.html", again.stdout)
-    refused = submit("digits_smoke", "--masking.ratio", "50")
+    refused = submit("digits_smoke")
     assert refused.returncode == 1
     assert "exit code 2" in refused.stdout
-    assert "error: masking.ratio must lie in (0, 1), got 50" in refused.stdout
-    alone = submit("digits_smoke")
-    assert "would lie in a copy of the working directory" in alone.stdout
+    assert "error: storage.uri 'runs' would lie in a copy of the working directory" in refused.stdout
 
     crashed = job("--scaling.workers", "2", "--dir.epochs", "60", "--scaling.max-failures", "0", *OFTEN).start()
     crashed.wait_for(0)
     os.kill(crashed.workers()[0].pid, signal.SIGKILL)
     assert crashed.end(120) == 1
-    plan = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/train.py"), "digits_smoke", *uri, "--dry-run"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
-    assert plan.returncode == 0
-    typed = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/train.py"), "--storage.uri", "s3://me:CANARY-IN-URI@bucket/x"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
-    assert typed.returncode == 2
+    plan = run_job("train", "digits_smoke", *uri, "--dry-run", folder=tmp_path)
+    assert plan.code == 0, plan.err
+    typed = run_job("train", "--storage.uri", "s3://me:CANARY-IN-URI@bucket/x", folder=tmp_path)
+    assert typed.code == 2
     facts = cluster.facts
     canaries = [facts["key"], facts["secret"], facts["password"], (cluster.folder / "ray-token").read_text()]
     canaries.append("CANARY-IN-URI")
-    outputs = [done, again, refused, alone, plan, typed]
-    texts = [("output", (o.stdout + o.stderr).encode()) for o in outputs] + [("crash", crashed.said.encode())]
+    texts = [("output", (o.stdout + o.stderr).encode()) for o in (done, again, refused)]
+    texts += [("output", (o.out + o.err).encode()) for o in (plan, typed)] + [("crash", crashed.said.encode())]
     searched = 0
     for place, blob in [*texts, *places(cluster)]:
         searched += 1

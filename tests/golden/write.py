@@ -1,6 +1,6 @@
 """What the smoke runs compute, to the bit, and what the command line says: observed, and kept beside this file.
 
-    python tests/golden/write.py [NAME ...]
+    python -m tests.golden.write [NAME ...]
 
 writes the golden files of these runs again, or all of them. It uses nothing but the command line and the files that a
 run leaves, so that it outlives any move of modules. Say in the commit why a golden file changes.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -28,10 +27,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+from tests.jobs import ROOT, run_job
+
+HERE = Path(__file__).parent
 FOLDER = HERE / f"torch-{torch.__version__.partition('+')[0]}"
 COMMANDS = HERE / "commands"
-COMMAND = "python tests/golden/write.py"
+COMMAND = "python -m tests.golden.write"
 QUIET = ("--launcher", "local", "--tracking.no-enabled", "--scaling.device", "cpu", "--scaling.threads", "1")
 SHORT = ("--pretrain.epochs", "1", "--dir.epochs", "1", "--target.epochs", "1", "--evaluation.images", "8")
 JOINT = ("--dir.joint", "--pretrain.epochs", "0", "--dir.crafting-masks", "fresh", "--dir.mse-weight", "0.1")
@@ -116,19 +117,17 @@ def sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def job(name: str, *words: str, folder: Path) -> str:
     """What jobs/NAME.py prints when it is called with ``words`` in ``folder``."""
-    return script(f"jobs/{name}.py", *words, folder=folder)
+    done = run_job(name, *words, folder=folder, env={"COLUMNS": "100", "NO_COLOR": "1"})
+    if done.code:
+        raise RuntimeError(f"jobs/{name}.py {' '.join(words)} ended with {done.code}: {done.err.strip()}")
+    return done.out
 
 
-def script(file: str, *words: str, folder: Path) -> str:
-    """What a script of the checkout prints when it is called with ``words`` in ``folder``."""
-    told = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "RAY_ADDRESS", "FORCE_COLOR")}
-    told |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
-    told |= {"NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / file), *words]
-    done = subprocess.run(command, cwd=folder, env=told, capture_output=True, encoding="utf-8", timeout=500)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+def script(file: str, *words: str, folder: Path) -> None:
+    """Run a script of the checkout with ``words`` in ``folder``."""
+    subprocess.run(
+        [sys.executable, str(ROOT / file), *words], cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
 
 
 def observe(name: str, folder: Path) -> dict[str, Any]:
@@ -209,6 +208,7 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"error: there is no run {unknown[0]}; there are {', '.join(RUNS)}, commands", file=sys.stderr)
         return 2
+    torch.set_num_threads(1)
     for name in names or [*RUNS, "commands"]:
         with tempfile.TemporaryDirectory() as folder:
             if name == "commands":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import signal
 import socket
@@ -11,57 +11,25 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-
-@dataclass
-class Outcome:
-    """How a job ended."""
-
-    code: int
-    out: str
-    err: str
-    summary: dict[str, Any]
-
-    @property
-    def error(self) -> list[str]:
-        """Lines on stderr."""
-        return self.err.strip().splitlines()
-
-
-def environment() -> dict[str, str]:
-    """This process's, less what would lead a job to a cluster or server that is not the test's own."""
-    dropped = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE")
-    kept = {k: v for k, v in os.environ.items() if k not in dropped}
-    return {
-        **kept,
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-        "OMP_NUM_THREADS": "1",
-    }
+from tests.jobs import Outcome, environment, run_job, start_job
 
 
 @pytest.fixture
-def train(root: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Run jobs/train.py, or another script, in ``tmp_path`` to its end: words -> Outcome; ``workers`` of torchrun."""
+def train(tmp_path: Path) -> Callable[..., Outcome]:
+    """Run jobs/train.py, or another script, in ``tmp_path`` to its end: words -> Outcome.
 
-    def run(*words: str, script: str = "train", workers: int = 0, env: dict[str, str] | None = None) -> Outcome:
-        summary = tmp_path / "summary.json"
-        summary.unlink(missing_ok=True)
-        command = [sys.executable]
-        if workers:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-        told = () if "--summary" in words else ("--summary", str(summary))
-        command += [str(root / "jobs" / f"{script}.py"), *words, *told]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment() | (env or {}), timeout=420
-        )
-        found = json.loads(summary.read_text()) if summary.exists() else {}
-        return Outcome(done.returncode, done.stdout, done.stderr, found)
+    In this process where it is local or ``here``, else in a process of its own; ``workers`` of torchrun.
+    """
+
+    def run(*words: str, script: str = "train", workers: int = 0, here: bool | None = None) -> Outcome:
+        local = ("--launcher", "local") in itertools.pairwise(words)
+        if not workers and (local if here is None else here):
+            return run_job(script, *words, folder=tmp_path)
+        return start_job(script, *words, folder=tmp_path, workers=workers)
 
     return run
 

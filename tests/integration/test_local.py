@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dircluster.cluster.commands import train as train_command
-from tests.integration.conftest import environment
+from tests.conftest import Trained
+from tests.jobs import environment
 
 Train = Callable[..., Any]
 LOCAL = ("--launcher", "local", "--tracking.no-enabled")
@@ -180,10 +180,8 @@ def test_the_summary(train: Train) -> None:
     assert weights(again.summary["checkpoint"]) == weights(summary["checkpoint"])
 
 
-def test_bad_input_is_one_line_and_exit_2(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert train("digits_smoke", *LOCAL).code == 0
+def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     final = next((tmp_path / "runs").glob("dir-*/final"))
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "file").write_text("")
@@ -209,11 +207,10 @@ def test_bad_input_is_one_line_and_exit_2(
         "its folder does not exist": ["digits_smoke", *LOCAL, "--summary", "absent/s.json"],
         "is more than the": ["digits_smoke", *LOCAL, "--training.batch-size", "1024", "--training.microbatch", "8"],
     }
-    monkeypatch.chdir(tmp_path)
-    for message, words in cases.items():  # in this process: each start costs seconds
-        capfd.readouterr()
-        assert train_command.main(words) == 2, words
-        (line,) = capfd.readouterr().err.splitlines()
+    for message, words in cases.items():
+        done = train(*words, here=True)
+        assert done.code == 2, words
+        (line,) = done.error
         assert message in line, words
     (target / "manifest.json").write_text(json.dumps({**manifest, "config": "0" * 64}))
     (target / "COMMIT").write_text(hashlib.sha256((target / "manifest.json").read_bytes()).hexdigest())
@@ -228,7 +225,7 @@ def test_bad_input_is_one_line_and_exit_2(
 
 
 def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
-    done = train("cifar10", "--dry-run")
+    done = train("cifar10", "--dry-run", here=True)
     assert done.code == 0, done.err
     assert "4,553,292 parameters" in done.out
     assert "3.147 GFLOP" in done.out  # 1.57 GMAC at K = 2

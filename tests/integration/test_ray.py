@@ -60,7 +60,7 @@ def test_train_on_two_workers_then_again(train: Train, tmp_path: Path, monkeypat
     pictures = client.list_artifacts(children["dir"].info.run_id, "images")
     assert len([p for p in pictures if p.path.endswith(".png")]) == 2  # one an epoch
 
-    again = train("digits_smoke", "--scaling.workers", "2")
+    again = train("digits_smoke", "--scaling.workers", "2", here=True)
     assert again.code == 0, again.err
     assert again.out.count("reused from") == 4
     assert again.summary["run_id"] == done.summary["run_id"]
@@ -117,7 +117,7 @@ def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
 
 @pytest.mark.parametrize("script", ["train", "tune_alpha"])
 def test_more_gpus_than_there_are_is_one_line(train: Train, script: str) -> None:
-    done = train("digits_smoke", "--scaling.workers", "16", "--scaling.device", "gpu", script=script)
+    done = train("digits_smoke", "--scaling.workers", "16", "--scaling.device", "gpu", script=script, here=True)
     assert (done.code, len(done.error)) == (2, 1), done.err
     assert "scaling.workers 16 need as many GPUs" in done.error[0]
 

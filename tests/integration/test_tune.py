@@ -44,7 +44,7 @@ def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -
     assert (kept / "best.txt").read_text().startswith("python jobs/train.py digits_smoke ")
     assert [trial["settings"] for trial in done.summary["trials"]] == [{"dir.alpha": alpha} for alpha in alphas]
 
-    again = train(*words, script="tune")
+    again = train(*words, script="tune", here=True)
     assert again.code == 0, again.err
     assert "training what trials share" not in again.out
     assert again.out.count(f"{count} of {count} trials") == 1

@@ -390,18 +390,6 @@ def test_pictures(smoke: RunConfig) -> None:
     assert pixels.dtype.name == "uint8"
 
 
-def test_the_readmes_lines_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (lines,) = (
-        part.split("```")[0]
-        for part in (root / "README.md").read_text().split("```python\n")[1:]
-        if "evaluate(" in part
-    )
-    exec(compile(lines, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert "| defense | pgd20 | none |" in said
-    assert "Do all images have a gradient?" in said
-
-
 def test_a_transfer_is_crafted_on_the_surrogate(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     rows = [{r.attack: r for r in judged(at_model, digits, surrogate=s).rows} for s in (at_model, other, None)]
