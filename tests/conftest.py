@@ -25,6 +25,14 @@ from tests.jobs import ROOT, Outcome, run_job
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of integration and fault tests a file is done by one process, and all that share the cluster by one."""
+    for item in items:
+        if {"integration", "fault"} & set(item.path.parts):
+            shares = "cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("cluster" if shares else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -115,7 +115,7 @@ def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
     assert points(client, children["dir"], "loss/total") == list(range(1, 241))
 
 
-@pytest.mark.parametrize("script", ["train", "tune_alpha"])
+@pytest.mark.parametrize("script", ["train", pytest.param("tune_alpha", marks=pytest.mark.slow)])
 def test_more_gpus_than_there_are_is_one_line(train: Train, script: str) -> None:
     done = train("digits_smoke", "--scaling.workers", "16", "--scaling.device", "gpu", script=script, here=True)
     assert (done.code, len(done.error)) == (2, 1), done.err
