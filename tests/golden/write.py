@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from infra.photo_shards import write_photos
 from tests.jobs import ROOT, run_job
 
 HERE = Path(__file__).parent
@@ -123,13 +124,6 @@ def job(name: str, *words: str, folder: Path) -> str:
     return done.out
 
 
-def script(file: str, *words: str, folder: Path) -> None:
-    """Run a script of the checkout with ``words`` in ``folder``."""
-    subprocess.run(
-        [sys.executable, str(ROOT / file), *words], cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-
-
 def observe(name: str, folder: Path) -> dict[str, Any]:
     """The run ``name``, done in the empty ``folder``: what its golden file must hold."""
     golden, words = RUNS[name], [*QUIET, "--storage.uri", "runs"]
@@ -139,7 +133,7 @@ def observe(name: str, folder: Path) -> dict[str, Any]:
         write_few(source, folder / "few")
         words += ["--data.uri", "few"]
     if golden.shards:
-        script("infra/photo_shards.py", "shards", folder=folder)
+        write_photos(folder / "shards")
     job("train", *golden.words, *words, "--summary", "train.json", folder=folder)
     trained = json.loads((folder / "train.json").read_text())
     weights: dict[str, dict[str, str]] = {}
