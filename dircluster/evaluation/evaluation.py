@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.config import digest
-from dircluster.evaluation.attack_runner import AttackRunner, judge, modules_of_attack
+from dircluster.evaluation.attack_runner import AttackRunner, judge
+from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
 from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.results import Result
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
-from dircluster.evaluation.suites import AttackSpec
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
 
@@ -155,7 +155,7 @@ class Evaluation:
             norm=spec.norm,
             epsilon=spec.epsilon,
             steps=spec.steps,
-            step_size=spec.step_size if spec.steps and spec.attack not in ("square", "autoattack") else 0.0,
+            step_size=spec.step_size if spec.steps and find_attack(spec.attack).counts == "steps" else 0.0,
             restarts=spec.restarts,
             eot=spec.eot,
             loss=spec.loss,
@@ -180,7 +180,8 @@ def code(spec: AttackSpec, victim: VictimModel) -> str:
     """Digest of the source that decides what a shard finds: that of its attack, of the defense, and of this room."""
     models = [victim.module, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
     used = frozenset({rng.__name__}).union(modules_of_attack(spec.attack), *map(modules_of, models))
-    return code_digest(used, frozenset({__name__, AttackRunner.__module__, VictimModel.__module__}))
+    room = (AttackRunner, AttackSetting, VictimModel)
+    return code_digest(used, frozenset({__name__, *(part.__module__ for part in room)}))
 
 
 def run(

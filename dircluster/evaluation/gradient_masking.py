@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dircluster.config import AttackConfig, EvaluationConfig
-from dircluster.evaluation.suites import AttackSpec
+from dircluster.evaluation.attack_table import AttackSpec
 
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Radii of the curve, in units of the threat's own."""

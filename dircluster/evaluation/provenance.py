@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -42,21 +43,23 @@ def results_folder(storage: Path, defense: str, facts: Mapping[str, Any]) -> Pat
 
 
 def modules_of(model: nn.Module) -> frozenset[str]:
-    """The modules of this package that define ``model`` and its parts.
+    """The modules that define ``model`` and its parts, without installed ones other than this package's.
 
     Layers of batch statistics do not count: a training on several workers has others, which evaluate alike.
     """
-    parts = (type(part).__module__ for part in model.modules() if not isinstance(part, _NormBase))
-    return frozenset(name for name in parts if name.partition(".")[0] == PACKAGE)
+    names = {type(part).__module__ for part in model.modules() if not isinstance(part, _NormBase)}
+    return frozenset(name for name in names if name.partition(".")[0] == PACKAGE or _own_file(name))
 
 
 @cache
 def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) -> str:
     """Digest of the source of ``modules``, of all they import within this package, and of those that stand ``alone``.
 
-    Comments, docstrings and layout do not count, and neither does what is imported for type checks only.
+    Comments, docstrings and layout do not count, and neither does what is imported for type checks only. Of modules
+    outside this package, those that are not installed count as they lie in their files, without what they import.
     """
-    found, left, named = set(alone), list(modules), set[str]()
+    outside = {name for name in modules if name.partition(".")[0] != PACKAGE}
+    found, left, named = set(alone), list(modules - outside), set[str]()
     while left:
         name = left.pop()
         if name in found - alone or name.startswith(BY_NAME):
@@ -70,7 +73,15 @@ def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) ->
                 left.append(imported)
     parts = [ast.dump(_source(name)) for name in sorted(found)]
     parts += [ast.dump(node) for node in _settings() if getattr(node, "name", "") in named]
+    parts += [file.read_text(encoding="utf-8") for name in sorted(outside) if (file := _own_file(name))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _own_file(name: str) -> Path | None:
+    """The file of somebody's own module; None where it is installed, or has no file."""
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return None if installed or not file.is_file() else file
 
 
 def _settings() -> Iterator[ast.stmt]:

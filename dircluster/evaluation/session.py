@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dircluster.config import AttackConfig, EvaluationConfig
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation import gradient_masking
+from dircluster.evaluation.attack_table import AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.store import MemoryStore, ResultStore
-from dircluster.evaluation.suites import AttackSpec, known_suite
+from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
 from dircluster.evaluation.victim import VictimModel, check_images
 from dircluster.models.modules import device_of
@@ -53,6 +54,23 @@ def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) 
         else {}
     )
     return Plan(table, asked)
+
+
+def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimModel) -> Plan:
+    """``planned`` with more rows. Raises ConfigError where the victim cannot meet one of them."""
+    for spec in attacks:
+        lacking = find_attack(spec.attack).needs - victim.offers
+        if lacking:
+            raise ConfigError(
+                f"attack {spec.name} needs {', '.join(sorted(lacking))}, which {victim.name} does not have"
+            )
+        bare = spec.on == "target" and spec.judged == "target"
+        if (bare and victim.target is None) or (spec.on == "target" and victim.source is None):
+            raise ConfigError(f"attack {spec.name} needs a target to craft on: give a purifier, or a surrogate")
+        if not bare and victim.randomized != (spec.randomness != "none"):
+            forms = "fixed or fresh" if victim.randomized else "none"
+            raise ConfigError(f"attack {spec.name} has randomness {spec.randomness}, but {victim.name} needs {forms}")
+    return dataclasses.replace(planned, table=list(dict.fromkeys([*planned.table, *attacks])))
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,7 @@ def evaluate(
     seed: int = 0,
     name: str = "defense",
     surrogate: nn.Module | None = None,
+    attacks: Sequence[AttackSpec] = (),
     store: ResultStore | None = None,
     on_shard: Callable[[EvalShard, int, int], None] = lambda shard, done, total: None,
 ) -> EvaluationReport:
@@ -128,11 +147,12 @@ def evaluate(
 
     ``images`` with ``labels`` (N,) int64; ``epsilon``, ``norm`` and ``step_size`` are those of AttackConfig; ``suite``
     is quick, paper or rigorous, and ``verdict`` asks whether the module only hides gradients. Transfers are crafted on
-    ``surrogate``, or on a purifier's own classifier. ``store`` keeps finished shards, so that an evaluation can go on;
-    ``on_shard`` is called before each shard with the shards done and open. Modules are judged in eval mode, and come
-    back in
-    the modes, and on the device, that they came in. Raises ConfigError, one line, for images out of range, labels out
-    of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN or another shape.
+    ``surrogate``, or on a purifier's own classifier. ``attacks`` are met besides those of the suite, such as one of
+    your own (see attack_table.ATTACKS). ``store`` keeps finished shards, so that an evaluation can go on;
+    ``on_shard`` is called before each shard with the shards done and open. Modules are judged in eval mode, and
+    come back in the modes, and on the device, that they came in. Raises ConfigError, one line, for images out of
+    range, labels out of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN
+    or another shape.
     """
     given = EvaluationConfig() if settings is None else settings
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
@@ -144,7 +164,7 @@ def evaluate(
         surrogate = copy.deepcopy(surrogate).to(device)  # the caller's stays where it is
     victim = VictimModel(module, name, surrogate)
     victim.meet(images[:8].to(device), int(labels.max()))
-    planned = plan(victim, attack, chosen)
+    planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
     store = MemoryStore() if store is None else store
     evaluation = Evaluation(planned.specs, len(images), seed, chosen.batch_size, chosen.rows, store, victim)
     run(evaluation, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), on_shard)

@@ -1,58 +1,16 @@
-"""Suites: which attacks a defense must face, as plain data. A spec is one attack and how its images are judged."""
+"""Suites: which attacks a defense must face, as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.evaluation.attack_table import ATTACKS, AttackSpec, attack_of
 
 SuiteName = Literal["quick", "paper", "rigorous"]
 SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
-Randomness = Literal["none", "fixed", "fresh"]
-
-
-@dataclass(frozen=True)
-class AttackSpec:
-    """One attack on one form of the defense. Radii and steps are in units of the pixel range."""
-
-    attack: str
-    """natural, noise, fgsm, pgd, mifgsm, vnifgsm, autoattack, square, masked, bpda, or restored."""
-    randomness: Randomness = "none"
-    """Random draws, known to the attacker (fixed) or new at every pass (fresh); none where nothing is random."""
-    on: Literal["defense", "target"] = "defense"
-    """What the attacker crafts on; what is crafted elsewhere and judged on the defense is a transfer."""
-    judged: Literal["defense", "target"] = "defense"
-    norm: Literal["linf", "l2"] = "linf"
-    epsilon: float = 0.0
-    steps: int = 0
-    """Steps, or queries of square."""
-    step_size: float = 0.0
-    restarts: int = 1
-    eot: int = 1
-    """Draws over which each step's gradient, or loss, is averaged."""
-    loss: Literal["ce", "margin"] = "ce"
-    source: Literal["natural", "adversarial"] = "natural"
-    """Where the attack on the restored image starts."""
-    draws: int = 1
-    """Fresh draws on which every final image is judged."""
-    average: int = 1
-    """Draws whose logits the defense averages before it answers; the attacker's too."""
-    first: int | None = None
-    """Judged on so many images alone."""
-    label: str = ""
-    """What the table calls it, if not its attack and steps."""
-
-    @property
-    def name(self) -> str:
-        """What the table calls it: pgd20, transfer-pgd20, autoattack-rand, ..."""
-        if self.label:
-            return self.label
-        plain = f"{self.attack}{self.steps}" if self.attack in ("pgd", "mifgsm", "vnifgsm") else self.attack
-        if self.on == "target" and self.judged == "defense":
-            plain = f"transfer-{plain}"
-        return plain
 
 
 def known_suite(name: str) -> SuiteName:
@@ -92,7 +50,7 @@ def suite(
         specs += [replace(fixed, restarts=restarts), replace(fresh, restarts=restarts)]
         specs += [replace(fresh, on="target", eot=1)] if transfers else []
     elif name == "paper":
-        specs += _paper(fixed, fresh, attack, settings, purifies=purifies, masked=masked)
+        specs += _paper(fixed, fresh, attack, settings, masked)
     else:
         steps = settings.steps or 200
         long = _lasting(fresh, attack, steps)
@@ -115,7 +73,8 @@ def suite(
                 replace(_lasting(best, attack, steps), label=f"pgd{steps}-mean-of-{eot}"),
             ]
         specs += [replace(long, on="target", eot=1)] if transfers else []
-    return list(dict.fromkeys(specs))
+    has = {name for name, there in (("purifier", purifies), ("masks", masked)) if there}
+    return [spec for spec in dict.fromkeys(specs) if ATTACKS[spec.attack].needs <= has]
 
 
 def _natural(spec: AttackSpec) -> AttackSpec:
@@ -135,33 +94,26 @@ def _autoattack(fixed: AttackSpec, settings: EvaluationConfig, masked: bool) -> 
 
 
 def _paper(
-    fixed: AttackSpec,
-    fresh: AttackSpec,
-    attack: AttackConfig,
-    settings: EvaluationConfig,
-    *,
-    purifies: bool,
-    masked: bool,
+    fixed: AttackSpec, fresh: AttackSpec, attack: AttackConfig, settings: EvaluationConfig, masked: bool
 ) -> list[AttackSpec]:
     forty, eot = settings.steps or 40, fresh.eot
     restarts = settings.restarts or 1
-    specs = [
+    restored = replace(fixed, attack="restored", label=f"restored{fixed.steps}-from-natural")
+    return [
         replace(fixed, restarts=restarts),
         replace(fresh, restarts=restarts),
         *_autoattack(fixed, settings, masked),
         replace(fixed, attack="mifgsm"),
         replace(fresh, attack="mifgsm"),
         replace(fixed, attack="vnifgsm"),
+        *(
+            replace(_lasting(form, attack, forty), attack="masked", eot=1, label=f"masked{forty}")
+            for form in (fixed, fresh)
+        ),
+        replace(_lasting(fresh, attack, forty), attack="bpda", label=f"bpda{forty}-eot{eot}"),
+        restored,
+        replace(restored, source="adversarial", label=f"restored{fixed.steps}-from-adversarial"),
     ]
-    if masked:
-        both = [_lasting(m, attack, forty) for m in (fixed, fresh)]
-        specs += [replace(m, attack="masked", eot=1, label=f"masked{forty}") for m in both]
-    if purifies:
-        specs += [replace(_lasting(fresh, attack, forty), attack="bpda", label=f"bpda{forty}-eot{eot}")]
-        restored = replace(fixed, attack="restored", label=f"restored{fixed.steps}-from-natural")
-        label = f"restored{fixed.steps}-from-adversarial"
-        specs += [restored, replace(restored, source="adversarial", label=label)]
-    return specs
 
 
 def how(row: Mapping[str, Any], draws: bool = True) -> str:
@@ -169,7 +121,8 @@ def how(row: Mapping[str, Any], draws: bool = True) -> str:
     parts = []
     if row["epsilon"]:
         ball = f"{'L2 ' if row['norm'] == 'l2' else ''}eps {row['epsilon']:.4g}"
-        counted = "queries of Square" if row["step_size"] == 0 else f"steps of {row['step_size']:.3g}"
+        found = attack_of(row["attack"])
+        counted = f"steps of {row['step_size']:.3g}" if row["step_size"] else found.counts if found else "steps"
         parts.append(f"{ball}, {row['steps']} {counted}" if row["steps"] else ball)
     for key, name in (("restarts", "restarts"), ("eot", "EOT"), ("average", "logits averaged over")):
         if row[key] > 1:

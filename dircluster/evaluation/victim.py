@@ -60,6 +60,9 @@ class VictimModel:
         self.source: Model | None = self.target if surrogate is None else surrogate
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
         self.modules = (module,) if surrogate is None else (module, surrogate)
+        has = (("purifier", self.target is not None), ("masks", self.masked))
+        self.offers = frozenset(name for name, there in has if there)
+        """What attacks may need, see attack_table.Attack."""
         self.randomized = self.drawn
 
     def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:

@@ -1,0 +1,300 @@
+"""Attacks by name: what runs each, what its steps count, what it needs. An entry added to ATTACKS is one more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.attacks.autoattack import autoattack, square
+from dircluster.attacks.expectation import expected
+from dircluster.attacks.gradient import (
+    Model,
+    ValueAndGrad,
+    cross_entropy,
+    cross_entropy_loss,
+    margin_loss,
+    mi_fgsm,
+    projected_ascent,
+    strongest,
+    value_and_grad,
+    vni_fgsm,
+)
+from dircluster.attacks.masked import masked_attack
+from dircluster.attacks.restored import restored_attack
+from dircluster.attacks.threat import BALLS, L2, LInf
+from dircluster.config import ConfigError
+from dircluster.evaluation.victim import VictimModel
+
+Randomness = Literal["none", "fixed", "fresh"]
+LOSSES = {"ce": cross_entropy_loss, "margin": margin_loss}
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """One attack on one form of the defense, and how its images are judged.
+
+    Radii and steps are in units of the pixel range.
+    """
+
+    attack: str
+    """A name of ATTACKS."""
+    randomness: Randomness = "none"
+    """Random draws, known to the attacker (fixed) or new at every pass (fresh); none where nothing is random."""
+    on: Literal["defense", "target"] = "defense"
+    """What the attacker crafts on; what is crafted elsewhere and judged on the defense is a transfer."""
+    judged: Literal["defense", "target"] = "defense"
+    norm: Literal["linf", "l2"] = "linf"
+    epsilon: float = 0.0
+    steps: int = 0
+    """Steps, or what else the attack counts."""
+    step_size: float = 0.0
+    restarts: int = 1
+    eot: int = 1
+    """Draws over which each step's gradient, or loss, is averaged."""
+    loss: Literal["ce", "margin"] = "ce"
+    source: Literal["natural", "adversarial"] = "natural"
+    """Where the attack on the restored image starts."""
+    draws: int = 1
+    """Fresh draws on which every final image is judged."""
+    average: int = 1
+    """Draws whose logits the defense averages before it answers; the attacker's too."""
+    first: int | None = None
+    """Judged on so many images alone."""
+    label: str = ""
+    """What the table calls it, if not its attack and steps."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it: pgd20, transfer-pgd20, autoattack-rand, ..."""
+        if self.label:
+            return self.label
+        plain = f"{self.attack}{self.steps}" if find_attack(self.attack).labeled else self.attack
+        if self.on == "target" and self.judged == "defense":
+            plain = f"transfer-{plain}"
+        return plain
+
+
+@dataclass(frozen=True)
+class AttackSetting:
+    """What an attack meets: a form of the victim, a ball, and draws that all follow from ``seed``.
+
+    ``seed`` names the shard. ``defense_seed`` names the draws of the fixed form, which belong to the shard alone: every
+    attack knows the same. ``most_rows`` bounds the rows, images times draws, that pass through a model at a time.
+    """
+
+    victim: VictimModel
+    spec: AttackSpec
+    seed: int
+    defense_seed: int
+    most_rows: int
+
+    @property
+    def threat(self) -> LInf | L2:
+        """The ball of the attack."""
+        return BALLS[self.spec.norm](self.spec.epsilon)
+
+    def model(self, images: int, purpose: str = "craft") -> Model:
+        """What is attacked as the attacker sees it: (images, C, H, W) -> (images, classes) logits."""
+        spec = self.spec
+        if spec.on == "target":
+            source = self.victim.target if spec.judged == "target" else self.victim.source
+            assert source is not None
+            return source
+        return self.victim.model(
+            spec.randomness, self.draw_seed(purpose), spec.average, known_images(spec, images), self.most_rows
+        )
+
+    def value_and_grad(self, model: Model, labels: Tensor) -> ValueAndGrad:
+        """Loss and gradient of the spec, averaged over its EOT draws."""
+        return expected(model, labels, self.spec.eot, LOSSES[self.spec.loss], self.most_rows)
+
+    def uniform(self, purpose: str, images: Tensor) -> Tensor:
+        """Uniform in [0, 1), shaped as ``images``."""
+        return _uniform(rng.generator(self.seed, purpose), images)
+
+    def draw_seed(self, purpose: str) -> int:
+        """Of the victim's draws while it is attacked."""
+        return self.defense_seed if self.spec.randomness == "fixed" else rng.entropy(self.seed, purpose)
+
+
+Runner = Callable[[AttackSetting, Tensor, Tensor], tuple[Tensor, list[str]]]
+"""The setting, images (N, C, H, W), labels (N,) -> adversarial images (N, C, H, W), and what is to be warned of."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A row of the table. A transfer needs a surrogate besides, whatever the attack."""
+
+    run: Runner
+    counts: str = "steps"
+    """What ``steps`` counts: steps, which have a size, or queries, which have none."""
+    labeled: bool = False
+    """Whether its name in a table carries its steps: pgd20."""
+    needs: frozenset[str] = frozenset()
+    """Of the victim: a ``purifier`` in front of its classifier, or ``masks`` that it sees images through."""
+    code: tuple[Callable[..., Any], ...] = ()
+    """What else runs it, an ``ascend`` of your own too: a stored result is void once the module of one of these, or of
+    ``run``, is another.
+    """
+    together: bool = True
+    """Whether it passes all images of a shard together: a purifier's known draws are then each image's own."""
+    past_purifier: bool = False
+    """Whether its images are made for the bare classifier, and judged by it."""
+
+
+def _natural(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    return images, []
+
+
+def _noise(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    return setting.threat.start(images, setting.uniform("noise", images)), []
+
+
+def _autoattack(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    spec = setting.spec
+    version: Literal["standard", "rand"] = "rand" if spec.randomness == "fresh" else "standard"
+    model, count = setting.model(len(images)), len(images)
+    return autoattack(model, images, labels, setting.threat, version, setting.seed, count, spec.eot, spec.steps or None)
+
+
+def _square(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    spec = setting.spec
+    draws = spec.eot if spec.randomness == "fresh" else 1
+    model = setting.model(len(images))
+    return square(model, images, labels, setting.threat, spec.steps, draws, setting.seed, setting.most_rows), []
+
+
+def _masked(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    spec, victim = setting.spec, setting.victim
+    masks = victim.masks(spec.randomness, setting.draw_seed("craft"), len(images))
+    found = masked_attack(
+        victim.logits_under,
+        images,
+        labels,
+        setting.threat,
+        spec.steps,
+        spec.step_size,
+        masks,
+        victim.pixel_masks,
+        setting.uniform("start", images),
+    )
+    return found, []
+
+
+def _restored(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    spec, threat, victim = setting.spec, setting.threat, setting.victim
+    if spec.source == "adversarial":
+        both = value_and_grad(cross_entropy(setting.model(len(images)), labels))
+        start = threat.start(images, setting.uniform("source", images))
+        images = projected_ascent(both, start, images, threat, spec.steps, spec.step_size)
+    with torch.no_grad():
+        known = known_images(spec, len(images))
+        restored = victim.restorer(spec.randomness, setting.draw_seed("craft"), known)(images)
+    assert victim.target is not None
+    uniform = setting.uniform("start", images)
+    return restored_attack(victim.target, restored, labels, threat, spec.steps, spec.step_size, uniform), []
+
+
+def _one_step(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:
+    threat = setting.threat
+    return projected_ascent(both, images, images, threat, 1, threat.epsilon)
+
+
+def _pgd(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:
+    spec, threat = setting.spec, setting.threat
+    start = threat.start(images, setting.uniform(f"start/{restart}", images))
+    randomized = spec.randomness == "fresh"  # the last iterate may have met an unlucky draw
+    return projected_ascent(both, start, images, threat, spec.steps, spec.step_size, keep_best=randomized)
+
+
+def _momentum(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:
+    spec = setting.spec
+    return mi_fgsm(both, images, setting.threat, spec.steps, spec.step_size)
+
+
+def _neighbors(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:
+    spec, generator = setting.spec, rng.generator(setting.seed, "neighbours")
+    return vni_fgsm(both, images, setting.threat, spec.steps, spec.step_size, lambda: _uniform(generator, images))
+
+
+def _bypassed(setting: AttackSetting, images: int, purpose: str) -> Model:
+    spec = setting.spec
+    return setting.victim.bypassed(spec.randomness, setting.draw_seed(purpose), known_images(spec, images))
+
+
+def first_order(
+    ascend: Callable[[AttackSetting, ValueAndGrad, Tensor, int], Tensor],
+    model: Callable[[AttackSetting, int, str], Model] = AttackSetting.model,
+) -> Runner:
+    """A runner of an attack that follows the averaged gradient: once a restart, the strongest of them counts.
+
+    ``ascend`` takes the setting, loss and gradient, images and the restart's number; ``model`` gives what is attacked.
+    """
+
+    def run(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+        made = []
+        for restart in range(setting.spec.restarts):
+            attacked = model(setting, len(images), f"craft/{restart}")
+            made.append(ascend(setting, setting.value_and_grad(attacked, labels), images, restart))
+        if len(made) == 1:
+            return made[0], []
+        judge = setting.model(len(images), "judge")
+        margin = expected(judge, labels, setting.spec.eot, margin_loss, setting.most_rows)
+        return strongest(lambda found: margin(found)[0], made), []
+
+    return run
+
+
+def _uniform(generator: torch.Generator, images: Tensor) -> Tensor:
+    return torch.rand(images.shape, generator=generator).to(images)
+
+
+FOLLOWED = (projected_ascent, expected)
+"""What runs the attacks that follow the averaged gradient."""
+ATTACKS: dict[str, Attack] = {
+    "natural": Attack(_natural),
+    "gradient": Attack(_natural, code=FOLLOWED),  # asks whether there is one
+    "noise": Attack(_noise, code=(LInf,)),
+    "fgsm": Attack(first_order(_one_step), code=FOLLOWED),
+    "pgd": Attack(first_order(_pgd), labeled=True, code=FOLLOWED),
+    "mifgsm": Attack(first_order(_momentum), labeled=True, code=FOLLOWED),
+    "vnifgsm": Attack(first_order(_neighbors), labeled=True, code=FOLLOWED),
+    "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED),
+    "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False),
+    "square": Attack(_square, counts="queries of Square", code=(square,)),
+    "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),
+    "restored": Attack(
+        _restored, needs=frozenset({"purifier"}), code=(restored_attack, projected_ascent), past_purifier=True
+    ),
+}
+"""All attacks by name. One of your own is an entry that you add, before an evaluation names it in a spec."""
+
+
+def find_attack(name: str) -> Attack:
+    """The row of that name. Raises ConfigError for an unknown one."""
+    if name not in ATTACKS:
+        raise ConfigError(f"there is no attack {name!r}; there are {', '.join(ATTACKS)}")
+    return ATTACKS[name]
+
+
+def attack_of(label: str) -> Attack | None:
+    """The attack whose name stands at the beginning of a table's label, transfers included; None for others."""
+    plain = label.removeprefix("transfer-")
+    names = [name for name in ATTACKS if plain.startswith(name)]
+    return ATTACKS[max(names, key=len)] if names else None
+
+
+def modules_of_attack(name: str) -> frozenset[str]:
+    """The modules whose code runs an attack, without what they import in turn, and without this one."""
+    found = find_attack(name)
+    return frozenset(part.__module__ for part in (found.run, *found.code)) - {__name__}
+
+
+def known_images(spec: AttackSpec, images: int) -> int:
+    """How many images' fixed masks there are: one for each, or one for all where an attack passes some alone."""
+    return images if find_attack(spec.attack).together else 1

@@ -1,0 +1,83 @@
+"""The table of attacks: names, what a row says, and an attack of one's own met through dircluster.evaluate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dircluster
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.evaluation.attack_table import ATTACKS, Attack, AttackSetting, AttackSpec, attack_of
+from dircluster.evaluation.suites import SUITES, how, suite
+
+FEW = EvaluationConfig(images=12, batch_size=8, steps=2)
+
+
+def toy(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    """The brightest image of the ball."""
+    return (images + setting.spec.epsilon).clamp(0, 1), ["bright"] if setting.spec.steps > 2 else []
+
+
+@pytest.fixture
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def test_names_of_the_table() -> None:
+    assert AttackSpec("pgd", steps=20).name == "pgd20"
+    assert AttackSpec("pgd", on="target", steps=20).name == "transfer-pgd20"
+    assert AttackSpec("pgd", on="target", judged="target", steps=20).name == "pgd20"
+    assert AttackSpec("square", steps=5000).name == "square"
+    assert attack_of("transfer-pgd20") is ATTACKS["pgd"]
+    assert attack_of("autoattack-rand") is ATTACKS["autoattack"]
+    assert attack_of("l2-pgd20") is None
+    with pytest.raises(ConfigError, match="there is no attack 'x'; there are natural"):
+        _ = AttackSpec("x").name
+
+
+def test_a_row_says_what_its_steps_count() -> None:
+    row = {"epsilon": 0.1, "norm": "linf", "restarts": 1, "eot": 1, "average": 1, "draws": 1, "randomness": "none"}
+    assert how(row | {"attack": "square", "steps": 9, "step_size": 0.0}) == "eps 0.1, 9 queries of Square"
+    assert how(row | {"attack": "l2-pgd9", "steps": 9, "step_size": 0.02}) == "eps 0.1, 9 steps of 0.02"
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_leaves_out_what_a_module_lacks(name: str) -> None:
+    found = suite(
+        name, AttackConfig(), EvaluationConfig(), randomized=False, purifies=False, transfers=False, masked=False
+    )
+    assert not [spec for spec in found if ATTACKS[spec.attack].needs]
+
+
+def test_an_attack_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, digits: tuple[Tensor, Tensor], plain: nn.Module
+) -> None:
+    monkeypatch.setitem(ATTACKS, "toy", Attack(toy, counts="looks", labeled=True))
+    spec = AttackSpec("toy", epsilon=0.2, steps=3)
+    found = dircluster.evaluate(plain, *digits, settings=FEW, attacks=[spec])
+    row = found.rows[-1]
+    images, labels = digits[0][:12], digits[1][:12]
+    right = plain((images + 0.2).clamp(0, 1)).argmax(dim=1) == labels
+    assert (row.attack, row.correct, row.total, row.step_size) == ("toy3", int(right.sum()), 12, 0.0)
+    assert row.warnings == ("bright",)
+    assert "3 looks" in str(found)
+    assert found.rows[:-1] == dircluster.evaluate(plain, *digits, settings=FEW).rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AttackSpec("nope"), "there is no attack 'nope'"),
+        (AttackSpec("masked"), "attack masked needs masks, which defense does not have"),
+        (AttackSpec("bpda"), "attack bpda needs purifier"),
+        (AttackSpec("pgd", on="target", steps=2), "attack transfer-pgd2 needs a target"),
+        (AttackSpec("pgd", randomness="fresh", steps=2), "randomness fresh, but defense needs none"),
+    ],
+)
+def test_an_attack_that_a_module_cannot_meet(
+    spec: AttackSpec, message: str, digits: tuple[Tensor, Tensor], plain: nn.Module
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dircluster.evaluate(plain, *digits, settings=FEW, attacks=[spec])
