@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from dircluster.config import ConfigError, RunConfig, flatten, to_dict, without_secrets
-from dircluster.presets import preset
+from dircluster.presets import RUNS, preset, presets_of, search_folder
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -36,7 +36,7 @@ class Job:
 
     preset: tyro.conf.Positional[str] = "digits"
     """digits, cifar10 (the paper), cifar10_joint (the released code), svhn, cifar100; NAME_smoke runs through in
-    seconds."""
+    seconds. package.module:NAME is one of a defense of your own."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
     """What is trained, and how."""
     config: Path | None = None
@@ -50,7 +50,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class TrainJob(Job):
+class DefenseJob(Job):
+    """A command that trains a defense."""
+
+    defense: str = "dir"
+    """A name of dircluster.defenses.table, or package.module with a DEFENSE of your own, found in the current folder or
+    installed. The preset is then looked up in its PRESETS."""
+
+
+@dataclass(frozen=True)
+class TrainJob(DefenseJob):
     """Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
 
     A stage whose settings and inputs are unchanged is reused, and the same command resumes what was interrupted.
@@ -87,11 +96,12 @@ class EvaluateJob(Job):
     natural_target: str = ""
     """A naturally trained target (as --target.uri) to draw into Figure 2 beside the defense's own."""
     trust_code: Switch = False
-    """Import the target's own code (package.module:factory) where a checkpoint names one."""
+    """Import code that is not this package's, where a checkpoint names some: its target's (package.module:factory) or
+    its defense's (package.module)."""
 
 
 @dataclass(frozen=True)
-class TuneJob(Job):
+class TuneJob(DefenseJob):
     """Train a DIR defense at every point of a space, on Ray, and say which is best on the held-out images.
 
     Stages that points have in common are trained once. What is finished is kept: the same command goes on.
@@ -120,7 +130,7 @@ class TuneJob(Job):
 
 
 @dataclass(frozen=True)
-class BenchmarkJob(Job):
+class BenchmarkJob(DefenseJob):
     """Time the phases of a DIR step on real images: craft, restore, perturb, update."""
 
     steps: int = 5
@@ -134,15 +144,27 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
     words = list(argv)
     name = _take_preset(words)
-    base = kind(name, preset(name))
-    pairs = zip(words, [*words, ""][1:], strict=True)
-    file = next((b if a == "--config" else a[9:] for a, b in pairs if a == "--config" or a.startswith("--config=")), "")
-    if file:
+    of_own = issubclass(kind, DefenseJob)
+    defense = (_value_of("--defense", words) or name.rpartition(":")[0]) if of_own else ""
+    if ":" in name or defense not in ("", *RUNS):
+        search_folder(os.getcwd())
+    if defense and ":" in name:
+        if not name.startswith(f"{defense}:"):
+            raise ConfigError(f"preset {name} is of another defense than --defense {defense}")
+        name = name.removeprefix(f"{defense}:")
+    name = name or ("digits" if not defense else next(iter(presets_of(defense))))
+    run = preset(name, defense)
+    base = kind(name, run)
+    if isinstance(base, DefenseJob):
+        base = dataclasses.replace(base, defense=run.defense)
+    if file := _value_of("--config", words):
         words = [*_words_of(Path(file)), *words]
     with _one_line_errors():
-        job = tyro.cli(kind, default=base, args=_with_decimals(kind, words))
+        job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
     if job.preset != name:
         raise ConfigError(f"the preset is the first word alone, got {job.preset!r} after it (the preset is {name})")
+    if isinstance(job, DefenseJob) and job.defense != run.defense:
+        raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
     flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
 
@@ -178,13 +200,20 @@ def to_yaml(run: RunConfig) -> str:
 
 
 def _take_preset(words: list[str]) -> str:
-    """Remove the preset from ``words``: the first of them, unless it is a flag."""
-    return words.pop(0) if words and not words[0].startswith("-") else "digits"
+    """Remove the preset from ``words``: the first of them, unless it is a flag; empty where there is none."""
+    return words.pop(0) if words and not words[0].startswith("-") else ""
 
 
-def _with_decimals(kind: type, words: Sequence[str]) -> list[str]:
+def _value_of(flag: str, words: Sequence[str]) -> str:
+    """The value that ``words`` give last to ``flag``; empty where they give none."""
+    pairs = zip(words, [*words, ""][1:], strict=True)
+    found = [b if a == flag else a.partition("=")[2] for a, b in pairs if a.partition("=")[0] == flag]
+    return found[-1] if found and not found[-1].startswith("-") else ""
+
+
+def _with_decimals(kind: type, run: type, words: Sequence[str]) -> list[str]:
     """``words`` with fractions as decimals, but for the values of texts: a folder may be named 1/2."""
-    texts, flag, made = set(_texts(kind)), "", []
+    texts, flag, made = {*_texts(kind), *_texts(run)}, "", []
     for word in words:
         if word.startswith("--"):
             flag = word.partition("=")[0].replace("_", "-")
@@ -269,7 +298,8 @@ def _plain(boxed: str) -> str:
 
 def describe(job: Job, run: RunConfig | None = None) -> dict[str, Any]:
     """The settings of a job, or of ``run``, that differ from its preset's, dotted."""
-    usual, chosen = flatten(to_dict(preset(job.preset))), flatten(to_dict(run or job.run))
+    defense = job.defense if isinstance(job, DefenseJob) else ""
+    usual, chosen = flatten(to_dict(preset(job.preset, defense))), flatten(to_dict(run or job.run))
     return {name: value for name, value in chosen.items() if usual.get(name) != value}
 
 
@@ -277,12 +307,18 @@ def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """``run`` with settings by their dotted names, checked as those of a command line. Raises ConfigError."""
     words = [word for name, value in settings.items() for word in as_words(name, value)]
     with _one_line_errors():
-        return tyro.cli(RunConfig, default=run, args=_with_decimals(RunConfig, words))
+        return tyro.cli(RunConfig, default=run, args=_with_decimals(RunConfig, type(run), words))
 
 
 def command(job: TrainJob, script: str = "train") -> str:
     """The command that continues this job, or shows its result again; or another script's with the same settings."""
-    words = ["python", f"jobs/{script}.py", job.preset]
+    words = ["python", f"jobs/{script}.py"]
+    if job.defense in RUNS:
+        words += [job.preset]
+    elif script == "evaluate":  # whose --defense is what it evaluates
+        words += [f"{job.defense}:{job.preset}", "--trust-code"]
+    else:
+        words += [*([job.preset] if job.preset else []), "--defense", job.defense]
     for name, value in describe(job).items():
         words += as_words(name, value)
     if job.launcher != "ray":

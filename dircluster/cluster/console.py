@@ -26,7 +26,7 @@ def progress_line(status: Status) -> str:
     terms = ", ".join(f"{name} {value:.4f}" for name, value in status.terms.items() if name != "loss")
     return (
         f"{status.stage}  epoch {status.epoch}/{status.epochs}  step {status.step}/{status.steps}"
-        f"  loss {status.terms['loss']:.4f} ({terms})  {status.images_per_second:,.0f} images/s"
+        f"  loss {status.terms['loss']:.4f}{f' ({terms})' if terms else ''}  {status.images_per_second:,.0f} images/s"
         f"  ETA {timedelta(seconds=round(status.eta_seconds))}"
     )
 

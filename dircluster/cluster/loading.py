@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.presets import search_folder
 from dircluster.training.export import load_defense_folder, load_target
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -48,6 +49,8 @@ def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
         return load_classifier(config.target.uri, config)
     if FACTORY.fullmatch(job_spec.defense):
         return _made(job_spec).eval()
+    if job_spec.trust_code:
+        search_folder(job_spec.path)
     if is_remote(job_spec.defense):
         check_bucket(job_spec.defense, storage)
     defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
@@ -68,8 +71,7 @@ def load_classifier(uri: str, config: RunConfig) -> nn.Module:
 
 def _made(job_spec: JobSpec) -> nn.Module:
     name, _, attribute = job_spec.defense.partition(":")
-    if job_spec.path not in sys.path:
-        sys.path.insert(0, job_spec.path)
+    search_folder(job_spec.path)
     try:
         made = getattr(importlib.import_module(name), attribute)()
     except Exception as error:  # somebody's code may raise anything

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dircluster.config import RunConfig
-from dircluster.defenses.table import find_defense
+from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.evaluation.suites import how
 
 CARD = """# {name}: a {defense} defense
@@ -28,7 +28,7 @@ over so many draws (EOT) as the table says, and the accuracy is the mean over {d
 
 ```python
 import dircluster
-defense = dircluster.load_defense("models:/{defense}-{name}@champion")  # or the folder of its checkpoint
+defense = dircluster.load_defense("models:/{defense}-{name}@champion"{trust})  # or the folder of its checkpoint
 logits = defense(images)
 ```
 
@@ -54,6 +54,7 @@ def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
     return CARD.format(
         name=config.name,
         defense=defense.name,
+        trust="" if defense.name in DEFENSES else ", trust_code=True",
         description=defense.describe(config),
         channels=data.channels,
         height=data.height,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, from_dict, to_dict
@@ -14,33 +16,108 @@ RUNS: dict[str, type[RunConfig]] = {run.defense: run for run in (dir.DirRun, hgd
 """The settings of each defense of this package."""
 
 
-def preset(name: str) -> RunConfig:
-    """The run of that name. Raises ConfigError for an unknown one."""
-    if name not in PRESETS:
+def preset(name: str, defense: str = "") -> RunConfig:
+    """The run of that name; one of ``defense``, where that is given, as in ``package.module:NAME``.
+
+    A defense without presets has one of the empty name, its settings as they are. Raises ConfigError.
+    """
+    module, colon, own = name.rpartition(":")
+    if colon:
+        name, defense = own, module
+    known = presets_of(defense)
+    if name in known:
+        return _made(name, known[name], run_type(defense) if defense else RunConfig)
+    if not defense:
         raise ConfigError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    there = f"there are {', '.join(known)}" if "" not in known else "it has no PRESETS: leave the name out"
+    other = f", which is of defense {PRESETS[name]().defense}" if name in PRESETS else ""
+    raise ConfigError(f"defense {defense} has no preset {name!r}{other}; {there}")
+
+
+def presets_of(defense: str) -> Mapping[str, Callable[[], RunConfig]]:
+    """The presets of a defense, the usual one first; all of this package where ``defense`` is empty."""
+    if defense in RUNS:
+        return {name: make for name, make in PRESETS.items() if make().defense == defense}
+    if not defense:
+        return PRESETS
+    run = run_type(defense)
+    found = getattr(sys.modules[defense], "PRESETS", None) or {"": run}
+    if not isinstance(found, Mapping) or not all(isinstance(n, str) and callable(make) for n, make in found.items()):
+        raise ConfigError(f"{defense}.PRESETS must map names to callables that return a {run.__name__}")
+    return found
 
 
 def run_type(defense: str) -> type[RunConfig]:
     """The settings of a defense by its name, or by the module of somebody's own. Raises ConfigError."""
     if defense in RUNS:
         return RUNS[defense]
-    try:
-        found: type[RunConfig] = importlib.import_module(defense).DEFENSE.run
-    except Exception as error:  # somebody's code may raise anything
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"there is no defense {defense!r} ({line}); there are {', '.join(RUNS)}, or package.module with a DEFENSE"
-        ) from error
+    found: type[RunConfig] = own_defense(defense).run
     return found
 
 
+def own_defense(module: str) -> Any:
+    """``DEFENSE`` of a module of the user's own. Raises ConfigError where there is none, or none that can be used."""
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # somebody's code may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"there is no defense {module!r}: it is none of {', '.join(RUNS)}, and no module in the current folder"
+                " or installed"
+            ) from error
+        raise ConfigError(f"defense {module} cannot be imported: {type(error).__name__}: {_line(error)}") from error
+    if not hasattr(found, "DEFENSE"):
+        raise ConfigError(f"{module} has no DEFENSE: give a module with one, a dircluster.defenses.stage.Defense")
+    defense = found.DEFENSE
+    run = getattr(defense, "run", None)
+    if not (isinstance(run, type) and issubclass(run, RunConfig)):
+        kind = type(defense).__name__
+        raise ConfigError(
+            f"{module}.DEFENSE must be a dircluster.defenses.stage.Defense whose run is a RunConfig, got {kind}"
+        )
+    for where, name in ((f"{run.__name__}.defense", run.defense), ("DEFENSE.name", getattr(defense, "name", ""))):
+        if name != module:
+            raise ConfigError(f"{where} must be {module!r}, the module that holds DEFENSE, got {name!r}")
+    return defense
+
+
+def _made(name: str, make: Callable[[], RunConfig], kind: type[RunConfig]) -> RunConfig:
+    try:
+        run = make()
+    except ConfigError:
+        raise
+    except Exception as error:  # somebody's code may raise anything
+        raise ConfigError(f"preset {name!r}: {type(error).__name__}: {_line(error)}") from error
+    if not isinstance(run, kind):
+        raise ConfigError(f"preset {name!r} must be a {kind.__name__}, got {type(run).__name__}")
+    return run
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or "no more is said").splitlines()[0]
+
+
+def search_folder(folder: str) -> None:
+    """Modules of the user's own are found in ``folder`` too, from now on."""
+    if folder and folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 def run_to_plain(run: RunConfig) -> dict[str, Any]:
-    """A run as plain data that says which defense it is of, for another process."""
-    return {"defense": run.defense, "run": to_dict(run)}
+    """A run as plain data that says which defense it is of, and where its module lies, for another process."""
+    plain = {"defense": run.defense, "run": to_dict(run)}
+    return plain if run.defense in RUNS else plain | {"folder": _folder_of(run.defense)}
+
+
+def _folder_of(module: str) -> str:
+    """The folder that ``module`` is imported from."""
+    top = importlib.import_module(module.partition(".")[0])
+    places = list(getattr(top, "__path__", [])) or [top.__file__ or ""]
+    return str(Path(places[0]).resolve().parent)
 
 
 def run_from_plain(plain: Mapping[str, Any]) -> RunConfig:
     """The inverse of :func:`run_to_plain`."""
+    search_folder(plain.get("folder", ""))
     made: RunConfig = from_dict(run_type(plain["defense"]), plain["run"])
     return made

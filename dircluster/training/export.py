@@ -36,9 +36,10 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
                 f"{folder} wants to import {own[0]!r}: say that its code is trusted (trust_code=True, --trust-code)"
             )
         defense = find_defense(name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {error}") from error
+    try:
         run = defense.from_plain(facts)
-    except checkpoint.CheckpointError:
-        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {error}") from error
     networks = {name: defense.build(run, name) for name in (defense.purifier, "classifier")}

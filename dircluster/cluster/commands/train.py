@@ -139,6 +139,7 @@ class Launch:
         summary = {
             "status": outcome["status"],
             "preset": self.job.preset,
+            "defense": self.job.defense,
             "name": self.job.run.name,
             "seed": self.job.run.seed,
             "changed": cli.describe(self.job),

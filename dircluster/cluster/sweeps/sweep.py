@@ -236,7 +236,7 @@ class Sweep:
         files: dict[str, bytes] = {}
         if (winner := best(points)) is not None:
             run = with_values(self.job.run, winner.settings)
-            command = cli.command(cli.TrainJob(self.job.preset, run))
+            command = cli.command(cli.TrainJob(self.job.preset, run, defense=self.job.defense))
             files = {"figure.png": figure(points), "best.yaml": cli.to_yaml(run).encode()}
             files["best.txt"] = f"{command}\n".encode()
             self.terminal.say(f"best      {settings_text(winner.settings)} (by held-out robust accuracy): {command}")
