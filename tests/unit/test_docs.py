@@ -150,7 +150,8 @@ def test_the_examples_of_extend_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict[str, object] = {"__name__": "extend"}
     for block in blocks(page):
-        if named := re.match(r"# (\w+\.py)\n", block.lstrip()):
+        if named := re.match(r"# ([\w/]+\.py)\n", block.lstrip()):
+            (tmp_path / named[1]).parent.mkdir(exist_ok=True)
             (tmp_path / named[1]).write_text(block.lstrip())
         else:
             exec(compile(block, name_of(page), "exec"), names)

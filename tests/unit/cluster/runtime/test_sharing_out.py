@@ -12,8 +12,8 @@ import torch
 
 from dircluster.cluster.runtime import nodes, ray_evaluate, ray_worker
 from dircluster.cluster.runtime.channel import LAST_WORD, WorkerChannel
-from dircluster.config import ConfigError, ScalingConfig, to_dict
-from dircluster.presets import preset
+from dircluster.config import ConfigError, ScalingConfig, error_to_plain
+from dircluster.presets import preset, run_to_plain
 from dircluster.training.trainer import NonFiniteLoss
 from tests.unit.cluster.conftest import Actor, Clock, Terminal
 
@@ -36,7 +36,7 @@ class Cluster:
     def __init__(self, clock: Clock, places: int = 99) -> None:
         self.clock, self.places = clock, places
         self.done: list[tuple[str, int]] = []
-        self.trouble: dict[str, str] = {}
+        self.trouble: dict[str, dict[str, Any]] = {}
 
     def wait(self, futures: list[str], timeout: float) -> tuple[list[str], list[str]]:
         """The oldest future that has a place in the cluster."""
@@ -44,7 +44,7 @@ class Cluster:
         placed = [future for future in futures if int(future.split()[0]) < self.places]
         return placed[:1], []
 
-    def get(self, future: str) -> str | None:
+    def get(self, future: str) -> dict[str, Any] | None:
         return self.trouble.get(future)
 
 
@@ -90,7 +90,7 @@ def test_a_cluster_without_any_place_is_told_and_can_be_left(
 
 
 def test_a_shard_that_cannot_be_done_ends_the_evaluation(cluster: Cluster, terminal: Terminal) -> None:
-    cluster.trouble = {"1 1": "another defense lies there now"}
+    cluster.trouble = {"1 1": error_to_plain(ConfigError("another defense lies there now"))}
     with pytest.raises(ConfigError, match="another defense lies there now"):
         share_out(cluster, terminal, 4)
 
@@ -185,7 +185,7 @@ def worker(
     monkeypatch.setattr(ray_worker, "Run", Second)
     second = SimpleNamespace(rank=1, world=2, first=False)
     monkeypatch.setattr(ray_worker, "joined_workers", lambda *_: second)
-    config = to_dict(preset("digits_smoke"))
+    config = run_to_plain(preset("digits_smoke"))
     return lambda channel: ray_worker.work(config, "owner", False, "", None, Actor(channel))
 
 

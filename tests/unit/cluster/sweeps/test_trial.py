@@ -14,9 +14,9 @@ from dircluster.cluster.runtime.channel import WorkerChannel
 from dircluster.cluster.sweeps import trial as module
 from dircluster.cluster.sweeps.store import result_of, store
 from dircluster.cluster.sweeps.trial import LATEST, METRIC, WAIT, Failed, Plan, Post, Task, train_task, trainable
-from dircluster.config import ConfigError, RunConfig, TrackingConfig, from_dict, to_dict
+from dircluster.config import ConfigError, RunConfig, TrackingConfig
 from dircluster.evaluation.sweep_table import Trial
-from dircluster.presets import preset
+from dircluster.presets import preset, run_from_plain, run_to_plain
 from tests.unit.cluster.conftest import Actor, Clock
 
 ALPHA = {"dir.alpha": 2.0}
@@ -82,12 +82,12 @@ def channel(clock: Clock) -> WorkerChannel:
 def plan(tmp_path: Path, channel: WorkerChannel) -> Plan:
     run = preset("digits_smoke")
     run = replace(run, storage=replace(run.storage, uri=str(tmp_path / "runs")), tracking=TrackingConfig(enabled=False))
-    return Plan(to_dict(run), None, (0, 1), {}, channel=Actor(channel))
+    return Plan(run_to_plain(run), None, (0, 1), {}, channel=Actor(channel))
 
 
 @pytest.fixture
 def post(plan: Plan) -> Post:
-    return Post(plan.channel, "key", reports=False)
+    return Post(plan.channel, "key", stage="")
 
 
 def test_a_trial_is_trained_and_stored(cluster: Cluster, plan: Plan, post: Post) -> None:
@@ -187,7 +187,7 @@ def test_a_record_is_waited_for_and_then_done_without(
     monkeypatch.setattr(module, "open_job", Server(away).open)
     train_task(replace(plan, record={"run_id": "sweep"}), TASK, post)
     assert cluster.records == records
-    patience = from_dict(RunConfig, plan.config).tracking.patience
+    patience = run_from_plain(plan.config).tracking.patience
     assert clock.now - began == pytest.approx(min(away * WAIT, patience), abs=2 * WAIT)
 
 
@@ -255,7 +255,7 @@ def status(epoch: int, step: int, robust: float, stage: str = "dir") -> dict[str
 
 
 def test_held_out_accuracies_are_reported_once_each(plan: Plan, reported: list[dict[str, Any]]) -> None:
-    post = Post(plan.channel, "key", reports=True)
+    post = Post(plan.channel, "key", stage="dir")
     post.tell(status(1, 4, 0.9, stage="target"))
     post.tell({"stage": "dir", "epoch": 1, "held_out": {}})
     for epoch, step in ((1, 4), (1, 4), (2, 8)):
@@ -263,7 +263,7 @@ def test_held_out_accuracies_are_reported_once_each(plan: Plan, reported: list[d
     post.tell("a line")
     assert reported == [{METRIC: 0.1, "epoch": 1}, {METRIC: 0.2, "epoch": 2}]
     reported.clear()
-    Post(plan.channel, "key", reports=False).tell(status(1, 4, 0.5))
+    Post(plan.channel, "key", stage="").tell(status(1, 4, 0.5))
     assert reported == []
 
 
@@ -271,7 +271,7 @@ def test_only_what_has_several_lines_is_passed_on(
     plan: Plan, channel: WorkerChannel, no_ray: Callable[..., None]
 ) -> None:
     no_ray(module)
-    post = Post(plan.channel, "key", reports=False)
+    post = Post(plan.channel, "key", stage="")
     post.say("dir: resuming at step 4")
     post.say("worker 0: stack\n  frame")
     assert channel.collect(0).events == [{"said": "worker 0: stack\n  frame"}]

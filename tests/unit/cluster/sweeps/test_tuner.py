@@ -16,9 +16,9 @@ from dircluster.cluster.sweeps import tuner as module
 from dircluster.cluster.sweeps.store import store
 from dircluster.cluster.sweeps.trial import METRIC, Plan, Task
 from dircluster.cluster.sweeps.tuner import Tuning, _Ends
-from dircluster.config import digest, to_dict
+from dircluster.config import digest
 from dircluster.evaluation.sweep_table import Trial
-from dircluster.presets import preset
+from dircluster.presets import preset, run_to_plain
 from tests.unit.cluster.conftest import Actor, Clock, Terminal
 
 ALPHA = {"dir.alpha": 2.0}
@@ -62,7 +62,7 @@ class Tune:
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     run = preset("digits_smoke")
-    return Plan(to_dict(replace(run, storage=replace(run.storage, uri=str(tmp_path / "runs")))), None, (0, 1), {})
+    return Plan(run_to_plain(replace(run, storage=replace(run.storage, uri=str(tmp_path / "runs")))), None, (0, 1), {})
 
 
 @pytest.fixture
