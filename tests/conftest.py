@@ -25,6 +25,7 @@ from tests.jobs import ROOT, Outcome, run_job
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of integration and fault tests a file is done by one process, and all that share the cluster by one."""
     for item in items:
