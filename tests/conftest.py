@@ -23,15 +23,23 @@ from dircluster.rng import Stream
 from tests.jobs import ROOT, Outcome, run_job
 
 torch.set_num_threads(1)
+CLUSTER = tuple(f"tests/fault/test_{name}.py" for name in ("killed", "submitted", "sweep"))
+"""Files whose tests share one cluster: a second one would cost half a minute and two gigabytes."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of integration and fault tests a file is done by one process, and all that share the cluster by one."""
-    for item in items:
-        if {"integration", "fault"} & set(item.path.parts):
-            shares = "cluster" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("cluster" if shares else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``: a file is done by one process, and all files whose tests share the cluster by one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "cluster" if file in CLUSTER else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
