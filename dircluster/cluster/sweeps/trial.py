@@ -178,8 +178,8 @@ def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
         """One task, or a point that a search chose, at every seed."""
         tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
         done, errors = [], []
+        last = stages_of(run_from_plain(plan.config))[-1].name if plan.asha else ""
         for task in tasks:
-            last = stages_of(plan.run_of(task))[-1].name if plan.asha else ""
             post = Post(plan.channel, digest(config), last)
             try:
                 done.append(train_task(plan, task, post))
