@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from dircluster.config import ConfigError, RunConfig, flatten, to_dict, without_secrets
+from dircluster.config import ConfigError, RunConfig, first_line, flatten, to_dict, without_secrets
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -60,7 +60,7 @@ class DefenseJob(Job):
 
 @dataclass(frozen=True)
 class TrainJob(DefenseJob):
-    """Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
+    """Train a defense and judge it: its target, its own stages, the evaluation.
 
     A stage whose settings and inputs are unchanged is reused, and the same command resumes what was interrupted.
     Settings come from the preset, then from --config, then from the flags; numbers may be fractions (8/255).
@@ -102,7 +102,7 @@ class EvaluateJob(Job):
 
 @dataclass(frozen=True)
 class TuneJob(DefenseJob):
-    """Train a DIR defense at every point of a space, on Ray, and say which is best on the held-out images.
+    """Train a defense at every point of a space, on Ray, and say which is best on the held-out images.
 
     Stages that points have in common are trained once. What is finished is kept: the same command goes on.
     """
@@ -131,7 +131,7 @@ class TuneJob(DefenseJob):
 
 @dataclass(frozen=True)
 class BenchmarkJob(DefenseJob):
-    """Time the phases of a DIR step on real images: craft, restore, perturb, update."""
+    """Time the phases of a training step on real images; for DIR: craft, restore, perturb, update."""
 
     steps: int = 5
     """Steps timed, after one that is not."""
@@ -244,7 +244,7 @@ def _words_of(file: Path) -> Iterator[str]:
     except OSError as error:
         raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--config {file} is not YAML: {first_line(error)}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {file} must hold settings, one a line, got {type(settings).__name__}")
     for name, value in flatten(settings).items():

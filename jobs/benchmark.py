@@ -1,4 +1,4 @@
-"""Time the phases of a DIR step (craft, restore, perturb, update) on real images, on a CPU or a GPU.
+"""Time the phases of a training step (for DIR: craft, restore, perturb, update) on real images, on a CPU or a GPU.
 
 python jobs/benchmark.py [PRESET] [--steps N] [--section.field VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""Train a DIR defense and judge it: target, pre-training, DIR, evaluation.
+"""Train a defense and judge it: its target, its own stages, the evaluation.
 
 python jobs/train.py [PRESET] [--config FILE] [--section.field VALUE ...]
 """

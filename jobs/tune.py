@@ -1,4 +1,4 @@
-"""Train a DIR defense at every point of a space of one's own, and compare them.
+"""Train a defense at every point of a space of one's own, and compare them.
 
 python jobs/tune.py [PRESET] --space FILE [--seeds N] [--search] [--asha] [--section.field VALUE ...]
 """

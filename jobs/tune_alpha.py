@@ -1,4 +1,4 @@
-"""Train a DIR defense at every point of the weight of L_rep (Figure 6a), and compare them.
+"""Train a defense at every point of the weight of L_rep (Figure 6a), and compare them.
 
 python jobs/tune_alpha.py [PRESET] [--seeds N] [--search] [--asha] [--section.field VALUE ...]
 """

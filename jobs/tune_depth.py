@@ -1,4 +1,4 @@
-"""Train a DIR defense at every point of the depth of encoder and decoder (Table 5), and compare them.
+"""Train a defense at every point of the depth of encoder and decoder (Table 5), and compare them.
 
 python jobs/tune_depth.py [PRESET] [--seeds N] [--search] [--asha] [--section.field VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""Train a DIR defense at every point of the mask ratio (Section 4.3), and compare them.
+"""Train a defense at every point of the mask ratio (Section 4.3), and compare them.
 
 python jobs/tune_mask_ratio.py [PRESET] [--seeds N] [--search] [--asha] [--section.field VALUE ...]
 """

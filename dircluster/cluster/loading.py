@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
-from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.config import ConfigError, RunConfig, named_line
 from dircluster.presets import search_folder
 from dircluster.training.export import load_defense_folder, load_target
 
@@ -75,8 +75,7 @@ def _made(job_spec: JobSpec) -> nn.Module:
     try:
         made = getattr(importlib.import_module(name), attribute)()
     except Exception as error:  # somebody's code may raise anything
-        line = first_line(error)
-        raise ConfigError(f"--defense {job_spec.defense}: {type(error).__name__}: {line}") from error
+        raise ConfigError(f"--defense {job_spec.defense}: {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"--defense {job_spec.defense} must return a torch.nn.Module, got {type(made).__name__}")
     return made

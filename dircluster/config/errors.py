@@ -33,6 +33,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def named_line(error: BaseException) -> str:
+    """The same behind its name; the name alone where it says nothing."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
 def require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)

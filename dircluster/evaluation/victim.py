@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, named_line
 from dircluster.defenses.base import Defended
 from dircluster.models.modules import device_of, evaluating
 
@@ -78,9 +78,8 @@ class VictimModel:
             run = self._runner("fresh", 0)
             first, second = run(self._logits, images), run(self._logits, images)
         except Exception as error:  # whatever somebody's module says of images that it was not made for
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"the defense cannot take images of shape {tuple(images.shape[1:])}: {type(error).__name__}: {line}"
+                f"the defense cannot take images of shape {tuple(images.shape[1:])}: {named_line(error)}"
             ) from error
         if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != len(images) or first.shape[1] < 2:
             shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__

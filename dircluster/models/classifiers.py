@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dircluster.config import ConfigError, DataConfig, first_line
+from dircluster.config import ConfigError, DataConfig, first_line, named_line
 from dircluster.models.modules import device_of, evaluating
 
 
@@ -193,7 +193,7 @@ def _factory(path: str, data: DataConfig) -> nn.Module:
     try:
         made = make(classes=data.classes, channels=data.channels)
     except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"target.architecture {path!r} raised {type(error).__name__}: {first_line(error)}") from error
+        raise ConfigError(f"target.architecture {path!r} raised {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
     return made

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dircluster.config import ConfigError, RunConfig, from_dict, to_dict
+from dircluster.config import ConfigError, RunConfig, from_dict, named_line, to_dict
 from dircluster.presets import dir, hgd
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {**dir.PRESETS, **hgd.PRESETS}
@@ -65,7 +65,7 @@ def own_defense(module: str) -> Any:
                 f"there is no defense {module!r}: it is none of {', '.join(RUNS)}, and no module in the current folder"
                 " or installed"
             ) from error
-        raise ConfigError(f"defense {module} cannot be imported: {type(error).__name__}: {_line(error)}") from error
+        raise ConfigError(f"defense {module} cannot be imported: {named_line(error)}") from error
     if not hasattr(found, "DEFENSE"):
         raise ConfigError(f"{module} has no DEFENSE: give a module with one, a dircluster.defenses.stage.Defense")
     defense = found.DEFENSE
@@ -87,14 +87,10 @@ def _made(name: str, make: Callable[[], RunConfig], kind: type[RunConfig]) -> Ru
     except ConfigError:
         raise
     except Exception as error:  # somebody's code may raise anything
-        raise ConfigError(f"preset {name!r}: {type(error).__name__}: {_line(error)}") from error
+        raise ConfigError(f"preset {name!r}: {named_line(error)}") from error
     if not isinstance(run, kind):
         raise ConfigError(f"preset {name!r} must be a {kind.__name__}, got {type(run).__name__}")
     return run
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or "no more is said").splitlines()[0]
 
 
 def search_folder(folder: str) -> None:

@@ -14,6 +14,7 @@ from dircluster.cli import command
 from dircluster.cluster import storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.version import commit
+from dircluster.config import first_line
 
 
 def main(argv: list[str]) -> int:
@@ -114,7 +115,7 @@ class Launch:
             log_files(self.record, texts)
             return register(self.record, self.config, storage.local_copy(folder), card)
         except Exception as error:  # the defense is in its folder, whatever MLflow says
-            terminal.say(f"MLflow could not register the model: {str(error).splitlines()[0]}; it is in {folder}")
+            terminal.say(f"MLflow could not register the model: {first_line(error)}; it is in {folder}")
             return None
 
     def _tell(self, outcome: dict[str, Any], terminal: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.storage import opener
-from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.config import ConfigError, RunConfig, named_line
 from dircluster.distributed.launch import local_workers
 from dircluster.training.protocols import NoTracker, Tracker
 from dircluster.training.run import Run
@@ -34,7 +34,7 @@ def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Termin
             try:
                 return run.execute()
             except OSError as error:
-                raise ConfigError(f"{type(error).__name__}: {first_line(error)}") from error
+                raise ConfigError(f"{named_line(error)}") from error
 
     outcome = outcome_of(execute)
     if recorder is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict
+from dircluster.config import ConfigError, RunConfig, digest, flatten, named_line, short, to_dict
 
 Settings = Mapping[str, Any]
 Range = tuple[float, float] | list[Any]
@@ -46,8 +46,7 @@ def load_space(path: Path) -> Space:
     try:
         found = runpy.run_path(str(path))
     except Exception as error:  # somebody's file may raise anything
-        line = (str(error).strip() or "no more is said").splitlines()[0]
-        raise ConfigError(f"--space {path}: {type(error).__name__}: {line}") from error
+        raise ConfigError(f"--space {path}: {named_line(error)}") from error
     grid, ranges = found.get("GRID", []), found.get("SEARCH", {})
     if not grid and not ranges:
         raise ConfigError(f"--space {path} has neither GRID nor SEARCH")

@@ -78,6 +78,23 @@ class Notes:
         return self.folder / "stopped" / f"{name_of(settings, seed)}.json"
 
 
+class Failures:
+    """Why trials of one call of Tune failed: files that lie beside Tune's own, and go with them."""
+
+    def __init__(self, config: RunConfig, owner: str) -> None:
+        self.folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner / "failed"
+
+    def add(self, trial: Trial) -> None:
+        _write(self._file(trial.settings, trial.seed), asdict(trial))
+
+    def of(self, settings: Settings, seed: int) -> Trial | None:
+        """How a training failed, or None."""
+        return _read(self._file(settings, seed))
+
+    def _file(self, settings: Settings, seed: int) -> Path:
+        return self.folder / f"{name_of(settings, seed)}.json"
+
+
 def name_of(settings: Settings, seed: int) -> str:
     """A name for a training within its sweep."""
     return digest([dict(settings), seed])[:24]

@@ -194,7 +194,7 @@ class Sweep:
     def _over(self, trial: Trial) -> None:
         """A trial is over."""
         name = name_of(trial.settings, trial.seed)
-        if name in self.trials and self.trials[name].status == "FINISHED":  # beside a seed that was tried again
+        if name in self.trials and self.trials[name].status == "FINISHED":  # of a point that was chosen again
             return
         self.trained += 1
         self._note(trial)

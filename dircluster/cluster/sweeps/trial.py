@@ -1,11 +1,15 @@
-"""One trial of a sweep: trained by the actor that Tune starts for it."""
+"""One trial of a sweep: trained by the actor that Tune starts for it.
+
+How it ended lies in storage, where the sweep finds it; Tune gets held-out accuracies alone, to choose by.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -14,9 +18,9 @@ from ray import tune
 from dircluster.cluster.runtime.channel import POLL
 from dircluster.cluster.runtime.ray_train import Job, forget
 from dircluster.cluster.sweeps.space import Settings, settings_text
-from dircluster.cluster.sweeps.store import result_of, store
+from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
-from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, with_values
+from dircluster.config import ConfigError, RunConfig, first_line, flatten, with_values
 from dircluster.evaluation.sweep_table import Trial, accuracies
 from dircluster.presets import run_from_plain
 from dircluster.training.retry import retry
@@ -54,7 +58,14 @@ class Plan:
     retries: int = 0
     at_once: int = 1
     asha: bool = False
+    owner: str = ""
+    """Names the call of Tune."""
     channel: Any = field(default=None)
+    """Where its trials find the wish to stop, and leave lines."""
+
+    def tasks_of(self, config: dict[str, Any]) -> list[Task]:
+        """What a trial of Tune does: a task, or a point that a search chose, at every seed."""
+        return [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in self.seeds]
 
     def run_of(self, task: Task) -> RunConfig:
         """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
@@ -80,12 +91,16 @@ class Failed(Exception):
     """A trial that did not come to its end; Tune starts it again, as often as it may."""
 
 
-class Post:
-    """A trial's own console: how it ended goes to the sweep, held-out accuracies to Tune."""
+class Stopped(Exception):
+    """The sweep was asked to stop; what the trial did is in its checkpoints."""
 
-    def __init__(self, channel: Any, key: str, stage: str) -> None:
+
+class Post:
+    """A trial's own console: lines go to the sweep, held-out accuracies to Tune."""
+
+    def __init__(self, channel: Any, stage: str) -> None:
         """``stage`` is the one whose held-out accuracies are reported, none where it is empty."""
-        self._channel, self._key, self._stage = channel, key, stage
+        self._channel, self._stage = channel, stage
         self._signal, self._asked, self._judged = 0, 0.0, 0
         self.last = ""
 
@@ -94,7 +109,7 @@ class Post:
         lines = line.strip().splitlines()
         self.last = lines[-1] if lines else self.last
         if len(lines) > 1:
-            self._send({"said": line})
+            ray.get(self._channel.exchange.remote([line], 1))
 
     def tell(self, event: str | dict[str, Any]) -> None:
         if isinstance(event, dict) and event["stage"] == self._stage:
@@ -109,22 +124,15 @@ class Post:
             self._signal = ray.get(self._channel.exchange.remote([], 1))
         return self._signal
 
-    def post(self, trial: Trial) -> None:
-        """How a task ended."""
-        self._send({"key": self._key, "trial": asdict(trial)})
-
-    def _send(self, event: dict[str, Any]) -> None:
-        ray.get(self._channel.exchange.remote([event], 1))
-
 
 def train_task(plan: Plan, task: Task, post: Post) -> Trial:
-    """Train, judge and keep: -> what came out. Raises Failed."""
+    """Train, judge and keep: -> what came out. Raises Failed, or Stopped."""
     run = plan.run_of(task)
     found = result_of(run, task.until)
     if found is not None:  # perhaps by another sweep, which varied something else
         return replace(found, settings=dict(task.settings), seed=task.seed)
-    if signal := post.stop_signal():
-        raise Failed(f"stopped by signal {signal}")
+    if post.stop_signal():
+        raise Stopped
     owner, began, status = uuid.uuid4().hex, time.monotonic(), "KILLED"
     record = _open_record(plan, task, run, post)
     try:
@@ -137,6 +145,8 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         if record is not None:
             finish_job(record, status)
         forget(run, owner)
+    if status != "FINISHED" and post.stop_signal():
+        raise Stopped
     if status != "FINISHED":
         error = outcome.get("error", f"stopped by signal {outcome.get('signal')}")
         raise Failed(post.last if error.endswith("stands above") else error)
@@ -175,23 +185,21 @@ def _open_record(plan: Plan, task: Task, run: RunConfig, post: Post) -> JobRecor
 
 def trainable(plan: Plan) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
-        """One task, or a point that a search chose, at every seed."""
-        tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in plan.seeds]
         done, errors = [], []
-        last = stages_of(run_from_plain(plan.config))[-1].name if plan.asha else ""
-        for task in tasks:
-            post = Post(plan.channel, digest(config), last)
+        run = run_from_plain(plan.config)
+        failures, last = Failures(run, plan.owner), stages_of(run)[-1].name if plan.asha else ""
+        for task in plan.tasks_of(config):
             try:
-                done.append(train_task(plan, task, post))
+                done.append(train_task(plan, task, Post(plan.channel, last)))
+            except Stopped:
+                return  # as if it were done: Tune must not start it again
             except Exception as error:  # the other seeds go on
-                line = first_line(error)
-                post.post(Trial(dict(task.settings), task.seed, "FAILED", error=line))
                 errors.append(error)
-            else:
-                post.post(done[-1])
+                with contextlib.suppress(Exception):  # storage may be what failed
+                    failures.add(Trial(dict(task.settings), task.seed, "FAILED", error=first_line(error)))
         if errors:
             raise errors[0]
         scores = [found.held_out for found in done if found.held_out is not None]
-        tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": LATEST, "whole": True})
+        tune.report({METRIC: sum(scores) / len(scores) if scores else 0.0, "epoch": LATEST})
 
     return trial

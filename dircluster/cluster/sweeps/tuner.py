@@ -1,7 +1,7 @@
 """The trials of a sweep on Ray Tune: each a Ray Train run of its own, followed by a small actor on the head node.
 
 A trial's actor takes no CPU, so that its workers always find theirs; how many trials run at a time is for the caller
-to say. What a trial found is kept in storage, where the next sweep finds it: Tune's own notes are thrown away.
+to say. How a trial ended lies in storage, where this sweep and the next one find it: Tune's own notes are thrown away.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from dircluster.cluster.runtime.channel import POLL, WorkerChannel
 from dircluster.cluster.runtime.ray_train import forget
 from dircluster.cluster.runtime.watch import GRACE
 from dircluster.cluster.sweeps.space import Range, Settings
-from dircluster.cluster.sweeps.store import result_of
+from dircluster.cluster.sweeps.store import Failures, result_of
 from dircluster.cluster.sweeps.trial import LATEST, METRIC, ON_HEAD, Plan, Task, trainable
-from dircluster.config import ConfigError, RunConfig, digest
+from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.presets import run_from_plain
+from dircluster.training.retry import retry
 from dircluster.training.stages import stages_of
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Tuning:
         self.errors: list[BaseException] = []
         self.met: set[str] = set()
         """Trials that a search has begun, by Tune's names: it begins one again that failed."""
+        self.failures = Failures(self.config, self.name)
 
     def tasks(self, tasks: Sequence[Task]) -> int:
         """Do ``tasks``; -> the signal that stopped it, or 0."""
@@ -130,7 +132,7 @@ class Tuning:
             _Leave(),
         )
         tuner = tune.Tuner(
-            tune.with_resources(trainable(replace(self.plan, channel=channel)), ON_HEAD),
+            tune.with_resources(trainable(replace(self.plan, owner=self.name, channel=channel)), ON_HEAD),
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric=METRIC,
@@ -177,30 +179,23 @@ class Tuning:
             self.errors.append(error)
 
     def _follow(self, fitting: threading.Thread, channel: Any, ends: _Ends) -> int:
-        failures: dict[str, Trial] = {}
         busy: set[str] = set()
         asked = 0.0
         while True:
             alive, signal = fitting.is_alive(), self.terminal.stop_signal()
             arrived = [ends.arrived.popleft() for _ in range(len(ends.arrived))]
-            for begun in (end for end in arrived if end.how == "begun"):
-                busy.add(digest(begun.config))
+            for line in ray.get(channel.collect.remote(signal)).events:
+                self.terminal.say(line)
+            for begun in (end for end in arrived if end.how == "begun" and not asked):  # later ones do nothing
+                busy.add(begun.name)
                 if "task" not in begun.config and begun.name not in self.met:
                     self.met.add(begun.name)
                     self.begun(begun.config)
-            for event in ray.get(channel.collect.remote(signal)).events:
-                if "said" in event:
-                    self.terminal.say(event["said"])
-                elif (trial := Trial(**event["trial"])).status != "FAILED":
-                    self.over(trial)
-                else:
-                    failures[digest([trial.settings, trial.seed])] = trial  # it may be tried again
-                    if signal:
-                        busy.discard(event["key"])
             for ended in (end for end in arrived if end.how != "begun"):
-                busy.discard(digest(ended.config))
-                if not signal:  # what is stopped has not failed
-                    self._ended(ended, failures)
+                busy.discard(ended.name)
+                for task in self.plan.tasks_of(ended.config):
+                    if not signal:  # what is stopped has neither failed nor ended
+                        self.over(self._outcome(task, ended))
             if signal:
                 asked = asked or time.monotonic()
                 if not busy or time.monotonic() - asked > GRACE + 5:  # each has committed a checkpoint
@@ -211,23 +206,24 @@ class Tuning:
                 return signal
             time.sleep(POLL)
 
-    def _ended(self, ended: _End, failures: Mapping[str, Trial]) -> None:
-        """A trial that Tune has done with: what its own actor could not say."""
-        config, last = ended.config, ended.last
-        tasks = [Task(**config["task"])] if "task" in config else [Task(config, seed) for seed in self.plan.seeds]
-        for task in tasks:
-            if ended.how == "failed":
-                silent = Trial(dict(task.settings), task.seed, "FAILED", error="its process ended without a word")
-                if not self._is_finished(task):
-                    self.over(failures.get(digest([task.settings, task.seed]), silent))
-            elif not last.get("whole"):  # ASHA stopped it
-                self.over(Trial(dict(task.settings), task.seed, "STOPPED", last.get(METRIC)))
-
-    def _is_finished(self, task: Task) -> bool:
+    def _outcome(self, task: Task, end: _End) -> Trial:
+        """How a task of a trial ended that Tune has done with."""
+        unknown = Trial(dict(task.settings), task.seed, "FAILED", error="its process ended without a word")
         try:
-            return result_of(self.plan.run_of(task), task.until) is not None
-        except ConfigError:
-            return False
+            run = self.plan.run_of(task)
+        except ConfigError as error:
+            return replace(unknown, error=first_line(error))
+
+        def read() -> tuple[Trial | None, Trial | None]:
+            return result_of(run, task.until), self.failures.of(task.settings, task.seed)
+
+        patience = self.config.storage.patience
+        found, failure = retry(read, patience=patience, stopped=lambda: bool(self.terminal.stop_signal()))
+        if found is not None:
+            return replace(found, settings=dict(task.settings), seed=task.seed)
+        if end.how == "ended" and self.plan.asha:
+            return replace(unknown, status="STOPPED", held_out=end.last.get(METRIC), error="")
+        return failure or unknown
 
 
 def _distribution(values: Range) -> Any:

@@ -21,21 +21,9 @@ from dircluster.training.locks import TakenOverError
 from dircluster.training.protocols import NoTracker, Quiet, Status
 from dircluster.training.run import Run
 from dircluster.training.trainer import NonFiniteLoss, Trainer
+from tests.unit.training.conftest import StopAfter
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
-
-
-class StopAfter(Quiet):
-    """Asks to stop after so many progress reports."""
-
-    def __init__(self, reports: int) -> None:
-        self.left = reports
-
-    def show(self, status: Status) -> None:
-        self.left -= 1
-
-    def stop_signal(self) -> int:
-        return 15 if self.left <= 0 else 0
 
 
 def batch_normed(classes: int, channels: int) -> nn.Module:

@@ -19,9 +19,10 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.presets.dir import DirRun
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
-from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
+from dircluster.training.protocols import NoRecord, NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.trainer import Trainer
+from tests.unit.training.conftest import StopAfter
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
@@ -54,19 +55,6 @@ class Game(Recipe):
             return {"loss": loss, "critic": loss}
         loss = self.critic(made).square().mean()
         return {"loss": loss, "maker": loss}
-
-
-class StopAfter(Quiet):
-    """Asks to stop after so many progress reports."""
-
-    def __init__(self, reports: int) -> None:
-        self.left = reports
-
-    def show(self, status: Status) -> None:
-        self.left -= 1
-
-    def stop_signal(self) -> int:
-        return 15 if self.left <= 0 else 0
 
 
 def trainer(run: RunConfig, recipe: Recipe, folder: Path, console: Quiet, parallel: Parallel = ALONE) -> Trainer:

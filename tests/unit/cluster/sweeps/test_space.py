@@ -50,7 +50,7 @@ def test_spaces_of_the_paper_are_those_of_the_paper() -> None:
         ("SEARCH = {'dir.alpha': (5, 0)}", "SEARCH must give (low, high)"),
         ("GRID = [{'dir.alpha': 0}, {'masking.ratio': 0.3}]", "every point of GRID must give the same settings"),
         ("GRID = {1: [2]}", "names of settings must be texts"),
-        ("assert False", "AssertionError: no more is said"),
+        ("assert False", ": AssertionError"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
     ],
 )

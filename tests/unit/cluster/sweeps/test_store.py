@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dircluster.cluster import storage
-from dircluster.cluster.sweeps.store import Notes, key_of, result_of, store
+from dircluster.cluster.runtime.ray_train import forget
+from dircluster.cluster.sweeps.store import Failures, Notes, key_of, result_of, store
 from dircluster.config import RunConfig, StorageConfig, with_values
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.presets import preset
@@ -94,3 +95,14 @@ def test_notes_of_a_search_are_found_again_in_order(run: RunConfig) -> None:
     assert again.stopped({"dir.alpha": 1.0}, 0) == stopped
     assert again.stopped({"dir.alpha": 1.0}, 1) is None
     assert Notes(run, "mine", "another").points() == []
+
+
+def test_a_failure_is_found_by_the_call_of_tune_that_it_belongs_to(run: RunConfig, tmp_path: Path) -> None:
+    failed = Trial({"dir.alpha": 1.0}, 2, "FAILED", error="loss is not finite")
+    Failures(run, "one").add(failed)
+    assert Failures(run, "one").of({"dir.alpha": 1.0}, 2) == failed
+    assert Failures(run, "one").of({"dir.alpha": 1.0}, 1) is None
+    assert Failures(run, "two").of({"dir.alpha": 1.0}, 2) is None
+    assert result_of(run) is None
+    forget(run, "one")
+    assert not (tmp_path / "runs" / "ray").exists()

@@ -12,8 +12,19 @@ import pytest
 
 from dircluster.cluster.runtime.channel import WorkerChannel
 from dircluster.cluster.sweeps import trial as module
-from dircluster.cluster.sweeps.store import result_of, store
-from dircluster.cluster.sweeps.trial import LATEST, METRIC, WAIT, Failed, Plan, Post, Task, train_task, trainable
+from dircluster.cluster.sweeps.store import Failures, result_of, store
+from dircluster.cluster.sweeps.trial import (
+    LATEST,
+    METRIC,
+    WAIT,
+    Failed,
+    Plan,
+    Post,
+    Stopped,
+    Task,
+    train_task,
+    trainable,
+)
 from dircluster.config import ConfigError, RunConfig, TrackingConfig
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.presets import preset, run_from_plain, run_to_plain
@@ -89,7 +100,7 @@ def plan(tmp_path: Path, channel: WorkerChannel) -> Plan:
 
 @pytest.fixture
 def post(plan: Plan) -> Post:
-    return Post(plan.channel, "key", stage="")
+    return Post(plan.channel, stage="")
 
 
 def test_a_trial_is_trained_and_stored(cluster: Cluster, plan: Plan, post: Post) -> None:
@@ -125,7 +136,7 @@ def test_who_waits_can_be_stopped(
 ) -> None:
     cluster.outcomes = {0: [BUSY, BUSY, DONE]}
     clock.after(WAIT, lambda: channel.collect(15) and None)
-    with pytest.raises(Failed, match="another job is training it"):
+    with pytest.raises(Stopped):
         train_task(plan, TASK, post)
     assert len(cluster.ran) == 2
     assert cluster.forgotten == 1
@@ -135,9 +146,19 @@ def test_a_sweep_that_was_stopped_begins_no_trial(
     cluster: Cluster, plan: Plan, post: Post, channel: WorkerChannel
 ) -> None:
     channel.collect(2)
-    with pytest.raises(Failed, match="stopped by signal 2"):
+    with pytest.raises(Stopped):
         train_task(plan, TASK, post)
     assert cluster.ran == []
+
+
+def test_a_trial_that_was_stopped_returns_so_that_tune_does_not_begin_it_again(
+    cluster: Cluster, plan: Plan, channel: WorkerChannel, clock: Clock, reported: list[dict[str, Any]]
+) -> None:
+    cluster.outcomes = {0: [BUSY, {"status": "KILLED", "signal": 15}]}
+    clock.after(WAIT, lambda: channel.collect(15) and None)
+    trainable(plan)(ALPHA)
+    assert reported == []
+    assert trials(plan) == []
 
 
 @pytest.mark.parametrize(
@@ -213,10 +234,11 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return found
 
 
-def trials(channel: WorkerChannel) -> list[tuple[int, str, str]]:
-    """What the sweep is told: seed, status and error of each training."""
-    found = [event["trial"] for event in channel.collect(0).events if "trial" in event]
-    return [(trial["seed"], trial["status"], trial["error"]) for trial in found]
+def trials(plan: Plan, until: str = "") -> list[tuple[int, str, str]]:
+    """What the sweep finds in storage: seed, status and error of each training."""
+    failures = Failures(run_from_plain(plan.config), plan.owner)
+    found = [result_of(plan.run_of(Task(ALPHA, seed)), until) or failures.of(ALPHA, seed) for seed in plan.seeds]
+    return [(trial.seed, trial.status, trial.error) for trial in found if trial is not None]
 
 
 def test_a_point_is_trained_at_every_seed(
@@ -225,8 +247,8 @@ def test_a_point_is_trained_at_every_seed(
     other = {**DONE, "selection": {"dir": {"robust": 0.4}}}
     cluster.outcomes = {0: [DONE], 1: [other]}
     trainable(plan)(ALPHA)
-    assert trials(channel) == [(0, "FINISHED", ""), (1, "FINISHED", "")]
-    assert reported == [{METRIC: 0.5, "epoch": LATEST, "whole": True}]
+    assert trials(plan) == [(0, "FINISHED", ""), (1, "FINISHED", "")]
+    assert reported == [{METRIC: 0.5, "epoch": LATEST}]
 
 
 def test_a_seed_that_fails_does_not_keep_the_others_from_training(
@@ -235,7 +257,7 @@ def test_a_seed_that_fails_does_not_keep_the_others_from_training(
     cluster.outcomes = {0: [ValueError("first\nsecond line")], 1: [DONE]}
     with pytest.raises(ValueError, match="first"):
         trainable(plan)(ALPHA)
-    assert trials(channel) == [(0, "FAILED", "first"), (1, "FINISHED", "")]
+    assert trials(plan) == [(0, "FAILED", "first"), (1, "FINISHED", "")]
     assert reported == []  # Tune begins it again, where it may
     cluster.outcomes = {0: [DONE]}
     trainable(plan)(ALPHA)
@@ -249,8 +271,8 @@ def test_a_task_is_done_at_its_own_seed_until_its_stage(
     cluster.outcomes = {1: [{"status": "FINISHED", "selection": {}}]}
     trainable(plan)({"task": {"settings": ALPHA, "seed": 1, "until": "pretrain"}})
     assert cluster.ran == [(1, "pretrain")]
-    assert trials(channel) == [(1, "FINISHED", "")]
-    assert reported == [{METRIC: 0.0, "epoch": LATEST, "whole": True}]
+    assert trials(plan, "pretrain") == [(1, "FINISHED", "")]
+    assert reported == [{METRIC: 0.0, "epoch": LATEST}]
 
 
 def status(epoch: int, step: int, robust: float, stage: str = "dir") -> dict[str, Any]:
@@ -258,7 +280,7 @@ def status(epoch: int, step: int, robust: float, stage: str = "dir") -> dict[str
 
 
 def test_held_out_accuracies_are_reported_once_each(plan: Plan, reported: list[dict[str, Any]]) -> None:
-    post = Post(plan.channel, "key", stage="dir")
+    post = Post(plan.channel, stage="dir")
     post.tell(status(1, 4, 0.9, stage="target"))
     post.tell({"stage": "dir", "epoch": 1, "held_out": {}})
     for epoch, step in ((1, 4), (1, 4), (2, 8)):
@@ -266,7 +288,7 @@ def test_held_out_accuracies_are_reported_once_each(plan: Plan, reported: list[d
     post.tell("a line")
     assert reported == [{METRIC: 0.1, "epoch": 1}, {METRIC: 0.2, "epoch": 2}]
     reported.clear()
-    Post(plan.channel, "key", stage="").tell(status(1, 4, 0.5))
+    Post(plan.channel, stage="").tell(status(1, 4, 0.5))
     assert reported == []
 
 
@@ -274,8 +296,8 @@ def test_only_what_has_several_lines_is_passed_on(
     plan: Plan, channel: WorkerChannel, no_ray: Callable[..., None]
 ) -> None:
     no_ray(module)
-    post = Post(plan.channel, "key", stage="")
+    post = Post(plan.channel, stage="")
     post.say("dir: resuming at step 4")
     post.say("worker 0: stack\n  frame")
-    assert channel.collect(0).events == [{"said": "worker 0: stack\n  frame"}]
+    assert channel.collect(0).events == ["worker 0: stack\n  frame"]
     assert post.last.strip() == "frame"

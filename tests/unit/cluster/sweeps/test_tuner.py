@@ -16,9 +16,9 @@ from dircluster.cluster.sweeps import tuner as module
 from dircluster.cluster.sweeps.store import store
 from dircluster.cluster.sweeps.trial import METRIC, Plan, Task
 from dircluster.cluster.sweeps.tuner import Tuning, _Ends
-from dircluster.config import digest
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.presets import preset, run_to_plain
+from dircluster.training import retry
 from tests.unit.cluster.conftest import Actor, Clock, Terminal
 
 ALPHA = {"dir.alpha": 2.0}
@@ -38,9 +38,12 @@ class Tune:
     def begin(self, config: dict[str, Any], name: str) -> None:
         self.ends.on_trial_start(0, [], SimpleNamespace(trial_id=name, config=config))
 
-    def tell(self, config: dict[str, Any], trial: Trial) -> None:
-        """A trial's actor says how a training ended."""
-        self.channel.exchange([{"key": digest(config), "trial": asdict(trial)}], 1)
+    def tell(self, trial: Trial) -> None:
+        """A trial's actor leaves in storage how a training ended."""
+        if trial.status == "FINISHED":
+            store(self.tuning.plan.run_of(Task(trial.settings, trial.seed)), trial)
+        else:
+            self.tuning.failures.add(trial)
 
     def complete(self, config: dict[str, Any], name: str, **last: Any) -> None:
         self.ends.on_trial_complete(0, [], SimpleNamespace(trial_id=name, config=config, last_result=last))
@@ -78,10 +81,10 @@ def task(settings: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     return {"task": asdict(Task(settings, seed))}
 
 
-def test_trainings_that_finish_are_over_at_once(tune: Tune) -> None:
+def test_trainings_that_finish_are_over_once_tune_has_done_with_them(tune: Tune) -> None:
     tune.begin(task(ALPHA), "a")
-    tune.tell(task(ALPHA), Trial(ALPHA, 0, "FINISHED", 0.5))
-    tune.clock.after(5, lambda: tune.complete(task(ALPHA), "a", whole=True))
+    tune.tell(Trial(ALPHA, 0, "FINISHED", 0.5))
+    tune.clock.after(5, lambda: tune.complete(task(ALPHA), "a"))
     tune.clock.after(6, tune.end)
     assert tune.follow() == 0
     assert tune.endings == [(ALPHA, 0, "FINISHED", "")]
@@ -91,8 +94,8 @@ def test_trainings_that_finish_are_over_at_once(tune: Tune) -> None:
 def test_a_failure_counts_once_tune_has_given_up(tune: Tune) -> None:
     failed = Trial(ALPHA, 0, "FAILED", error="dir: loss is not finite")
     tune.begin(task(ALPHA), "a")
-    tune.tell(task(ALPHA), failed)
-    tune.clock.after(3, lambda: tune.tell(task(ALPHA), failed))  # it was tried again
+    tune.tell(failed)
+    tune.clock.after(3, lambda: tune.tell(failed))  # it was tried again
     tune.clock.after(4, lambda: tune.error(task(ALPHA), "a"))
     tune.clock.after(5, tune.end)
     tune.follow()
@@ -101,9 +104,9 @@ def test_a_failure_counts_once_tune_has_given_up(tune: Tune) -> None:
 
 def test_a_trial_that_fails_and_then_finishes_has_not_failed(tune: Tune) -> None:
     tune.begin(task(ALPHA), "a")
-    tune.tell(task(ALPHA), Trial(ALPHA, 0, "FAILED", error="a node went"))
-    tune.clock.after(3, lambda: tune.tell(task(ALPHA), Trial(ALPHA, 0, "FINISHED")))
-    tune.clock.after(4, lambda: tune.complete(task(ALPHA), "a", whole=True))
+    tune.tell(Trial(ALPHA, 0, "FAILED", error="a node went"))
+    tune.clock.after(3, lambda: tune.tell(Trial(ALPHA, 0, "FINISHED")))
+    tune.clock.after(4, lambda: tune.complete(task(ALPHA), "a"))
     tune.clock.after(5, tune.end)
     tune.follow()
     assert tune.endings == [(ALPHA, 0, "FINISHED", "")]
@@ -120,14 +123,50 @@ def test_a_trial_whose_process_is_killed_says_nothing(tune: Tune) -> None:
 def test_a_point_of_which_one_seed_was_finished(tune: Tune, plan: Plan) -> None:
     store(plan.run_of(Task(ALPHA, 0)), Trial(ALPHA, 0, "FINISHED", 0.5))
     tune.begin(ALPHA, "a")
-    tune.tell(ALPHA, Trial(ALPHA, 1, "FAILED", error="no"))
+    tune.tell(Trial(ALPHA, 1, "FAILED", error="no"))
     tune.error(ALPHA, "a")
     tune.clock.after(1, tune.end)
     tune.follow()
-    assert tune.endings == [(ALPHA, 1, "FAILED", "no")]
+    assert tune.endings == [(ALPHA, 0, "FINISHED", ""), (ALPHA, 1, "FAILED", "no")]
+
+
+def test_a_point_that_cannot_be_says_why(tune: Tune) -> None:
+    tune.begin(task({"masking.ratio": 50}), "a")
+    tune.error(task({"masking.ratio": 50}), "a")
+    tune.clock.after(1, tune.end)
+    tune.follow()
+    ((_, _, status, error),) = tune.endings
+    assert status == "FAILED"
+    assert error.startswith("masking.ratio must lie in (0, 1), got 50")
+
+
+def test_without_asha_what_left_no_result_has_failed(tune: Tune) -> None:
+    tune.begin(task(ALPHA), "a")
+    tune.complete(task(ALPHA), "a", **{METRIC: 0.2})
+    tune.clock.after(1, tune.end)
+    tune.follow()
+    assert tune.endings == [(ALPHA, 0, "FAILED", "its process ended without a word")]
+
+
+def test_storage_that_is_away_for_a_while_is_asked_again(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = [OSError("storage is away"), OSError("storage is away")]
+
+    def read(*_: Any) -> Trial:
+        if away:
+            raise away.pop()
+        return Trial(ALPHA, 0, "FINISHED", 0.5)
+
+    monkeypatch.setattr(module, "result_of", read)
+    monkeypatch.setattr(retry, "time", tune.clock)
+    tune.begin(task(ALPHA), "a")
+    tune.complete(task(ALPHA), "a")
+    tune.clock.after(10, tune.end)
+    tune.follow()
+    assert tune.endings == [(ALPHA, 0, "FINISHED", "")]
 
 
 def test_what_asha_stops_keeps_its_last_score(tune: Tune) -> None:
+    tune.tuning.plan = replace(tune.tuning.plan, asha=True)
     tune.begin(task(ALPHA), "a")
     tune.complete(task(ALPHA), "a", **{METRIC: 0.2, "epoch": 3})
     tune.clock.after(1, tune.end)
@@ -144,7 +183,7 @@ def test_a_search_tells_of_each_point_once(tune: Tune) -> None:
 
 
 def test_stacks_of_a_trial_are_shown(tune: Tune, terminal: Terminal) -> None:
-    tune.channel.exchange([{"said": "worker 0: stack"}], 1)
+    tune.channel.exchange(["worker 0: stack"], 1)
     tune.clock.after(1, tune.end)
     tune.follow()
     assert terminal.said == ["worker 0: stack"]
@@ -158,7 +197,8 @@ def test_a_stop_waits_for_trials_that_commit_and_counts_none_as_failed(tune: Tun
         terminal.signal = 2
 
     tune.clock.after(2, stop)
-    tune.clock.after(5, lambda: tune.tell(task(ALPHA), Trial(ALPHA, 0, "FAILED", error="stopped by signal 2")))
+    tune.clock.after(4, lambda: tune.begin(task({"dir.alpha": 0.5}), "c"))  # Tune begins another, which does nothing
+    tune.clock.after(5, lambda: tune.complete(task(ALPHA), "a"))
     tune.clock.after(9, lambda: tune.error(task(OTHER), "b"))
     began = tune.clock.now
     assert tune.follow() == 2
