@@ -1,4 +1,4 @@
-"""One DIR step, sharded and replicated, under torchrun; rank 0 prints what was exchanged, as JSON."""
+"""A step, sharded and replicated, under torchrun; rank 0 prints what was exchanged, as JSON."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dircluster.attacks.gradient import pgd
+from dircluster.attacks.threat import LInf
 from dircluster.config import ParallelConfig, RunConfig
 from dircluster.defenses.recipe import Recipe
 from dircluster.distributed.deterministic import OrderedReduceScatter, PairwiseSum
 from dircluster.distributed.launch import local_workers
-from dircluster.distributed.parallel import Parallel, gather_full
+from dircluster.distributed.parallel import Parallel, gather_full, reshard
+from dircluster.models.modules import under_attack
 from dircluster.presets import preset
 from dircluster.rng import Stream
 from dircluster.training import stages
@@ -60,10 +63,21 @@ def step(recipe: Recipe, wrapped: torch.nn.Module, parallel: Parallel) -> tuple[
     return sent, gather_full({n: p.grad for n, p in recipe.named_parameters() if p.grad is not None})
 
 
+def validate(recipe: Recipe) -> None:
+    """What held-out validation does between two steps: passes through what is deployed, its weights frozen."""
+    deployed = recipe.deployed()
+    assert deployed is not None
+    images = torch.rand(4, 1, 8, 8)
+    with under_attack(deployed):
+        pgd(deployed, images, torch.arange(4), LInf(0.1), steps=1, step_size=0.1)
+        with torch.no_grad():
+            deployed(images)
+
+
 def made(config: RunConfig, parallel: Parallel, recompute: bool = False) -> tuple[Recipe, torch.nn.Module]:
     again = dataclasses.replace(config.parallel, activation_checkpointing=recompute)
     networks = stages.Networks(dataclasses.replace(config, parallel=again), parallel)
-    recipe = stages.find_stage(config, "dir").recipe(networks)
+    recipe = stages.stages_of(config)[-1].recipe(networks)
     recipe.train()
     pending = PairwiseSum([])
     return recipe, parallel.wrap(recipe, recipe.trained, config.parallel.strategy, False, pending)
@@ -89,6 +103,12 @@ def main() -> None:
         sharded_bytes, gradients = step(recipe, wrapped, parallel)
         calls = OrderedReduceScatter.calls
         _, again = step(*made(sharded, parallel, recompute=True), parallel)
+        hgd = preset("digits_hgd_smoke")
+        _, before = step(*made(hgd, parallel), parallel)
+        recipe, wrapped = made(dataclasses.replace(hgd, parallel=sharded.parallel), parallel)
+        validate(recipe)
+        reshard(wrapped)
+        _, after = step(recipe, wrapped, parallel)
         found = {
             "while crafting": crafted[1],
             "in the backward pass": calls,
@@ -96,6 +116,7 @@ def main() -> None:
             "share of the weights on a worker": here / costs.purifier_parameters,
             "sharding changes the gradient by": _apart(expected, gradients),
             "recomputing changes the gradient by": _apart(gradients, again),
+            "validating changes the gradient by": _apart(before, after),
             "sent to predicted, ddp": replicated_bytes / costs.exchanged(config, stage, 2),
             "sent to predicted, fsdp": sharded_bytes / costs.exchanged(sharded, stage, 2),
         }

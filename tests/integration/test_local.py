@@ -85,6 +85,7 @@ def test_a_sharded_model_crafts_without_gathering_gradients(root: Path) -> None:
     assert found["share of the weights on a worker"] == pytest.approx(0.5, abs=0.02)
     assert found["sharding changes the gradient by"] == 0.0
     assert found["recomputing changes the gradient by"] == 0.0
+    assert found["validating changes the gradient by"] == 0.0
     for strategy in ("ddp", "fsdp"):  # shards are padded to equal parts
         assert found[f"sent to predicted, {strategy}"] == pytest.approx(1.0, abs=0.05)
 
