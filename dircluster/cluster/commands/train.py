@@ -56,12 +56,12 @@ class Launch:
             manner = "starting again beside what is stored" if job.fresh else "reusing and resuming what is stored"
             title = f"{job.run.name}, seed {job.run.seed}" + (f", {changed}" if changed else "")
             terminal.say(f"{title}: {manner} in {job.run.storage.uri}")
-            status = "FAILED"
+            status, aside = "FAILED", ThreadPoolExecutor(1)
             try:
-                with ThreadPoolExecutor(1) as aside:  # it is left when what was begun has ended
-                    outcome = self._train(terminal, aside)
-                    status = outcome["status"]
+                outcome = self._train(terminal, aside)
+                status = outcome["status"]
             finally:
+                aside.shutdown(cancel_futures=True)  # what has begun ends, and only that
                 if self.record is not None:
                     from dircluster.cluster.tracking.jobs import finish_job
 
@@ -96,7 +96,7 @@ class Launch:
             config,
             owner,
             self.job.fresh,
-            lambda: opening.result() or self.record,
+            opening.result,
             terminal,
             lambda outcome: registering.append(aside.submit(self._register, outcome, terminal)),
         )
@@ -110,15 +110,16 @@ class Launch:
         named = tracking.enabled and (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
         return bool(named) or storage.is_remote(self.config.storage.uri) or target.startswith("models:/")
 
-    def _open_record(self, terminal: Any) -> None:
+    def _open_record(self, terminal: Any) -> Any:
+        """The JobRecord, kept as ``self.record``; None where none is wanted, or where MLflow is not installed."""
         if not self.first or not self.config.tracking.enabled:
-            return
+            return None
         if self.job.launcher == "local":
             from dircluster.cluster.runtime import local
 
             if not local.has_mlflow():
                 terminal.say("MLflow is not installed: no record is kept")
-                return
+                return None
         from dircluster.cluster.tracking.jobs import open_job
 
         tags = {
@@ -128,6 +129,7 @@ class Launch:
             "dircluster.command": command(self.job),
         }
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
+        return self.record
 
     def _register(self, outcome: dict[str, Any], terminal: Any) -> None:
         if outcome["status"] != "FINISHED" or self.record is None:
