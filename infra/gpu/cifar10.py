@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,6 +48,7 @@ from dircluster.defenses.target import TargetRecipe
 from dircluster.models import classifiers
 from dircluster.models.classifiers import BasicBlock, check_classes
 from dircluster.models.modules import frozen, under_attack
+from dircluster.models.transformer import Block
 from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
 
 EPSILON = 8 / 255

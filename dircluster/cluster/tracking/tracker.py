@@ -8,6 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ class MlflowTracker:
 
     def __init__(self, job: JobRecord, say: Callable[[str], None]) -> None:
         self.job = job
-        self.client = MlflowClient(job.uri)
         self.queue: RetryQueue[Callable[[], None]] = RetryQueue(
             self._deliver,
             say,
@@ -56,6 +56,11 @@ class MlflowTracker:
             longest_pause=10.0,
         )
         self.say = say
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Made by the first delivery, off the training thread: a second for a store in SQLite."""
+        return MlflowClient(self.job.uri)
 
     def stage(self, name: str, key: str, facts: Mapping[str, Any]) -> StageRun:
         return StageRun(self, name, key, facts)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data.sources import DATASETS, KNOWN_SIZES, load, training_images
@@ -41,6 +42,14 @@ def test_digits() -> None:
     assert data.train.images.dtype == torch.uint8
     assert data.train.images.max() == 255
     assert data.train.images.shape[1:] == (1, 8, 8)
+
+
+def test_digits_are_those_of_scikit_learn_pixel_for_pixel() -> None:
+    bunch, (found, _) = load_digits(), DATASETS["digits"](Path())
+    assert found.images.shape == (1797, 1, 8, 8)
+    assert np.array_equal(found.images[:, 0].numpy(), np.round(bunch.images * (255 / 16)).astype(np.uint8))
+    assert found.labels.dtype == torch.int64
+    assert found.labels.tolist() == bunch.target.tolist()
 
 
 def test_the_test_split_is_the_same_for_every_seed_and_the_held_out_one_is_not() -> None:
