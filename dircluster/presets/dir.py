@@ -195,6 +195,19 @@ class DirRun(RunConfig):
         return None
 
 
+def with_paper_crafting(run: DirRun) -> DirRun:
+    """``run`` with samples and perturbations as the paper crafts them: PGD-5 on the pipeline and on the target."""
+    attack = replace(run.attack, steps=5, training_step_size=None, crafting="pgd", pipeline_steps=1, pipeline_every=1)
+    return replace(run, attack=attack, dir=replace(run.dir, perturb_steps=5, perturb_step_size=None))
+
+
+def with_fast_crafting(run: DirRun) -> DirRun:
+    """``run`` with three PGD steps of half the radius on the target, then one on the pipeline, and Eq. 4 in two."""
+    half = run.attack.epsilon / 2
+    attack = replace(run.attack, steps=3, training_step_size=half, crafting="target_first", pipeline_steps=1)
+    return replace(run, attack=attack, dir=replace(run.dir, perturb_steps=2, perturb_step_size=half))
+
+
 def _decisive(run: DirRun) -> dict[str, Any]:
     """What must be the preset's where a number of the paper is to stand beside the run's."""
     free = ("seed", "data.uri", "data.stream")
