@@ -36,15 +36,16 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, tri
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(tries + 1):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         left @ right
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -57,7 +58,7 @@ def time_phases(
     The first step is not timed.
     """
     device, training = parallel.device, config.training
-    trainer = _trainer(stage, recipe, config, train, parallel)
+    trainer = stage_trainer(stage, recipe, config, train, parallel)
     loader = trainer.loader
     spent, losses = dict.fromkeys(PHASES, 0.0), []
     for step in range(1 + steps):
@@ -137,7 +138,7 @@ def compare(
 
     Seconds are medians; ``spread`` holds the quartiles of the ratio.
     """
-    steps = {name: _trainer(*variant, train, parallel).step for name, variant in variants.items()}
+    steps = {name: stage_trainer(*variant, train, parallel).step for name, variant in variants.items()}
     seconds = time_in_turns(steps, rounds, parallel.device)
     rows, first = [], next(iter(seconds.values()))
     for name, taken in seconds.items():
@@ -157,7 +158,7 @@ def compare(
     return rows
 
 
-def _trainer(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, parallel: Parallel) -> Trainer:
+def stage_trainer(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, parallel: Parallel) -> Trainer:
     """The loop of a stage that keeps nothing."""
     data = config.data
     loader = Loader(
@@ -174,7 +175,7 @@ def _trainer(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, para
 
 
 def _now(device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     return time.perf_counter()
 
 
@@ -200,9 +201,9 @@ def time_eot(defense: Defended, images: Tensor, labels: Tensor, draws: int, trie
     with frozen(defense):
         for _ in range(tries + 1):
             for name, rows in (("batched", None), ("calls", len(images))):
-                _wait(images.device)
+                wait_for(images.device)
                 began = time.perf_counter()
                 expected(model, labels, draws, most_rows=rows)(images)
-                _wait(images.device)
+                wait_for(images.device)
                 best[name] = min(best[name], time.perf_counter() - began)
     return {"images": len(images), "draws": draws, **best}
