@@ -42,6 +42,11 @@ class Launch:
         self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
         self.commit = commit()
         self.record: Any = None
+        self.foretold: Any = None
+        if job.calibration is not None:
+            from dircluster.cluster.commands.plan import calibration_of
+
+            self.foretold = calibration_of(job)
         self.began = time.monotonic()
 
     def run(self) -> int:
@@ -181,8 +186,13 @@ class Launch:
             "checkpoint": outcome.get("checkpoint"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "selection": outcome.get("selection", {}),
+            "took": {name: round(value, 1) for name, value in outcome.get("seconds", {}).items()},
             "results": outcome.get("results", []),
         }
+        if self.foretold is not None:
+            from dircluster.cluster.commands.plan import beside
+
+            summary["foretold"] = beside(self.job, self.foretold, outcome.get("seconds", {}))
         if "error" in outcome:
             summary["error"] = outcome["error"]
         return summary
