@@ -381,7 +381,7 @@ class Trainer:
         if gap > OVERFITTED and self.parallel.first:
             self.console.say(
                 f"{self.stage.name}: held-out accuracy under the training attack lies {100 * gap:.0f} points above that"
-                " under PGD-20: catastrophic overfitting; craft by attack.crafting pgd, or in more steps"
+                " under PGD-20: catastrophic overfitting, or too weak an attack; craft in more steps, or by pgd"
             )
 
     def _picture(self, done: int) -> None:
