@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from dircluster.attacks.crafting import craft
 from dircluster.attacks.gradient import kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import threat_of
-from dircluster.config import AttackConfig, RunConfig
+from dircluster.config import AttackConfig
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.defenses.recipe import Batch, Recipe, drawn, freeze
 from dircluster.defenses.stage import Defense, Modules, Stage
@@ -21,14 +21,7 @@ from dircluster.defenses.target import target_stage
 from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.masking import complementary_masks, pixel_mask, random_permutations
 from dircluster.models.modules import under_attack
-from dircluster.presets.dir import (
-    DirConfig,
-    DirRun,
-    MaskingConfig,
-    ModelConfig,
-    with_fast_crafting,
-    with_paper_crafting,
-)
+from dircluster.presets.dir import DirConfig, DirRun, MaskingConfig, ModelConfig
 from dircluster.rng import Stream
 
 
@@ -255,18 +248,6 @@ def facts(run: DirRun) -> list[tuple[str, str]]:
     return [("masks", f"{run.masking.masks}, each keeps {kept} of {tokens} patches")]
 
 
-def compared(run: DirRun) -> Mapping[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]:
-    """The paper's step written plainly, the same here, and the fast one."""
-    from dircluster.defenses.plain_dir import PlainDirRecipe
-
-    paper = with_paper_crafting(run)
-    return {
-        "plain": (paper, lambda modules: PlainDirRecipe(_of(modules), modules["classifier"], paper.dir, paper.attack)),
-        "paper": (paper, None),
-        "fast": (with_fast_crafting(run), None),
-    }
-
-
 DEFENSE = Defense(
     name="dir",
     run=DirRun,
@@ -276,5 +257,4 @@ DEFENSE = Defense(
     facts=facts,
     purifier="denoiser",
     sections=("model", "masking"),
-    compared=compared,
 )

@@ -7,14 +7,32 @@ of the weights too, and nothing that is at hand is used twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dircluster.defenses.dir import DirRecipe
-from dircluster.defenses.recipe import Batch
+from dircluster.defenses.dir import DirRecipe, MaskedPurifier
+from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.stage import Modules
+from dircluster.presets.dir import DirRun, with_fast_crafting, with_paper_crafting
+
+
+def compared(run: DirRun) -> dict[str, tuple[DirRun, Callable[[Modules], Recipe] | None]]:
+    """What a step is timed in turns by name: a run, and the recipe where it is not that of the run's last stage.
+
+    The paper's step written plainly, the same by DIR's recipe, and the one with fast crafting.
+    """
+    paper = with_paper_crafting(run)
+
+    def plain(modules: Modules) -> PlainDirRecipe:
+        denoiser = modules["denoiser"]
+        assert isinstance(denoiser, MaskedPurifier)
+        return PlainDirRecipe(denoiser, modules["classifier"], paper.dir, paper.attack)
+
+    return {"plain": (paper, plain), "paper": (paper, None), "fast": (with_fast_crafting(run), None)}
 
 
 class PlainDirRecipe(DirRecipe):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
-from dircluster.config import ConfigError
-from dircluster.defenses.stage import Defense
+from dircluster.config import ConfigError, RunConfig
+from dircluster.defenses.recipe import Recipe
+from dircluster.defenses.stage import Defense, Modules
 from dircluster.presets import own_defense
 
 DEFENSES = {
     "dir": "dircluster.defenses.dir",
     "hgd": "dircluster.defenses.hgd",
 }
+COMPARED = {"dir": "dircluster.defenses.plain_dir"}
+"""Modules whose ``compared`` says what a defense's step is timed against, by the defense's name."""
 
 
 def find_defense(name: str) -> Defense:
@@ -19,4 +23,16 @@ def find_defense(name: str) -> Defense:
     found = importlib.import_module(DEFENSES[name]).DEFENSE if name in DEFENSES else own_defense(name)
     if not isinstance(found, Defense):
         raise ConfigError(f"{name}.DEFENSE must be a dircluster.defenses.stage.Defense, got {type(found).__name__}")
+    return found
+
+
+def variants_of(run: RunConfig) -> dict[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]:
+    """What a step of the run is timed in turns with, by name: a run, and a recipe unless it is its last stage's own.
+
+    Nothing where the table has no row for the defense.
+    """
+    if run.defense not in COMPARED:
+        return {}
+    found: dict[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]
+    found = importlib.import_module(COMPARED[run.defense]).compared(run)
     return found

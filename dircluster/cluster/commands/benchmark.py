@@ -59,12 +59,12 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
 
 
 def _compare(job: cli.BenchmarkJob, train: Split, parallel: Parallel) -> dict[str, Any]:
-    from dircluster.defenses.table import find_defense
+    from dircluster.defenses.table import variants_of
     from dircluster.training import stages
     from dircluster.training.profiling import compare, device_name
 
     variants = {}
-    for name, (run, recipe) in find_defense(job.run.defense).compared(job.run).items():
+    for name, (run, recipe) in variants_of(job.run).items():
         networks, stage = stages.Networks(run, parallel), stages.stages_of(run)[-1]
         variants[name] = (stage, (recipe or stage.recipe)(networks), run)
     if not variants:
