@@ -48,7 +48,11 @@ def several(machine: Machine, budget: float) -> Iterator[Finding]:
     scaling = dataclasses.replace(machine.config.scaling, workers=workers, threads=None if machine.gpu else 1)
     config = plain(dataclasses.replace(machine.config, scaling=scaling), batch_size=size, microbatch=None)
     one = losses(config, "ddp", machine.parallel)
-    found = _group(config, workers, budget)
+    try:
+        found = _group(config, workers, budget)
+    except ConfigError as error:  # such as a recipe that one worker alone can train
+        yield skipped("several devices", str(error))
+        return
     kind = "nccl" if machine.gpu else "gloo"
     note = f"{kind}, {workers} processes, {found['bytes'] / 2**20:.0f} MiB"
     yield seen("all-reduce", found["bytes a second"] / 1e9, "GB/s sent by each", note)
@@ -67,7 +71,10 @@ def losses(config: RunConfig, strategy: Any, parallel: Parallel) -> list[float]:
 
 
 def _group(config: RunConfig, workers: int, budget: float) -> dict[str, Any]:
-    """What the first of ``workers`` processes reports. Raises RuntimeError where one fails or they take too long."""
+    """What the first of ``workers`` processes reports.
+
+    Raises ConfigError where one refuses, and RuntimeError where one fails or they take too long.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +102,8 @@ def _group(config: RunConfig, workers: int, budget: float) -> dict[str, Any]:
             process.wait()
     for process, (_, error) in zip(processes, said, strict=True):
         if process.returncode:
-            raise RuntimeError((error.strip().splitlines() or ["a process of the group died"])[-1])
+            last = (error.strip().splitlines() or [f"a process of the group ended with {process.returncode}"])[-1]
+            raise ConfigError(last) if process.returncode == 2 else RuntimeError(last)
     result: dict[str, Any] = json.loads(said[0][0].splitlines()[-1])
     return result
 

@@ -25,7 +25,7 @@ LEAST = 0.05
 compilation (docs/results.md)."""
 EXPECTED = 0.3
 """The same share, where a step's time is foreseen on a CPU."""
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def stages(machine: Machine, budget: float) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ def test_it_examines_a_small_run_in_seconds(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(numerics, "agreement", broken)
     monkeypatch.setattr(devices.os, "cpu_count", lambda: 1)
-    found = run_job("doctor", "digits_smoke", "--seconds", "240", "--scaling.threads", "1", folder=tmp_path)
+    found = run_job("doctor", "digits_smoke", "--seconds", "2400", "--scaling.threads", "1", folder=tmp_path)
     assert (found.code, found.err) == (1, "")
     rows = {row["name"]: row for row in found.summary["findings"]}
     assert set(rows) >= CHECKS - {"output of g, h, h(g) in fp32"}
@@ -36,7 +36,7 @@ def test_it_examines_a_small_run_in_seconds(tmp_path: Path, monkeypatch: pytest.
     assert rows["agreement with the CPU"]["note"] == "RuntimeError: the driver is gone"
     assert rows["several devices"]["note"] == "there are neither GPUs nor two CPUs"
     lines = found.out.splitlines()
-    assert lines[0].startswith("digits_smoke on CPU, 1 threads, at most 240 s")
+    assert lines[0].startswith("digits_smoke on CPU, 1 threads, at most 2400 s")
     assert [re.split(r"  +", line)[1] for line in lines[2:-1]] == list(rows)
     assert lines[-1].startswith("This machine does not train as it should: ")
     page = (tmp_path / "summary.html").read_text()
