@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -13,13 +14,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from dircluster.doctor.findings import Finding, at_least, seen
+from dircluster.doctor.findings import Finding, at_least, at_most, seen
 from dircluster.doctor.machine import Machine, true_fp32
 from dircluster.training.profiling import device_name, mean_seconds, product_rate
 
 GIB = 2**30
 ROOM = {"memory": 2.0, "disk": 2.0, "shared memory": 0.05, "GPU memory": 8.0}
 """GiB that should be free: of memory for a worker and its driver, of shared memory for Ray's smallest object store."""
+BUSY = 0.5
+"""Processes a core that want to run: with more, times are not the machine's own."""
 SOUND_CUDNN = 91501
 """Attention of cuDNN before 9.15.1 reads out of bounds at lengths that 128 does not divide."""
 MEASURED = {"NVIDIA H100 80GB HBM3": {"copy": 3.03e12, "bf16": 759e12, "tf32": 414e12, "fp32": 50e12}}
@@ -59,7 +62,9 @@ def _driver() -> str:
 
 
 def room(machine: Machine) -> Iterator[Finding]:
-    """Memory, disk and shared memory that are free, in GiB."""
+    """Memory, disk and shared memory that are free, in GiB, and whether others use the cores."""
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    yield at_most("load before", load, BUSY, "a core", "mean of the last minute", otherwise="warn")
     free = {"memory": psutil.virtual_memory().available, "disk": shutil.disk_usage(tempfile.gettempdir()).free}
     shared = Path("/dev/shm")
     if shared.is_dir():

@@ -27,7 +27,7 @@ SMOKE = "digits_smoke"
 """The preset that is stopped and resumed: target, pre-training and DIR in a few steps each."""
 STEPS = 6
 """Steps that are compared: a captured one is replayed after three."""
-APART = {"losses": 1e-3, "moves": 0.3}
+APART = {"losses": 1e-3, "moves": 0.1}
 """How far compiled or captured steps may be from plain ones: relative differences of losses, and of how weights move.
 Crafting and AdamW follow signs, which rounding flips where a gradient is next to nothing; steps that do nothing are 1
 apart, and those against the gradient 2."""
