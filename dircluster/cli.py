@@ -72,7 +72,10 @@ class TrainJob(DefenseJob):
     fresh: Switch = False
     """Start again beside what is stored instead of reusing or resuming it."""
     dry_run: Switch = False
-    """Say what would run, and stop."""
+    """Say what would run and what it would take, from some seconds of measuring, and stop."""
+    calibration: Path | None = None
+    """The --summary of an earlier --dry-run, of this machine or another: what is measured there is not measured again,
+    and the summary of a whole run tells what was foretold beside what it took."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ class BenchmarkJob(DefenseJob):
 
     steps: int = 5
     """Steps timed, after one that is not."""
+    compare: Switch = False
+    """Time whole steps in turns instead: the paper's step written plainly, the same here, and fast crafting."""
 
 
 @dataclass(frozen=True)

@@ -100,3 +100,24 @@ class Stream:
 
     def _generator(self, purpose: str) -> torch.Generator:
         return generator(self.seed, f"{self.prefix}/{purpose}", self.epoch, self.step)
+
+
+@dataclass(frozen=True)
+class ImageStream(Stream):
+    """The draws of images by number, each image's from streams of its own: see :func:`per_image`."""
+
+    images: tuple[int, ...] = ()
+
+    def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        drawn = [torch.rand(shape, generator=one, dtype=torch.float64) for one in self._generators(purpose)]
+        return torch.stack(drawn).float().to(self.device)
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=one) for one in self._generators(purpose)]).to(self.device)
+
+    def sample(self, purpose: str, draw: Callable[[torch.Generator, int], Tensor | None]) -> Tensor | None:
+        drawn = [one for one in (draw(each, 1) for each in self._generators(purpose)) if one is not None]
+        return torch.cat(drawn).to(self.device) if drawn else None
+
+    def _generators(self, purpose: str) -> list[torch.Generator]:
+        return [generator(self.seed, f"{self.prefix}/{purpose}", step=number) for number in self.images]

@@ -14,7 +14,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dircluster.evaluation.suites import how
 from dircluster.training.protocols import Status
 
 EVERY = 10.0
@@ -70,6 +69,8 @@ class Terminal:
 
     def table(self, rows: list[dict[str, Any]]) -> None:
         """The results, one row each, with what was done to get them."""
+        from dircluster.evaluation.suites import how  # with torch, which is needed by then anyway
+
         table = Table(title="Accuracy on the test split")
         for name in ("defense", "attack", "randomness", "accuracy", "95 % interval", "n", "how"):
             number = name in ("accuracy", "n")

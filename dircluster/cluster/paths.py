@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, local_path
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -27,6 +27,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         )
     kept = dataclasses.replace(config.storage, uri=absolute(uri))
     return dataclasses.replace(config, storage=kept, data=replaced(config.data), target=replaced(config.target))
+
+
+def must_exist(config: RunConfig) -> None:
+    """Raise ConfigError where the run is to read ``data.uri`` or ``target.uri`` on this machine and there is none."""
+    if os.environ.get("RAY_ADDRESS") or "RANK" in os.environ:
+        return  # workers on other machines may have what is not here
+    for name, uri in (("data.uri", config.data.uri), ("target.uri", config.target.uri)):
+        if uri is not None and ":" not in uri.removeprefix("file://") and not local_path(uri).exists():
+            raise ConfigError(f"{name} {uri!r} does not exist")
 
 
 def with_reachable_target(config: RunConfig) -> RunConfig:

@@ -85,6 +85,16 @@ class AttackConfig:
     8/255), for l2 2.5 epsilon divided by the attack's number of steps."""
     steps: int = 5
     """PGD steps while training."""
+    training_step_size: float | None = None
+    """Step of the attacks that craft training samples; step_size's when not given."""
+    crafting: Literal["pgd", "target_first", "straight_through", "n_fgsm"] = "pgd"
+    """How training samples against a whole pipeline are crafted. pgd: steps on the pipeline (the paper); target_first:
+    steps on the target alone, then pipeline_steps on the pipeline; straight_through: the same, the purifier passing
+    gradients on as the identity does; n_fgsm: one step of epsilon from noise of twice epsilon, not drawn back."""
+    pipeline_steps: int = 1
+    """target_first, straight_through: last steps, on the pipeline."""
+    pipeline_every: int = 1
+    """target_first: takes the pipeline's own gradient in every so many batches, and is straight_through in others."""
     norm: Literal["linf", "l2"] = "linf"
     """Which ball: of the maximum norm, or of the Euclidean norm over all pixels and channels of an image."""
 
@@ -102,12 +112,26 @@ class AttackConfig:
                 self.step_size is None or 0 < self.step_size < 1,
                 f"attack.step_size must lie in (0, 1), got {self.step_size}",
             )
-        require_positive("attack", self, "steps")
+        require_positive("attack", self, "steps", "pipeline_steps", "pipeline_every")
+        own = self.training_step_size
+        require(
+            own is None or (own > 0 and (own < 1 or self.norm == "l2")),
+            f"attack.training_step_size must lie in (0, 1), or be positive for l2, got {own}",
+        )
+        require(
+            self.pipeline_every == 1 or self.crafting == "target_first",
+            f"attack.pipeline_every is for attack.crafting target_first, not {self.crafting}",
+        )
 
     @property
     def step(self) -> float:
-        """Step size of the training attack, a length like epsilon."""
-        return self.step_for(self.steps)
+        """Step size of the attacks that craft training samples, a length like epsilon."""
+        return self.step_for(self.steps) if self.training_step_size is None else self.training_step_size
+
+    @property
+    def pipeline_gradients(self) -> int:
+        """Passes through a whole pipeline, forward and backward, that crafting a training sample takes."""
+        return {"pgd": self.steps, "n_fgsm": 1}.get(self.crafting, self.pipeline_steps)
 
     def step_for(self, steps: int) -> float:
         """Step size of an attack of ``steps`` steps, a length like epsilon."""
@@ -219,12 +243,18 @@ class TrainingConfig:
     """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
     select_images: int = 1024
     """Held-out images judged each time."""
+    select_steps: int | None = None
+    """PGD steps that they are judged under; those of the training attack, in its step size, when not given."""
 
     def __post_init__(self) -> None:
         require_positive("training", self, "batch_size", "select_every", "select_images")
         require(
             self.microbatch is None or self.microbatch > 0,
             f"training.microbatch must be positive, got {self.microbatch}",
+        )
+        require(
+            self.select_steps is None or self.select_steps > 0,
+            f"training.select_steps must be positive, got {self.select_steps}",
         )
 
 
@@ -373,6 +403,8 @@ class RunConfig:
 
     defense: ClassVar[str] = ""
     """Name of the defense in ``dircluster.defenses.table``, or the module that holds somebody's own."""
+    crafting: ClassVar[tuple[str, ...]] = ("pgd",)
+    """What ``attack.crafting`` may be: more where the defense is trained against attacks on its whole pipeline."""
 
     name: str = "digits"
     """Names the run and its model, DEFENSE-NAME; the preset's name unless given."""
@@ -391,6 +423,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         batch, workers = self.training.batch_size, self.scaling.most
         require(batch >= workers, f"training.batch_size must be at least scaling.workers {workers}, got {batch}")
+        require(
+            self.attack.crafting in self.crafting,
+            f"attack.crafting {self.attack.crafting} needs a defense that is trained against attacks on its whole"
+            f" pipeline; {self.defense or 'this one'} takes {' or '.join(self.crafting)}",
+        )
         for name, value in flatten(to_dict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
             if isinstance(value, str):
@@ -414,7 +451,17 @@ class RunConfig:
         return None
 
 
-LATER_FIELDS: dict[str, Any] = {"attack.norm": "linf", "target.ema": None, "dir.ema": None}
+LATER_FIELDS: dict[str, Any] = {
+    "attack.norm": "linf",
+    "attack.training_step_size": None,
+    "attack.crafting": "pgd",
+    "attack.pipeline_steps": 1,
+    "attack.pipeline_every": 1,
+    "training.select_steps": None,
+    "target.ema": None,
+    "dir.ema": None,
+    "dir.perturb_step_size": None,
+}
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,13 @@ from dircluster.data.split import Dataset, Split
 
 MOST_HELD_OUT = 10_000
 """Held-out images of a stream at the most: they lie in memory."""
-KNOWN_SIZES = {"digits": 1438, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257}
-"""Training images of the named sets, before the held-out share is cut off."""
+KNOWN_SIZES = {
+    "digits": (1438, 359),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "svhn": (73_257, 26_032),
+}
+"""Training images of the named sets, before the held-out share is cut off, and test images."""
 SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
 """How files and folders of a split begin. Without a test split, val is it; extra is left out."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -95,11 +101,16 @@ def _check(split: Split, config: DataConfig) -> None:
 
 
 def _digits() -> Split:
-    from sklearn.datasets import load_digits
+    """What scikit-learn's ``load_digits`` gives, read from its wheel: importing the package takes a second.
 
-    bunch: Any = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    return Split(torch.from_numpy(pixels)[:, None], torch.from_numpy(bunch.target).long())
+    A row of the table is 64 pixels from 0 to 16 and the label.
+    """
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ConfigError("data.name digits lies in scikit-learn, which is not installed")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
+    return Split(torch.from_numpy(pixels.reshape(-1, 1, 8, 8)), torch.from_numpy(table[:, -1]).long())
 
 
 def _cifar(kind: str, cache: Path, train: bool) -> Split:
@@ -165,25 +176,36 @@ def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[P
     return train, test
 
 
-def training_images(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> int:
-    """How many images are trained on, without reading them. Raises ConfigError where ``data.uri`` is unusable."""
-    if config.uri is None:
-        whole = KNOWN_SIZES[config.name]
-    else:
-        train, test = _files(config, open_path)
-        whole = len(train)
-        if train[0].suffix == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+def split_sizes(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> tuple[int, int, int]:
+    """How many images are trained on, held out and tested on, without reading them.
 
-            try:
-                whole = sum(pq.ParquetFile(file.open("rb")).metadata.num_rows for file in train)
-            except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"{train[0]} cannot be read as parquet: {first_line(error)}") from error
-        if not test:
-            whole -= max(1, round(config.test_share * whole))
-    whole = whole if config.limit is None else min(whole, config.limit)
-    return whole - max(1, round(config.held_out * whole))
+    Raises ConfigError where ``data.uri`` is unusable.
+    """
+    if config.uri is None:
+        whole, test = KNOWN_SIZES[config.name]
+    else:
+        training, testing = _files(config, open_path)
+        whole, test = _rows(training), _rows(testing)
+        if not testing:
+            test = max(1, round(config.test_share * whole))
+            whole -= test
+    if config.limit is not None:
+        whole, test = min(whole, config.limit), min(test, config.limit)
+    held_out = max(1, round(config.held_out * whole))
+    return whole - held_out, held_out, test
+
+
+def _rows(files: list[Path]) -> int:
+    """Images in files: rows of parquet, or the files themselves."""
+    if not files or files[0].suffix != ".parquet":
+        return len(files)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return sum(pq.ParquetFile(file.open("rb")).metadata.num_rows for file in files)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
 
 
 def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Split, Split | None]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dircluster.attacks.crafting import craft
 from dircluster.attacks.gradient import kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import threat_of
-from dircluster.config import AttackConfig
+from dircluster.config import AttackConfig, RunConfig
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.defenses.recipe import Batch, Recipe, drawn, freeze
 from dircluster.defenses.stage import Defense, Modules, Stage
@@ -20,7 +21,14 @@ from dircluster.defenses.target import target_stage
 from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.masking import complementary_masks, pixel_mask, random_permutations
 from dircluster.models.modules import under_attack
-from dircluster.presets.dir import DirConfig, DirRun, MaskingConfig, ModelConfig
+from dircluster.presets.dir import (
+    DirConfig,
+    DirRun,
+    MaskingConfig,
+    ModelConfig,
+    with_fast_crafting,
+    with_paper_crafting,
+)
 from dircluster.rng import Stream
 
 
@@ -119,6 +127,7 @@ class DirRecipe(Recipe):
         self.config = config
         self.threat = attack
         self.trained = ("denoiser", "classifier") if config.joint else ("denoiser",)
+        self.attacks_deployed = True
 
     def train(self, mode: bool = True) -> DirRecipe:
         super().train(mode)
@@ -128,31 +137,27 @@ class DirRecipe(Recipe):
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Start of PGD, permutations (those of crafting steps too where they are fresh), start of Eq. 4."""
-        steps = range(1, self.threat.steps + 1) if self.config.crafting_masks == "fresh" else ()
+        fresh = self.config.crafting_masks == "fresh"
+        steps = range(1, self.threat.pipeline_gradients + 1) if fresh else ()
         made = {"pgd": stream.uniform("pgd", shape), "perturbation": stream.normal("perturbation", shape)}
         for purpose in ("masks", *(f"masks/{step}" for step in steps)):
             made |= drawn(stream, purpose, self.denoiser)
         return made
 
     def attack(self, batch: Batch) -> Batch:
-        """PGD on h(g(.)) under the masks of the update, or under new ones at every step (line 5 of Algorithm 1)."""
-        threat, steps_done = self.threat, 0
+        """Against h(g(.)) under the masks of the update, or under new ones at every step (line 5 of Algorithm 1)."""
+        steps_done = 0
 
-        def pipeline(candidates: Tensor) -> Tensor:
+        def purify(candidates: Tensor) -> Tensor:
             nonlocal steps_done
             steps_done += 1
             fresh = self.config.crafting_masks == "fresh"
-            return self.predict(candidates, batch.draws[f"masks/{steps_done}" if fresh else "masks"])
+            restored: Tensor = self.denoiser(candidates, batch.draws[f"masks/{steps_done}" if fresh else "masks"])
+            return restored
 
         with under_attack(self.denoiser, self.classifier):
-            found = pgd(
-                pipeline,
-                batch.images,
-                batch.labels,
-                threat_of(threat),
-                threat.steps,
-                threat.step,
-                batch.draws["pgd"],
+            found = craft(
+                purify, self.classifier, batch.images, batch.labels, self.threat, batch.draws["pgd"], batch.number
             )
         return replace(batch, adversarial=found)
 
@@ -168,14 +173,14 @@ class DirRecipe(Recipe):
             if self.config.joint:  # the logits at hand were made with batch statistics, which crafting does not use
                 with torch.no_grad():
                     logits = self.classifier(restored)
-            steps = self.config.perturb_steps
+            steps, size = self.config.perturb_steps, self.config.perturb_step_size
             return perturbation(
                 self.classifier,
                 restored,
                 logits,
                 threat_of(self.threat),
                 steps,
-                self.threat.step_for(steps),
+                self.threat.step_for(steps) if size is None else size,
                 batch.draws["perturbation"],
             )
 
@@ -190,12 +195,7 @@ class DirRecipe(Recipe):
             loss = loss + self.config.mse_weight * terms["mse"]
         return {"loss": loss, **terms}
 
-    def predict(self, images: Tensor, permutations: Tensor) -> Tensor:
-        """Logits of h(g(.)): (N, C, H, W), (N, T) -> (N, classes)."""
-        logits: Tensor = self.classifier(self.denoiser(images, permutations))
-        return logits
-
-    def deployed(self) -> nn.Module:
+    def deployed(self) -> Defended:
         return Defended(self.denoiser, self.classifier)
 
 
@@ -231,7 +231,7 @@ def stages(run: DirRun) -> tuple[Stage, ...]:
         sections=("masking", "model", "dir", *(("target",) if run.dir.joint else ())),
         stored=("denoiser", "classifier"),
         ema=run.dir.ema,
-        passes=run.attack.steps + 1,
+        passes=run.attack.pipeline_gradients + 1,
     )
     if run.dir.joint:
         return (game,)
@@ -255,6 +255,18 @@ def facts(run: DirRun) -> list[tuple[str, str]]:
     return [("masks", f"{run.masking.masks}, each keeps {kept} of {tokens} patches")]
 
 
+def compared(run: DirRun) -> Mapping[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]:
+    """The paper's step written plainly, the same here, and the fast one."""
+    from dircluster.defenses.plain_dir import PlainDirRecipe
+
+    paper = with_paper_crafting(run)
+    return {
+        "plain": (paper, lambda modules: PlainDirRecipe(_of(modules), modules["classifier"], paper.dir, paper.attack)),
+        "paper": (paper, None),
+        "fast": (with_fast_crafting(run), None),
+    }
+
+
 DEFENSE = Defense(
     name="dir",
     run=DirRun,
@@ -264,4 +276,5 @@ DEFENSE = Defense(
     facts=facts,
     purifier="denoiser",
     sections=("model", "masking"),
+    compared=compared,
 )

@@ -23,6 +23,8 @@ class Batch:
     """All randomness of the step by name, one row an image: what :meth:`Recipe.draws` made."""
     adversarial: Tensor | None = None
     """(N, C, H, W) in [0, 1]."""
+    number: int = 0
+    """Of the step within its epoch."""
 
     @property
     def attacked(self) -> Tensor:
@@ -36,6 +38,8 @@ class Recipe(nn.Module):
 
     trained: tuple[str, ...] = ()
     """Names of the submodules whose weights the recipe trains."""
+    attacks_deployed = False
+    """Whether :meth:`attack` is aimed at what is deployed: then held-out images tell whether it has overfitted."""
 
     @property
     def updates(self) -> tuple[tuple[str, ...], ...]:
@@ -48,7 +52,7 @@ class Recipe(nn.Module):
 
     def batch(self, images: Tensor, labels: Tensor, stream: Stream) -> Batch:
         """Images (N, C, H, W), labels (N,) and the draws that ``stream`` makes for them."""
-        return Batch(images, labels, self.draws(stream, tuple(images.shape[1:])))
+        return Batch(images, labels, self.draws(stream, tuple(images.shape[1:])), number=stream.step)
 
     def attack(self, batch: Batch) -> Batch:
         """The batch with its adversarial samples, detached; as it is where the recipe needs none."""

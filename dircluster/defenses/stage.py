@@ -62,6 +62,9 @@ class Defense:
     """Name of the network that is deployed."""
     sections: tuple[str, ...] = ()
     """Sections of the run that decide the networks' shapes."""
+    compared: Callable[[Any], Mapping[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]] = lambda run: {}
+    """Of a run: what its last stage's step is timed against, by name, slowest first: a run, and the recipe where it is
+    not that of the run's last stage."""
 
     def build(self, run: RunConfig, name: str) -> nn.Module:
         """A network of the run with its initial weights, a function of the seed."""

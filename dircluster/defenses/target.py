@@ -40,6 +40,7 @@ class TargetRecipe(Recipe):
         self.classifier = classifier
         self.config = config
         self.threat = attack
+        self.attacks_deployed = config.objective != "natural"
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The start of the attack that the objective crafts by."""

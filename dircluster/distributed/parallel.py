@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,6 +24,7 @@ from dircluster.distributed.deterministic import (
     scatter_gradients,
 )
 from dircluster.models.classifiers import BasicBlock
+from dircluster.models.transformer import Block
 
 SHARDED_ALONE = (Block, BasicBlock)
 """Layers whose weights are gathered, used and dropped as one; what is left of a model is gathered with it."""
@@ -131,8 +131,11 @@ class Parallel:
 
 def _shard(module: nn.Module, half: bool, device: torch.device) -> None:
     """FSDP2 over all workers, in place."""
+    from timm.models.vision_transformer import Block as TimmBlock  # a target's; nothing else needs the seconds it takes
+
+    alone = (*SHARDED_ALONE, TimmBlock)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    for part in [*(m for m in module.modules() if isinstance(m, SHARDED_ALONE)), module]:
+    for part in [*(m for m in module.modules() if isinstance(m, alone)), module]:
         sharded = fully_shard(part, mp_policy=policy)
         scatter_gradients(sharded, device)
     for name in getattr(module, "forward_methods", ()):

@@ -13,15 +13,17 @@ from torch.nn import functional as F
 
 from dircluster import rng
 from dircluster.config import DataConfig, RunConfig
-from dircluster.data.loader import Loader
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.distributed.parallel import Parallel
-from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.profiling import stage_trainer
 from dircluster.training.stages import Networks, find_stage
 from dircluster.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+_CUDNN: Any = torch.backends.cudnn
+PLACES: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)
+"""Where PyTorch keeps the precision of fp32 on a GPU: of products, convolutions, recurrent layers."""
 
 
 @dataclasses.dataclass
@@ -101,20 +103,7 @@ def pictures(data: DataConfig, count: int) -> Split:
 def trainer(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> Iterator[Trainer]:
     """The training loop of a stage over ``split`` from initial weights; nothing is kept of it."""
     wanted = find_stage(config, stage)
-    loader = Loader(
-        split,
-        config.training.batch_size,
-        config.seed,
-        stage,
-        crop_padding=config.data.crop_padding,
-        flip=config.data.flip,
-        rank=parallel.rank,
-        world=parallel.world,
-        device=parallel.device,
-    )
-    checkpoints: Any = None
-    recipe = wanted.recipe(Networks(config, parallel))
-    made = Trainer(wanted, recipe, loader, split, config, parallel, checkpoints, NoRecord(), Quiet())
+    made = stage_trainer(wanted, wanted.recipe(Networks(config, parallel)), config, split, parallel)
     try:
         yield made
     finally:
@@ -125,17 +114,16 @@ def trainer(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> 
 
 
 @contextmanager
-def true_fp32() -> Iterator[None]:
-    """Products and convolutions of fp32 in fp32 inside, without TF32."""
-    kinds: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
-    for kind in kinds:
-        kind.allow_tf32 = False
+def true_fp32(precision: str = "ieee") -> Iterator[None]:
+    """Products and convolutions of fp32 in fp32 inside, or in another ``precision``: tf32."""
+    before = [place.fp32_precision for place in PLACES]
     try:
+        for place in PLACES:
+            place.fp32_precision = precision
         yield
     finally:
-        for kind, allowed in zip(kinds, before, strict=True):
-            kind.allow_tf32 = allowed
+        for place, found in zip(PLACES, before, strict=True):
+            place.fp32_precision = found
 
 
 def drawn(purifier: Purifier, images: int, device: torch.device) -> Tensor | None:

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from dircluster.doctor.findings import Finding, at_least, at_most, seen
-from dircluster.doctor.machine import Machine, true_fp32
+from dircluster.doctor.machine import PLACES, Machine, true_fp32
 from dircluster.training.profiling import device_name, mean_seconds, product_rate
 
 GIB = 2**30
@@ -43,8 +43,8 @@ def versions(machine: Machine, commit: str) -> Iterator[Finding]:
         cudnn = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
         note = f"CUDA {torch.version.cuda}, driver {_driver()}, {torch.cuda.device_count()} GPU(s)"
         yield at_least("cuDNN", cudnn, SOUND_CUDNN, note=note, otherwise="warn")
-        kinds = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
-        yield seen("TF32", note=", ".join(f"{kind} {'on' if allowed else 'off'}" for kind, allowed in kinds.items()))
+        kinds = zip(("products", "convolutions"), PLACES, strict=False)
+        yield seen("fp32 by default", note=", ".join(f"{kind} in {place.fp32_precision}" for kind, place in kinds))
 
 
 def _version(package: str) -> str:
@@ -79,12 +79,9 @@ def rates(machine: Machine) -> Iterator[Finding]:
     """Bytes a second of a copy, read and written, and operations a second of square products; kept on ``machine``."""
     known = MEASURED.get(device_name(machine.device), {})
     yield _rate("copy", _copy_rate(machine), 1e9, "GB/s", known)
-    kinds = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False)}
-    if machine.gpu:
-        kinds["tf32"] = (torch.float32, True)
-    for name, (dtype, fast) in kinds.items():
-        with true_fp32():
-            torch.backends.cuda.matmul.allow_tf32 = fast
+    for name in ("fp32", "bf16", *(("tf32",) if machine.gpu else ())):
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        with true_fp32("tf32" if name == "tf32" else "ieee"):
             machine.rates[name] = product_rate(machine.device, dtype)
         yield _rate(f"products in {name}", machine.rates[name], 1e9, "GFLOP/s", known)
 

@@ -63,7 +63,7 @@ def suite(
         ]
         if attack.norm == "linf":  # an L2 threat has been met already
             radius = settings.l2_epsilon
-            step_size = radius * attack.step / attack.epsilon
+            step_size = radius * attack.step_for(steps) / attack.epsilon
             specs += [replace(long, norm="l2", epsilon=radius, step_size=step_size, label=f"l2-pgd{steps}")]
         if randomized:
             best = replace(fresh, eot=1, average=eot)

@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -171,6 +170,8 @@ ARCHITECTURES: dict[str, Callable[[DataConfig], nn.Module]] = {
 
 
 def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn.Module:
+    import timm  # it takes longer than torch, and most runs need none of its models
+
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3]) or "see timm.list_models()"
         raise ConfigError(f"timm has no model {name!r}; {near}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dircluster.models.transformer import Block
 from dircluster.presets.dir import ModelConfig
 
 
@@ -51,9 +51,7 @@ class MaskedDenoiser(nn.Module):
         dim, pixels = config.width, channels * config.patch**2
 
         def blocks(depth: int) -> nn.Sequential:
-            return nn.Sequential(
-                *(Block(dim, config.heads, mlp_ratio=config.mlp_ratio, qkv_bias=True) for _ in range(depth))
-            )
+            return nn.Sequential(*(Block(dim, config.heads, config.mlp_ratio) for _ in range(depth)))
 
         self.embed = nn.Linear(pixels, dim)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -110,6 +110,8 @@ class DirConfig:
     """Passes over the training split."""
     perturb_steps: int = 5
     """Ascent steps that craft the perturbation of Eq. 4."""
+    perturb_step_size: float | None = None
+    """Their size, a length like attack.epsilon; attack.step_size's when not given."""
     crafting_masks: Literal["shared", "fresh"] = "shared"
     """shared: crafted under the masks that the update uses; fresh: new masks at every step (released code)."""
     mse_weight: float = 0.0
@@ -126,6 +128,8 @@ class DirConfig:
     def __post_init__(self) -> None:
         require_positive("dir", self, "epochs", "perturb_steps")
         require_share("dir.ema", self.ema)
+        size = self.perturb_step_size
+        require(size is None or size > 0, f"dir.perturb_step_size must be positive, got {size}")
         for name in ("alpha", "mse_weight"):
             require(getattr(self, name) >= 0, f"dir.{name} must be 0 or more, got {getattr(self, name)}")
 
@@ -135,6 +139,7 @@ class DirRun(RunConfig):
     """One whole run of DIR: target, pre-training, DIR, evaluation."""
 
     defense: ClassVar[str] = "dir"
+    crafting: ClassVar[tuple[str, ...]] = ("pgd", "target_first", "straight_through", "n_fgsm")
 
     masking: MaskingConfig = MaskingConfig()
     model: ModelConfig = ModelConfig()
@@ -188,6 +193,19 @@ class DirRun(RunConfig):
         if self.data.name == "cifar10" and changed <= {"model.encoder_depth", "model.decoder_depth"}:
             return DEPTHS.get((self.model.encoder_depth, self.model.decoder_depth))
         return None
+
+
+def with_paper_crafting(run: DirRun) -> DirRun:
+    """``run`` with samples and perturbations as the paper crafts them: PGD-5 on the pipeline and on the target."""
+    attack = replace(run.attack, steps=5, training_step_size=None, crafting="pgd", pipeline_steps=1, pipeline_every=1)
+    return replace(run, attack=attack, dir=replace(run.dir, perturb_steps=5, perturb_step_size=None))
+
+
+def with_fast_crafting(run: DirRun) -> DirRun:
+    """``run`` with three PGD steps of half the radius on the target, then one on the pipeline, and Eq. 4 in two."""
+    half = run.attack.epsilon / 2
+    attack = replace(run.attack, steps=3, training_step_size=half, crafting="target_first", pipeline_steps=1)
+    return replace(run, attack=attack, dir=replace(run.dir, perturb_steps=2, perturb_step_size=half))
 
 
 def _decisive(run: DirRun) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,16 @@ from torch.utils.flop_counter import flop_registry
 
 from dircluster.config import RunConfig
 from dircluster.defenses.base import Purifier
+from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage, architecture
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import SHARDED_ALONE
+from dircluster.evaluation.attack_runner import AttackRunner, judge
+from dircluster.evaluation.attack_table import AttackSpec, find_attack
+from dircluster.evaluation.session import plan
+from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
+from dircluster.models.modules import under_attack
 from dircluster.rng import Stream
 from dircluster.training.stages import find_stage
 from dircluster.training.trainer import pieces
@@ -89,17 +95,59 @@ def forward_operations(module: nn.Module, *inputs: torch.Tensor | None) -> int:
     return found.total
 
 
+def gradient_operations(module: nn.Module, images: torch.Tensor) -> int:
+    """Operations of a forward pass and the gradient with respect to images (N, C, H, W)."""
+    asked = images.detach().requires_grad_(True)
+    with counting() as found, under_attack(module):
+        torch.autograd.grad(module(asked).sum(), asked)
+    return found.total
+
+
+def evaluation_operations(config: RunConfig) -> tuple[float, list[str]]:
+    """Operations that the suite takes for an image, and the names of attacks that are not counted.
+
+    Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
+    Attacks that look into values (AutoAttack, Square) cannot run there.
+    """
+    networks = meta_networks(config)
+    victim = VictimModel(find_defense(config.defense).defended(config, networks), config.defense)
+    settings, images = config.evaluation, _images(config, IMAGES)
+    labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
+    total, left = 0.0, []
+
+    def operations(spec: AttackSpec) -> int:
+        with counting() as found, under_attack(*victim.modules):
+            made, _ = AttackRunner(victim, spec, 0, 0, settings.rows)(images, labels)
+            with torch.no_grad():
+                judge(victim, spec, 0, 0, settings.rows)(made, labels)
+        return found.total
+
+    for spec in plan(victim, config.attack, replace(settings, verdict=False)).specs:
+        if find_attack(spec.attack).counts != "steps":
+            left.append(spec.name)
+            continue
+        one = operations(replace(spec, steps=min(spec.steps, 1)))
+        more = operations(replace(spec, steps=2)) - one if spec.steps > 1 else 0
+        total += one + more * (spec.steps - 1 if spec.steps > 1 else 0)
+    return total / IMAGES, left
+
+
+def recipe_on_meta(config: RunConfig, stage: str) -> Recipe:
+    """The recipe of a stage, by its name, over networks on the meta device."""
+    networks = meta_networks(config)
+    for network in networks.values():
+        if isinstance(network, Purifier):
+            network.recompute = config.parallel.activation_checkpointing
+    return find_stage(config, stage).recipe(networks).train()
+
+
 def step_operations(config: RunConfig, stage: str) -> int:
     """Operations of one global batch in ``stage``, by its name: attack, forward and backward.
 
     The step itself runs, on two images and the meta device, where nothing is computed: layers of batch statistics need
     two. Where activations are computed again, that counts too.
     """
-    networks = _networks(config)
-    for network in networks.values():
-        if isinstance(network, Purifier):
-            network.recompute = config.parallel.activation_checkpointing
-    recipe = find_stage(config, stage).recipe(networks).train()
+    recipe = recipe_on_meta(config, stage)
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
     stream = Stream(config.seed, 0, 0, IMAGES, slice(0, IMAGES), torch.device("meta"))
     with counting() as found:
@@ -109,7 +157,7 @@ def step_operations(config: RunConfig, stage: str) -> int:
     return found.total * config.training.batch_size // IMAGES
 
 
-def _networks(config: RunConfig) -> dict[str, nn.Module]:
+def meta_networks(config: RunConfig) -> dict[str, nn.Module]:
     """The run's networks on the meta device: without weights."""
     defense = find_defense(config.defense)
     with torch.device("meta"):
@@ -124,7 +172,7 @@ def _images(config: RunConfig, images: int) -> torch.Tensor:
 
 def count(config: RunConfig) -> Costs:
     """Costs of the run's purifier and target, counted on the meta device: nothing is computed or downloaded."""
-    networks = _networks(config)
+    networks = meta_networks(config)
     purifier, classifier = networks[find_defense(config.defense).purifier], networks["classifier"]
     assert isinstance(purifier, Purifier)
     drawn, image = purifier.draw(torch.Generator(), 1), _images(config, 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ def mean_seconds(work: Callable[[], object], device: torch.device, tries: int, w
     return (now(device) - began) / tries
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def time_phases(
     stage: Stage, recipe: Recipe, train: Split, config: RunConfig, parallel: Parallel, steps: int
 ) -> dict[str, Any]:
@@ -57,18 +64,9 @@ def time_phases(
 
     The first step is not timed.
     """
-    device, data, training = parallel.device, config.data, config.training
-    loader = Loader(
-        train,
-        training.batch_size,
-        config.seed,
-        stage.name,
-        crop_padding=data.crop_padding,
-        flip=data.flip,
-        device=device,
-    )
-    checkpoints: Any = None  # nothing is kept of a benchmark
-    trainer = Trainer(stage, recipe, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
+    device, training = parallel.device, config.training
+    trainer = stage_trainer(stage, recipe, config, train, parallel)
+    loader = trainer.loader
     spent, losses = dict.fromkeys(PHASES, 0.0), []
     for step in range(1 + steps):
         recipe.train()
@@ -121,10 +119,72 @@ def time_phases(
     }
 
 
+def time_in_turns(
+    steps: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each of ``steps``, given the number of the round: one after the other in every round.
+
+    What slows the machine for a while then slows all of them. One round before, three on a GPU, are not timed.
+    """
+    untimed = 3 if device.type == "cuda" else 1
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(untimed + rounds):
+        for name, step in steps.items():
+            began = now(device)
+            step(number)
+            if number >= untimed:
+                found[name].append(now(device) - began)
+    return found
+
+
+def compare(
+    variants: Mapping[str, tuple[Stage, Recipe, RunConfig]], train: Split, parallel: Parallel, rounds: int
+) -> list[dict[str, Any]]:
+    """Whole training steps of several recipes in turns: a row each, with its ratio to the first one's in each round.
+
+    Seconds are medians; ``spread`` holds the quartiles of the ratio.
+    """
+    steps = {name: stage_trainer(*variant, train, parallel).step for name, variant in variants.items()}
+    seconds = time_in_turns(steps, rounds, parallel.device)
+    rows, first = [], next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        ratios = [one / other for one, other in zip(first, taken, strict=True)]
+        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        middle, images = median(taken), variants[name][2].training.batch_size
+        spread = [round(low, 3), round(high, 3)]
+        rows.append(
+            {
+                "step": name,
+                "seconds": round(middle, 4),
+                "images_per_second": round(images / middle, 1),
+                "times_the_first": round(median(ratios), 3),
+                "spread": spread,
+            }
+        )
+    return rows
+
+
+def stage_trainer(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, parallel: Parallel) -> Trainer:
+    """The loop of a stage that keeps nothing."""
+    data = config.data
+    loader = Loader(
+        train,
+        config.training.batch_size,
+        config.seed,
+        stage.name,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        rank=parallel.rank,
+        world=parallel.world,
+        device=parallel.device,
+    )
+    checkpoints: Any = None
+    return Trainer(stage, recipe, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
+
+
 def now(device: torch.device) -> float:
     """Seconds of a clock once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter()
 
 
@@ -136,7 +196,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What reports call a device."""
+    """The card's name, or the CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -153,7 +213,9 @@ def time_eot(defense: Defended, images: Tensor, labels: Tensor, draws: int, trie
     with frozen(defense):
         for _ in range(tries + 1):
             for name, rows in (("batched", None), ("calls", len(images))):
-                began = now(images.device)
+                wait_for(images.device)
+                began = time.perf_counter()
                 expected(model, labels, draws, most_rows=rows)(images)
-                best[name] = min(best[name], now(images.device) - began)
+                wait_for(images.device)
+                best[name] = min(best[name], time.perf_counter() - began)
     return {"images": len(images), "draws": draws, **best}

@@ -69,6 +69,8 @@ class Run:
         self.storage = open_path(config.storage.uri)
         self.defense = find_defense(config.defense)
         self.selection: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        """What was trained and evaluated took, by stage: nothing of what was reused."""
 
     def execute(self) -> dict[str, Any]:
         """Train what is not there yet and judge it: -> checkpoint, results and selection, as plain data.
@@ -99,6 +101,7 @@ class Run:
             "checkpoint": str(done.final.absolute()),
             "results": rows,
             "selection": self.selection,
+            "seconds": self.seconds,
             "data": self.data.fingerprint,
         }
 
@@ -140,8 +143,10 @@ class Run:
         key = stages.stage_key(config, stage, inputs)
         folder = parallel.first_does(lambda: str(find_stage_folder(self.storage, stage.name, key, self.token).folder))
         stage_folder = StageFolder(stage.name, key, self.open_path(folder))
+        began = time.monotonic()
         if not parallel.first_does(lambda: self._is_finished(stage_folder)):
             self._train(stage, stage_folder, networks, facts)
+            self.seconds[stage.name] = time.monotonic() - began
         elif parallel.first:
             self.console.say(f"{stage.name}: reused from {stage_folder.folder}")
             self._send_again(stage, stage_folder)
@@ -288,7 +293,8 @@ class Run:
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()
-            say(f"evaluation: done in {time.monotonic() - began:.0f} s")
+            self.seconds["evaluation"] = time.monotonic() - began
+            say(f"evaluation: done in {self.seconds['evaluation']:.0f} s")
         else:
             say(f"evaluation: reused from {store.folder}")
         rows: list[dict[str, Any]] = parallel.first_does(

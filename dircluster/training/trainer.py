@@ -29,8 +29,10 @@ from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
 from dircluster.training.protocols import Console, StageRecord, Status
 from dircluster.training.running_mean import RunningMean
-from dircluster.training.validation import held_out_accuracy, restoration_grid
+from dircluster.training.validation import held_out_accuracy, overfitting, restoration_grid
 
+OVERFITTED = 0.15
+"""How far the gauge of catastrophic overfitting may go before the log warns."""
 INTERRUPTED_PATIENCE = 20.0
 """Seconds that an interrupted run takes to commit its checkpoint."""
 
@@ -357,7 +359,12 @@ class Trainer:
         deployed = self.recipe.deployed()
         if deployed is None:
             return
+        curves: dict[str, float] = {}
         with self._as_kept():
+            if self.recipe.attacks_deployed:
+                gap = overfitting(self.recipe, deployed, self.held_out, self.config, self.parallel)
+                curves["held_out/overfitting"] = gap
+                self._warn(gap)
             natural, robust = held_out_accuracy(deployed, self.held_out, self.config, self.parallel)
             if self.best is None or robust > self.best["robust"]:
                 folder = f"best-{done:08d}" if self.stage.keep == "best" else None
@@ -368,7 +375,14 @@ class Trainer:
                 self.best = facts
         self.best = {**self.best, "last": {"step": done, "natural": natural, "robust": robust}}
         if self.parallel.first:
-            self.record.metrics({"held_out/natural": natural, "held_out/robust": robust}, done)
+            self.record.metrics({"held_out/natural": natural, "held_out/robust": robust, **curves}, done)
+
+    def _warn(self, gap: float) -> None:
+        if gap > OVERFITTED and self.parallel.first:
+            self.console.say(
+                f"{self.stage.name}: held-out accuracy under the training attack lies {100 * gap:.0f} points above that"
+                " under PGD-20: catastrophic overfitting; craft by attack.crafting pgd, or in more steps"
+            )
 
     def _picture(self, done: int) -> None:
         deployed = self.recipe.deployed()

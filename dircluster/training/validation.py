@@ -15,6 +15,7 @@ from dircluster.attacks.threat import threat_of
 from dircluster.config import RunConfig
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
+from dircluster.defenses.recipe import Recipe
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import under_attack
 
@@ -25,7 +26,6 @@ class Judge:
     def __init__(self, split: Split, config: RunConfig, parallel: Parallel, purpose: str, batch_size: int) -> None:
         self.split, self.config, self.parallel, self.purpose = split, config, parallel, purpose
         self.batch_size = batch_size
-        self.threat, self.step_size = threat_of(config.attack), config.attack.step
         share = -(-len(split) // parallel.world)
         mine = torch.arange(share) * parallel.world + parallel.rank
         # Where shares differ, the last image is judged twice: workers that share a model pass through it together.
@@ -36,25 +36,27 @@ class Judge:
         device = self.parallel.device
         return self.split.pixels(rows).to(device), self.split.labels[rows].to(device)
 
-    def start(self, rows: Tensor) -> Tensor:
-        """Uniform draws for PGD's random start."""
-        shape = tuple(self.split.images.shape[1:])
-        return rng.per_image(self.config.seed, f"{self.purpose}/pgd", rows, shape).float().to(self.parallel.device)
-
-    def model(self, deployed: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        """Images of the rows -> logits; what a purifier draws is known, and each image's own."""
-        draws = self.draws(deployed, rows)
-        if isinstance(deployed, Defended):
-            return partial(deployed.logits, draws=draws)
-        return deployed
+    def stream(self, rows: Tensor) -> rng.ImageStream:
+        """The draws of the rows: each image's own, whatever it is judged for."""
+        count, device, images = len(rows), self.parallel.device, tuple(rows.tolist())
+        return rng.ImageStream(self.config.seed, 0, 0, count, slice(0, count), device, self.purpose, images)
 
     def draws(self, deployed: nn.Module, rows: Tensor) -> Tensor | None:
         """What a purifier draws for the rows: -> (N, ...); None where it draws nothing, or there is none."""
-        if not isinstance(deployed, Defended) or not deployed.purifier.randomized:
-            return None
-        seed, purpose, draw = self.config.seed, f"{self.purpose}/masks", deployed.purifier.draw
-        each = [draw(rng.generator(seed, purpose, step=row), 1) for row in rows.tolist()]
-        return torch.cat([one for one in each if one is not None]).to(self.parallel.device)
+        return self.stream(rows).sample("masks", deployed.purifier.draw) if isinstance(deployed, Defended) else None
+
+    def model(self, deployed: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """Images of the rows -> logits; what a purifier draws is known."""
+        if isinstance(deployed, Defended):
+            return partial(deployed.logits, draws=self.draws(deployed, rows))
+        return deployed
+
+    def pgd(self, deployed: nn.Module, rows: Tensor, steps: int | None = None) -> Tensor:
+        """The rows' images, attacked: by so many steps of the evaluation's size, or as training does on its own."""
+        attack, (images, labels) = self.config.attack, self.batch(rows)
+        start = self.stream(rows).uniform("pgd", tuple(images.shape[1:]))
+        count, size = (attack.steps, attack.step) if steps is None else (steps, attack.step_for(steps))
+        return pgd(self.model(deployed, rows), images, labels, threat_of(attack), count, size, start)
 
     def collect(self, right: Callable[[Tensor], Tensor]) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
@@ -67,7 +69,10 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel) -> tuple[float, float]:
-    """Natural accuracy, and accuracy under the training attack with draws known, of a classifier or a Defended."""
+    """Natural accuracy, and accuracy under PGD with draws known, of a classifier or a Defended.
+
+    PGD is of ``training.select_steps`` steps, or of the training attack's steps and size.
+    """
     split = split.take(slice(config.training.select_images))
     judge = Judge(split, config, parallel, "selection", config.evaluation.batch_size)
 
@@ -75,13 +80,34 @@ def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, para
         images, labels = judge.batch(rows)
         model = judge.model(deployed, rows)
         with under_attack(deployed):
-            steps = config.attack.steps
-            adversarial = pgd(model, images, labels, judge.threat, steps, judge.step_size, judge.start(rows))
+            adversarial = judge.pgd(deployed, rows, config.training.select_steps)
             with torch.no_grad():
                 return torch.stack([_right(model(images), labels), _right(model(adversarial), labels)], dim=1)
 
     natural, robust = judge.collect(right).double().mean(dim=0).tolist()
     return natural, robust
+
+
+def overfitting(
+    recipe: Recipe, deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel, images: int = 128
+) -> float:
+    """The gauge of catastrophic overfitting (Wong et al. 2020), on the first held-out images.
+
+    Accuracy under the attack that ``recipe`` trains against, minus accuracy under PGD-20 with the same draws: near zero
+    while the training attack is nearly as strong, large where the model has only learned to defeat that attack.
+    """
+    judge = Judge(split.take(slice(images)), config, parallel, "selection", config.evaluation.batch_size)
+
+    def right(rows: Tensor) -> Tensor:
+        images, labels = judge.batch(rows)
+        crafted, model = recipe.attack(recipe.batch(images, labels, judge.stream(rows))), judge.model(deployed, rows)
+        with under_attack(deployed):
+            strong = judge.pgd(deployed, rows, 20)
+            with torch.no_grad():
+                return torch.stack([_right(model(x), labels) for x in (crafted.attacked, strong)], dim=1)
+
+    under_training, under_pgd = judge.collect(right).double().mean(dim=0).tolist()
+    return float(under_training - under_pgd)
 
 
 def restoration_grid(
@@ -94,18 +120,10 @@ def restoration_grid(
     """
     judge = Judge(split.take(slice(images)), config, Parallel(0, 1, device), "pictures", images)
     rows = torch.arange(len(judge.split))
-    natural, labels = judge.batch(rows)
+    natural, _ = judge.batch(rows)
     draws = judge.draws(deployed, rows)
     with under_attack(deployed):
-        adversarial = pgd(
-            judge.model(deployed, rows),
-            natural,
-            labels,
-            judge.threat,
-            config.attack.steps,
-            judge.step_size,
-            judge.start(rows),
-        )
+        adversarial = judge.pgd(deployed, rows)
         with torch.no_grad():
             restored = deployed.purifier(adversarial, draws)
     seen = list(islice(deployed.purifier.visible(adversarial, draws), 1))

@@ -163,8 +163,9 @@ class Job:
         (stage,) = (run for run in runs if run.data.tags.get("dircluster.stage") == "dir")
         points = [metric.step for metric in client.get_metric_history(stage.info.run_id, "loss/total")]
         assert points == list(range(1, steps + 1))
-        pictures = [f.path for f in client.list_artifacts(stage.info.run_id, "images") if f.path.endswith(".png")]
-        assert len(pictures) == steps // 20  # one in five epochs
+        pictures = [f.path for f in client.list_artifacts(stage.info.run_id, "images") if f.path.endswith(".webp")]
+        found = sorted(int(picture.partition("+step+")[2].partition("+")[0]) for picture in pictures)
+        assert found == list(range(20, steps + 1, 20))  # one in five epochs
 
 
 def _command(process: psutil.Process) -> list[str]:

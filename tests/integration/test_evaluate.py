@@ -132,3 +132,12 @@ def test_benchmark(place: Path) -> None:
     timed = run_job("benchmark", "digits_smoke", "--steps", "2", folder=place)
     assert timed.code == 0, timed.err
     assert set(timed.summary["seconds"]) == set(PHASES)
+
+
+def test_a_comparison_of_steps(place: Path) -> None:
+    timed = run_job("benchmark", "digits_smoke", "--compare", "--steps", "2", folder=place)
+    assert timed.code == 0, timed.err
+    assert [row["step"] for row in timed.summary["steps"]] == ["plain", "paper", "fast"]
+    assert "times the first" in timed.out
+    none = run_job("benchmark", "digits_hgd_smoke", "--compare", folder=place)
+    assert (none.code, none.error) == (2, ["error: --compare has nothing to compare the step of hgd with"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
 from dircluster.config import ConfigError
+
+if TYPE_CHECKING:
+    from dircluster.data.split import Split
+    from dircluster.distributed.parallel import Parallel
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +20,7 @@ def main(argv: list[str]) -> int:
 
 def _benchmark(job: cli.BenchmarkJob) -> int:
     measured = _measure(job)
-    print(_lines(measured))
+    print(_comparison(measured) if job.compare else _lines(measured))
     cli.write_summary(job, measured)
     return 0
 
@@ -41,6 +45,8 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     with local_workers(config.scaling) as parallel:
         train = load(short, config.seed, data_cache(config), opener(config.storage)).train
         assert isinstance(train, Split)
+        if job.compare:
+            return _compare(job, train, parallel)
         networks = stages.Networks(config, parallel)
         if config.target.uri:
             networks["classifier"].load_state_dict(load_target(config, opener(config.storage)).state_dict())
@@ -50,6 +56,33 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
         few = slice(min(8, len(train)))
         images, labels = train.pixels(few).to(parallel.device), train.labels[few].to(parallel.device)
         return measured | {"eot": time_eot(defense, images, labels, draws=20)}
+
+
+def _compare(job: cli.BenchmarkJob, train: Split, parallel: Parallel) -> dict[str, Any]:
+    from dircluster.defenses.table import find_defense
+    from dircluster.training import stages
+    from dircluster.training.profiling import compare, device_name
+
+    variants = {}
+    for name, (run, recipe) in find_defense(job.run.defense).compared(job.run).items():
+        networks, stage = stages.Networks(run, parallel), stages.stages_of(run)[-1]
+        variants[name] = (stage, (recipe or stage.recipe)(networks), run)
+    if not variants:
+        raise ConfigError(f"--compare has nothing to compare the step of {job.run.defense} with")
+    batch = job.run.training.batch_size
+    rows = compare(variants, train, parallel, job.steps)
+    return {"device": device_name(parallel.device), "batch_size": batch, "rounds": job.steps, "steps": rows}
+
+
+def _comparison(measured: dict[str, Any]) -> str:
+    lines = [f"{measured['device']}, batch {measured['batch_size']}, {measured['rounds']} rounds in turns (medians)"]
+    for row in measured["steps"]:
+        low, high = row["spread"]
+        lines.append(
+            f"  {row['step']:8} {row['seconds']:10.4f} s  {row['images_per_second']:9,.1f} images/s"
+            f"  {row['times_the_first']:.2f} times the first (quartiles {low:.2f} to {high:.2f})"
+        )
+    return "\n".join(lines)
 
 
 def _lines(measured: dict[str, Any]) -> str:

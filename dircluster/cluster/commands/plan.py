@@ -1,20 +1,30 @@
-"""What a job would do, for --dry-run: sizes, operations, and where everything goes."""
+"""What a job would do and take, for --dry-run: sizes, operations, time, memory, bytes, and where everything goes."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
 from dircluster import cli
 from dircluster.cluster.storage import opener
-from dircluster.config import ConfigError
-from dircluster.data.sources import training_images
+from dircluster.config import ConfigError, RunConfig
+from dircluster.data.sources import split_sizes
 from dircluster.defenses.table import find_defense
-from dircluster.training.costs import count, step_operations
+from dircluster.distributed.launch import local_workers
+from dircluster.training.costs import count, evaluation_operations, step_operations
+from dircluster.training.forecast import Calibration, Forecast, calibrate, forecast, from_summary, planned_stages
 
 
 def plan(job: cli.TrainJob) -> str:
-    """The plan as plain text. Raises ConfigError where the data or the target cannot be used."""
+    """The plan as plain text; what is foretold is written where --summary says.
+
+    Raises ConfigError where the data, the target or the calibration cannot be used.
+    """
     config = job.run
     defense = find_defense(config.defense)
-    images, costs = training_images(config.data, opener(config.storage)), count(config)
+    sizes, costs = split_sizes(config.data, opener(config.storage)), count(config)
+    images = sizes[0]
     steps = images // config.training.batch_size
     if steps == 0:
         raise ConfigError(f"training.batch_size {config.training.batch_size} is more than the {images} training images")
@@ -26,10 +36,7 @@ def plan(job: cli.TrainJob) -> str:
         f"purifier  {costs.purifier_parameters:,} parameters, {costs.purifier_forward / 1e9:.3f} GFLOP an image",
         f"target    {costs.target_parameters:,} parameters, {costs.target_forward / 1e9:.3f} GFLOP an image",
     ]
-    planned = defense.stages(config)
-    for stage in planned:
-        if stage.name == "target" and config.target.uri is not None:
-            continue
+    for stage in planned_stages(config):
         one = step_operations(config, stage.name)
         lines.append(
             f"{stage.name:9} {stage.epochs} epochs of {steps} steps, {one / 1e9:,.1f} GFLOP a step,"
@@ -37,13 +44,54 @@ def plan(job: cli.TrainJob) -> str:
         )
     workers = config.scaling.most
     if workers > 1:
+        last = planned_stages(config)[-1]
         lines.append(
-            f"exchange  {costs.exchanged(config, planned[-1], workers) / 2**20:,.1f} MiB sent and received by each of"
-            f" {workers} workers in a step of {planned[-1].name} ({config.parallel.strategy})"
+            f"exchange  {costs.exchanged(config, last, workers) / 2**20:,.1f} MiB sent and received by each of"
+            f" {workers} workers in a step of {last.name} ({config.parallel.strategy})"
         )
     lines += [
         f"evaluate  suite {config.evaluation.suite} on {config.evaluation.images or 'all'} test images",
         f"storage   {config.storage.uri}",
         f"MLflow    {(tracking.uri or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
     ]
+    found = calibration_of(job) or _measured(config)
+    made = forecast(config, found, *sizes)
+    lines += [
+        "",
+        f"foretold from {found.device}; start and end of the job, storage and exchange come on top",
+        *_table(made),
+    ]
+    if left := evaluation_operations(config)[1]:
+        lines.append(f"not foretold: {', '.join(left)}")
+    cli.write_summary(job, {"calibration": asdict(found), "foretold": [asdict(one) for one in made]})
     return "\n".join(lines)
+
+
+def calibration_of(job: cli.TrainJob) -> Calibration | None:
+    """What --calibration names; None where it is not given. Raises ConfigError where it cannot be used."""
+    return None if job.calibration is None else from_summary(job.calibration)
+
+
+def beside(job: cli.TrainJob, found: Calibration, took: dict[str, float]) -> list[dict[str, Any]]:
+    """What was foretold beside what a run took, seconds, of what was not taken from an earlier run."""
+    made = forecast(job.run, found, *split_sizes(job.run.data, opener(job.run.storage)))
+    return [
+        {"name": one.name, "foretold": round(one.seconds, 1), "took": round(took[one.name], 1)}
+        for one in made
+        if one.name in took
+    ]
+
+
+def _measured(config: RunConfig) -> Calibration:
+    with local_workers(config.scaling) as parallel:
+        return calibrate(config, parallel)
+
+
+def _table(made: list[Forecast]) -> list[str]:
+    lines = [
+        f"{one.name:10} {timedelta(seconds=round(one.seconds))!s:>10}, {one.memory / 2**30:6.2f} GiB at the peak,"
+        f" {one.stored / 2**20:8.1f} MiB stored"
+        for one in made
+    ]
+    total = sum(one.seconds for one in made)
+    return [*lines, f"in all     {timedelta(seconds=round(total))!s:>10}"]

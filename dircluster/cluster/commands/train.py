@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
 import time
 import uuid
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 from dircluster import cli
 from dircluster.cli import command
 from dircluster.cluster import storage
-from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
+from dircluster.cluster.paths import must_exist, with_absolute_paths, with_reachable_target
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
 
@@ -40,6 +42,11 @@ class Launch:
         self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
         self.commit = commit()
         self.record: Any = None
+        self.foretold: Any = None
+        if job.calibration is not None:
+            from dircluster.cluster.commands.plan import calibration_of
+
+            self.foretold = calibration_of(job)
         self.began = time.monotonic()
 
     def run(self) -> int:
@@ -47,20 +54,19 @@ class Launch:
         from dircluster.cluster.console import Bystander, Terminal
 
         job = self.job
+        must_exist(self.config)
         storage.check(self.config)
         with Terminal() if self.first else Bystander() as terminal:
             changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
             manner = "starting again beside what is stored" if job.fresh else "reusing and resuming what is stored"
             title = f"{job.run.name}, seed {job.run.seed}" + (f", {changed}" if changed else "")
             terminal.say(f"{title}: {manner} in {job.run.storage.uri}")
-            self._open_record(terminal)
-            status = "FAILED"
+            status, aside = "FAILED", ThreadPoolExecutor(1)
             try:
-                outcome = self._train(terminal)
+                outcome = self._train(terminal, aside)
                 status = outcome["status"]
-                if status == "FINISHED" and self.record is not None:
-                    outcome["model"] = self._register(outcome, terminal)
             finally:
+                aside.shutdown(cancel_futures=True)  # what has begun ends, and only that
                 if self.record is not None:
                     from dircluster.cluster.tracking.jobs import finish_job
 
@@ -74,14 +80,51 @@ class Launch:
         print(f"error: {outcome['error']}", file=sys.stderr)
         return int(outcome["exit"])
 
-    def _open_record(self, terminal: Any) -> None:
-        from dircluster.cluster.runtime import local
+    def _train(self, terminal: Any, aside: Executor) -> dict[str, Any]:
+        """The outcome. MLflow is busy ``aside`` while Ray starts and ends."""
+        config, owner = self.config, uuid.uuid4().hex  # under torchrun the first worker's counts
+        if self.job.launcher == "local":
+            from dircluster.cluster.runtime import local
 
+            self._open_record(terminal)
+            outcome = local.train(with_reachable_target(config), owner, self.job.fresh, self.record, terminal)
+            self._register(outcome, terminal)
+            return outcome
+        from dircluster.cluster.runtime import driver
+
+        opening, registering = aside.submit(self._open_record, terminal), list[Future[None]]()
+        if self._may_be_refused():
+            opening.result()
+            config = with_reachable_target(config)
+        aside.submit(importlib.import_module, "dircluster.cluster.runtime.ray_train")
+        outcome = driver.train(
+            config,
+            owner,
+            self.job.fresh,
+            opening.result,
+            terminal,
+            lambda outcome: registering.append(aside.submit(self._register, outcome, terminal)),
+        )
+        for future in registering:
+            future.result()
+        return outcome
+
+    def _may_be_refused(self) -> bool:
+        """Whether MLflow has the last word: on a server that may not answer, or on a model that may not be there."""
+        tracking, target = self.config.tracking, self.config.target.uri or ""
+        named = tracking.enabled and (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        return bool(named) or storage.is_remote(self.config.storage.uri) or target.startswith("models:/")
+
+    def _open_record(self, terminal: Any) -> Any:
+        """The JobRecord, kept as ``self.record``; None where none is wanted, or where MLflow is not installed."""
         if not self.first or not self.config.tracking.enabled:
-            return
-        if self.job.launcher == "local" and not local.has_mlflow():
-            terminal.say("MLflow is not installed: no record is kept")
-            return
+            return None
+        if self.job.launcher == "local":
+            from dircluster.cluster.runtime import local
+
+            if not local.has_mlflow():
+                terminal.say("MLflow is not installed: no record is kept")
+                return None
         from dircluster.cluster.tracking.jobs import open_job
 
         tags = {
@@ -91,18 +134,11 @@ class Launch:
             "dircluster.command": command(self.job),
         }
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
+        return self.record
 
-    def _train(self, terminal: Any) -> dict[str, Any]:
-        config, owner = with_reachable_target(self.config), uuid.uuid4().hex  # under torchrun the first worker's counts
-        if self.job.launcher == "ray":
-            from dircluster.cluster.runtime import ray_train
-
-            return ray_train.train(config, owner, self.job.fresh, self.record, terminal)
-        from dircluster.cluster.runtime import local
-
-        return local.train(config, owner, self.job.fresh, self.record, terminal)
-
-    def _register(self, outcome: dict[str, Any], terminal: Any) -> str | None:
+    def _register(self, outcome: dict[str, Any], terminal: Any) -> None:
+        if outcome["status"] != "FINISHED" or self.record is None:
+            return
         from dircluster.cluster.tracking.jobs import log_dataset, log_files
         from dircluster.cluster.tracking.registry import register
         from dircluster.evaluation.model_card import model_card
@@ -113,10 +149,9 @@ class Launch:
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
-            return register(self.record, self.config, storage.local_copy(folder), card)
+            outcome["model"] = register(self.record, self.config, storage.local_copy(folder), card)
         except Exception as error:  # the defense is in its folder, whatever MLflow says
             terminal.say(f"MLflow could not register the model: {first_line(error)}; it is in {folder}")
-            return None
 
     def _tell(self, outcome: dict[str, Any], terminal: Any) -> None:
         seconds = time.monotonic() - self.began
@@ -151,8 +186,13 @@ class Launch:
             "checkpoint": outcome.get("checkpoint"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "selection": outcome.get("selection", {}),
+            "took": {name: round(value, 1) for name, value in outcome.get("seconds", {}).items()},
             "results": outcome.get("results", []),
         }
+        if self.foretold is not None:
+            from dircluster.cluster.commands.plan import beside
+
+            summary["foretold"] = beside(self.job, self.foretold, outcome.get("seconds", {}))
         if "error" in outcome:
             summary["error"] = outcome["error"]
         return summary

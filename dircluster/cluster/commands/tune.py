@@ -25,7 +25,7 @@ def _tune(job: cli.TuneJob) -> int:
 
     from dircluster.cluster import storage
     from dircluster.cluster.console import Terminal
-    from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
+    from dircluster.cluster.paths import must_exist, with_absolute_paths, with_reachable_target
 
     def reachable(run: RunConfig) -> RunConfig:
         return with_reachable_target(with_absolute_paths(run))
@@ -34,6 +34,7 @@ def _tune(job: cli.TuneJob) -> int:
         found = flatten(to_dict(reachable(with_values(job.run, settings))))
         return {name: found[name] for name in settings}
 
+    must_exist(with_absolute_paths(job.run))
     storage.check(with_absolute_paths(job.run))
     with Terminal() as terminal:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught

@@ -11,8 +11,8 @@ import ray
 
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.loading import JobSpec
+from dircluster.cluster.runtime.driver import join_cluster
 from dircluster.cluster.runtime.evaluation_job import EvaluationJob
-from dircluster.cluster.runtime.ray_train import join_cluster
 from dircluster.config import ConfigError, RunConfig, error_from_plain, error_to_plain, first_line
 
 RETRIES = 4

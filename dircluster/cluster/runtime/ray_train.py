@@ -1,12 +1,10 @@
-"""A run on Ray Train workers, seen from the process that the person started."""
+"""A run on Ray Train workers, seen from a process that has joined the cluster."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +16,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import storage
-from dircluster.cluster.runtime import nodes, stack_dump
+from dircluster.cluster.runtime import stack_dump
 from dircluster.cluster.runtime.channel import POLL, WorkerChannel
 from dircluster.cluster.runtime.watch import Follower, Watch
-from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.config import RunConfig
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:  # the controller's process loads this module too: keep it light
-    from dircluster.cluster.console import Terminal
     from dircluster.cluster.tracking.jobs import JobRecord
 
 
@@ -33,65 +30,6 @@ def _worker(arguments: dict[str, Any]) -> None:
     from dircluster.cluster.runtime.ray_worker import work
 
     work(**arguments)
-
-
-def train(config: RunConfig, owner: str, fresh: bool, record: JobRecord | None, terminal: Terminal) -> dict[str, Any]:
-    """Run on ``scaling.workers`` Ray Train workers: -> the outcome, with ``status`` FINISHED, FAILED or KILLED.
-
-    Raises ConfigError where the cluster is too small or runs another version of this code.
-    """
-    job: Job | None = None
-    try:
-        join_cluster(config, terminal)
-        job = Job(config, owner, fresh, record, terminal)
-        return job.follow()
-    except ray.exceptions.RayError as error:
-        reason = first_line(error)
-        return {"status": "FAILED", "error": f"the cluster is gone ({reason}); the same command resumes", "exit": 1}
-    finally:
-        ray.shutdown()
-        if job is not None:
-            job.fitting.join(15)  # a thread inside Ray must not outlive it
-        forget(config, owner)
-
-
-def join_cluster(config: RunConfig, terminal: Terminal) -> None:
-    """Join or start a cluster that is large enough and runs this version. Raises ConfigError where there is none."""
-    _start_ray(config)
-    terminal.listen()
-    nodes.must_suffice(config.scaling, terminal)
-    if os.environ.get("RAY_ADDRESS"):
-        nodes.must_run_this_version()
-
-
-def _start_ray(config: RunConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one on this machine. Raises ConfigError."""
-    address, cores = os.environ.get("RAY_ADDRESS"), os.cpu_count() or 1
-    own: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": cores if config.scaling.device == "gpu" else max(cores, config.scaling.most),
-        "include_dashboard": False,
-        "object_store_memory": 100_000_000,
-    }
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if address else own))
-    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-        what = f"no Ray cluster answers at RAY_ADDRESS {address}" if address else "Ray cannot start on this machine"
-        raise ConfigError(f"{what}: {first_line(error)}") from error
-
-
-def forget(config: RunConfig, owner: str) -> None:
-    """Remove what Ray noted of this job in storage, as far as that goes: runs resume from their own checkpoints."""
-    import shutil
-    from pathlib import Path
-
-    with contextlib.suppress(Exception):
-        folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner
-        if isinstance(folder, Path):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.parent.rmdir()
-        else:
-            folder.fs.rm(folder.path, recursive=True)
 
 
 class Job:
@@ -152,14 +90,15 @@ class Job:
         except BaseException as error:  # reported by follow(), in the main thread
             self.errors.append(error)
 
-    def follow(self) -> dict[str, Any]:
-        """Until the run ends: -> its outcome."""
+    def follow(self, on_outcome: Callable[[dict[str, Any]], None] = lambda outcome: None) -> dict[str, Any]:
+        """Until the run ends: -> its outcome. ``on_outcome`` is called with it while Ray Train still ends."""
         self.fitting.start()
         while True:
             alive = self.fitting.is_alive()
             seen = ray.get(self.channel.collect.remote(self.terminal.stop_signal()))
             outcome = self.watch.look(seen, alive, self.errors)
             if outcome is not None:
+                on_outcome(outcome)
                 if seen.outcome is not None:
                     self.fitting.join(5)
                 return outcome

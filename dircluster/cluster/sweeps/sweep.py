@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import time
 from datetime import timedelta
@@ -19,7 +18,7 @@ from ray.tune import TuneError
 from dircluster import cli
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.runtime import nodes
-from dircluster.cluster.runtime.ray_train import join_cluster
+from dircluster.cluster.runtime.driver import join_cluster
 from dircluster.cluster.sweeps.space import Settings, Space, corners, settings_text
 from dircluster.cluster.sweeps.store import Notes, files_of, key_of, name_of, result_of
 from dircluster.cluster.sweeps.trial import Plan, Task
@@ -59,7 +58,6 @@ class Sweep:
 
     def run(self) -> int:
         """Train, show, keep; -> exit code. Raises ConfigError before anything was started."""
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")  # a trial has many small actors, as meant
         signal, status, whole = 0, "FAILED", False
         try:
             join_cluster(self.config, self.terminal)

@@ -16,7 +16,8 @@ import ray
 from ray import tune
 
 from dircluster.cluster.runtime.channel import POLL
-from dircluster.cluster.runtime.ray_train import Job, forget
+from dircluster.cluster.runtime.driver import forget
+from dircluster.cluster.runtime.ray_train import Job
 from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job

@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from dircluster.cluster import storage
 from dircluster.cluster.runtime.channel import POLL, WorkerChannel
-from dircluster.cluster.runtime.ray_train import forget
+from dircluster.cluster.runtime.driver import forget
 from dircluster.cluster.runtime.watch import GRACE
 from dircluster.cluster.sweeps.space import Range, Settings
 from dircluster.cluster.sweeps.store import Failures, result_of

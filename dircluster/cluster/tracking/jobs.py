@@ -21,7 +21,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from dircluster.cluster.storage import is_remote
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
 
-JOB_TAG, FOLDER_TAG, PICTURE_TAG = "dircluster.job", "dircluster.folder", "dircluster.pictures_until"
+JOB_TAG, FOLDER_TAG = "dircluster.job", "dircluster.folder"
 ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
 MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from dircluster.cluster.tracking.jobs import (
     ERROR_TAG,
     FOLDER_TAG,
     JOB_TAG,
-    PICTURE_TAG,
     POINTS_A_REQUEST,
     Child,
     JobRecord,
@@ -47,7 +48,6 @@ class MlflowTracker:
 
     def __init__(self, job: JobRecord, say: Callable[[str], None]) -> None:
         self.job = job
-        self.client = MlflowClient(job.uri)
         self.queue: RetryQueue[Callable[[], None]] = RetryQueue(
             self._deliver,
             say,
@@ -56,6 +56,11 @@ class MlflowTracker:
             longest_pause=10.0,
         )
         self.say = say
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """Made by the first delivery, off the training thread: a second for a store in SQLite."""
+        return MlflowClient(self.job.uri)
 
     def stage(self, name: str, key: str, facts: Mapping[str, Any]) -> StageRun:
         return StageRun(self, name, key, facts)
@@ -142,6 +147,16 @@ class MlflowTracker:
             self.say(f"MLflow did not come back within {patience:.0f} s: {left} records are lost")
 
 
+def newest_picture(client: MlflowClient, run_id: str) -> int:
+    """The newest step whose picture has arrived whole; -1 while there is none.
+
+    Asked of the pictures themselves: whoever dies after one was stored has no time to note that it was. MLflow stores
+    the compressed form last.
+    """
+    files = (file.path for file in client.list_artifacts(run_id, "images"))
+    return max((int(m[1]) for file in files if (m := re.search(r"\+step\+(\d+)\+.*\.webp$", file))), default=-1)
+
+
 class StageRun:
     """The child run of one stage. A step that is on record already is not recorded again."""
 
@@ -170,7 +185,6 @@ class StageRun:
             if step > self.pictures_until:
                 with refusals():
                     self.tracker.client.log_image(self.run_id, pixels, key=name, step=step, synchronous=True)
-                    self.tracker.client.set_tag(self.run_id, PICTURE_TAG, step)
                 self.pictures_until = step
             self.pictures.pop(key, None)
 
@@ -208,7 +222,7 @@ class StageRun:
                 for name in known.metrics:
                     if not name.startswith("system/"):
                         self.until[name] = max(m.step for m in client.get_metric_history(self.run_id, name))
-                self.pictures_until = int(known.tags.get(PICTURE_TAG, "-1"))
+                self.pictures_until = newest_picture(client, self.run_id)
             else:
                 tags = {MLFLOW_PARENT_RUN_ID: job.run_id, MLFLOW_RUN_NAME: self.name, FOLDER_TAG: self.folder}
                 tags["dircluster.stage"] = self.name

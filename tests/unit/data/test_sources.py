@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.sources import DATASETS, KNOWN_SIZES, load, training_images
+from dircluster.data.sources import DATASETS, KNOWN_SIZES, load, split_sizes
 
 
 def png(side: int = 4, value: int = 7, mode: str = "L") -> bytes:
@@ -41,6 +42,14 @@ def test_digits() -> None:
     assert data.train.images.dtype == torch.uint8
     assert data.train.images.max() == 255
     assert data.train.images.shape[1:] == (1, 8, 8)
+
+
+def test_digits_are_those_of_scikit_learn_pixel_for_pixel() -> None:
+    bunch, (found, _) = load_digits(), DATASETS["digits"](Path())
+    assert found.images.shape == (1797, 1, 8, 8)
+    assert np.array_equal(found.images[:, 0].numpy(), np.round(bunch.images * (255 / 16)).astype(np.uint8))
+    assert found.labels.dtype == torch.int64
+    assert found.labels.tolist() == bunch.target.tolist()
 
 
 def test_the_test_split_is_the_same_for_every_seed_and_the_held_out_one_is_not() -> None:
@@ -75,7 +84,7 @@ def test_cifar100_from_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert data.test.images.shape == (4, 3, 32, 32)
     assert (data.test.images[:, 2, 0, 1] == 255).all()
     assert data.test.labels.tolist() == [80, 81, 82, 83]
-    assert training_images(wanted) == 45_000
+    assert split_sizes(wanted) == (45_000, 5_000, 10_000)
 
 
 def test_what_torchvision_cannot_fetch_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,14 +124,14 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
         whole[:, 0, 0, 0].tolist(), torch.cat([data.train.labels, data.held_out.labels]).tolist(), strict=True
     )
     assert all(value % 3 == label for value, label in together)
-    assert training_images(config(tmp_path)) == len(data.train)
+    assert split_sizes(config(tmp_path)) == (len(data.train), len(data.held_out), len(data.test))
 
 
 def test_without_a_test_split_one_is_cut_off(tmp_path: Path) -> None:
     write(tmp_path / "all.parquet", [png(value=i) for i in range(20)], [0, 1] * 10)
     data = load(config(tmp_path / "all.parquet"), seed=0)
     assert (len(data.train), len(data.held_out), len(data.test)) == (14, 2, 4)
-    assert training_images(config(tmp_path / "all.parquet")) == 14
+    assert split_sizes(config(tmp_path / "all.parquet"))[0] == 14
 
 
 def test_image_folders(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_dir_crafts_against_the_whole_pipeline_under_the_shared_masks(make_batch
     x = (batch.images + 0.1 * (2 * batch.draws["pgd"] - 1)).clamp(0, 1)
     for _ in range(3):
         x.requires_grad_(True)
-        loss = nn.functional.cross_entropy(recipe.predict(x, batch.draws["masks"]), batch.labels, reduction="sum")
+        loss = nn.functional.cross_entropy(
+            recipe.deployed().logits(x, batch.draws["masks"]), batch.labels, reduction="sum"
+        )
         (gradient,) = torch.autograd.grad(loss, x)
         x = torch.clamp(x.detach() + 0.025 * gradient.sign(), batch.images - 0.1, batch.images + 0.1).clamp(0, 1)
     torch.testing.assert_close(crafted.adversarial, x)

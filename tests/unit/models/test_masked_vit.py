@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor
 
 from dircluster import rng
 from dircluster.models.masked_vit import MaskedDenoiser, patchify, unpatchify
 from dircluster.models.masking import complementary_masks, random_permutations
+from dircluster.models.transformer import Block
 from dircluster.presets.dir import MaskingConfig, ModelConfig
 
 TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=2, decoder_depth=1)
@@ -133,3 +135,15 @@ def test_patches_are_in_reading_order() -> None:
     image = torch.arange(16.0).view(1, 1, 4, 4)
     assert patchify(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert torch.equal(unpatchify(patchify(image, 2), 2, 1, 4, 4), image)
+
+
+def test_a_block_is_that_of_timm_to_the_bit() -> None:
+    with rng.seeded_torch_rng(0, "test"):
+        ours = Block(48, 4, 4.0)
+    with rng.seeded_torch_rng(0, "test"):
+        theirs = TimmBlock(48, 4, mlp_ratio=4.0, qkv_bias=True)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(ours.state_dict()[name], value) for name, value in theirs.state_dict().items())
+    tokens = torch.randn(3, 9, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    made = [(out := block(tokens), torch.autograd.grad(out.square().sum(), tokens)[0]) for block in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))

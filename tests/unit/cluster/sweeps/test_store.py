@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dircluster.cluster import storage
-from dircluster.cluster.runtime.ray_train import forget
+from dircluster.cluster.runtime.driver import forget
 from dircluster.cluster.sweeps.store import Failures, Notes, key_of, result_of, store
 from dircluster.config import RunConfig, StorageConfig, with_values
 from dircluster.evaluation.sweep_table import Trial

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from mlflow.tracking import MlflowClient
+
 from dircluster.cluster.tracking.jobs import JobRecord, Refused
-from dircluster.cluster.tracking.tracker import MlflowTracker
+from dircluster.cluster.tracking.tracker import MlflowTracker, newest_picture
 
 
 def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
@@ -27,3 +30,29 @@ def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
         "MLflow refused a record: parameter changed",
         "MLflow answers again",
     ]
+
+
+def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
+    parent = client.create_run(experiment).info.run_id
+    job = JobRecord(uri, experiment, parent, "runs", 20.0)
+    pixels = np.zeros((4, 4, 3), np.uint8)
+
+    def recorded(*steps: int) -> str:
+        tracker = MlflowTracker(job, print)
+        record = tracker.stage("dir", "dir-1", {})
+        for step in steps:
+            record.picture("restored", pixels, step)
+        record.end("KILLED")
+        tracker.close()
+        (run,) = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'")
+        return run.info.run_id
+
+    run = recorded(20)
+    client.log_image(run, pixels, key="restored", step=40, synchronous=True)  # and the worker dies
+    assert newest_picture(client, run) == 40
+    assert recorded(40, 60) == run
+    files = [file.path for file in client.list_artifacts(run, "images") if file.path.endswith(".webp")]
+    assert sorted(file.split("+")[2] for file in files) == ["20", "40", "60"]

@@ -1,0 +1,239 @@
+"""What a run will take, told before it is paid for: from some seconds of its own steps on this machine, or another's.
+
+A stage's step is timed on random images of the run's shape, on the whole batch where that takes seconds and else on as
+many images as do; operations, counted on the step itself, carry it over to the whole. What storage, a network between
+workers, and the start of a job take is not foretold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from dircluster.config import ConfigError, RunConfig
+from dircluster.data.split import Split
+from dircluster.defenses.stage import Stage
+from dircluster.distributed.parallel import Parallel
+from dircluster.models.modules import under_attack
+from dircluster.training import stages
+from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.costs import (
+    evaluation_operations,
+    forward_operations,
+    gradient_operations,
+    meta_networks,
+    recipe_on_meta,
+    step_operations,
+)
+from dircluster.training.profiling import device_name, stage_trainer, wait_for
+
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a machine was seen to do in a stage, or in an evaluation."""
+
+    operations_per_second: float
+    images: int
+    """That were passed together."""
+    memory: int
+    """Peak bytes on the device (of the process on a CPU), carried over to the whole batch."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The paces of a machine, by stage."""
+
+    device: str
+    paces: Mapping[str, Pace]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage will take."""
+
+    name: str
+    seconds: float
+    memory: int
+    """Bytes."""
+    stored: int
+    """Bytes that stay in storage."""
+
+
+def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Calibration:
+    """Time a step of every stage and a gradient of the evaluation, some ``budget`` seconds each."""
+    workers = config.scaling.most
+    share = -(-config.training.batch_size // workers)
+    networks, paces = stages.Networks(config, parallel), {}
+    for stage in planned_stages(config):
+        recipe = stage.recipe(networks)
+        steps: dict[int, Any] = {}
+
+        def step(images: int, stage: Stage = stage, recipe: Any = recipe, steps: dict[int, Any] = steps) -> None:
+            if images not in steps:
+                steps.clear()  # the optimizers of one are enough
+                training = replace(config.training, batch_size=images)
+                run = replace(config, training=training, scaling=replace(config.scaling, workers=1))
+                steps[images] = stage_trainer(stage, recipe, run, _random(config, images), parallel)
+            steps[images].step(0)
+
+        per_image = step_operations(config, stage.name) / config.training.batch_size
+        paces[stage.name] = _pace(step, per_image, share, parallel.device, budget)
+    defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
+    on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
+    per_image = gradient_operations(on_meta, _image(config))
+    paces[EVALUATION] = _pace(
+        lambda images: _gradient(defense, config, images), per_image, config.evaluation.rows, parallel.device, budget
+    )
+    return Calibration(device_name(parallel.device), paces)
+
+
+def planned_stages(config: RunConfig) -> list[Stage]:
+    """The stages that the run trains."""
+    return [s for s in stages.stages_of(config) if s.name != "target" or config.target.uri is None]
+
+
+def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, test: int) -> list[Forecast]:
+    """What each stage and the evaluation will take, given how many images there are of each split.
+
+    Raises ConfigError where the calibration knows nothing of a stage.
+    """
+    made, batch = [], config.training.batch_size
+    for stage in planned_stages(config):
+        pace = _pace_of(found, stage.name)
+        steps = stage.epochs * (train // batch)
+        step = step_operations(config, stage.name)
+        judged = -(-stage.epochs // config.training.select_every)
+        judging = judged * _selection(config, stage, min(held_out, config.training.select_images), step / batch)
+        seconds = (steps * step + judging) / (pace.operations_per_second * config.scaling.most)
+        made.append(Forecast(stage.name, seconds, pace.memory, _stored(config, stage)))
+    pace = _pace_of(found, EVALUATION)
+    images = min(test, config.evaluation.images or test)
+    operations = evaluation_operations(config)[0] * images
+    seconds = operations / (pace.operations_per_second * config.scaling.most)
+    return [*made, Forecast(EVALUATION, seconds, pace.memory, 0)]
+
+
+def to_plain(found: Calibration) -> dict[str, Any]:
+    """For a summary."""
+    return asdict(found)
+
+
+def from_summary(file: Path) -> Calibration:
+    """The calibration in a summary of ``--dry-run``. Raises ConfigError where there is none."""
+    try:
+        plain = json.loads(file.read_text())["calibration"]
+        return Calibration(str(plain["device"]), {name: Pace(**pace) for name, pace in plain["paces"].items()})
+    except OSError as error:
+        raise ConfigError(f"--calibration {file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--calibration {file} holds none: give the --summary of a --dry-run") from error
+
+
+def _pace_of(found: Calibration, name: str) -> Pace:
+    if name not in found.paces:
+        known = ", ".join(found.paces)
+        raise ConfigError(f"--calibration knows nothing of stage {name}, but of {known}: calibrate with this preset")
+    return found.paces[name]
+
+
+def _pace(step: Callable[[int], object], per_image: float, full: int, device: torch.device, budget: float) -> Pace:
+    """Time ``step`` on ever more images, up to ``full``, while one takes less than a part of the budget."""
+    images, taken = min(full, 2), 0.0
+    while True:
+        step(images)  # allocates, and chooses algorithms
+        before = _resting(device)
+        taken = _timed(step, images, device)
+        longer = min(full, 4 * images)
+        if images == full or taken * longer / images > budget / 3:
+            break
+        images = longer
+    tries = [taken]
+    while sum(tries) < budget and len(tries) < 20:
+        tries.append(_timed(step, images, device))
+    memory = before + (_peak(device) - before) * full // images
+    return Pace(per_image * images / median(tries), images, memory)
+
+
+def _timed(step: Callable[[int], object], images: int, device: torch.device) -> float:
+    wait_for(device)
+    began = time.perf_counter()
+    step(images)
+    wait_for(device)
+    return time.perf_counter() - began
+
+
+def _resting(device: torch.device) -> int:
+    """Bytes in use now; the peak counts from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):  # else the peak is the process's since its start
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """Bytes of this process, as Linux counts them; 0 elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def _random(config: RunConfig, images: int) -> Split:
+    data, generator = config.data, torch.Generator().manual_seed(0)
+    shape = (max(images, 2), data.channels, data.height, data.width)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return Split(pixels, torch.randint(data.classes, (len(pixels),), generator=generator))
+
+
+def _image(config: RunConfig) -> torch.Tensor:
+    return torch.zeros(1, config.data.channels, config.data.height, config.data.width, device="meta")
+
+
+def _gradient(defense: nn.Module, config: RunConfig, images: int) -> None:
+    """One gradient of an attack on the whole pipeline."""
+    device = next(defense.parameters()).device
+    asked = _random(config, images).pixels(slice(images)).to(device).requires_grad_(True)
+    with under_attack(defense):
+        torch.autograd.grad(defense(asked).sum(), asked)
+
+
+def _selection(config: RunConfig, stage: Stage, images: int, step: float) -> float:
+    """Operations of one held-out selection, the gauge of overfitting included; 0 where nothing is deployed."""
+    recipe = recipe_on_meta(config, stage.name)
+    deployed = recipe.deployed()
+    if deployed is None:
+        return 0.0
+    forward, gradient = forward_operations(deployed, _image(config)), gradient_operations(deployed, _image(config))
+    steps = config.training.select_steps or config.attack.steps
+    gauge = min(images, 128) * (step + 20 * gradient + 2 * forward) if recipe.attacks_deployed else 0.0
+    return images * (steps * gradient + 2 * forward) + gauge
+
+
+def _stored(config: RunConfig, stage: Stage) -> int:
+    """Bytes of a finished stage: its result, the newest checkpoints and the best weights that they name."""
+    networks = meta_networks(config)
+    size = {name: sum(4 * t.numel() for t in networks[name].state_dict().values()) for name in networks}
+    result = sum(size[name] for name in stage.modules)
+    trained = sum(size[name] for name in stage.optimizers)
+    moments = sum(size[name] * (2 if knobs.name == "adamw" else 1) for name, knobs in stage.optimizers.items())
+    mean = trained if stage.ema is not None else 0
+    best = trained if stage.keep == "best" else 0
+    return int(result + Checkpoints.KEEP * (trained + moments + mean) + best)

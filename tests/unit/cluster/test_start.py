@@ -1,0 +1,127 @@
+"""What starting a job costs: what it imports, what it refuses before it imports anything, and what goes on at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dircluster import cli
+from dircluster.cluster.commands.train import Launch
+from dircluster.cluster.paths import must_exist, with_absolute_paths
+from dircluster.cluster.runtime import driver
+from dircluster.config import ConfigError
+from tests.unit.cluster.conftest import Terminal
+
+HEAVY = ("ray", "torch", "mlflow")
+NEVER = ("matplotlib", "optuna", "sklearn", "timm", "torchvision", "umap")
+"""What a digits run on Ray needs nowhere."""
+
+
+def imported(code: str, names: tuple[str, ...], folder: Path) -> str:
+    """The last line of stderr of a process that runs ``code`` in ``folder``: which of ``names`` it has imported."""
+    tail = f"\nimport sys; print(sorted(set({names!r}) & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code + tail], capture_output=True, text=True, cwd=folder, timeout=300, check=True
+    )
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["data", "target"])
+def test_a_path_that_does_not_exist_is_refused_before_anything_is_imported(where: str, tmp_path: Path) -> None:
+    words = ["digits_smoke", f"--{where}.uri", "nowhere"]
+    code = f"from dircluster.cluster.commands.train import main; assert main({words!r}) == 2"
+    assert imported(code, HEAVY, tmp_path) == "[]"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=rf"{where}.uri '.*nowhere' does not exist"):
+        must_exist(with_absolute_paths(cli.parse(cli.TrainJob, words).run))
+
+
+def test_what_may_lie_on_other_machines_is_for_them_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in ("s3://bucket/data", "models:/dir-digits@champion", "timm:resnet18"):
+        must_exist(cli.parse(cli.TrainJob, ["digits", "--target.uri", uri]).run)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    must_exist(cli.parse(cli.TrainJob, ["digits", "--data.uri", "/nowhere"]).run)
+
+
+def test_neither_driver_nor_worker_of_a_digits_run_imports_what_it_does_not_need(root: Path) -> None:
+    code = (
+        "from dircluster.cluster.runtime import driver, ray_train, ray_worker\n"
+        "from dircluster.cluster.tracking import registry, tracker\n"
+        "from dircluster.data.sources import load\n"
+        "from dircluster.presets import preset\n"
+        "load(preset('digits').data, 0)\n"
+    )
+    assert imported(code, NEVER, root) == "[]"
+
+
+def test_ray_starts_before_torch_is_imported(root: Path) -> None:
+    code = "import dircluster.cluster.console, dircluster.cluster.runtime.driver"
+    assert imported(code, ("mlflow", "ray", "ray.train", "torch"), root) == "['ray']"
+
+
+class Ray:
+    """In place of the driver: a cluster whose start and end take as long as MLflow wants to see."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, opened: threading.Event, registered: threading.Event) -> None:
+        self.opened, self.registered = opened, registered
+        self.asked: list[str] = []
+        monkeypatch.setattr(driver, "train", self.train)
+
+    def train(self, config: Any, owner: str, fresh: bool, record: Any, terminal: Any, on_outcome: Any) -> Any:
+        self.asked.append("start")
+        assert self.opened.wait(30), "the record is opened while Ray starts"
+        record()
+        outcome = {"status": "FINISHED"}
+        on_outcome(outcome)
+        assert self.registered.wait(30), "the model is registered while Ray ends"
+        return outcome
+
+
+def launch(*words: str) -> Launch:
+    return Launch(cli.parse(cli.TrainJob, ["digits_smoke", *words]))
+
+
+def test_mlflow_works_while_ray_starts_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal
+) -> None:
+    opened, registered = threading.Event(), threading.Event()
+    ray, job = Ray(monkeypatch, opened, registered), launch("--storage.uri", str(tmp_path))
+    monkeypatch.setattr(job, "_open_record", lambda terminal: opened.set())
+    monkeypatch.setattr(job, "_register", lambda outcome, terminal: registered.set())
+    with ThreadPoolExecutor(1) as aside:
+        assert job._train(terminal, aside) == {"status": "FINISHED"}
+    assert ray.asked == ["start"]
+
+
+@pytest.mark.parametrize(
+    "words", [("--tracking.uri", "http://127.0.0.1:9"), ("--target.uri", "models:/dir-digits@champion")]
+)
+def test_ray_does_not_start_while_mlflow_may_still_refuse(
+    words: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal
+) -> None:
+    ray, job = Ray(monkeypatch, threading.Event(), threading.Event()), launch("--storage.uri", str(tmp_path), *words)
+
+    def refuse(terminal: Any) -> None:
+        raise ConfigError("refused")
+
+    monkeypatch.setattr(job, "_open_record", refuse)
+    with ThreadPoolExecutor(1) as aside, pytest.raises(ConfigError, match="refused"):
+        job._train(terminal, aside)
+    assert ray.asked == []
+
+
+def test_a_signal_while_ray_starts_ends_the_run_before_workers_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal
+) -> None:
+    monkeypatch.setattr(driver, "join_cluster", lambda config, terminal: setattr(terminal, "signal", 2))
+    monkeypatch.setattr(driver.ray, "shutdown", lambda: terminal.say("Ray is gone"))
+    config = launch("--storage.uri", str(tmp_path)).config
+    outcome = driver.train(config, "owner", False, lambda: None, terminal, lambda outcome: None)  # type: ignore[arg-type]
+    assert outcome == {"status": "KILLED", "signal": 2}
+    assert terminal.said == ["Ray is gone"]

@@ -1,0 +1,46 @@
+"""The plain step that the benchmark compares with computes what DIR's step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dircluster.defenses.dir import DirRecipe, MaskedPurifier
+from dircluster.defenses.plain_dir import PlainDirRecipe
+from dircluster.defenses.recipe import Batch
+from dircluster.models import classifiers
+from dircluster.presets import preset
+from dircluster.presets.dir import DirRun, with_fast_crafting, with_paper_crafting
+
+
+def test_it_is_the_same_maths(make_batch: Callable[..., Batch]) -> None:
+    run = preset("digits_smoke")
+    assert isinstance(run, DirRun)
+    run = with_paper_crafting(run)
+    torch.manual_seed(0)
+    denoiser = MaskedPurifier(run.model, run.masking, 1, 8, 8)
+    classifier = classifiers.build("small_cnn", run.data)
+    found = {}
+    for kind in (DirRecipe, PlainDirRecipe):
+        recipe = kind(denoiser, classifier, run.dir, run.attack).train()
+        batch = recipe.attack(make_batch(recipe))
+        terms = recipe(batch)
+        denoiser.zero_grad()
+        terms["loss"].backward()
+        gradient = torch.cat([p.grad.flatten() for p in denoiser.parameters()])
+        found[kind] = (batch.attacked, {name: value.item() for name, value in terms.items()}, gradient)
+    ours, plain = found.values()
+    assert (ours[0] != plain[0]).float().mean() < 0.02  # a sign that rounding decides
+    assert plain[1] == pytest.approx(ours[1], rel=1e-3)
+    torch.testing.assert_close(plain[2], ours[2], rtol=0.05, atol=1e-3)
+
+
+def test_fast_crafting_and_the_papers_undo_one_another() -> None:
+    run = preset("cifar10")
+    assert isinstance(run, DirRun)
+    assert with_paper_crafting(run) == run
+    fast = with_fast_crafting(run)
+    assert (fast.attack.crafting, fast.attack.step, fast.dir.perturb_steps) == ("target_first", 4 / 255, 2)
+    assert with_paper_crafting(fast) == run

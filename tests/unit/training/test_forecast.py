@@ -1,0 +1,117 @@
+"""What is foretold of a run: its operations are those that run, its bytes those that lie in storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dircluster.config import ConfigError, RunConfig
+from dircluster.data.sources import load, split_sizes
+from dircluster.distributed.parallel import Parallel
+from dircluster.evaluation.evaluation import Evaluation, run
+from dircluster.evaluation.session import plan
+from dircluster.evaluation.store import MemoryStore
+from dircluster.evaluation.victim import VictimModel
+from dircluster.presets import preset
+from dircluster.presets.dir import DirRun
+from dircluster.training import forecast as module
+from dircluster.training import stages
+from dircluster.training.costs import counting, evaluation_operations, step_operations
+from dircluster.training.forecast import EVALUATION, Calibration, Pace, calibrate, forecast, from_summary
+from dircluster.training.protocols import NoTracker, Quiet
+from dircluster.training.run import Run
+from dircluster.training.validation import held_out_accuracy, overfitting
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
+def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str) -> None:
+    settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3)  # type: ignore[arg-type]
+    config = dataclasses.replace(smoke, evaluation=settings)
+    networks, images = stages.Networks(config, ALONE), torch.rand(2, 1, 8, 8)
+    victim = VictimModel(networks.defense.defended(config, networks), "dir")
+    counted, left = evaluation_operations(config)
+    specs = [spec for spec in plan(victim, config.attack, settings).table if spec.name not in left]
+    judgment = Evaluation(specs, 2, 0, 2, settings.rows, MemoryStore(), victim)
+    with counting() as found:
+        run(judgment, lambda start, stop: (images, torch.tensor([3, 5])))
+    assert 2 * counted == found.total
+    assert left == [name for name in left if name.startswith(("autoattack", "square"))]
+
+
+@pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
+def test_a_selection_counts_what_it_runs(smoke: DirRun, stage: str) -> None:
+    config, data = smoke, load(smoke.data, 0)
+    recipe = stages.find_stage(config, stage).recipe(stages.Networks(config, ALONE))
+    deployed = recipe.deployed()
+    assert deployed is not None
+    images = min(config.training.select_images, len(data.held_out))
+    with counting() as found:
+        if recipe.attacks_deployed:
+            overfitting(recipe, deployed, data.held_out, config, ALONE, images)
+        held_out_accuracy(deployed, data.held_out, config, ALONE)
+    step = step_operations(config, stage) / config.training.batch_size
+    with counting() as crafting:
+        recipe.attack(recipe.batch(*_one(config)))
+    guess = module._selection(config, stages.find_stage(config, stage), images, step)
+    gauge = images * (step - crafting.total) if recipe.attacks_deployed else 0  # of the whole step
+    assert guess - gauge == pytest.approx(found.total, rel=1e-6)
+
+
+def _one(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, object]:
+    from dircluster.rng import Stream
+
+    return torch.rand(1, 1, 8, 8), torch.tensor([3]), Stream(0, 0, 0, 1, slice(0, 1), ALONE.device)
+
+
+def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -> None:
+    paces = {name: Pace(1e9, 16, 7) for name in ("target", "pretrain", "dir", EVALUATION)}
+    sizes = split_sizes(smoke.data)
+    made = {one.name: one for one in forecast(smoke, Calibration("card", paces), *sizes)}
+    steps = smoke.dir.epochs * (sizes[0] // smoke.training.batch_size)
+    assert made["dir"].seconds > steps * step_operations(smoke, "dir") / 1e9
+    faster = {name: dataclasses.replace(pace, operations_per_second=2e9) for name, pace in paces.items()}
+    halved = {one.name: one for one in forecast(smoke, Calibration("card", faster), *sizes)}
+    assert all(halved[name].seconds == pytest.approx(one.seconds / 2) for name, one in made.items())
+    assert made[EVALUATION].seconds == pytest.approx(evaluation_operations(smoke)[0] * 16 / 1e9)
+    with pytest.raises(ConfigError, match="--calibration knows nothing of stage pretrain, but of target"):
+        forecast(smoke, Calibration("card", {"target": paces["target"]}), *sizes)
+
+
+def test_bytes_are_those_that_stay(smoke: DirRun) -> None:
+    Run(smoke, ALONE, NoTracker(), Quiet()).execute()
+    for stage in stages.stages_of(smoke):
+        (folder,) = Path(smoke.storage.uri).glob(f"{stage.name}-*")
+        real = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        assert module._stored(smoke, stage) == pytest.approx(real, rel=0.15)  # headers, and no best in the first epochs
+
+
+def test_a_machine_is_calibrated_and_its_summary_read(smoke: DirRun, tmp_path: Path) -> None:
+    found = calibrate(smoke, ALONE, budget=0.01)
+    assert set(found.paces) == {"target", "pretrain", "dir", EVALUATION}
+    assert all(pace.operations_per_second > 0 and pace.memory > 0 for pace in found.paces.values())
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"calibration": dataclasses.asdict(found)}))
+    assert from_summary(file) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "holds none: give the --summary of a --dry-run"), ("no", "holds none"), (None, "cannot be read")],
+)
+def test_what_is_no_calibration(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        from_summary(tmp_path / "plan.json")
+
+
+def test_a_given_target_is_not_foretold() -> None:
+    run = preset("digits")
+    given = dataclasses.replace(run, target=dataclasses.replace(run.target, uri="here.safetensors"))
+    assert [stage.name for stage in module.planned_stages(given)] == ["pretrain", "dir"]

@@ -1,0 +1,124 @@
+"""The gauge of catastrophic overfitting: a training attack that the model defeats, while PGD-20 does not fail."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dircluster.config import AttackConfig, RunConfig
+from dircluster.data.loader import Loader
+from dircluster.data.sources import load
+from dircluster.data.split import Split
+from dircluster.defenses.recipe import Batch
+from dircluster.defenses.stage import Stage
+from dircluster.defenses.target import TargetRecipe
+from dircluster.distributed.parallel import Parallel
+from dircluster.presets import preset
+from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.trainer import Trainer
+from dircluster.training.validation import held_out_accuracy, overfitting
+
+ALONE = Parallel(0, 1, torch.device("cpu"))
+
+
+class Harmless(TargetRecipe):
+    """Its attack finds nothing, as one does whose model has learned to hide from it."""
+
+    def attack(self, batch: Batch) -> Batch:
+        return dataclasses.replace(batch, adversarial=batch.images)
+
+
+class Record(NoRecord):
+    def __init__(self) -> None:
+        self.points: dict[str, float] = {}
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.points |= values
+
+
+class Listener(Quiet):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture
+def run() -> RunConfig:
+    """Real digits under a radius at which the nearest mean digit is often another."""
+    run = preset("digits")
+    return dataclasses.replace(run, attack=AttackConfig(epsilon=0.15, steps=10))
+
+
+@pytest.fixture
+def classifier(run: RunConfig) -> nn.Module:
+    """The nearest mean digit."""
+    train = load(run.data, run.seed).train
+    assert isinstance(train, Split)
+    images, labels = train.pixels(slice(None)).flatten(1), train.labels
+    means = torch.stack([images[labels == label].mean(dim=0) for label in range(10)])
+    linear = nn.Linear(64, 10)
+    linear.load_state_dict({"weight": 10 * means, "bias": -5 * means.square().sum(dim=1)})
+    return nn.Sequential(nn.Flatten(), linear)
+
+
+def gap(recipe: TargetRecipe, run: RunConfig) -> float:
+    return overfitting(recipe, recipe.deployed(), load(run.data, run.seed).held_out, run, ALONE)
+
+
+def test_it_is_small_where_the_training_attack_is_strong(classifier: nn.Module, run: RunConfig) -> None:
+    assert abs(gap(TargetRecipe(classifier, run.target, run.attack), run)) < 0.03
+
+
+def test_it_is_what_pgd_takes_where_the_training_attack_takes_nothing(classifier: nn.Module, run: RunConfig) -> None:
+    training = dataclasses.replace(run.training, select_images=128, select_steps=20)
+    again = dataclasses.replace(run, training=training)
+    natural, robust = held_out_accuracy(classifier, load(run.data, run.seed).held_out, again, ALONE)
+    assert natural - robust > 0.3
+    assert gap(Harmless(classifier, run.target, run.attack), run) == pytest.approx(natural - robust)
+
+
+@pytest.mark.parametrize(("kind", "warned"), [(Harmless, True), (TargetRecipe, False)])
+def test_it_is_a_curve_and_past_15_points_a_warning(
+    classifier: nn.Module, run: RunConfig, tmp_path: Path, kind: type[TargetRecipe], warned: bool
+) -> None:
+    record, listener, data = Record(), Listener(), load(run.data, run.seed)
+    assert isinstance(data.train, Split)
+    recipe = kind(classifier, run.target, run.attack)
+    stage = Stage("target", lambda modules: recipe, 1, {"classifier": run.target.optimizer})
+    loader = Loader(data.train, run.training.batch_size, run.seed, "target")
+    Trainer(stage, recipe, loader, data.held_out, run, ALONE, Checkpoints(tmp_path, "k"), record, listener).run()
+    assert (record.points["held_out/overfitting"] > 0.15) is warned
+    assert any("catastrophic overfitting" in line for line in listener.lines) is warned
+
+
+def test_a_naturally_trained_target_has_no_such_curve(classifier: nn.Module, run: RunConfig) -> None:
+    natural = dataclasses.replace(run.target, objective="natural")
+    assert not TargetRecipe(classifier, natural, run.attack).attacks_deployed
+
+
+def test_draws_of_an_image_do_not_depend_on_its_batch() -> None:
+    from dircluster.rng import ImageStream
+
+    def stream(*images: int) -> ImageStream:
+        return ImageStream(0, 0, 0, len(images), slice(0, len(images)), ALONE.device, "selection", images)
+
+    def permuted(generator: torch.Generator, images: int) -> Tensor:
+        return torch.stack([torch.randperm(9, generator=generator) for _ in range(images)])
+
+    for draw in (
+        lambda s: s.uniform("pgd", (1, 2, 2)),
+        lambda s: s.normal("noise", (3,)),
+        lambda s: s.sample("masks", permuted),
+    ):
+        together = draw(stream(5, 7, 9))
+        assert torch.equal(together[1:2], draw(stream(7)))
+        assert not torch.equal(together[0], together[1])
+    assert stream(1, 2).sample("masks", lambda generator, images: None) is None
