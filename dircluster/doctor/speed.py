@@ -18,7 +18,7 @@ from dircluster.doctor.machine import Machine, trainer
 from dircluster.training.costs import step_operations
 from dircluster.training.profiling import mean_seconds, now, peak_memory, time_eot
 from dircluster.training.stages import stages_of
-from dircluster.training.trainer import Trainer, autocast
+from dircluster.training.trainer import Trainer
 
 LEAST = 0.05
 """Share of the product rate that a step should reach at the preset's own batch size: an H100 has 0.10 to 0.13, without
@@ -86,7 +86,7 @@ def _timed(machine: Machine, stage: str, size: int, warm: int, timed: int) -> tu
 def _crafting(machine: Machine, made: Trainer) -> float:
     recipe = made.recipe.train()
     batch = recipe.batch(*made.loader(0, 0))
-    with autocast(made.config, machine.device):
+    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.half):
         return mean_seconds(lambda: recipe.attack(batch), machine.device, 1, warm=0)
 
 
