@@ -70,7 +70,7 @@ def _verdict(found: Sequence[Finding]) -> str:
     numbers = f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failed, {counts['skipped']} skipped"
     if counts["fail"]:
         return f"This machine does not train as it should: {numbers}"
-    return f"This machine {'may train slower than it should' if counts['warn'] else 'trains as it should'}: {numbers}"
+    return f"{'No check failed, but some warn' if counts['warn'] else 'This machine trains as it should'}: {numbers}"
 
 
 def _line(finding: Finding) -> str:

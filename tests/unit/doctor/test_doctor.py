@@ -55,7 +55,7 @@ def test_a_page_says_nothing_that_it_was_not_told() -> None:
     ("findings", "code", "verdict"),
     [
         ([seen("a")], 0, "This machine trains as it should"),
-        ([seen("a"), Finding("b", "warn")], 0, "This machine may train slower"),
+        ([seen("a"), Finding("b", "warn")], 0, "No check failed, but some warn: "),
         ([Finding("a", "fail"), seen("b")], 1, "This machine does not train"),
     ],
 )
