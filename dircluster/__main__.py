@@ -10,6 +10,7 @@ VERBS = {
     "evaluate": "evaluate a defense, whoever trained it",
     "tune": "train a defense at every point of a space",
     "benchmark": "time the phases of a training step",
+    "doctor": "tell whether this machine trains correctly and fast",
 }
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -140,6 +141,23 @@ class BenchmarkJob(DefenseJob):
     """Steps timed, after one that is not."""
     compare: Switch = False
     """Time whole steps in turns instead: the paper's step written plainly, the same here, and fast crafting."""
+
+
+@dataclass(frozen=True)
+class DoctorJob(DefenseJob):
+    """Tell whether this machine trains correctly and fast: one line a check, exit code 1 where one failed.
+
+    Without a preset it is cifar10 where there is a GPU, else digits. It reads no data and keeps nothing but --summary.
+    """
+
+    summary: Path | None = None
+    """Write the findings to this JSON file, and as a page beside it (.html)."""
+    seconds: float | None = None
+    """Seconds that all of it may take; 180 on a GPU and 60 on a CPU when not given."""
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ConfigError(f"--seconds must be positive, got {self.seconds:g}")
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)

@@ -1,12 +1,11 @@
-"""CIFAR-10 on one GPU in a quarter of an hour: is the arithmetic right, how fast is it, and a first DIR defense.
+"""CIFAR-10 on one GPU in ten minutes: a first DIR defense.
 
-    python infra/gpu/cifar10.py proof --data FOLDER --out FOLDER --seconds 150
-    python infra/gpu/cifar10.py train --data FOLDER --out FOLDER --seconds 520
+    python infra/gpu/cifar10.py --data FOLDER --out FOLDER --seconds 520
 
-``--data`` holds parquet files train*, test*. ``proof`` compares the GPU with the CPU and times every stage; ``train``
-trains a target, a denoiser and DIR within the seconds given, rounds each to bf16 when its stage ends (so that what is
-judged is what is kept), and judges it on 1,000 test images. It draws on the device and schedules by the clock, which
-the ordinary training loop does not do. ``--rehearse`` runs the whole on a few images with small models.
+``--data`` holds parquet files train*, test*. It trains a target, a denoiser and DIR within the seconds given, rounds
+each to bf16 when its stage ends (so that what is judged is what is kept), and judges it on 1,000 test images. It draws
+on the device and schedules by the clock, which the ordinary training loop does not do. ``--rehearse`` runs the whole on
+a few images with small models. Whether the GPU computes rightly and fast, ``jobs/doctor.py`` tells.
 """
 
 from __future__ import annotations
@@ -22,17 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import dircluster
 from dircluster.attacks.gradient import pgd
@@ -45,7 +39,7 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.target import TargetRecipe
 from dircluster.models import classifiers
-from dircluster.models.classifiers import BasicBlock, check_classes
+from dircluster.models.classifiers import BasicBlock
 from dircluster.models.modules import frozen
 from dircluster.models.transformer import Block
 from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
@@ -199,18 +193,6 @@ def tf32(on: bool) -> None:
     torch.backends.cudnn.allow_tf32 = on
 
 
-def recipes(machine: Machine, h: nn.Module, g: MaskedPurifier) -> dict[str, Callable[[], nn.Module]]:
-    """Every kind of step by name."""
-    return {
-        "target, AT PGD-5": lambda: TargetRecipe(h.requires_grad_(True), TargetConfig(), PAPER),
-        "pre-training": lambda: PretrainRecipe(g, h, PAPER),
-        "DIR, PGD-5, Eq. 4 in 5 (paper)": lambda: DirRecipe(g, h, DirConfig(), PAPER),
-        "DIR, PGD-3 of e/2, Eq. 4 in 2": lambda: DirRecipe(g, h, IN_TWO, HALF),
-        "DIR, 3 on h + 2 on h.g, Eq. 4 in 2": lambda: DirRecipe(g, h, IN_TWO, replace(FAST, pipeline_steps=2)),
-        "DIR, 3 on h + 1 on h.g, Eq. 4 in 2": lambda: DirRecipe(g, h, IN_TWO, FAST),
-    }
-
-
 def step(machine: Machine, recipe: Any, given: Any, optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
     """One update: -> the loss, left on the device."""
     recipe.train()
@@ -227,181 +209,6 @@ def step(machine: Machine, recipe: Any, given: Any, optimizer: torch.optim.Optim
 def adamw(machine: Machine, module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """AdamW with MAE's second beta."""
     return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=machine.gpu)
-
-
-# ---------------------------------------------------------------------------------------------------------- the proof
-
-
-def relative(found: Tensor, reference: Tensor) -> float:
-    """||found - reference|| / ||reference||."""
-    found, reference = found.double().cpu(), reference.double().cpu()
-    return float((found - reference).norm() / reference.norm())
-
-
-def agreement(machine: Machine, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """g, h, h after g and input gradients on the device, in fp32, TF32 and bf16, against float64 on the CPU."""
-    h, g = machine.target(False).eval(), machine.denoiser(False).eval()
-    kept = g.draw(torch.Generator().manual_seed(0), len(images))
-
-    def values(h: nn.Module, g: MaskedPurifier, images: Tensor, kept: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        found = {"h": h(images), "g": g(images, kept)}
-        for name, model in (("h", h), ("h(g)", lambda x: h(g(x, kept)))):
-            asked = images.clone().requires_grad_(True)
-            logits = model(asked)
-            found[name] = logits.detach()
-            (found[f"gradient of {name}"],) = torch.autograd.grad(F.cross_entropy(logits.float(), labels), asked)
-        return {name: value.detach() for name, value in found.items()}
-
-    plain = Machine(machine.rehearse)
-    plain.device, plain.gpu = torch.device("cpu"), False
-    h64, g64 = plain.target(False).eval().double(), plain.denoiser(False).eval().double()
-    reference = values(h64, g64, images.double(), kept, labels)
-    on = (images.to(machine.device), kept.to(machine.device), labels.to(machine.device))
-    table: dict[str, Any] = {}
-    for name, half, fast in (("fp32", False, False), ("tf32", False, True), ("bf16", True, True)):
-        tf32(fast)
-        with machine.autocast(half):
-            found = values(h, g, on[0], on[1], on[2])
-        table[name] = {key: relative(found[key], reference[key]) for key in reference}
-        for key in ("gradient of h", "gradient of h(g)"):
-            same = found[key].double().cpu().sign() == reference[key].sign()
-            table[name][f"equal signs, {key}"] = same.double().mean().item()
-    tf32(True)
-    return table
-
-
-def attention(machine: Machine) -> dict[str, float]:
-    """Relative error of each attention kernel in bf16, output and gradient, against float64 math."""
-    table = {}
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    backends |= {"efficient": SDPBackend.EFFICIENT_ATTENTION}
-    for tokens in (129, 257):
-        q, k, v = (torch.randn(64, 3, tokens, 64, generator=machine.generator, device=machine.device) for _ in range(3))
-        wide = [x.to(torch.bfloat16).double().requires_grad_(True) for x in (q, k, v)]
-        with sdpa_kernel(SDPBackend.MATH):
-            reference = F.scaled_dot_product_attention(*wide)
-            reference.sum().backward()
-        for name, backend in backends.items():
-            narrow = [x.to(torch.bfloat16).requires_grad_(True) for x in (q, k, v)]
-            try:
-                with sdpa_kernel(backend):
-                    made = F.scaled_dot_product_attention(*narrow)
-                    made.sum().backward()
-            except RuntimeError as error:
-                table[f"{name}, T = {tokens}"] = str(error).splitlines()[0][:80]
-                continue
-            table[f"{name}, T = {tokens}"] = relative(made.detach(), reference.detach())
-            assert narrow[2].grad is not None
-            assert wide[2].grad is not None
-            table[f"{name}, T = {tokens}, gradient"] = relative(narrow[2].grad, wide[2].grad)
-    return table
-
-
-def rates(machine: Machine) -> dict[str, float]:
-    """Measured ceilings: a large copy (bytes read and written), and large square products."""
-    side = 8192 if machine.gpu else 512
-
-    def timed(work: Callable[[], object], tries: int) -> float:
-        for _ in range(3):
-            work()
-        began = machine.wait()
-        for _ in range(tries):
-            work()
-        return (machine.wait() - began) / tries
-
-    table = {}
-    source, other = (torch.randn(2**30 if machine.gpu else 2**22, device=machine.device) for _ in range(2))
-    table["copy, TB/s"] = 2 * source.numel() * 4 / timed(partial(other.copy_, source), 10) / 1e12
-    kinds = {"bf16": (torch.bfloat16, True), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
-    for name, (dtype, fast) in kinds.items():
-        tf32(fast)
-        a, b = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
-        table[f"product {name}, TFLOP/s"] = 2 * side**3 / timed(partial(torch.mm, a, b), 10) / 1e12
-    tf32(True)
-    return table
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations of products, convolutions and attention, forward and backward."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def speeds(machine: Machine, split: Split, peak: float, deadline: float) -> list[dict[str, Any]]:
-    """Images a second, memory and MFU of every kind of step; compiled at batch 256, plain at 128, 256 and 512."""
-    rows, flops = [], {}
-    names = list(recipes(machine, nn.Identity(), None))  # type: ignore[arg-type]
-    plan = [(name, 256, False) for name in names]
-    plan += [(names[at], 256, True) for at in (4, 0, 2, 3, 5)]
-    plan += [(names[at], size, False) for size in (128, 512) for at in (2, 0)]
-    made: dict[bool, tuple[nn.Module, nn.Module, MaskedPurifier]] = {}
-    for name, size, compiled in plan:
-        if time.monotonic() - BEGAN > deadline:
-            say(f"out of time before {name}, batch {size}")
-            break
-        size = min(size, 16) if machine.rehearse else size
-        if compiled not in made:
-            frozen_h = machine.frozen_target(machine.target(False), compiled)
-            made[compiled] = (machine.target(compiled), frozen_h, machine.denoiser(compiled))
-        h, g = made[compiled][not name.startswith("target")], made[compiled][2]
-        recipe = recipes(machine, h, g)[name]()
-        trained = h if name.startswith("target") else g
-        optimizer = adamw(machine, trained, 1e-4)
-        batches = machine.batches(split, size)
-        began = machine.wait()
-        losses = [step(machine, recipe, next(batches), optimizer, 1.0) for _ in range(3)]
-        warm = machine.wait() - began
-        if machine.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        began, count = machine.wait(), 2 if machine.rehearse else 10
-        losses += [step(machine, recipe, next(batches), optimizer, 1.0) for _ in range(count)]
-        seconds = (machine.wait() - began) / count
-        if name not in flops:
-            h1, g1 = machine.target(False), machine.denoiser(False)
-            counted = recipes(machine, h1, g1)[name]()
-            some, one = next(machine.batches(split, 16)), h1 if trained is h else g1
-            with Operations() as counter:
-                step(machine, counted, some, adamw(machine, one, 0.0), None)
-            flops[name] = counter.total / 16
-        row = {
-            "step": name,
-            "batch": size,
-            "compiled": compiled,
-            "images/s": size / seconds,
-            "ms": 1e3 * seconds,
-            "GFLOP/image": flops[name] / 1e9,
-            "MFU": flops[name] * size / seconds / (peak * 1e12),
-            "GiB": torch.cuda.max_memory_allocated() / 2**30 if machine.gpu else 0.0,
-            "warm-up s": warm,
-            "loss": [round(float(loss), 3) for loss in (losses[0], losses[-1])],
-        }
-        rows.append(row)
-        say(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
-    return rows
-
-
-def proof(machine: Machine, train: Split, seconds: float) -> dict[str, Any]:
-    """All checks, the time-critical ones first."""
-    found: dict[str, Any] = {"rates": rates(machine)}
-    say(json.dumps(found["rates"]))
-    check_classes(machine.target(False), DATA)
-    say("a target on this device is checked without complaint")
-    images, labels = train.pixels(slice(16)), train.labels[:16]
-    found["agreement"] = agreement(machine, images, labels)
-    for name, row in found["agreement"].items():
-        say(f"{name}: " + ", ".join(f"{key} {value:.2e}" for key, value in row.items()))
-    if machine.gpu:
-        found["attention"] = attention(machine)
-        say(json.dumps(found["attention"]))
-    found["speeds"] = speeds(machine, train, found["rates"]["product bf16, TFLOP/s"], seconds - 20)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------- the training
@@ -688,7 +495,6 @@ def judge(machine: Machine, h: nn.Module, g: MaskedPurifier, test: Split) -> dic
 def main(argv: list[str]) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("proof", "train"))
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
@@ -703,16 +509,13 @@ def main(argv: list[str]) -> int:
     train = data.train
     assert isinstance(train, Split)
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "images": len(train)}
-    file = given.out / f"{given.what}.json"
+    file = given.out / "train.json"
     try:
-        if given.what == "proof":
-            result |= proof(machine, train, given.seconds)
-        else:
-            training = Training(machine, train, data.held_out, given.out, given.seconds, given.eager)
-            result["training"] = training.report
-            h, g = training.run()
-            file.write_text(json.dumps(result, indent=1))
-            result["judged"] = judge(machine, h, g, data.test)
+        training = Training(machine, train, data.held_out, given.out, given.seconds, given.eager)
+        result["training"] = training.report
+        h, g = training.run()
+        file.write_text(json.dumps(result, indent=1))
+        result["judged"] = judge(machine, h, g, data.test)
     except Stop as asked:
         say(f"stopped by {asked}; what was kept lies in {given.out}")
         return 1

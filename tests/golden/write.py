@@ -38,7 +38,7 @@ QUIET = ("--launcher", "local", "--tracking.no-enabled", "--scaling.device", "cp
 SHORT = ("--pretrain.epochs", "1", "--dir.epochs", "1", "--target.epochs", "1", "--evaluation.images", "8")
 JOINT = ("--dir.joint", "--pretrain.epochs", "0", "--dir.crafting-masks", "fresh", "--dir.mse-weight", "0.1")
 PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn")
-JOBS = ("train", "evaluate", "tune", "benchmark")
+JOBS = ("train", "evaluate", "tune", "benchmark", "doctor")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dircluster import cli
-from dircluster.cluster.commands import benchmark, evaluate, train, tune
+from dircluster.cluster.commands import benchmark, doctor, evaluate, train, tune
 from dircluster.config import ConfigError
 from dircluster.presets import preset, run_from_plain, run_to_plain
 
@@ -128,7 +128,7 @@ def test_another_process_finds_the_module_where_it_lies(place: Path, monkeypatch
 )
 def test_errors_are_one_line(place: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "d.yaml").write_text("defense: ours.mine\n")
-    for main in (train.main, tune.main, benchmark.main):
+    for main in (train.main, tune.main, benchmark.main, doctor.main):
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line

@@ -1,0 +1,147 @@
+"""Whether training goes as it should: stopped and resumed, compiled and captured, all to the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dircluster.config import RunConfig
+from dircluster.doctor.findings import Finding, at_least, at_most, skipped
+from dircluster.doctor.machine import Machine, plain, switch, trainer, true_fp32
+from dircluster.presets import preset
+from dircluster.training import checkpoint
+from dircluster.training.interrupt import Interrupted
+from dircluster.training.protocols import NoTracker, Quiet, Status
+from dircluster.training.run import Run
+from dircluster.training.stages import Networks, stages_of
+
+SMOKE = "digits_smoke"
+"""The preset that is stopped and resumed: target, pre-training and DIR in a few steps each."""
+STEPS = 6
+"""Steps that are compared: a captured one is replayed after three."""
+APART = {"losses": 1e-3, "moves": 0.1}
+"""How far compiled or captured steps may be from plain ones: relative differences of losses, and of how weights move.
+Crafting and AdamW follow signs, which rounding flips where a gradient is next to nothing; steps that do nothing are 1
+apart, and those against the gradient 2."""
+
+
+class _StopAfter(Quiet):
+    """Asks to stop once so many steps were shown."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def show(self, status: Status) -> None:
+        self.left -= 1
+
+    def stop_signal(self) -> int:
+        return 15 if self.left <= 0 else 0
+
+
+def resumed(machine: Machine) -> Iterator[Finding]:
+    """A smoke run that is stopped in its last stage and resumed, against one that is not: how far its weights are."""
+    smoke = preset(SMOKE)
+    config = plain(dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, limit=80)))
+    names = [stage.name for stage in stages_of(config)]
+    with tempfile.TemporaryDirectory(prefix="dircluster-doctor-") as folder, _repeatable():
+        whole = _trained(config, machine, Path(folder, "whole"), Quiet())
+        interruptions = 0
+        try:
+            _trained(config, machine, Path(folder, "broken"), _StopAfter(_steps_before_last(config) + 3))
+        except Interrupted:
+            interruptions += 1
+        again = _trained(config, machine, Path(folder, "broken"), Quiet())
+    yield at_least("interruptions of a smoke run", interruptions, 1, note=f"{SMOKE}: {', '.join(names)}")
+    start = {name: value.cpu() for name, value in Networks(config, machine.parallel)["denoiser"].state_dict().items()}
+    bound = 0.02 if machine.gpu else 0.0  # a GPU may add in another order; a forgotten optimizer is 0.15 apart
+    yield at_most("resumed weights, apart", _apart(again, whole, start), bound, "of their way", "0 is equal bits")
+
+
+def _trained(config: RunConfig, machine: Machine, folder: Path, console: Quiet) -> dict[str, Tensor]:
+    """The denoiser's weights at the end of the last stage."""
+    config = dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=str(folder)))
+    last = stages_of(config)[-1].name
+    Run(config, machine.parallel, NoTracker(), console, until=last).execute()
+    (final,) = folder.glob(f"{last}-*/final")
+    return checkpoint.read(final).tensors["denoiser"]
+
+
+def _steps_before_last(config: RunConfig) -> int:
+    limit, data = config.data.limit or 0, config.data
+    steps = (limit - max(1, round(data.held_out * limit))) // config.training.batch_size
+    return steps * sum(stage.epochs for stage in stages_of(config)[:-1])
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Deterministic kernels inside, where there are any, in true fp32. Only plain attention adds in a fixed order."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"), true_fp32(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def steps(machine: Machine) -> Iterator[Finding]:
+    """Steps of the last stage from the same weights: compiled and captured ones against plain ones, in fp32."""
+    batch = min(machine.config.training.batch_size, 32)
+    config = plain(machine.config, batch_size=batch, microbatch=None)
+    kinds = {word: (name, _without(machine, name)) for word, name in (("compiled", "compile"), ("captured", "capture"))}
+    count = 2 if all(reason for _, reason in kinds.values()) else STEPS
+    with true_fp32():
+        losses, start, moved = _steps(config, machine, count)
+        yield at_least("plain steps move the weights", _distance(moved, start), 1e-12, note=_shown(losses))
+        for word, (name, reason) in kinds.items():
+            if reason:
+                yield skipped(f"{word} steps", reason)
+                continue
+            other, _, there = _steps(plain(config, **{name: switch(config, name, True)}), machine, count)
+            apart = max(abs(a - b) / abs(a) for a, b in zip(losses, other, strict=True))
+            yield at_most(f"losses of {word} steps, apart", apart, APART["losses"], note=_shown(other))
+            yield at_most(f"moves of {word} steps, apart", _apart(there, moved, start), APART["moves"], "of their way")
+
+
+def _without(machine: Machine, name: str) -> str:
+    """Why there are no steps with that switch here; empty where there are."""
+    asked = getattr(machine.config.training, name, None)
+    if asked is None:
+        return f"this version has no training.{name}"
+    if machine.gpu or asked == switch(machine.config, name, True):
+        return ""
+    if name == "compile":
+        return "compiling takes more than a minute on a CPU; --training.compile asks for it"
+    return "there is nothing to capture on a CPU"
+
+
+def _steps(config: RunConfig, machine: Machine, count: int) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses of some steps, and the weights that are trained before and after them."""
+    stage = stages_of(config)[-1].name
+    split = machine.pictures(count * config.training.batch_size)
+    with trainer(config, stage, split, machine.parallel) as made:
+        before = {name: value.detach().cpu().clone() for name, value in made.parameters.items()}
+        losses = [made.step(step)[0]["loss"] for step in range(count)]
+        return losses, before, {name: value.detach().cpu().clone() for name, value in made.parameters.items()}
+
+
+def _apart(found: dict[str, Tensor], reference: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """How far weights are from where they should be, over how far these went."""
+    return _distance(found, reference) / _distance(reference, start)
+
+
+def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    total = sum(float((one[name].double() - other[name].double()).square().sum()) for name in other)
+    return float(total**0.5)
+
+
+def _shown(losses: list[float]) -> str:
+    return f"losses {', '.join(f'{loss:.4f}' for loss in losses)}"
