@@ -215,6 +215,8 @@ class TrainingConfig:
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     compile: bool = False
     """torch.compile the denoiser and the target."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Optimizers that update all weights in one kernel; auto: on a GPU."""
     select_every: int = 1
     """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
     select_images: int = 1024
@@ -414,7 +416,12 @@ class RunConfig:
         return None
 
 
-LATER_FIELDS: dict[str, Any] = {"attack.norm": "linf", "target.ema": None, "dir.ema": None}
+LATER_FIELDS: dict[str, Any] = {
+    "attack.norm": "linf",
+    "target.ema": None,
+    "dir.ema": None,
+    "training.fused": "auto",
+}
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 
 

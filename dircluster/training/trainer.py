@@ -26,7 +26,7 @@ from dircluster.evaluation.pictures import to_pixels
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
-from dircluster.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from dircluster.training.optim import is_fused, make_optimizer, optimizer_tensors, restore_optimizer
 from dircluster.training.protocols import Console, StageRecord, Status
 from dircluster.training.running_mean import RunningMean
 from dircluster.training.validation import held_out_accuracy, restoration_grid
@@ -88,7 +88,8 @@ class Trainer:
         self.wrapped = parallel.wrap(recipe, recipe.trained, config.parallel.strategy, half, self.pending)
         self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         self.pending.parameters = list(self.parameters.values())
-        self.optimizers = {name: make_optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
+        fused = is_fused(config.training, parallel.device)
+        self.optimizers = {n: make_optimizer(self._of(n), knobs, fused) for n, knobs in stage.optimizers.items()}
         self.validates = recipe.deployed() is not None
         self.mean = RunningMean(stage.ema, self._state())
         self.best: dict[str, Any] | None = None
