@@ -214,7 +214,9 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     compile: bool = False
-    """torch.compile the denoiser and the target."""
+    """torch.compile transformer blocks, residual blocks and the units of U-nets, each by itself. It takes a minute or
+    more at first, and its guards cost the host time at every call: on the slow host of the H100 in docs/results.md no
+    stage became faster."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Optimizers that update all weights in one kernel; auto: on a GPU."""
     select_every: int = 1

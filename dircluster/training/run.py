@@ -29,6 +29,7 @@ from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.training import checkpoint, export, stages
 from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.compiling import check_compiler, uncompiled
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import Console, StageRecord, Tracker
@@ -78,6 +79,8 @@ class Run:
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers.
         """
         config, parallel = self.config, self.parallel
+        if config.training.compile:
+            check_compiler(parallel.device)
         with waiting(self.console):
             self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
@@ -283,7 +286,7 @@ class Run:
         left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
-            with interruptible(defense.classifier, self.console):
+            with interruptible(defense.classifier, self.console), uncompiled(config.training.compile):
                 run(evaluation, batch, on_shard, lambda index: index % parallel.world == parallel.rank)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
