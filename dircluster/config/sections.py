@@ -248,6 +248,9 @@ class EvaluationConfig:
     """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
     rows: int = 256
     """Most rows, images times mask draws, that pass through a model at a time: memory against speed."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What attacks are crafted in; auto: bf16 on a GPU, fp32 on a CPU and for networks whose first layers bf16 would
+    round. Final predictions are always made in fp32 without TF32."""
     steps: int | None = None
     """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
     restarts: int | None = None

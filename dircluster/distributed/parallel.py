@@ -48,7 +48,7 @@ class Parallel:
     ) -> nn.Module:
         """``module`` with gradients averaged over the workers on backward, where there are several.
 
-        ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers weights in bf16 where ``half``.
+        ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers blocks in bf16 where ``half``.
         What lies ``pending`` of earlier micro-batches joins the average.
         """
         if self.world == 1:
@@ -130,10 +130,11 @@ class Parallel:
 
 
 def _shard(module: nn.Module, half: bool, device: torch.device) -> None:
-    """FSDP2 over all workers, in place."""
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    """FSDP2 over all workers, in place. With ``half`` layers are gathered in bf16; what is around them stays whole."""
+    whole = MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else whole
     for part in [*(m for m in module.modules() if isinstance(m, SHARDED_ALONE)), module]:
-        sharded = fully_shard(part, mp_policy=policy)
+        sharded = fully_shard(part, mp_policy=whole if part is module else policy)
         scatter_gradients(sharded, device)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)

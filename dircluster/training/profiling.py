@@ -21,9 +21,10 @@ from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import frozen
+from dircluster.models.precision import autocast, is_half
 from dircluster.training.costs import count, step_operations
 from dircluster.training.protocols import NoRecord, Quiet
-from dircluster.training.trainer import Trainer, autocast
+from dircluster.training.trainer import Trainer
 
 PHASES = ("draws", "attack", "forward", "backward", "update")
 """Of a step: batch and randomness; adversarial samples; loss terms; gradients; the optimizers."""
@@ -72,13 +73,13 @@ def time_phases(
         marks = [_now(device)]
         batch = recipe.batch(*loader(*divmod(step, loader.steps_per_epoch)))
         marks.append(_now(device))
-        with autocast(config, device):
+        with autocast(training.precision, device):
             batch = recipe.attack(batch)
         marks.append(_now(device))
         times, total = [0.0, 0.0, 0.0], 0.0
         for update, trained in enumerate(recipe.updates):
             began = _now(device)
-            with autocast(config, device):
+            with autocast(training.precision, device):
                 loss = recipe(batch, update)["loss"]
             compared = _now(device)
             for optimizer in trainer.optimizers.values():
@@ -95,7 +96,7 @@ def time_phases(
             for phase, taken in zip(PHASES, [b - a for a, b in pairwise(marks)] + times, strict=True):
                 spent[phase] += taken / steps
     seconds = sum(spent.values())
-    bf16 = device.type == "cuda" and training.precision != "fp32"
+    bf16 = is_half(training.precision, device)
     rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
     costs = count(config)
     operations = step_operations(config, stage.name)

@@ -272,7 +272,14 @@ class Run:
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
         store = FolderStore(results_folder(self.storage, victim.name, facts))
         evaluation = Evaluation(
-            planned.specs, len(test), config.seed, settings.batch_size, settings.rows, store, victim
+            planned.specs,
+            len(test),
+            config.seed,
+            settings.batch_size,
+            settings.rows,
+            store,
+            victim,
+            settings.precision,
         )
 
         def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:

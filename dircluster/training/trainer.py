@@ -23,6 +23,7 @@ from dircluster.defenses.stage import Stage
 from dircluster.distributed.deterministic import PairwiseSum
 from dircluster.distributed.parallel import Parallel, accumulates, gather_full, reshard, shard_like, without_sync
 from dircluster.evaluation.pictures import to_pixels
+from dircluster.models.precision import autocast, is_half
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
@@ -37,16 +38,6 @@ INTERRUPTED_PATIENCE = 20.0
 
 class NonFiniteLoss(RuntimeError):
     """A loss term or gradient norm is NaN or infinite; no weight was changed by it."""
-
-
-def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 where ``training.precision`` asks for it, or is auto on a GPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_half(config, device))
-
-
-def _half(config: RunConfig, device: torch.device) -> bool:
-    precision = config.training.precision
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def _ambient(stage: str, update: int) -> str:
@@ -84,7 +75,7 @@ class Trainer:
         if parallel.world > 1 and stage.ema is not None and config.parallel.strategy == "fsdp":
             raise ConfigError(f"parallel.strategy must be ddp where {stage.name} keeps a mean of its weights (ema)")
         self.pending = PairwiseSum([])
-        half = _half(config, parallel.device)
+        half = is_half(config.training.precision, parallel.device)
         self.wrapped = parallel.wrap(recipe, recipe.trained, config.parallel.strategy, half, self.pending)
         self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         self.pending.parameters = list(self.parameters.values())
@@ -242,10 +233,10 @@ class Trainer:
             # A step can be left as long as it has changed neither weights nor running statistics.
             safe = update == 0
             if update == 0:
-                with autocast(self.config, self.parallel.device), self._leavable(stateless or number == 0):
+                with self._autocast(), self._leavable(stateless or number == 0):
                     batch = batches[number] = self.recipe.attack(batch)
             with without_sync(self.wrapped, last=last):
-                with autocast(self.config, self.parallel.device), self._leavable(stateless and safe):
+                with self._autocast(), self._leavable(stateless and safe):
                     losses = self.wrapped(batch, update)
                 torch.autograd.backward(losses["loss"] * weight)
             names = tuple(losses)
@@ -259,6 +250,9 @@ class Trainer:
         flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
         *values, asked, number_sum = self.parallel.mean(torch.cat([total, flags])).tolist()
         return dict(zip(names, values, strict=True)), round(number_sum / asked) if asked else 0
+
+    def _autocast(self) -> Any:
+        return autocast(self.config.training.precision, self.parallel.device)
 
     def _state(self) -> dict[str, Tensor]:
         """Weights and statistics of what is trained, by name: the very tensors."""

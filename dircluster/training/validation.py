@@ -17,6 +17,7 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import under_attack
+from dircluster.models.precision import autocast
 
 
 class Judge:
@@ -66,15 +67,22 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=1) == labels
 
 
+def _batch_size(config: RunConfig, device: torch.device) -> int:
+    """Images judged together: on a GPU several training batches of frozen passes, which keep fewer activations."""
+    if device.type == "cpu":
+        return config.evaluation.batch_size
+    return 4 * (config.training.microbatch or config.training.batch_size)
+
+
 def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel) -> tuple[float, float]:
     """Natural accuracy, and accuracy under the training attack with draws known, of a classifier or a Defended."""
-    split = split.take(slice(config.training.select_images))
-    judge = Judge(split, config, parallel, "selection", config.evaluation.batch_size)
+    split, device = split.take(slice(config.training.select_images)), parallel.device
+    judge = Judge(split, config, parallel, "selection", _batch_size(config, device))
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
         model = judge.model(deployed, rows)
-        with under_attack(deployed):
+        with under_attack(deployed), autocast(config.training.precision, device):
             steps = config.attack.steps
             adversarial = pgd(model, images, labels, judge.threat, steps, judge.step_size, judge.start(rows))
             with torch.no_grad():

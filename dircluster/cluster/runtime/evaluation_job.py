@@ -64,6 +64,7 @@ class EvaluationJob:
             self.settings.rows,
             FolderStore(self.folder, job_spec.keep_images),
             self.victim,
+            self.settings.precision,
         )
 
     @cached_property
