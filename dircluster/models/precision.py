@@ -46,15 +46,16 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 class OutsideAutocast(nn.Module):
-    """A layer that computes in fp32 also under autocast."""
+    """A layer that computes in the precision of its weights, fp32, whatever surrounds it."""
+
+    weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
+        kind, whole = x.device.type, x.to(self.weight.dtype)
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            whole: Tensor = super().forward(x)
-            return whole
+            return super().forward(whole)  # type: ignore[no-any-return]
         with torch.autocast(kind, enabled=False):
-            return super().forward(x.float())  # type: ignore[no-any-return]
+            return super().forward(whole)  # type: ignore[no-any-return]
 
     def _get_name(self) -> str:
         return type(self).__bases__[-1].__name__  # what it computes is what it is called

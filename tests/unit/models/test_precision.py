@@ -92,6 +92,7 @@ def test_outside_autocast_such_a_layer_is_the_layer_it_was() -> None:
         plain.load_state_dict(made.state_dict())
         x = torch.rand(2, 4) if isinstance(plain, nn.Linear) else torch.rand(2, 2, 5, 5)
         assert torch.equal(made(x), plain(x))
+        assert made(x.bfloat16()).dtype == torch.float32  # what sharded blocks in bf16 give
         assert made.double()(x.double()).dtype == torch.float64
         assert made.to("meta")(x.double().to("meta")).device.type == "meta"
         assert repr(made) == repr(plain)  # fingerprints of models hold it
