@@ -56,6 +56,11 @@ def seeded_torch_rng(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> 
         yield
 
 
+def placed(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was made on the CPU on ``device``; nobody waits for the copy to a GPU, which leaves from pinned memory."""
+    return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
+
+
 def per_image(seed: int, purpose: str, images: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uniform in [0, 1), float64, each image's from a stream of its own: image numbers (N,) -> (N, *shape).
 
@@ -81,17 +86,17 @@ class Stream:
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Uniform in [0, 1): -> (rows, *shape)."""
         drawn = torch.rand((self.batch, *shape), generator=self._generator(purpose))
-        return drawn[self.rows].to(self.device)
+        return placed(drawn[self.rows], self.device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal: -> (rows, *shape)."""
         drawn = torch.randn((self.batch, *shape), generator=self._generator(purpose))
-        return drawn[self.rows].to(self.device)
+        return placed(drawn[self.rows], self.device)
 
     def sample(self, purpose: str, draw: Callable[[torch.Generator, int], Tensor | None]) -> Tensor | None:
         """What ``draw`` makes from a generator for so many images, one row an image: -> (rows, ...), or its None."""
         drawn = draw(self._generator(purpose), self.batch)
-        return None if drawn is None else drawn[self.rows].to(self.device)
+        return None if drawn is None else placed(drawn[self.rows], self.device)
 
     def narrow(self, start: int, stop: int) -> Stream:
         """The same draws for the local rows ``start`` to ``stop`` alone."""

@@ -219,6 +219,8 @@ class TrainingConfig:
     stage became faster."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Optimizers that update all weights in one kernel; auto: on a GPU."""
+    draws_ahead: Literal["auto", "on", "off"] = "auto"
+    """Make each batch and its draws on a thread while the step before runs: the same bits; auto: on a GPU."""
     select_every: int = 1
     """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
     select_images: int = 1024
@@ -430,12 +432,19 @@ LATER_FIELDS: dict[str, Any] = {
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 
 
+SAME_NUMBERS = ("training.draws_ahead",)
+"""Settings, by dotted name, that decide how a number is computed and not which: keys do not hold them."""
+
+
 def as_hashed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as keys hash them: a setting of LATER_FIELDS is absent while it has the value given there."""
+    """Nested settings as keys hash them: without those of SAME_NUMBERS.
+
+    A setting of LATER_FIELDS is absent while it has the value given there.
+    """
     kept: dict[str, Any] = {}
     for name, value in settings.items():
         dotted = f"{prefix}{name}"
-        if dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]:
+        if dotted in SAME_NUMBERS or (dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]):
             continue
         kept[name] = as_hashed(value, f"{dotted}.") if isinstance(value, Mapping) else value
     return kept

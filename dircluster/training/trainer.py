@@ -24,6 +24,7 @@ from dircluster.distributed.deterministic import PairwiseSum
 from dircluster.distributed.parallel import Parallel, accumulates, gather_full, reshard, shard_like, without_sync
 from dircluster.evaluation.pictures import to_pixels
 from dircluster.models.precision import autocast, is_half
+from dircluster.training.ahead import Batches, is_ahead
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
@@ -81,6 +82,8 @@ class Trainer:
         self.pending.parameters = list(self.parameters.values())
         fused = is_fused(config.training, parallel.device)
         self.optimizers = {n: make_optimizer(self._of(n), knobs, fused) for n, knobs in stage.optimizers.items()}
+        ahead = is_ahead(config.training, parallel.device)
+        self.batches = Batches(self._make_batches, self.steps, parallel.device, ahead)
         self.validates = recipe.deployed() is not None
         self.mean = RunningMean(stage.ema, self._state())
         self.best: dict[str, Any] | None = None
@@ -104,6 +107,8 @@ class Trainer:
             except ConfigError as error:
                 self.console.say(str(error))
             raise
+        finally:
+            self.batches.close()
         self._commit(self.config.storage.patience)
         self.parallel.wait()
         if self.best is not None and self.best["folder"] is not None:
@@ -188,19 +193,13 @@ class Trainer:
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One step: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
         epoch, index = divmod(step, self.loader.steps_per_epoch)
-        images, labels, stream = self.loader(epoch, index)
+        batches = self.batches(step)
         self.recipe.train()
         reshard(self.wrapped)  # validation gathers frozen weights, and may leave them so
         for name, optimizer in self.optimizers.items():
             rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        count = pieces(self.config.training.batch_size, self.parallel.world, self.config.training.microbatch)
-        bounds = [len(labels) * i // count for i in range(count + 1)]
-        batches = [
-            self.recipe.batch(images[begin:end], labels[begin:end], stream.narrow(begin, end))
-            for begin, end in pairwise(bounds)
-        ]
         terms: dict[str, float] = {}
         signal, loss = 0, 0.0
         for update, trained in enumerate(self.recipe.updates):
@@ -218,6 +217,16 @@ class Trainer:
                 self.optimizers[name].step()
         self.mean.follow(self._state(), step)
         return {**terms, "loss": loss}, signal
+
+    def _make_batches(self, step: int) -> list[Batch]:
+        """This worker's micro-batches of a step, with all of their draws."""
+        images, labels, stream = self.loader(*divmod(step, self.loader.steps_per_epoch))
+        count = pieces(self.config.training.batch_size, self.parallel.world, self.config.training.microbatch)
+        bounds = [len(labels) * i // count for i in range(count + 1)]
+        return [
+            self.recipe.batch(images[begin:end], labels[begin:end], stream.narrow(begin, end))
+            for begin, end in pairwise(bounds)
+        ]
 
     def _update(self, batches: list[Batch], update: int) -> tuple[dict[str, float], int]:
         """Gradients of one update, over micro-batches that the first one attacks: -> loss terms, and a signal or 0."""
