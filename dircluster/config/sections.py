@@ -221,6 +221,9 @@ class TrainingConfig:
     """Optimizers that update all weights in one kernel; auto: on a GPU."""
     draws_ahead: Literal["auto", "on", "off"] = "auto"
     """Make each batch and its draws on a thread while the step before runs: the same bits; auto: on a GPU."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Record attack, forward and backward of a step as one CUDA graph and replay it; auto: on a GPU, for one worker
+    whose batch passes whole, and for models and recipes of this package. A signal then ends a run between two steps."""
     select_every: int = 1
     """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
     select_images: int = 1024
@@ -432,7 +435,7 @@ LATER_FIELDS: dict[str, Any] = {
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 
 
-SAME_NUMBERS = ("training.draws_ahead",)
+SAME_NUMBERS = ("training.draws_ahead", "training.capture")
 """Settings, by dotted name, that decide how a number is computed and not which: keys do not hold them."""
 
 

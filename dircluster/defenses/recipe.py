@@ -37,6 +37,10 @@ class Recipe(nn.Module):
     trained: tuple[str, ...] = ()
     """Names of the submodules whose weights the recipe trains."""
 
+    capturable = True
+    """Whether a step launches the same work each time, so that it can be recorded as one CUDA graph: false where its
+    passes wait for the device, or depend on Python values that change from step to step."""
+
     @property
     def updates(self) -> tuple[tuple[str, ...], ...]:
         """Submodules whose optimizers step in each update of a step, in order; a GAN has several updates."""

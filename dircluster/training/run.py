@@ -28,6 +28,7 @@ from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.training import checkpoint, export, stages
+from dircluster.training.capture import check_capture
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.compiling import check_compiler, uncompiled
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
@@ -79,6 +80,7 @@ class Run:
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers.
         """
         config, parallel = self.config, self.parallel
+        check_capture(config, parallel)
         if config.training.compile:
             check_compiler(parallel.device)
         with waiting(self.console):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from dircluster.distributed.parallel import Parallel, accumulates, gather_full, 
 from dircluster.evaluation.pictures import to_pixels
 from dircluster.models.precision import autocast, is_half
 from dircluster.training.ahead import Batches, is_ahead
+from dircluster.training.capture import CapturedStep, CaptureError, Recorder, Terms, captured_step
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
@@ -37,8 +39,22 @@ INTERRUPTED_PATIENCE = 20.0
 """Seconds that an interrupted run takes to commit its checkpoint."""
 
 
+MOST_UNREAD = 32
+"""Steps whose loss terms may wait on their device until they are read."""
+
+
 class NonFiniteLoss(RuntimeError):
     """A loss term or gradient norm is NaN or infinite; no weight was changed by it."""
+
+
+@dataclass
+class Reading:
+    """Loss terms and gradient norms of a step by name, on their device until somebody reads them."""
+
+    step: int
+    terms: list[Terms] = field(default_factory=list)
+    """Of each update."""
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _ambient(stage: str, update: int) -> str:
@@ -66,7 +82,9 @@ class Trainer:
         checkpoints: Checkpoints,
         record: StageRecord,
         console: Console,
+        recorder: Recorder | None = None,
     ) -> None:
+        """``recorder`` captures steps; a CUDA graph does, on a GPU, when it is not given."""
         self.stage, self.recipe = stage, recipe
         self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
         self.checkpoints, self.record, self.console = checkpoints, record, console
@@ -84,6 +102,10 @@ class Trainer:
         self.optimizers = {n: make_optimizer(self._of(n), knobs, fused) for n, knobs in stage.optimizers.items()}
         ahead = is_ahead(config.training, parallel.device)
         self.batches = Batches(self._make_batches, self.steps, parallel.device, ahead)
+        self.captured = captured_step(config, parallel, recipe, recorder, self._capture)
+        self.guards = fused and parallel.world == 1
+        """Whether a fused optimizer itself leaves weights alone where a loss is not finite: nobody waits to read it."""
+        self.unread: list[Reading] = []
         self.validates = recipe.deployed() is not None
         self.mean = RunningMean(stage.ema, self._state())
         self.best: dict[str, Any] | None = None
@@ -109,6 +131,7 @@ class Trainer:
             raise
         finally:
             self.batches.close()
+            self.captured = None
         self._commit(self.config.storage.patience)
         self.parallel.wait()
         if self.best is not None and self.best["folder"] is not None:
@@ -136,12 +159,16 @@ class Trainer:
                 self._save(start, judged=True)
         for step in range(start, self.steps):
             done = step + 1
-            terms, signal = self._step_or_save(step)
+            reading, signal = self._step_or_save(step)
+            self.unread.append(reading)
             window += 1
             epoch, inside = divmod(done, self.loader.steps_per_epoch)
             last = done == self.steps
-            if self.parallel.first and (done % self.config.tracking.log_every == 0 or last):
-                self._log(done, terms, window, time.monotonic() - since)
+            logs = self.parallel.first and (done % self.config.tracking.log_every == 0 or last)
+            if logs or len(self.unread) >= MOST_UNREAD:
+                self._read_all()
+            if logs:
+                self._log(done, self._read(reading), window, time.monotonic() - since)
                 window, since = 0, time.monotonic()
             began = time.monotonic()
             if self._selects_after(done):
@@ -172,10 +199,10 @@ class Trainer:
             self._save(done)
             raise
 
-    def _step_or_save(self, step: int) -> tuple[dict[str, float], int]:
-        """:meth:`step`, or a checkpoint of what was before it where a signal ends it halfway."""
+    def _step_or_save(self, step: int) -> tuple[Reading, int]:
+        """A step, or a checkpoint of what was before it where a signal ends it halfway."""
         try:
-            return self.step(step)
+            return self._step(step)
         except Interrupted:
             self._save(step)
             raise
@@ -192,6 +219,14 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One step: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
+        reading, signal = self._step(step)
+        return self._read(reading), signal
+
+    def _step(self, step: int) -> tuple[Reading, int]:
+        """The same, its loss terms unread where the optimizers guard the weights.
+
+        Otherwise they are read, and found finite, before an optimizer is asked to change anything.
+        """
         epoch, index = divmod(step, self.loader.steps_per_epoch)
         batches = self.batches(step)
         self.recipe.train()
@@ -200,23 +235,55 @@ class Trainer:
             rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        terms: dict[str, float] = {}
-        signal, loss = 0, 0.0
+        reading, signal = Reading(step), 0
         for update, trained in enumerate(self.recipe.updates):
             with rng.seeded_torch_rng(self.config.seed, _ambient(self.stage.name, update), epoch, index):
-                found, asked = self._update(batches, update)
-            self._must_be_finite(found, step)
-            signal, loss = signal or asked, loss + found["loss"]
-            terms |= found
-            for name in trained:
-                clip = self.stage.optimizers[name].clip
-                if clip is not None:
-                    norm = self.parallel.clip(self._of(name), clip)
-                    self._must_be_finite({f"gradient norm of {name}": norm}, step)
+                (names, values), asked = self._update(batches, update)
+            signal = signal or asked
+            guarded = self.guards and all(self.optimizers[name].state for name in trained)  # the first one makes it
+            if not guarded:
+                values = values.cpu()
+                self._must_be_finite(dict(zip(names, values.tolist(), strict=True)), step)
+            reading.terms.append((names, values))
+            norms = {f"gradient norm of {name}": norm for name in trained if (norm := self._clip(name)) is not None}
+            if guarded:
+                self._guard(trained, torch.stack([*values, *norms.values()]))
+                reading.norms |= norms
+            else:
+                self._must_be_finite({name: float(norm) for name, norm in norms.items()}, step)
             for name in trained:
                 self.optimizers[name].step()
         self.mean.follow(self._state(), step)
-        return {**terms, "loss": loss}, signal
+        return reading, signal
+
+    def _clip(self, name: str) -> Tensor | None:
+        """Clip the gradients of a module where its optimizer asks for it: -> their norm before."""
+        most = self.stage.optimizers[name].clip
+        return None if most is None else self.parallel.clip(self._of(name), most)
+
+    def _guard(self, trained: Sequence[str], values: Tensor) -> None:
+        """Let the fused optimizers of these modules change nothing where one of the values is not finite."""
+        broken = (~values.isfinite().all()).float()
+        for name in trained:
+            self.optimizers[name].found_inf = broken  # type: ignore[attr-defined]  # what a GradScaler sets
+
+    def _read(self, reading: Reading) -> dict[str, float]:
+        """Loss terms of a step, their total under ``loss``. Raises NonFiniteLoss."""
+        terms: dict[str, float] = {}
+        loss = 0.0
+        for names, values in reading.terms:
+            found = dict(zip(names, values.tolist(), strict=True))
+            self._must_be_finite(found, reading.step)
+            terms |= found
+            loss += found["loss"]
+        self._must_be_finite({name: float(norm) for name, norm in reading.norms.items()}, reading.step)
+        return {**terms, "loss": loss}
+
+    def _read_all(self) -> None:
+        """Find out whether all steps so far were sound: before anything of them is recorded, judged or stored."""
+        unread, self.unread = self.unread, []
+        for reading in unread:
+            self._read(reading)
 
     def _make_batches(self, step: int) -> list[Batch]:
         """This worker's micro-batches of a step, with all of their draws."""
@@ -228,8 +295,36 @@ class Trainer:
             for begin, end in pairwise(bounds)
         ]
 
-    def _update(self, batches: list[Batch], update: int) -> tuple[dict[str, float], int]:
+    def _capture(self, recorder: Recorder) -> CapturedStep:
+        return CapturedStep(self._whole, list(self.parameters.values()), recorder, self.batches.settle)
+
+    def _whole(self, batch: Batch) -> Terms:
+        """Attack, forward and backward of a batch that passes whole: what is captured."""
+        with self._autocast():
+            batch = self.recipe.attack(batch)
+        with self._autocast():
+            losses = self.recipe(batch)
+        torch.autograd.backward(losses["loss"])
+        return tuple(losses), torch.stack([value.detach().double() for value in losses.values()])
+
+    def _replayed(self, batch: Batch) -> Terms | None:
+        """The captured step on a batch; None where there is none. Raises ConfigError where it was asked for."""
+        if self.captured is None:
+            return None
+        try:
+            return self.captured(batch)
+        except CaptureError as error:
+            if self.config.training.capture == "on":
+                text = f"training.capture is on, but {self.stage.name} cannot be captured: {error}; use auto or off"
+                raise ConfigError(text) from error
+            self.console.say(f"{self.stage.name}: its step cannot be captured ({error}); it runs uncaptured")
+            self.captured = None
+            return None
+
+    def _update(self, batches: list[Batch], update: int) -> tuple[Terms, int]:
         """Gradients of one update, over micro-batches that the first one attacks: -> loss terms, and a signal or 0."""
+        if (replayed := self._replayed(batches[0])) is not None:
+            return replayed, self.console.stop_signal()
         names: tuple[str, ...] = ()
         total: Tensor | None = None
         images, world = self.config.training.batch_size, self.parallel.world
@@ -256,9 +351,12 @@ class Trainer:
         assert total is not None
         self.pending.join_all()
         signal = self.console.stop_signal()
+        if world == 1:
+            return (names, total), signal
         flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
-        *values, asked, number_sum = self.parallel.mean(torch.cat([total, flags])).tolist()
-        return dict(zip(names, values, strict=True)), round(number_sum / asked) if asked else 0
+        mean = self.parallel.mean(torch.cat([total, flags])).cpu()
+        asked, number = mean[-2:].tolist()
+        return (names, mean[:-2]), round(number / asked) if asked else 0
 
     def _autocast(self) -> Any:
         return autocast(self.config.training.precision, self.parallel.device)
@@ -336,6 +434,7 @@ class Trainer:
         """Copy the state and let the writer commit it; all workers call it together."""
         if done == self.saved and not judged:
             return
+        self._read_all()
         began = time.monotonic()
         names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         groups = {"model": self._weights()}
@@ -361,6 +460,7 @@ class Trainer:
         deployed = self.recipe.deployed()
         if deployed is None:
             return
+        self._read_all()
         with self._as_kept():
             natural, robust = held_out_accuracy(deployed, self.held_out, self.config, self.parallel)
             if self.best is None or robust > self.best["robust"]:
