@@ -21,7 +21,7 @@ from dircluster.distributed.parallel import SHARDED_ALONE
 from dircluster.models import classifiers
 from dircluster.rng import Stream
 from dircluster.training.stages import find_stage
-from dircluster.training.trainer import pieces
+from dircluster.training.step import pieces
 
 IMAGES = 2
 """That pass together where a step is counted."""

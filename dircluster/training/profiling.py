@@ -23,8 +23,8 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import frozen
 from dircluster.models.precision import autocast, is_half
 from dircluster.training.costs import count, step_operations
-from dircluster.training.protocols import NoRecord, Quiet
-from dircluster.training.trainer import Trainer
+from dircluster.training.protocols import Quiet
+from dircluster.training.step import Stepper
 
 PHASES = ("draws", "attack", "forward", "backward", "update")
 """Of a step: batch and randomness; adversarial samples; loss terms; gradients; the optimizers."""
@@ -65,8 +65,7 @@ def time_phases(
         flip=data.flip,
         device=device,
     )
-    checkpoints: Any = None  # nothing is kept of a benchmark
-    trainer = Trainer(stage, recipe, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
+    optimizers = Stepper(stage, recipe, loader, config, parallel, Quiet()).optimizers
     spent, losses = dict.fromkeys(PHASES, 0.0), []
     for step in range(1 + steps):
         recipe.train()
@@ -82,12 +81,12 @@ def time_phases(
             with autocast(training.precision, device):
                 loss = recipe(batch, update)["loss"]
             compared = _now(device)
-            for optimizer in trainer.optimizers.values():
+            for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             back = _now(device)
             for name in trained:
-                trainer.optimizers[name].step()
+                optimizers[name].step()
             ends = (began, compared, back, _now(device))
             times = [was + b - a for was, (a, b) in zip(times, pairwise(ends), strict=True)]
             total += loss.item()

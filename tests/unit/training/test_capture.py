@@ -27,7 +27,8 @@ from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoRecord, NoTracker, Quiet
 from dircluster.training.run import Run
-from dircluster.training.trainer import NonFiniteLoss, Trainer
+from dircluster.training.step import NonFiniteLoss
+from dircluster.training.trainer import Trainer
 from tests.unit.training.conftest import StopAfter
 from tests.unit.training.test_trainer import BATCH_NORMED
 from tests.unit.training.test_updates import Game
