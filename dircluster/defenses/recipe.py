@@ -47,7 +47,10 @@ class Recipe(nn.Module):
         return (self.trained,)
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """All randomness of a step on images of ``shape`` (C, H, W), by name: it can be made ahead of time."""
+        """All randomness of a step on images of ``shape`` (C, H, W), by name.
+
+        It is made ahead of time, on another thread: it neither reads nor changes weights.
+        """
         return {}
 
     def batch(self, images: Tensor, labels: Tensor, stream: Stream) -> Batch:

@@ -70,4 +70,5 @@ class Batches:
         stream.wait_event(ready)
         for batch in batches:
             for tensor in (batch.images, batch.labels, *batch.draws.values()):
-                tensor.record_stream(stream)
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)

@@ -36,23 +36,24 @@ class Recorder(Protocol):
 
 
 class GraphRecorder:
-    """Records CUDA graphs. Other threads may use the GPU meanwhile."""
+    """Records CUDA graphs, on a stream of their own: the default one cannot be recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """``work`` on a side stream: a graph is not recorded on the default one."""
-        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+        """``work`` on the stream that is recorded later: libraries keep memory for each."""
+        here = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
             work()
-        here.wait_stream(side)
+        here.wait_stream(self.side)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A CUDA graph of ``work``."""
+        """A CUDA graph of ``work``. Autograd's thread launches some of it, and others may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

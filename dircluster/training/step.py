@@ -125,7 +125,8 @@ class Stepper:
                 self._must_be_finite({name: float(norm) for name, norm in norms.items()}, step)
             for name in trained:
                 self.optimizers[name].step()
-        self.mean.follow(self._state(), step)
+        if self.mean.tensors:
+            self.mean.follow(self._state(), step)
         return reading, signal
 
     def _clip(self, name: str) -> Tensor | None:
