@@ -19,7 +19,6 @@ from dircluster.defenses.recipe import Batch
 from dircluster.presets.dir import DirRun
 from dircluster.training.ahead import Batches, is_ahead
 from dircluster.training.interrupt import Interrupted
-from dircluster.training.protocols import Quiet
 from dircluster.training.trainer import Trainer
 from tests.unit.training.conftest import StopAfter
 from tests.unit.training.test_trainer import elsewhere, make_trainer, run, weights
@@ -116,10 +115,15 @@ def test_an_error_of_the_thread_comes_out_at_its_step(smoke: DirRun, tmp_path: P
         return sound(epoch, step)
 
     broken.steps_per_epoch = sound.steps_per_epoch  # type: ignore[attr-defined]
-    trainer.loader, trainer.console, seen = broken, Quiet(), []  # type: ignore[assignment]
-    follow = trainer.mean.follow
-    trainer.mean.follow = lambda state, step: (seen.append(step), follow(state, step))  # type: ignore[assignment,func-returns-value,misc]
+    made, inner, trainer.loader = [], trainer._step, broken  # type: ignore[var-annotated,assignment]
+
+    def step(number: int) -> Any:
+        found = inner(number)
+        made.append(number)
+        return found
+
+    trainer._step = step  # type: ignore[method-assign]
     with pytest.raises(OSError, match="the shard is gone"):
         trainer.run()
-    assert seen == [0, 1]
+    assert made == [0, 1]
     assert not threads()
