@@ -9,7 +9,7 @@ step. They cost less than a hundredth of the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -33,16 +33,36 @@ def autocast(precision: Precision, device: torch.device) -> Any:
 def exact(device: torch.device) -> Iterator[None]:
     """True fp32 inside: no autocast, and no TF32 in products, convolutions and recurrent layers."""
     library: Any = torch.backends.cudnn
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, library.conv, library.rnn)
+    other: Any = torch.backends.mkldnn
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, library.conv, library.rnn, other.matmul)
     found = [place.fp32_precision for place in places]
+    products, convolutions = (
+        _older_switch(torch.get_float32_matmul_precision),
+        _older_switch(lambda: library.allow_tf32),
+    )
+
+    def switch(products: str | None, convolutions: bool | None, precisions: list[str]) -> None:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            library.allow_tf32 = convolutions
+        for place, precision in zip(places, precisions, strict=True):
+            place.fp32_precision = precision
+
     try:
-        for place in places:
-            place.fp32_precision = "ieee"
+        switch(products and "highest", convolutions and False, ["ieee"] * len(places))
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for place, value in zip(places, found, strict=True):
-            place.fp32_precision = value
+        switch(products, convolutions, found)
+
+
+def _older_switch(read: Callable[[], Any]) -> Any:
+    """PyTorch's older switch of TF32, which must agree with the newer ones; None where somebody has parted them."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 class OutsideAutocast(nn.Module):

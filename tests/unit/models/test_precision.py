@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -17,7 +18,6 @@ from dircluster.models.precision import (
     WholeConv2d,
     WholeLinear,
     autocast,
-    exact,
     is_half,
     keep_whole,
     reads_images_whole,
@@ -50,15 +50,51 @@ def test_auto_is_bf16_on_a_gpu_alone() -> None:
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_predictions_are_made_without_tf32_and_the_flags_come_back() -> None:
-    library: Any = torch.backends.cudnn
-    places = (torch.backends.cuda.matmul, library.conv, library.rnn)
-    before = [place.fp32_precision for place in places]
-    assert "tf32" in before  # convolutions, by PyTorch's default: what an evaluation must not run in
-    with autocast("bf16", CPU), exact(CPU):
-        assert {place.fp32_precision for place in places} == {"ieee"}
-        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
-    assert [place.fp32_precision for place in places] == before
+STATES = {
+    "PyTorch's own": "",
+    "older switches, TF32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True",
+    "older switches, no TF32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
+    "matmul precision high": "torch.set_float32_matmul_precision('high')",
+    "newer switches": "torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "newer switch for all": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_predictions_are_made_without_tf32_whoever_switched_it_and_the_switches_come_back(state: str) -> None:
+    """In a process of its own: the older and the newer switches are parted for good once both were used."""
+    script = f"""
+import torch
+from dircluster.models.precision import autocast, exact
+
+def read(what):
+    try:
+        return what()
+    except RuntimeError:
+        return "parted"
+
+def switches():
+    newer = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    older = (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+    )
+    return [place.fp32_precision for place in newer], [read(one) for one in older]
+
+{STATES[state]}
+cpu = torch.device("cpu")
+before = switches()
+with autocast("bf16", cpu), exact(cpu):
+    newer, older = switches()
+    assert newer == ["ieee"] * 3, newer
+    assert "parted" not in older or "parted" in before[1], (before, older)
+    assert True not in older, older
+    assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+    assert torch.nn.functional.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).dtype == torch.float32
+assert switches() == before, (switches(), before)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("name", networks())
