@@ -53,10 +53,7 @@ def test_auto_is_bf16_on_a_gpu_alone() -> None:
 STATES = {
     "PyTorch's own": "",
     "older switches, TF32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True",
-    "older switches, no TF32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
-    "matmul precision high": "torch.set_float32_matmul_precision('high')",
     "newer switches": "torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-    "newer switch for all": "torch.backends.fp32_precision = 'tf32'",
 }
 
 
