@@ -8,7 +8,7 @@ from typing import Any
 from dircluster.config import ConfigError
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.locks import TakenOverError
-from dircluster.training.trainer import NonFiniteLoss
+from dircluster.training.step import NonFiniteLoss
 
 
 def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dircluster.config.errors import (
 from dircluster.config.sections import (
     ARCHITECTURES,
     LATER_FIELDS,
+    SAME_NUMBERS,
     AttackConfig,
     DataConfig,
     EvaluationConfig,
@@ -39,6 +40,7 @@ from dircluster.config.serialize import digest, flatten, from_dict, local_path, 
 __all__ = [
     "ARCHITECTURES",
     "LATER_FIELDS",
+    "SAME_NUMBERS",
     "AttackConfig",
     "ConfigError",
     "DataConfig",

@@ -238,7 +238,16 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     compile: bool = False
-    """torch.compile the denoiser and the target."""
+    """torch.compile transformer blocks, residual blocks and the units of U-nets, each by itself. It takes a minute or
+    more at first, and its guards cost the host time at every call: on the slow host of the H100 in docs/results.md no
+    stage became faster."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Optimizers that update all weights in one kernel; auto: on a GPU."""
+    draws_ahead: Literal["auto", "on", "off"] = "auto"
+    """Make each batch and its draws on a thread while the step before runs: the same bits; auto: on a GPU."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Record attack, forward and backward of a step as one CUDA graph and replay it; auto: on a GPU, for one worker
+    whose batch passes whole, and for models and recipes of this package. A signal then ends a run between two steps."""
     select_every: int = 1
     """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
     select_images: int = 1024
@@ -274,6 +283,9 @@ class EvaluationConfig:
     """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
     rows: int = 256
     """Most rows, images times mask draws, that pass through a model at a time: memory against speed."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What attacks are crafted in; auto: bf16 on a GPU, fp32 on a CPU and for networks whose first layers bf16 would
+    round. Final predictions are always made in fp32 without TF32."""
     steps: int | None = None
     """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
     restarts: int | None = None
@@ -458,6 +470,7 @@ LATER_FIELDS: dict[str, Any] = {
     "attack.pipeline_steps": 1,
     "attack.pipeline_every": 1,
     "training.select_steps": None,
+    "training.fused": "auto",
     "target.ema": None,
     "dir.ema": None,
     "dir.perturb_step_size": None,
@@ -465,12 +478,19 @@ LATER_FIELDS: dict[str, Any] = {
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 
 
+SAME_NUMBERS = ("training.draws_ahead", "training.capture")
+"""Settings, by dotted name, that decide how a number is computed and not which: keys do not hold them."""
+
+
 def as_hashed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as keys hash them: a setting of LATER_FIELDS is absent while it has the value given there."""
+    """Nested settings as keys hash them: without those of SAME_NUMBERS.
+
+    A setting of LATER_FIELDS is absent while it has the value given there.
+    """
     kept: dict[str, Any] = {}
     for name, value in settings.items():
         dotted = f"{prefix}{name}"
-        if dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]:
+        if dotted in SAME_NUMBERS or (dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]):
             continue
         kept[name] = as_hashed(value, f"{dotted}.") if isinstance(value, Mapping) else value
     return kept

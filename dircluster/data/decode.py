@@ -18,37 +18,43 @@ from dircluster.config import ConfigError, DataConfig, first_line
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 
 
-def decode(blobs: Iterable[bytes | Path | None], config: DataConfig) -> Tensor:
+Blob = bytes | Path | None
+"""An encoded image, or the file that holds it."""
+
+
+def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
     """Encoded images as (n, C, H, W) uint8; with ``data.resize`` their middle squares, brought to size.
 
     Raises ConfigError where one cannot be read or sizes differ.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    mode, size = "L" if config.channels == 1 else "RGB", (config.width, config.height)
-
-    def one(blob: bytes | Path | None) -> np.ndarray[Any, Any]:
-        try:
-            with Image.open(
-                io.BytesIO((blob or b"") if isinstance(blob, bytes | None) else blob.read_bytes())
-            ) as image:
-                converted = image.convert(mode)
-                return np.asarray(
-                    ImageOps.fit(converted, size, Image.Resampling.BILINEAR) if config.resize else converted
-                )
-        except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(f"an image cannot be read: {first_line(error)}") from error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(pool.map(one, blobs, chunksize=256))
+    given, threads = list(blobs), os.cpu_count() or 1
+    size = max(1, min(256, len(given) // (4 * threads)))  # a task costs Python as much as a small image does
+    parts = [given[start : start + size] for start in range(0, len(given), size)]
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = pool.map(lambda part: [_pixels(blob, config) for blob in part], parts)
+        images = [image for part in decoded for image in part]
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
         some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:3])
         raise ConfigError(
             f"the images have {len(sizes)} different sizes ({some}, ...); bring them to one: --data.resize"
         )
-    stacked = torch.from_numpy(np.stack(images))
-    return stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _pixels(blob: Blob, config: DataConfig) -> np.ndarray[Any, Any]:
+    """An image as (H, W, C) uint8. Raises ConfigError where it cannot be read."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    mode, size = "L" if config.channels == 1 else "RGB", (config.width, config.height)
+    try:
+        encoded = blob.read_bytes() if isinstance(blob, Path) else blob or b""
+        with Image.open(io.BytesIO(encoded)) as image:
+            made = image if image.mode == mode else image.convert(mode)
+            made = ImageOps.fit(made, size, Image.Resampling.BILINEAR) if config.resize else made
+            return np.frombuffer(made.tobytes(), np.uint8).reshape(made.height, made.width, -1)
+    except (UnidentifiedImageError, OSError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"an image cannot be read: {first_line(error)}") from error
 
 
 def columns(table: Any, source: Path) -> tuple[list[bytes], list[int]]:

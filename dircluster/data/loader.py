@@ -45,7 +45,7 @@ class Loader:
             generator = rng.generator(self.seed, f"{self.purpose}/order", epoch)
             self._order = (epoch, torch.randperm(len(self.split), generator=generator))
         batch = self._order[1][step * self.batch_size : (step + 1) * self.batch_size]
-        chosen = batch[self.rows].to(self.device)
+        chosen = rng.placed(batch[self.rows], self.device)
         images, labels = self.split.images[chosen], self.split.labels[chosen]
         stream = rng.Stream(self.seed, epoch, step, self.batch_size, self.rows, self.device, prefix=self.purpose)
         images = augmented(images, stream, self.crop_padding, self.flip)

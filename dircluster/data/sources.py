@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig, first_line, local_path
@@ -31,6 +33,29 @@ SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Images as they are stored, and their labels (n,): what a run does not use is not decoded."""
+
+    images: Sequence[bytes | Path]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor | slice) -> Encoded:
+        """Some of the rows, in the order given."""
+        chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        return Encoded([self.images[row] for row in chosen], self.labels[rows])
+
+    def decoded(self, config: DataConfig) -> Split:
+        """The images in memory. Raises ConfigError where one cannot be read or sizes differ."""
+        return Split(decode(self.images, config), self.labels)
+
+
+Stored = Split | Encoded
+
+
 def load(
     config: DataConfig,
     seed: int,
@@ -45,18 +70,18 @@ def load(
     """
     if config.stream:
         return _streamed(config, seed, open_path)
-    if config.uri is not None:
-        training, test = _from_path(config, open_path)
-    else:
-        training, test = DATASETS[config.name](cache)
-    _check(training, config)
-    if test is None:
-        order = torch.randperm(len(training), generator=rng.generator(0, "test_split"))
-        cut = max(1, round(config.test_share * len(training)))
-        training, test = training.take(order[cut:]), training.take(order[:cut])
-    _check(test, config)
-    if config.limit is not None:
-        training, test = training.take(slice(config.limit)), test.take(slice(config.limit))
+    stored: tuple[Stored, Stored | None] = (
+        DATASETS[config.name](cache) if config.uri is None else _from_path(config, open_path)
+    )
+    first, second = stored
+    _check_labels(first, config)
+    if second is None:
+        first = _in_memory(first, config) if config.limit is None else first  # all is used: sizes are compared
+        order = torch.randperm(len(first), generator=rng.generator(0, "test_split"))
+        cut = max(1, round(config.test_share * len(first)))
+        first, second = first.take(order[cut:]), first.take(order[:cut])
+    _check_labels(second, config)
+    training, test = _in_memory(first, config), _in_memory(second, config)
     order = torch.randperm(len(training), generator=rng.generator(seed, "held_out"))
     cut = max(1, round(config.held_out * len(training)))
     if cut >= len(training):
@@ -80,21 +105,33 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
     read = [read_group(group) for group in off.groups]
     blobs, labels = [b for part in read for b in part[0]], [i for part in read for i in part[1]]
     held_out = Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
-    judged = _parquet(test, config)
+    judged = _parquet(test).decoded(config)
     for split in (held_out, judged):
-        _check(split, config)
+        _check_size(split, config)
+        _check_labels(split, config)
     digest = hashlib.sha256(shards.fingerprint().encode())
     digest.update(judged.images.numpy().tobytes())
     return Dataset(rest, held_out, judged, digest.hexdigest())
 
 
-def _check(split: Split, config: DataConfig) -> None:
+def _in_memory(stored: Stored, config: DataConfig) -> Split:
+    """The images that ``data.limit`` leaves of a split, decoded. Raises ConfigError."""
+    some = stored if config.limit is None else stored.take(slice(config.limit))
+    split = some.decoded(config) if isinstance(some, Encoded) else some
+    _check_size(split, config)
+    return split
+
+
+def _check_size(split: Split, config: DataConfig) -> None:
     found, wanted = tuple(split.images.shape[1:]), (config.channels, config.height, config.width)
     if found != wanted:
         raise ConfigError(
             f"the images are {'x'.join(map(str, found))} (channels x height x width), but data says"
             f" {'x'.join(map(str, wanted))}; set data.channels, data.height and data.width"
         )
+
+
+def _check_labels(split: Stored, config: DataConfig) -> None:
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= config.classes:
         raise ConfigError(f"labels reach from {low} to {high}, but data.classes is {config.classes}")
@@ -208,15 +245,15 @@ def _rows(files: list[Path]) -> int:
         raise ConfigError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
 
 
-def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Split, Split | None]:
+def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Encoded, Encoded | None]:
     train, test = _files(config, open_path)
     if train[0].suffix.lower() not in IMAGE_SUFFIXES:
-        return _parquet(train, config), (_parquet(test, config) if test else None)
+        return _parquet(train), (_parquet(test) if test else None)
     names = sorted({f.parent.name for f in train})
     return _folder(train, names, config), (_folder(test, names, config) if test else None)
 
 
-def _parquet(files: list[Path], config: DataConfig) -> Split:
+def _parquet(files: list[Path]) -> Encoded:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -227,14 +264,14 @@ def _parquet(files: list[Path], config: DataConfig) -> Split:
     if table.num_rows == 0:
         raise ConfigError(f"{files[0]} holds no rows")
     blobs, labels = columns(table, files[0])
-    return Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
+    return Encoded(blobs, torch.tensor(labels, dtype=torch.int64))
 
 
-def _folder(files: list[Path], names: list[str], config: DataConfig) -> Split:
+def _folder(files: list[Path], names: list[str], config: DataConfig) -> Encoded:
     if len(names) > config.classes:
         raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
     unknown = sorted({f.parent.name for f in files} - set(names))
     if unknown:
         raise ConfigError(f"the test split has classes that the training split has not: {', '.join(unknown)}")
     labels = torch.tensor([names.index(f.parent.name) for f in files])
-    return Split(decode(files, config), labels)
+    return Encoded(files, labels)

@@ -132,8 +132,8 @@ class StreamLoader:
         self._ahead = (following, self._pool.submit(self._read, *following))
         stream = rng.Stream(self.seed, epoch, step, self.batch_size, self.rows, self.device, prefix=self.purpose)
         config = self.shards.config
-        images = augmented(images.to(self.device), stream, config.crop_padding, config.flip)
-        return images.float() / 255, labels.to(self.device), stream
+        images = augmented(rng.placed(images, self.device), stream, config.crop_padding, config.flip)
+        return images.float() / 255, rng.placed(labels, self.device), stream
 
     def _read(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         blobs, labels = [], []

@@ -121,6 +121,7 @@ class DirRecipe(Recipe):
         self.threat = attack
         self.trained = ("denoiser", "classifier") if config.joint else ("denoiser",)
         self.attacks_deployed = True
+        self.capturable = attack.pipeline_every == 1  # else steps differ
 
     def train(self, mode: bool = True) -> DirRecipe:
         super().train(mode)

@@ -41,13 +41,20 @@ class Recipe(nn.Module):
     attacks_deployed = False
     """Whether :meth:`attack` is aimed at what is deployed: then held-out images tell whether it has overfitted."""
 
+    capturable = True
+    """Whether a step launches the same work each time, so that it can be recorded as one CUDA graph: false where its
+    passes wait for the device, or depend on Python values that change from step to step."""
+
     @property
     def updates(self) -> tuple[tuple[str, ...], ...]:
         """Submodules whose optimizers step in each update of a step, in order; a GAN has several updates."""
         return (self.trained,)
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """All randomness of a step on images of ``shape`` (C, H, W), by name: it can be made ahead of time."""
+        """All randomness of a step on images of ``shape`` (C, H, W), by name.
+
+        It is made ahead of time, on another thread: it neither reads nor changes weights.
+        """
         return {}
 
     def batch(self, images: Tensor, labels: Tensor, stream: Stream) -> Batch:

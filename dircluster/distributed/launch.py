@@ -26,6 +26,12 @@ def choose_device(scaling: ScalingConfig, local_rank: int, workers_here: int) ->
     return torch.device("cpu")
 
 
+def choose_kernels(device: torch.device) -> None:
+    """Let convolutions on a GPU use the kernels that are fastest for their shapes, of which a run has few."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 def set_threads(scaling: ScalingConfig, workers_here: int) -> None:
     """Share this machine's cores among the workers on it."""
     torch.set_num_threads(scaling.threads or max(1, (os.cpu_count() or 1) // workers_here))
@@ -39,6 +45,7 @@ def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
     workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = choose_device(scaling, local_rank, workers_here)
     set_threads(scaling, workers_here)
+    choose_kernels(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -53,6 +60,7 @@ def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
 def joined_workers(scaling: ScalingConfig, device: torch.device, workers_here: int) -> Parallel:
     """The workers of a process group that somebody else (Ray Train) has started."""
     set_threads(scaling, workers_here)
+    choose_kernels(device)
     if not dist.is_initialized():
         return Parallel(0, 1, device)
     return Parallel(dist.get_rank(), dist.get_world_size(), device)

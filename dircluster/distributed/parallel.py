@@ -48,7 +48,7 @@ class Parallel:
     ) -> nn.Module:
         """``module`` with gradients averaged over the workers on backward, where there are several.
 
-        ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers weights in bf16 where ``half``.
+        ddp replicates it; fsdp shards its ``trained`` submodules in place, and gathers blocks in bf16 where ``half``.
         What lies ``pending`` of earlier micro-batches joins the average.
         """
         if self.world == 1:
@@ -68,19 +68,19 @@ class Parallel:
             values = values / self.world
         return values
 
-    def clip(self, parameters: Sequence[Tensor], most: float) -> float:
-        """Scale gradients down to a norm of ``most`` over all ``parameters``, sharded or not; -> their norm before."""
+    def clip(self, parameters: Sequence[Tensor], most: float) -> Tensor:
+        """Scale gradients down to a norm of ``most`` over all ``parameters``, sharded or not; -> their norm before, ().
+
+        Nothing waits for the device.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None]
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradient in gradients:  # in double, so that shards add up to what the whole gives
-            norm = torch.linalg.vector_norm(_local(gradient), dtype=torch.float64)
-            squares += norm.square()
+        parts = [_local(gradient) for gradient in gradients]
+        norms = torch._foreach_norm(parts, 2, dtype=torch.float64)  # so that shards add up to what the whole gives
+        squares = torch.stack(list(norms)).square().cumsum(0)[-1]  # one after the other: cumsum keeps to that on CPUs
         if any(isinstance(gradient, DTensor) for gradient in gradients):
             dist.all_reduce(squares)
-        norm = float(squares.sqrt())
-        if norm > most:
-            for gradient in gradients:
-                gradient.mul_(most / norm)
+        norm = squares.sqrt()
+        torch._foreach_mul_(parts, (most / norm).clamp(max=1.0).to(parts[0].dtype))
         return norm
 
     def gather_rows(self, rows: Tensor, order: Tensor, total: int) -> Tensor:
@@ -130,13 +130,14 @@ class Parallel:
 
 
 def _shard(module: nn.Module, half: bool, device: torch.device) -> None:
-    """FSDP2 over all workers, in place."""
+    """FSDP2 over all workers, in place. With ``half`` layers are gathered in bf16; what is around them stays whole."""
     from timm.models.vision_transformer import Block as TimmBlock  # a target's; nothing else needs the seconds it takes
 
     alone = (*SHARDED_ALONE, TimmBlock)
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    whole = MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else whole
     for part in [*(m for m in module.modules() if isinstance(m, alone)), module]:
-        sharded = fully_shard(part, mp_policy=policy)
+        sharded = fully_shard(part, mp_policy=whole if part is module else policy)
         scatter_gradients(sharded, device)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)

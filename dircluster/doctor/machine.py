@@ -107,6 +107,8 @@ def trainer(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> 
     try:
         yield made
     finally:
+        made.batches.close()
+        made.captured = None  # a graph holds memory
         if made.writer is not None:
             made.writer.close(0)
         if config.training.compile:

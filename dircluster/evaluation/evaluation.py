@@ -11,13 +11,14 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.config import digest
+from dircluster.defenses.base import Defended
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
 from dircluster.evaluation.provenance import code_digest, modules_of
@@ -26,6 +27,7 @@ from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
+from dircluster.models.precision import Precision, autocast, exact, is_half, reads_images_whole
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Evaluation:
         most_rows: int,
         store: ResultStore,
         victim: VictimModel,
+        precision: Precision = "auto",
     ) -> None:
+        """``precision`` is what attacks are crafted in, see :func:`crafting`."""
         self.specs, self.images, self.seed = list(specs), images, seed
         self.shard_size, self.most_rows, self.store = shard_size, most_rows, store
-        self.victim = victim
+        self.victim, self.precision = victim, precision
         self._read: dict[str, dict[str, Any]] = {}
 
     def shards(self, spec: AttackSpec | None = None) -> Iterator[EvalShard]:
@@ -99,9 +103,11 @@ class Evaluation:
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
         attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
+        crafted = crafting(self.precision, victim, images.device)
         with under_attack(*victim.modules):
-            found, warned = attack(images, labels)
-            with torch.no_grad():
+            with autocast(crafted, images.device):
+                found, warned = attack(images, labels)
+            with torch.no_grad(), exact(images.device):
                 right = judge(victim, shard.spec, fixed, fresh, self.most_rows)(found, labels)
         lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
         if lost:
@@ -114,6 +120,7 @@ class Evaluation:
             "code": code(shard.spec, victim),
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
+            "crafting": crafted,
             "seconds": round(time.monotonic() - began, 3),
         }
         self.store.put(shard.name, outcome, found)
@@ -162,6 +169,7 @@ class Evaluation:
             average=spec.average,
             sha256=hashlib.sha256("".join(o["sha256"] for o in outcomes).encode()).hexdigest(),
             warnings=tuple(dict.fromkeys(w for o in outcomes for w in o["warnings"])),
+            crafting=" and ".join(sorted({o.get("crafting", "fp32") for o in outcomes})),
         )
 
     def seconds(self, spec: AttackSpec) -> float:
@@ -174,6 +182,14 @@ class Evaluation:
             if outcome is None:
                 raise LookupError(f"{shard.name} is not finished")
             yield outcome
+
+
+def crafting(precision: Precision, victim: VictimModel, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What attacks on ``victim`` are computed in: auto is bf16 on a GPU where bf16 does not round the images."""
+    module = victim.module
+    parts = (module.purifier, module.classifier) if isinstance(module, Defended) else (module,)
+    rounded = precision == "auto" and not reads_images_whole(*parts, *victim.modules[1:])
+    return "bf16" if is_half(precision, device) and not rounded else "fp32"
 
 
 def code(spec: AttackSpec, victim: VictimModel) -> str:

@@ -29,7 +29,9 @@ def facts_of(
 
     ``defense`` and ``surrogate`` are digests: of the committed folder, or of weights and code where there is none.
     """
-    shards = {"batch": settings.batch_size, "rows": settings.rows}
+    shards: dict[str, Any] = {"batch": settings.batch_size, "rows": settings.rows}
+    if settings.precision != "auto":  # what is found by auto counts, whatever machine found it: its rows say in what
+        shards["precision"] = settings.precision
     return {"defense": defense, "surrogate": surrogate, "data": data, "images": images, "seed": seed, **shards}
 
 

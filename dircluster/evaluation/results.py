@@ -44,6 +44,10 @@ class Result:
     sha256: str
     """Of the shards' digests, in order, each of its adversarial images (float32)."""
     warnings: tuple[str, ...] = ()
+    crafting: str = "fp32"
+    """fp32 or bf16: what the attack was computed in; both where shards differ."""
+    predictions: str = "fp32"
+    """What the accuracy was computed in: fp32, without TF32."""
 
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -166,6 +166,8 @@ def evaluate(
     victim.meet(images[:8].to(device), int(labels.max()))
     planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
     store = MemoryStore() if store is None else store
-    evaluation = Evaluation(planned.specs, len(images), seed, chosen.batch_size, chosen.rows, store, victim)
+    evaluation = Evaluation(
+        planned.specs, len(images), seed, chosen.batch_size, chosen.rows, store, victim, chosen.precision
+    )
     run(evaluation, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), on_shard)
     return report(evaluation, planned, name, chosen)

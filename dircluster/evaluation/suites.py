@@ -127,6 +127,8 @@ def how(row: Mapping[str, Any], draws: bool = True) -> str:
     for key, name in (("restarts", "restarts"), ("eot", "EOT"), ("average", "logits averaged over")):
         if row[key] > 1:
             parts.append(f"{name} {row[key]}")
+    if row.get("crafting", "fp32") != "fp32":
+        parts.append(f"crafted in {row['crafting']}")
     if draws and row["draws"] > 1:
         mean = f"mean {100 * row['mean']:.1f}, " if row["randomness"] == "fixed" else ""
         parts.append(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dircluster.config import ConfigError, DataConfig, first_line, named_line
 from dircluster.models.modules import device_of, evaluating
+from dircluster.models.precision import WholeConv2d, WholeLinear, keep_whole
 
 
 class Normalized(nn.Module):
@@ -42,14 +43,14 @@ class SmallCNN(nn.Sequential):
 
     def __init__(self, classes: int, channels: int, height: int, width: int) -> None:
         super().__init__(
-            nn.Conv2d(channels, 32, 3, padding=1),
+            WholeConv2d(channels, 32, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(32, 64, 3, stride=2, padding=1),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64 * ((height + 1) // 2) * ((width + 1) // 2), 64),
             nn.ReLU(),
-            nn.Linear(64, classes),
+            WholeLinear(64, classes),
         )
 
 
@@ -81,13 +82,13 @@ class ResNet18(nn.Sequential):
             blocks += [BasicBlock(inputs, outputs, stride), BasicBlock(outputs, outputs, 1)]
             inputs = outputs
         super().__init__(
-            nn.Conv2d(channels, 64, 3, 1, 1, bias=False),
+            WholeConv2d(channels, 64, 3, 1, 1, bias=False),
             nn.BatchNorm2d(64),
             nn.ReLU(),
             *blocks,
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(512, classes),
+            WholeLinear(512, classes),
         )
 
 
@@ -129,13 +130,13 @@ class PreActResNet(nn.Sequential):
                 blocks.append(PreActBlock(inputs, outputs, 2 if number > 0 and index == 0 else 1))
                 inputs = outputs
         super().__init__(
-            nn.Conv2d(channels, stem, 3, 1, 1, bias=False),
+            WholeConv2d(channels, stem, 3, 1, 1, bias=False),
             *blocks,
             nn.BatchNorm2d(inputs),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(inputs, classes),
+            WholeLinear(inputs, classes),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -182,6 +183,9 @@ def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn
         raise ConfigError(f"timm:{name} could not be made: {first_line(error)}") from error
     published: Any = network.pretrained_cfg
     mean, std = (tuple(published[name])[:channels] for name in ("mean", "std"))
+    for name in (published.get("first_conv"), published.get("classifier")):
+        for path in (name,) if isinstance(name, str) else name or ():
+            keep_whole(network.get_submodule(path))
     return Normalized(network, mean, std)
 
 

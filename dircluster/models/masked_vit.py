@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dircluster.models.precision import WholeConv1d, WholeLinear
 from dircluster.models.transformer import Block
 from dircluster.presets.dir import ModelConfig
 
@@ -29,7 +30,7 @@ class TokenMixingHead(nn.Module):
     def __init__(self, tokens: int, width: int, pixels: int) -> None:
         super().__init__()
         stride = width // pixels
-        self.mix = nn.Conv1d(tokens, tokens, kernel_size=stride, stride=stride)
+        self.mix = WholeConv1d(tokens, tokens, kernel_size=stride, stride=stride)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, C*p*p)."""
@@ -53,7 +54,7 @@ class MaskedDenoiser(nn.Module):
         def blocks(depth: int) -> nn.Sequential:
             return nn.Sequential(*(Block(dim, config.heads, config.mlp_ratio) for _ in range(depth)))
 
-        self.embed = nn.Linear(pixels, dim)
+        self.embed = WholeLinear(pixels, dim)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.encoder_position = nn.Parameter(torch.zeros(1, self.tokens + 1, dim))
@@ -64,7 +65,7 @@ class MaskedDenoiser(nn.Module):
         self.decoder_norm = nn.LayerNorm(dim)
         self.recompute = False
         """Whether activations of blocks are computed again in the backward pass instead of being kept."""
-        self.head = nn.Linear(dim, pixels) if config.head == "linear" else TokenMixingHead(self.tokens, dim, pixels)
+        self.head = WholeLinear(dim, pixels) if config.head == "linear" else TokenMixingHead(self.tokens, dim, pixels)
         self._initialize()
 
     def _initialize(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.config import ConfigError
+from dircluster.models.precision import WholeConv2d, keep_whole
 
 WIDTHS = (64, 128, 256, 256, 256)
 """Channels of each encoder stage, from full resolution down, in the published network."""
@@ -86,7 +87,8 @@ class DUNet(nn.Module):
             stage(widths[i + 1] + widths[i], widths[i], units[i], stride=2 if ported and units[i] >= 3 else 1)
             for i in reversed(range(stages - 1))
         )
-        self.head = nn.Conv2d(widths[0], channels, 1, bias=ported)
+        self.head = WholeConv2d(widths[0], channels, 1, bias=ported)
+        keep_whole(self.encoder[0][0][0])  # type: ignore[index]
 
     def forward(self, images: Tensor) -> Tensor:
         """Restored images, not clamped: (N, C, H, W) in [0, 1] -> (N, C, H, W), any H and W."""

@@ -27,7 +27,7 @@ from dircluster.models import classifiers
 from dircluster.models.modules import under_attack
 from dircluster.rng import Stream
 from dircluster.training.stages import find_stage
-from dircluster.training.trainer import pieces
+from dircluster.training.step import pieces
 
 IMAGES = 2
 """That pass together where a step is counted."""
@@ -49,7 +49,7 @@ class Costs:
 
         ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and
         update, those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes
-        four bytes, two in bf16 under fsdp; a gradient takes four.
+        four bytes, that of a block two in bf16; a gradient takes four.
         """
         if workers == 1:
             return 0
@@ -58,7 +58,8 @@ class Costs:
             return 2 * weights * (workers - 1) // workers
         passes = stage.passes * pieces(config.training.batch_size, workers, config.training.microbatch)
         width = 2 if config.training.precision == "bf16" else 4
-        gathered = passes * width * (self.purifier_parameters + self.purifier_block_parameters)
+        blocks = self.purifier_block_parameters
+        gathered = passes * (2 * width * blocks + 4 * (self.purifier_parameters - blocks))
         return (gathered + weights) * (workers - 1) // workers
 
 

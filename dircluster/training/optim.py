@@ -7,15 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dircluster.config import OptimizerConfig
+from dircluster.config import OptimizerConfig, TrainingConfig
 from dircluster.distributed.parallel import shard_like
 
 
-def make_optimizer(parameters: list[Tensor], knobs: OptimizerConfig) -> torch.optim.Optimizer:
+def is_fused(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether an update of weights on ``device`` is one kernel: where asked for, and by itself on a GPU."""
+    return training.fused == "on" or (training.fused == "auto" and device.type == "cuda")
+
+
+def make_optimizer(parameters: list[Tensor], knobs: OptimizerConfig, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of ``knobs`` at its peak rate."""
+    kind = True if fused else None  # None leaves the choice among the unfused ones to PyTorch
+    rate, decay = knobs.lr, knobs.weight_decay
     if knobs.name == "sgd":
-        return torch.optim.SGD(parameters, lr=knobs.lr, momentum=knobs.momentum, weight_decay=knobs.weight_decay)
+        return torch.optim.SGD(parameters, lr=rate, momentum=knobs.momentum, weight_decay=decay, fused=kind)
     betas = (knobs.momentum, knobs.beta2)
-    return torch.optim.AdamW(parameters, lr=knobs.lr, betas=betas, weight_decay=knobs.weight_decay)
+    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=kind)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -32,9 +40,17 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of :func:`optimizer_tensors`."""
+    """The inverse of :func:`optimizer_tensors`.
+
+    The count of steps is whole on every worker: beside its parameter where a fused kernel reads it, else on the CPU.
+    """
+    fused = {parameter for group in optimizer.param_groups if group["fused"] for parameter in group["params"]}
     optimizer.state.clear()
     for name, value in sorted(tensors.items()):
         owner, _, kind = name.rpartition("|")
         parameter = parameters[owner]
-        optimizer.state[parameter][kind] = value if kind == "step" else shard_like(value, parameter)
+        if kind == "step":
+            value = value.to(parameter.device if parameter in fused else "cpu")
+        else:
+            value = shard_like(value, parameter)
+        optimizer.state[parameter][kind] = value

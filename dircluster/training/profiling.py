@@ -23,9 +23,10 @@ from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import frozen
+from dircluster.models.precision import autocast, is_half
 from dircluster.training.costs import count, step_operations
 from dircluster.training.protocols import NoRecord, Quiet
-from dircluster.training.trainer import Trainer, autocast
+from dircluster.training.trainer import Trainer
 
 PHASES = ("draws", "attack", "forward", "backward", "update")
 """Of a step: batch and randomness; adversarial samples; loss terms; gradients; the optimizers."""
@@ -66,28 +67,28 @@ def time_phases(
     """
     device, training = parallel.device, config.training
     trainer = stage_trainer(stage, recipe, config, train, parallel)
-    loader = trainer.loader
+    loader, optimizers = trainer.loader, trainer.optimizers
     spent, losses = dict.fromkeys(PHASES, 0.0), []
     for step in range(1 + steps):
         recipe.train()
         marks = [now(device)]
         batch = recipe.batch(*loader(*divmod(step, loader.steps_per_epoch)))
         marks.append(now(device))
-        with autocast(config, device):
+        with autocast(training.precision, device):
             batch = recipe.attack(batch)
         marks.append(now(device))
         times, total = [0.0, 0.0, 0.0], 0.0
         for update, trained in enumerate(recipe.updates):
             began = now(device)
-            with autocast(config, device):
+            with autocast(training.precision, device):
                 loss = recipe(batch, update)["loss"]
             compared = now(device)
-            for optimizer in trainer.optimizers.values():
+            for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             back = now(device)
             for name in trained:
-                trainer.optimizers[name].step()
+                optimizers[name].step()
             ends = (began, compared, back, now(device))
             times = [was + b - a for was, (a, b) in zip(times, pairwise(ends), strict=True)]
             total += loss.item()
@@ -96,7 +97,7 @@ def time_phases(
             for phase, taken in zip(PHASES, [b - a for a, b in pairwise(marks)] + times, strict=True):
                 spent[phase] += taken / steps
     seconds = sum(spent.values())
-    bf16 = device.type == "cuda" and training.precision != "fp32"
+    bf16 = is_half(training.precision, device)
     rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
     costs = count(config)
     operations = step_operations(config, stage.name)

@@ -28,7 +28,9 @@ from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.training import checkpoint, export, stages
+from dircluster.training.capture import check_capture
 from dircluster.training.checkpoint import Checkpoints
+from dircluster.training.compiling import check_compiler, uncompiled
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import Console, StageRecord, Tracker
@@ -80,6 +82,9 @@ class Run:
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers.
         """
         config, parallel = self.config, self.parallel
+        check_capture(config, parallel)
+        if config.training.compile:
+            check_compiler(parallel.device)
         with waiting(self.console):
             self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
@@ -274,7 +279,14 @@ class Run:
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
         store = FolderStore(results_folder(self.storage, victim.name, facts))
         evaluation = Evaluation(
-            planned.specs, len(test), config.seed, settings.batch_size, settings.rows, store, victim
+            planned.specs,
+            len(test),
+            config.seed,
+            settings.batch_size,
+            settings.rows,
+            store,
+            victim,
+            settings.precision,
         )
 
         def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -288,7 +300,7 @@ class Run:
         left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
-            with interruptible(defense.classifier, self.console):
+            with interruptible(defense.classifier, self.console), uncompiled(config.training.compile):
                 run(evaluation, batch, on_shard, lambda index: index % parallel.world == parallel.rank)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)

@@ -21,11 +21,10 @@ class RunningMean:
         if self.decay is None:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in state.items():
-            if value.is_floating_point():
-                self.tensors[name].lerp_(value, 1 - decay)
-            else:  # counters
-                self.tensors[name].copy_(value)
+        moved = [name for name, value in state.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.tensors[name] for name in moved], [state[name] for name in moved], 1 - decay)
+        for name in state.keys() - set(moved):  # counters
+            self.tensors[name].copy_(state[name])
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""

@@ -13,6 +13,7 @@ from dircluster.defenses.base import Purifier
 from dircluster.defenses.stage import Defense, Stage
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
+from dircluster.training.compiling import compile_blocks
 
 FORMAT = 2
 """Raised when the same config would give other numbers than before: older stages are then not reused."""
@@ -77,13 +78,5 @@ class Networks(Mapping[str, nn.Module]):
                 made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             parallel.synchronize_statistics(made)
             if config.training.compile:
-                _compile(made)
+                compile_blocks(made)
             self._made[name] = made
-
-
-def _compile(module: nn.Module) -> None:
-    methods = getattr(module, "forward_methods", ())
-    for name in methods:
-        setattr(module, name, torch.compile(getattr(module, name)))
-    if not methods:
-        module.compile()

@@ -1,34 +1,30 @@
-"""The training loop that every stage runs: steps, held-out selection, checkpoints, resume, interruption."""
+"""The training loop that every stage runs: held-out selection, checkpoints, resume, interruption between steps."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dircluster import rng
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.split import Split
 from dircluster.data.stream import StreamLoader
 from dircluster.defenses.base import Defended
-from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
-from dircluster.distributed.deterministic import PairwiseSum
-from dircluster.distributed.parallel import Parallel, accumulates, gather_full, reshard, shard_like, without_sync
+from dircluster.distributed.parallel import Parallel, accumulates, gather_full, shard_like
 from dircluster.evaluation.pictures import to_pixels
+from dircluster.training.capture import Recorder
 from dircluster.training.checkpoint import Checkpoint, Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
-from dircluster.training.interrupt import Interrupted, interruptible, waiting
-from dircluster.training.optim import make_optimizer, optimizer_tensors, restore_optimizer
+from dircluster.training.interrupt import Interrupted, waiting
+from dircluster.training.optim import optimizer_tensors, restore_optimizer
 from dircluster.training.protocols import Console, StageRecord, Status
-from dircluster.training.running_mean import RunningMean
+from dircluster.training.step import NonFiniteLoss, Reading, Stepper
 from dircluster.training.validation import held_out_accuracy, overfitting, restoration_grid
 
 OVERFITTED = 0.15
@@ -37,32 +33,11 @@ INTERRUPTED_PATIENCE = 20.0
 """Seconds that an interrupted run takes to commit its checkpoint."""
 
 
-class NonFiniteLoss(RuntimeError):
-    """A loss term or gradient norm is NaN or infinite; no weight was changed by it."""
+MOST_UNREAD = 32
+"""Steps whose loss terms may wait on their device until they are read."""
 
 
-def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 where ``training.precision`` asks for it, or is auto on a GPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_half(config, device))
-
-
-def _half(config: RunConfig, device: torch.device) -> bool:
-    precision = config.training.precision
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
-def _ambient(stage: str, update: int) -> str:
-    """The stream that library code draws from in an update (dropout)."""
-    return f"{stage}/ambient" if update == 0 else f"{stage}/ambient/{update}"
-
-
-def pieces(images: int, world: int, microbatch: int | None) -> int:
-    """Micro-batches a worker cuts its share of a global batch into: as many on each, whoever has an image more."""
-    share = math.ceil(images / world)
-    return min(math.ceil(share / (microbatch or share)), images // world)
-
-
-class Trainer:
+class Trainer(Stepper):
     """Trains one stage from wherever its checkpoints left off."""
 
     def __init__(
@@ -76,23 +51,12 @@ class Trainer:
         checkpoints: Checkpoints,
         record: StageRecord,
         console: Console,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.stage, self.recipe = stage, recipe
-        self.loader, self.held_out, self.config, self.parallel = loader, held_out, config, parallel
-        self.checkpoints, self.record, self.console = checkpoints, record, console
-        self.steps = stage.epochs * loader.steps_per_epoch
-        if parallel.world > 1 and len(recipe.updates) > 1:
-            raise ConfigError(f"{stage.name} has several updates a step, which one worker makes: use scaling.workers 1")
-        if parallel.world > 1 and stage.ema is not None and config.parallel.strategy == "fsdp":
-            raise ConfigError(f"parallel.strategy must be ddp where {stage.name} keeps a mean of its weights (ema)")
-        self.pending = PairwiseSum([])
-        half = _half(config, parallel.device)
-        self.wrapped = parallel.wrap(recipe, recipe.trained, config.parallel.strategy, half, self.pending)
-        self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
-        self.pending.parameters = list(self.parameters.values())
-        self.optimizers = {name: make_optimizer(self._of(name), knobs) for name, knobs in stage.optimizers.items()}
+        super().__init__(stage, recipe, loader, config, parallel, console, recorder)
+        self.held_out, self.checkpoints, self.record = held_out, checkpoints, record
+        self.unread: list[Reading] = []
         self.validates = recipe.deployed() is not None
-        self.mean = RunningMean(stage.ema, self._state())
         self.best: dict[str, Any] | None = None
         self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
         self.saved = -1
@@ -114,6 +78,9 @@ class Trainer:
             except ConfigError as error:
                 self.console.say(str(error))
             raise
+        finally:
+            self.batches.close()
+            self.captured = None
         self._commit(self.config.storage.patience)
         self.parallel.wait()
         if self.best is not None and self.best["folder"] is not None:
@@ -141,12 +108,16 @@ class Trainer:
                 self._save(start, judged=True)
         for step in range(start, self.steps):
             done = step + 1
-            terms, signal = self._step_or_save(step)
+            reading, signal = self._step_or_save(step)
+            self.unread.append(reading)
             window += 1
             epoch, inside = divmod(done, self.loader.steps_per_epoch)
             last = done == self.steps
-            if self.parallel.first and (done % self.config.tracking.log_every == 0 or last):
-                self._log(done, terms, window, time.monotonic() - since)
+            logs = self.parallel.first and (done % self.config.tracking.log_every == 0 or last)
+            if logs or len(self.unread) >= MOST_UNREAD:
+                self._read_all()
+            if logs:
+                self._log(done, self._read(reading), window, time.monotonic() - since)
                 window, since = 0, time.monotonic()
             began = time.monotonic()
             if self._selects_after(done):
@@ -177,97 +148,19 @@ class Trainer:
             self._save(done)
             raise
 
-    def _step_or_save(self, step: int) -> tuple[dict[str, float], int]:
-        """:meth:`step`, or a checkpoint of what was before it where a signal ends it halfway."""
+    def _step_or_save(self, step: int) -> tuple[Reading, int]:
+        """A step, or a checkpoint of what was before it where a signal ends it halfway."""
         try:
-            return self.step(step)
+            return self._step(step)
         except Interrupted:
             self._save(step)
             raise
 
-    def _leavable(self, safe: bool = True) -> AbstractContextManager[None]:
-        """Where a single worker may leave at once when it hears a signal; several have to agree on a step."""
-        single = self.parallel.world == 1 and safe
-        return interruptible(self.watched, self.console, leave=single)
-
-    @property
-    def watched(self) -> nn.Module:
-        """The module whose passes a signal may end: the target, which every attack goes through."""
-        return next((child for name, child in self.recipe.named_children() if name == "classifier"), self.recipe)
-
-    def step(self, step: int) -> tuple[dict[str, float], int]:
-        """One step: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
-        epoch, index = divmod(step, self.loader.steps_per_epoch)
-        images, labels, stream = self.loader(epoch, index)
-        self.recipe.train()
-        reshard(self.wrapped)  # validation gathers frozen weights, and may leave them so
-        for name, optimizer in self.optimizers.items():
-            rate = self.stage.optimizers[name].rate((step + 1) / self.loader.steps_per_epoch, self.stage.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        count = pieces(self.config.training.batch_size, self.parallel.world, self.config.training.microbatch)
-        bounds = [len(labels) * i // count for i in range(count + 1)]
-        batches = [
-            self.recipe.batch(images[begin:end], labels[begin:end], stream.narrow(begin, end))
-            for begin, end in pairwise(bounds)
-        ]
-        terms: dict[str, float] = {}
-        signal, loss = 0, 0.0
-        for update, trained in enumerate(self.recipe.updates):
-            with rng.seeded_torch_rng(self.config.seed, _ambient(self.stage.name, update), epoch, index):
-                found, asked = self._update(batches, update)
-            self._must_be_finite(found, step)
-            signal, loss = signal or asked, loss + found["loss"]
-            terms |= found
-            for name in trained:
-                clip = self.stage.optimizers[name].clip
-                if clip is not None:
-                    norm = self.parallel.clip(self._of(name), clip)
-                    self._must_be_finite({f"gradient norm of {name}": norm}, step)
-            for name in trained:
-                self.optimizers[name].step()
-        self.mean.follow(self._state(), step)
-        return {**terms, "loss": loss}, signal
-
-    def _update(self, batches: list[Batch], update: int) -> tuple[dict[str, float], int]:
-        """Gradients of one update, over micro-batches that the first one attacks: -> loss terms, and a signal or 0."""
-        names: tuple[str, ...] = ()
-        total: Tensor | None = None
-        images, world = self.config.training.batch_size, self.parallel.world
-        stateless = not any(True for name in self.recipe.trained for _ in self.recipe.get_submodule(name).buffers())
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        for number, batch in enumerate(batches):
-            # Shares may differ by an image: weighted so, their mean over the workers is that of the batch.
-            weight, last = len(batch.labels) * world / images, number == len(batches) - 1
-            # A step can be left as long as it has changed neither weights nor running statistics.
-            safe = update == 0
-            if update == 0:
-                with autocast(self.config, self.parallel.device), self._leavable(stateless or number == 0):
-                    batch = batches[number] = self.recipe.attack(batch)
-            with without_sync(self.wrapped, last=last):
-                with autocast(self.config, self.parallel.device), self._leavable(stateless and safe):
-                    losses = self.wrapped(batch, update)
-                torch.autograd.backward(losses["loss"] * weight)
-            names = tuple(losses)
-            if not last and not accumulates(self.wrapped):
-                self.pending.put()
-            part = torch.stack([value.detach().double() for value in losses.values()]) * weight
-            total = part if total is None else total + part
-        assert total is not None
-        self.pending.join_all()
-        signal = self.console.stop_signal()
-        flags = torch.tensor([float(signal > 0), float(signal)], dtype=torch.float64, device=total.device)
-        *values, asked, number_sum = self.parallel.mean(torch.cat([total, flags])).tolist()
-        return dict(zip(names, values, strict=True)), round(number_sum / asked) if asked else 0
-
-    def _state(self) -> dict[str, Tensor]:
-        """Weights and statistics of what is trained, by name: the very tensors."""
-        return {
-            f"{name}.{k}": v
-            for name in self.recipe.trained
-            for k, v in self.recipe.get_submodule(name).state_dict().items()
-        }
+    def _read_all(self) -> None:
+        """Find out whether all steps so far were sound: before anything of them is recorded, judged or stored."""
+        unread, self.unread = self.unread, []
+        for reading in unread:
+            self._read(reading)
 
     @contextmanager
     def _as_kept(self) -> Iterator[None]:
@@ -281,17 +174,6 @@ class Trainer:
             yield
         finally:
             self._load_weights(own)
-
-    def _must_be_finite(self, terms: dict[str, float], step: int) -> None:
-        broken = [name for name, value in terms.items() if name != "loss" and not math.isfinite(value)]
-        if broken or not math.isfinite(terms.get("loss", 0.0)):
-            raise NonFiniteLoss(
-                f"{self.stage.name}: {', '.join(broken) or 'loss'} is not finite at step {step + 1};"
-                " lower the learning rate, or set the optimizer's clip"
-            )
-
-    def _of(self, module: str) -> list[Tensor]:
-        return [p for n, p in self.parameters.items() if n.startswith(f"{module}.")]
 
     def _weights(self) -> dict[str, Tensor]:
         """Copies in full, on the first worker: all call it together."""
@@ -334,6 +216,7 @@ class Trainer:
         """Copy the state and let the writer commit it; all workers call it together."""
         if done == self.saved and not judged:
             return
+        self._read_all()
         began = time.monotonic()
         names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         groups = {"model": self._weights()}
@@ -359,6 +242,7 @@ class Trainer:
         deployed = self.recipe.deployed()
         if deployed is None:
             return
+        self._read_all()
         curves: dict[str, float] = {}
         with self._as_kept():
             if self.recipe.attacks_deployed:

@@ -18,6 +18,7 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Recipe
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import under_attack
+from dircluster.models.precision import autocast
 
 
 class Judge:
@@ -68,18 +69,25 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=1) == labels
 
 
+def _batch_size(config: RunConfig, device: torch.device) -> int:
+    """Images judged together: on a GPU several training batches of frozen passes, which keep fewer activations."""
+    if device.type == "cpu":
+        return config.evaluation.batch_size
+    return 4 * (config.training.microbatch or config.training.batch_size)
+
+
 def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel) -> tuple[float, float]:
     """Natural accuracy, and accuracy under PGD with draws known, of a classifier or a Defended.
 
     PGD is of ``training.select_steps`` steps, or of the training attack's steps and size.
     """
-    split = split.take(slice(config.training.select_images))
-    judge = Judge(split, config, parallel, "selection", config.evaluation.batch_size)
+    split, device = split.take(slice(config.training.select_images)), parallel.device
+    judge = Judge(split, config, parallel, "selection", _batch_size(config, device))
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
         model = judge.model(deployed, rows)
-        with under_attack(deployed):
+        with under_attack(deployed), autocast(config.training.precision, device):
             adversarial = judge.pgd(deployed, rows, config.training.select_steps)
             with torch.no_grad():
                 return torch.stack([_right(model(images), labels), _right(model(adversarial), labels)], dim=1)
@@ -100,8 +108,9 @@ def overfitting(
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
-        crafted, model = recipe.attack(recipe.batch(images, labels, judge.stream(rows))), judge.model(deployed, rows)
-        with under_attack(deployed):
+        model, half = judge.model(deployed, rows), autocast(config.training.precision, parallel.device)
+        with half, under_attack(deployed):
+            crafted = recipe.attack(recipe.batch(images, labels, judge.stream(rows)))
             strong = judge.pgd(deployed, rows, 20)
             with torch.no_grad():
                 return torch.stack([_right(model(x), labels) for x in (crafted.attacked, strong)], dim=1)

@@ -49,6 +49,11 @@ def test_a_sum_of_other_bits_is_another_sum() -> None:
     assert write.sha256(tensors) != write.sha256({"a": torch.zeros(2), "c": torch.ones(1)})
 
 
+def test_a_later_column_counts_where_it_says_something_else() -> None:
+    rows = [{"n": "fp32", "crafting": "fp32"}, {"n": 1, "crafting": "bf16"}]
+    assert write.as_written(rows) == [{"n": "fp32"}, {"n": 1, "crafting": "bf16"}]
+
+
 def test_golden_files_are_read_back(tmp_path: Path) -> None:
     found = {"a": {"b": [1.5, "x"]}, "rows": [{"n": 1}, {"n": 2}], "empty": []}
     assert json.loads(write.to_json(found)) == found

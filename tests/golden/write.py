@@ -41,6 +41,10 @@ PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn")
 JOBS = ("train", "evaluate", "tune", "benchmark", "doctor")
 
 
+LATER_COLUMNS = {"crafting": "fp32", "predictions": "fp32"}
+"""Columns younger than the golden files, each with the value that rows without it have."""
+
+
 @dataclass(frozen=True)
 class Golden:
     """A run of jobs/train.py, and the suites by which its defense is evaluated once more."""
@@ -143,15 +147,26 @@ def observe(name: str, folder: Path) -> dict[str, Any]:
         keys[stage] = json.loads((final / "manifest.json").read_text())["config"]
         assert final.parent.name == f"{stage}-{keys[stage][:12]}"
         weights[stage] = {file.stem: sha256(load_file(file)) for file in sorted(final.glob("*.safetensors"))}
-    found = {"keys": keys, "weights": weights, "selection": trained["selection"], "results": trained["results"]}
+    found = {
+        "keys": keys,
+        "weights": weights,
+        "selection": trained["selection"],
+        "results": as_written(trained["results"]),
+    }
     for suite in golden.suites:
         few = ("--suite", suite, "--evaluation.images", "4", "--evaluation.queries", "10")
         few += ("--defense", trained["checkpoint"], "--summary", f"{suite}.json")
         more = ("--no-verdict",) if suite == "paper" else ()  # one verdict is enough
         job("evaluate", *golden.words, *words, *few, *more, folder=folder)
         judged = json.loads((folder / f"{suite}.json").read_text())
-        found |= {suite: judged["rows"], f"{suite}_verdict": judged["verdict"]}
+        found |= {suite: as_written(judged["rows"]), f"{suite}_verdict": judged["verdict"]}
     return found
+
+
+def as_written(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without the columns of LATER_COLUMNS that have the value given there."""
+    absent = object()
+    return [{k: v for k, v in row.items() if v != LATER_COLUMNS.get(k, absent)} for row in rows]
 
 
 def keys_without_weights(name: str, found: Mapping[str, Any]) -> dict[str, str]:

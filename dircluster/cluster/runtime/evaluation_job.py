@@ -15,6 +15,7 @@ from dircluster.config import ConfigError, RunConfig, digest
 from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
+from dircluster.distributed.launch import choose_kernels
 from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.session import Plan, plan
@@ -31,7 +32,10 @@ class EvaluationJob:
     def __init__(self, job_spec: JobSpec, device: torch.device) -> None:
         self.config: RunConfig = run_from_plain(job_spec.config)
         self.device, self.settings = device, self.config.evaluation
+        choose_kernels(device)
         module = load_module(job_spec, self.config).to(device)
+        if isinstance(module, Defended) and device.type == "cuda":
+            module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
         self.test: Split = data.test.take(slice(self.settings.images))
         self.name = module.name if isinstance(module, Defended) else job_spec.defense
@@ -64,6 +68,7 @@ class EvaluationJob:
             self.settings.rows,
             FolderStore(self.folder, job_spec.keep_images),
             self.victim,
+            self.settings.precision,
         )
 
     @cached_property

@@ -11,7 +11,7 @@ from dircluster.cluster.outcome import outcome_of
 from dircluster.config import ConfigError
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.locks import TakenOverError
-from dircluster.training.trainer import NonFiniteLoss
+from dircluster.training.step import NonFiniteLoss
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dircluster.distributed.deterministic import PairwiseSum, _pairwise
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.training.checkpoint import CheckpointError, DamagedError
 from dircluster.training.locks import TakenOverError
-from dircluster.training.trainer import pieces
+from dircluster.training.step import pieces
 
 PARTS = torch.tensor([1e8, 1.0, -1e8, 1.0, 3e7, 0.25, -3e7, 0.5])
 """Their float32 sum depends on the order."""

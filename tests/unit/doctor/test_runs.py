@@ -36,7 +36,7 @@ def test_a_resumed_run_that_forgets_its_optimizer_fails(machine: Machine, monkey
 
 def compiled(machine: Machine, monkeypatch: pytest.MonkeyPatch, as_what: Any) -> list[Finding]:
     """The findings about steps where compiling a network is what ``as_what`` does to it."""
-    monkeypatch.setattr(stages, "_compile", as_what)
+    monkeypatch.setattr(stages, "compile_blocks", as_what)
     training = dataclasses.replace(machine.config.training, compile=switch(machine.config, "compile", True))
     machine.config = dataclasses.replace(machine.config, training=training)
     return list(runs.steps(machine))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dircluster.config import LATER_FIELDS, AttackConfig, as_hashed, flatten, to_dict, with_values
+from dircluster.config import LATER_FIELDS, SAME_NUMBERS, AttackConfig, as_hashed, flatten, to_dict, with_values
 from dircluster.presets import PRESETS, preset
 from dircluster.training.stages import find_stage, stage_key, stage_settings
 
@@ -49,6 +49,14 @@ def test_only_defaults_of_later_settings_are_left_out() -> None:
     assert as_hashed({"attack": plain}) == {"attack": {k: v for k, v in plain.items() if k != "norm"}}
     assert as_hashed({"attack": {**plain, "norm": "l2"}})["attack"]["norm"] == "l2"
     assert as_hashed({"norm": "linf", "dir": {"norm": "linf"}}) == {"norm": "linf", "dir": {"norm": "linf"}}
+
+
+@pytest.mark.parametrize("field", SAME_NUMBERS)
+def test_how_a_number_is_computed_is_in_no_key(field: str) -> None:
+    other = with_values(preset("digits"), {field: "on"})
+    for stage in ("target", "pretrain", "dir"):
+        assert stage_key(other, find_stage(other, stage), INPUTS) == KEYS["digits"][stage]
+        assert field in flatten(stage_settings(other, find_stage(other, stage)))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -20,7 +20,8 @@ from dircluster.training.interrupt import Interrupted
 from dircluster.training.locks import TakenOverError
 from dircluster.training.protocols import NoTracker, Quiet, Status
 from dircluster.training.run import Run
-from dircluster.training.trainer import NonFiniteLoss, Trainer
+from dircluster.training.step import NonFiniteLoss
+from dircluster.training.trainer import Trainer
 from tests.unit.training.conftest import StopAfter
 
 ALONE = Parallel(0, 1, torch.device("cpu"))

@@ -14,7 +14,7 @@ from dircluster.cluster.runtime import nodes, ray_evaluate, ray_worker
 from dircluster.cluster.runtime.channel import LAST_WORD, WorkerChannel
 from dircluster.config import ConfigError, ScalingConfig, error_to_plain
 from dircluster.presets import preset, run_to_plain
-from dircluster.training.trainer import NonFiniteLoss
+from dircluster.training.step import NonFiniteLoss
 from tests.unit.cluster.conftest import Actor, Clock, Terminal
 
 

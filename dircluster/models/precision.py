@@ -1,0 +1,113 @@
+"""In which precision things are computed, said once.
+
+What finds samples runs in bf16 by autocast where ``training.precision`` and ``evaluation.precision`` ask for it, or by
+itself on a GPU: crafting, updates of weights, held-out selection. What is claimed runs in true fp32: the final
+predictions of an evaluation, :func:`exact`. Layers that read an image, write one, or give logits stay outside autocast:
+in bf16 the image itself would be rounded, by steps of 1/255 from 0.5 up and of 2/255 from 1 up, the size of an attack's
+step. They cost less than a hundredth of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def is_half(precision: Precision, device: torch.device) -> bool:
+    """Whether ``precision`` is bf16 on ``device``: auto is, on a GPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
+def autocast(precision: Precision, device: torch.device) -> Any:
+    """Products and convolutions in bf16 where :func:`is_half` holds."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_half(precision, device))
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """True fp32 inside: no autocast, and no TF32 in products, convolutions and recurrent layers."""
+    library: Any = torch.backends.cudnn
+    other: Any = torch.backends.mkldnn
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, library.conv, library.rnn, other.matmul)
+    found = [place.fp32_precision for place in places]
+    products, convolutions = (
+        _older_switch(torch.get_float32_matmul_precision),
+        _older_switch(lambda: library.allow_tf32),
+    )
+
+    def switch(products: str | None, convolutions: bool | None, precisions: list[str]) -> None:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            library.allow_tf32 = convolutions
+        for place, precision in zip(places, precisions, strict=True):
+            place.fp32_precision = precision
+
+    try:
+        switch(products and "highest", convolutions and False, ["ieee"] * len(places))
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        switch(products, convolutions, found)
+
+
+def _older_switch(read: Callable[[], Any]) -> Any:
+    """PyTorch's older switch of TF32, which must agree with the newer ones; None where somebody has parted them."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+class OutsideAutocast(nn.Module):
+    """A layer that computes in the precision of its weights, fp32, whatever surrounds it."""
+
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind, whole = x.device.type, x.to(self.weight.dtype)
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return super().forward(whole)  # type: ignore[no-any-return]
+        with torch.autocast(kind, enabled=False):
+            return super().forward(whole)  # type: ignore[no-any-return]
+
+    def _get_name(self) -> str:
+        return type(self).__bases__[-1].__name__  # what it computes is what it is called
+
+
+class WholeLinear(OutsideAutocast, nn.Linear):
+    """``nn.Linear`` in fp32."""
+
+
+class WholeConv1d(OutsideAutocast, nn.Conv1d):
+    """``nn.Conv1d`` in fp32."""
+
+
+class WholeConv2d(OutsideAutocast, nn.Conv2d):
+    """``nn.Conv2d`` in fp32."""
+
+
+WHOLE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: WholeLinear,
+    nn.Conv1d: WholeConv1d,
+    nn.Conv2d: WholeConv2d,
+}
+
+
+def keep_whole(layer: nn.Module) -> None:
+    """Make ``layer`` of somebody's network one that computes in fp32, where its kind is known."""
+    layer.__class__ = WHOLE.get(type(layer), type(layer))
+
+
+def reads_images_whole(*networks: nn.Module) -> bool:
+    """Whether each of ``networks`` keeps layers outside autocast, so that bf16 does not round the images it is given.
+
+    What somebody made elsewhere does not: attacks on it in bf16 would be weaker than they look.
+    """
+    return all(any(isinstance(part, OutsideAutocast) for part in network.modules()) for network in networks)

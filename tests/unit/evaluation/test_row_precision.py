@@ -1,0 +1,79 @@
+"""Rows say in what precision their attack was crafted and their accuracy computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dircluster import evaluate
+from dircluster.config import DataConfig, EvaluationConfig
+from dircluster.evaluation.evaluation import crafting
+from dircluster.evaluation.provenance import facts_of
+from dircluster.evaluation.results import Result
+from dircluster.evaluation.store import MemoryStore
+from dircluster.evaluation.suites import how
+from dircluster.evaluation.victim import VictimModel
+from dircluster.models import classifiers
+
+QUICK = EvaluationConfig(batch_size=4, steps=2)
+
+
+class Notes(nn.Module):
+    """A classifier that keeps the types of what its inner product gives, with and without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            self.inner = nn.Linear(64, 10)
+        self.seen: set[tuple[bool, torch.dtype]] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images.flatten(1))
+        self.seen.add((torch.is_grad_enabled() and images.requires_grad, logits.dtype))
+        return logits.float()
+
+
+def judged(precision: Any, store: MemoryStore | None = None) -> tuple[Notes, list[Result]]:
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    module, labels = Notes(), torch.arange(8) % 10
+    settings = dataclasses.replace(QUICK, precision=precision)
+    return module, evaluate(module, images, labels, settings=settings, store=store).rows
+
+
+def test_attacks_are_crafted_as_asked_and_judged_in_fp32() -> None:
+    module, rows = judged("bf16")
+    assert module.seen == {(True, torch.bfloat16), (False, torch.float32)}
+    assert {(row.crafting, row.predictions) for row in rows} == {("bf16", "fp32")}
+    assert "crafted in bf16" in how(dataclasses.asdict(rows[-1]))
+    module, rows = judged("auto")
+    assert {dtype for _, dtype in module.seen} == {torch.float32}
+    assert {row.crafting for row in rows} == {"fp32"}
+
+
+def test_shards_of_either_kind_are_both_named_and_those_of_before_were_fp32() -> None:
+    store = MemoryStore()
+    judged("bf16", store)
+    for name in [name for name in store.kept if name.endswith("shard-00000")]:
+        del store.kept[name]["crafting"]
+    assert {row.crafting for row in judged("auto", store)[1]} == {"bf16 and fp32"}
+
+
+def test_auto_crafts_in_bf16_on_a_gpu_where_that_does_not_round_images() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    ours = VictimModel(classifiers.build("small_cnn", DataConfig()), "none")
+    somebodys = VictimModel(Notes(), "own")
+    assert crafting("auto", ours, gpu) == "bf16"
+    assert crafting("auto", ours, cpu) == crafting("auto", somebodys, gpu) == "fp32"
+    assert crafting("bf16", somebodys, gpu) == "bf16"
+    assert crafting("fp32", ours, gpu) == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_asked_for_is_kept_apart_from_what_auto_finds(precision: Any) -> None:
+    asked = facts_of("d", "data", 8, 0, dataclasses.replace(QUICK, precision=precision))
+    assert asked == {**facts_of("d", "data", 8, 0, QUICK), "precision": precision}

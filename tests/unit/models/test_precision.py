@@ -1,0 +1,140 @@
+"""What runs in bf16 and what in true fp32: images are never rounded, and fp32 stays what it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from dircluster.config import DataConfig
+from dircluster.models import classifiers
+from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.models.precision import (
+    OutsideAutocast,
+    WholeConv2d,
+    WholeLinear,
+    autocast,
+    is_half,
+    keep_whole,
+    reads_images_whole,
+)
+from dircluster.models.unet import DUNet
+from dircluster.presets.dir import ModelConfig
+
+CPU = torch.device("cpu")
+COLOR = DataConfig(name="cifar10", height=32, width=32, channels=3)
+TINY = {"width": 12, "heads": 3, "encoder_depth": 1, "decoder_depth": 1}
+
+
+def networks() -> dict[str, nn.Module]:
+    made: dict[str, nn.Module] = {name: classifiers.build(name, COLOR) for name in ("small_cnn", "resnet18")}
+    made["preactresnet18"] = classifiers.build("preactresnet18", COLOR)
+    made["timm"] = classifiers.build("timm:vit_tiny_patch16_224", COLOR)
+    made["g"] = MaskedDenoiser(ModelConfig(**TINY), 3, 32, 32)  # type: ignore[arg-type]
+    made["g, mixing"] = MaskedDenoiser(ModelConfig(head="conv", **TINY), 3, 32, 32)  # type: ignore[arg-type]
+    made["u-net"] = DUNet(3, 32, 32, widths=(4, 4), units=(1, 1))
+    return made
+
+
+def test_auto_is_bf16_on_a_gpu_alone() -> None:
+    gpu = torch.device("cuda")
+    assert [is_half("auto", device) for device in (CPU, gpu)] == [False, True]
+    assert [is_half("bf16", CPU), is_half("fp32", gpu)] == [True, False]
+    with autocast("bf16", CPU):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast("auto", CPU):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+
+
+STATES = {
+    "PyTorch's own": "",
+    "older switches, TF32": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True",
+    "newer switches": "torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_predictions_are_made_without_tf32_whoever_switched_it_and_the_switches_come_back(state: str) -> None:
+    """In a process of its own: the older and the newer switches are parted for good once both were used."""
+    script = f"""
+import torch
+from dircluster.models.precision import autocast, exact
+
+def read(what):
+    try:
+        return what()
+    except RuntimeError:
+        return "parted"
+
+def switches():
+    newer = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    older = (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+    )
+    return [place.fp32_precision for place in newer], [read(one) for one in older]
+
+{STATES[state]}
+cpu = torch.device("cpu")
+before = switches()
+with autocast("bf16", cpu), exact(cpu):
+    newer, older = switches()
+    assert newer == ["ieee"] * 3, newer
+    assert "parted" not in older or "parted" in before[1], (before, older)
+    assert True not in older, older
+    assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+    assert torch.nn.functional.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).dtype == torch.float32
+assert switches() == before, (switches(), before)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", networks())
+def test_the_first_and_the_last_layer_compute_in_fp32(name: str) -> None:
+    """In bf16 an image of 0.7 would be 0.6992, a third of a gray level away."""
+    network, seen = networks()[name].eval(), []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((isinstance(module, OutsideAutocast), output.dtype))
+
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d):
+            module.register_forward_hook(note)
+    size = 224 if name == "timm" else 32
+    inputs = [torch.rand(2, 3, size, size)]
+    if name.startswith("g"):
+        inputs.append(torch.stack([torch.arange(128), torch.arange(128, 256)])[:, None].expand(2, 2, -1))
+    with autocast("bf16", CPU), torch.no_grad():
+        network(*inputs)
+    whole = [kind for kind, _ in seen]
+    assert whole[0]
+    assert whole[-1]
+    assert sum(whole) == 2
+    assert {dtype for kind, dtype in seen if kind} == {torch.float32}
+    assert {dtype for kind, dtype in seen if not kind} == {torch.bfloat16}
+    assert reads_images_whole(network)
+
+
+def test_outside_autocast_such_a_layer_is_the_layer_it_was() -> None:
+    for made, plain in ((WholeLinear(4, 3), nn.Linear(4, 3)), (WholeConv2d(2, 3, 3), nn.Conv2d(2, 3, 3))):
+        plain.load_state_dict(made.state_dict())
+        x = torch.rand(2, 4) if isinstance(plain, nn.Linear) else torch.rand(2, 2, 5, 5)
+        assert torch.equal(made(x), plain(x))
+        assert made(x.bfloat16()).dtype == torch.float32  # what sharded blocks in bf16 give
+        assert made.double()(x.double()).dtype == torch.float64
+        assert made.to("meta")(x.double().to("meta")).device.type == "meta"
+        assert repr(made) == repr(plain)  # fingerprints of models hold it
+
+
+def test_somebodys_network_is_known_to_round_images() -> None:
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    assert not reads_images_whole(classifiers.build("small_cnn", COLOR), own)
+    keep_whole(own[0])
+    assert reads_images_whole(own)
+    assert timm.is_model("resnet18")
+    assert type(classifiers.build("timm:resnet18", COLOR).network.conv1) is WholeConv2d  # type: ignore[union-attr]

@@ -1,0 +1,86 @@
+"""Optimizers: which kind a device gets, and that each goes on from its stored state as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dircluster.config import OptimizerConfig, TrainingConfig
+from dircluster.presets.dir import DirRun
+from dircluster.training.checkpoint import read, write
+from dircluster.training.optim import is_fused, make_optimizer, optimizer_tensors, restore_optimizer
+
+KNOBS = {name: OptimizerConfig(name=name, lr=0.05) for name in ("sgd", "adamw")}
+
+
+def gradients(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator)]
+
+
+def train(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        for parameter, gradient in zip(parameters.values(), gradients(step), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+
+def fresh() -> dict[str, Tensor]:
+    return {"a": torch.ones(3, 4, requires_grad=True), "b": torch.ones(4, requires_grad=True)}
+
+
+def test_a_gpu_gets_fused_optimizers_by_itself_and_a_cpu_where_asked() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    auto = TrainingConfig()
+    assert (is_fused(auto, cpu), is_fused(auto, gpu)) == (False, True)
+    assert is_fused(dataclasses.replace(auto, fused="on"), cpu)
+    assert not is_fused(dataclasses.replace(auto, fused="off"), gpu)
+    for knobs in KNOBS.values():
+        assert make_optimizer([*fresh().values()], knobs, fused=True).defaults["fused"]
+        assert not make_optimizer([*fresh().values()], knobs).defaults["fused"]  # bits of CPUs are those of before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", KNOBS)
+def test_resumed_and_uninterrupted_end_in_the_same_bits(name: str, fused: bool, tmp_path: Path) -> None:
+    whole = fresh()
+    train(whole, make_optimizer([*whole.values()], KNOBS[name], fused), range(6))
+
+    begun = fresh()
+    optimizer = make_optimizer([*begun.values()], KNOBS[name], fused)
+    train(begun, optimizer, range(3))
+    write(tmp_path / "c", {"o": optimizer_tensors(optimizer, {p: n for n, p in begun.items()})}, {}, "key")
+    resumed = {n: p.detach().clone().requires_grad_(True) for n, p in begun.items()}
+    again = make_optimizer([*resumed.values()], KNOBS[name], fused)
+    restore_optimizer(again, resumed, read(tmp_path / "c").tensors["o"])
+    train(resumed, again, range(3, 6))
+    for n, value in whole.items():
+        assert torch.equal(value, resumed[n])
+
+
+@pytest.mark.parametrize(("fused", "place"), [(False, "cpu"), (True, "meta")])
+def test_the_count_of_steps_lies_where_the_kernel_reads_it(fused: bool, place: str) -> None:
+    """On the meta device, which is another device than the CPU's."""
+    parameters: dict[str, Any] = {"a": torch.ones(2, device="meta", requires_grad=True)}
+    optimizer = make_optimizer([*parameters.values()], KNOBS["adamw"], fused)
+    stored = {"a|step": torch.tensor(3.0), "a|exp_avg": torch.ones(2), "a|exp_avg_sq": torch.ones(2)}
+    restore_optimizer(optimizer, parameters, stored)
+    state = optimizer.state[parameters["a"]]
+    assert state["step"].device.type == place
+    assert state["exp_avg"].device.type == "meta"
+
+
+def test_a_run_with_fused_optimizers_is_another_stage_only_where_asked(smoke: DirRun) -> None:
+    from dircluster.training.stages import find_stage, stage_key
+
+    def key(**training: Any) -> str:
+        run = dataclasses.replace(smoke, training=dataclasses.replace(smoke.training, **training))
+        return stage_key(run, find_stage(run, "dir"), {})
+
+    assert key(fused="auto") == key()
+    assert key(fused="on") != key()
