@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 
 from dircluster.config import ConfigError
 from dircluster.models.classifiers import BasicBlock, PreActBlock
+from dircluster.models.transformer import Block
 from dircluster.models.unet import Unit
 
 BLOCKS = (Block, BasicBlock, PreActBlock, Unit)
