@@ -474,6 +474,7 @@ LATER_FIELDS: dict[str, Any] = {
     "target.ema": None,
     "dir.ema": None,
     "dir.perturb_step_size": None,
+    "dir.keep": "best",
 }
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 

@@ -224,6 +224,7 @@ def stages(run: DirRun) -> tuple[Stage, ...]:
         optimizers,
         sections=("masking", "model", "dir", *(("target",) if run.dir.joint else ())),
         stored=("denoiser", "classifier"),
+        keep=run.dir.keep,
         ema=run.dir.ema,
         passes=run.attack.pipeline_gradients + 1,
     )

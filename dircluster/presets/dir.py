@@ -118,6 +118,9 @@ class DirConfig:
     """Weight of the squared error between restored and natural images, averaged over pixels (0 in the paper)."""
     joint: bool = False
     """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
+    keep: Literal["best", "last"] = "best"
+    """What the stage ends on: its best held-out weights by robust accuracy, or its last, which a schedule that ends at
+    zero makes good, and no choice among a few noisy measurements can spoil."""
     ema: float | None = None
     """Decay of a running mean of the denoiser's weights (0.998, say), which is then what is validated and kept."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-2)

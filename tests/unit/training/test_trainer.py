@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.outcome import outcome_of
-from dircluster.config import RunConfig, TrainingConfig
+from dircluster.config import RunConfig, TrainingConfig, with_values
 from dircluster.distributed.parallel import Parallel
-from dircluster.training import stages
+from dircluster.training import checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.locks import TakenOverError
@@ -268,3 +268,17 @@ def test_the_no_pretraining_ablation_and_bf16_run(smoke: RunConfig) -> None:
 def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> None:
     outcome = run(dataclasses.replace(smoke, target=dataclasses.replace(smoke.target, objective=objective)))
     assert len(outcome["results"]) == 7
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_dir_ends_on_its_best_weights_or_on_its_last(smoke: RunConfig, keep: str) -> None:
+    config = with_values(smoke, {"dir.keep": keep})
+    done = Run(config, ALONE, NoTracker(), Quiet()).execute()
+    final = Path(done["checkpoint"])
+    kept = checkpoint.read(final).tensors["denoiser"]
+    last = max(final.parent.glob("step-*"))
+    model = checkpoint.read(last).tensors["model"]
+    named = done["selection"]["dir"]["folder"]
+    assert (named is None) is (keep == "last")
+    expected = model if named is None else checkpoint.read(final.parent / named).tensors["model"]
+    assert all(torch.equal(value, expected[f"denoiser.{name}"]) for name, value in kept.items())
