@@ -233,6 +233,17 @@ def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_calibration_of_another_preset_is_refused_before_training(train: Train, tmp_path: Path) -> None:
+    file, pace = tmp_path / "plan.json", {"operations_per_second": 1e9, "images": 1, "memory": 1}
+    file.write_text(json.dumps({"calibration": {"device": "a CPU", "paces": {"target": pace}}}))
+    done = train("digits_smoke", *LOCAL, "--calibration", str(file))
+    assert done.code == 2
+    assert done.error == [
+        "error: --calibration knows nothing of stage pretrain, but of target: calibrate with this preset"
+    ]
+    assert not list(tmp_path.glob("runs/target-*"))
+
+
 @pytest.mark.slow
 def test_real_parquet_through_the_whole_job(train: Train, real_data: Path) -> None:
     done = train(

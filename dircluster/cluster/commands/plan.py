@@ -54,7 +54,7 @@ def plan(job: cli.TrainJob) -> str:
         f"storage   {config.storage.uri}",
         f"MLflow    {(tracking.uri or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
     ]
-    found = calibration_of(job) or _measured(config)
+    found = _measured(config) if job.calibration is None else from_summary(job.calibration)
     made = forecast(config, found, *sizes)
     lines += [
         "",
@@ -67,14 +67,16 @@ def plan(job: cli.TrainJob) -> str:
     return "\n".join(lines)
 
 
-def calibration_of(job: cli.TrainJob) -> Calibration | None:
-    """What --calibration names; None where it is not given. Raises ConfigError where it cannot be used."""
-    return None if job.calibration is None else from_summary(job.calibration)
+def foretold(job: cli.TrainJob) -> list[Forecast]:
+    """What --calibration foretells of the job; nothing where it is not given. Raises ConfigError where it cannot."""
+    if job.calibration is None:
+        return []
+    found, sizes = from_summary(job.calibration), split_sizes(job.run.data, opener(job.run.storage))
+    return forecast(job.run, found, *sizes)
 
 
-def beside(job: cli.TrainJob, found: Calibration, took: dict[str, float]) -> list[dict[str, Any]]:
+def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]:
     """What was foretold beside what a run took, seconds, of what was not taken from an earlier run."""
-    made = forecast(job.run, found, *split_sizes(job.run.data, opener(job.run.storage)))
     return [
         {"name": one.name, "foretold": round(one.seconds, 1), "took": round(took[one.name], 1)}
         for one in made

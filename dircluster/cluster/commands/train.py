@@ -42,11 +42,6 @@ class Launch:
         self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
         self.commit = commit()
         self.record: Any = None
-        self.foretold: Any = None
-        if job.calibration is not None:
-            from dircluster.cluster.commands.plan import calibration_of
-
-            self.foretold = calibration_of(job)
         self.began = time.monotonic()
 
     def run(self) -> int:
@@ -55,6 +50,11 @@ class Launch:
 
         job = self.job
         must_exist(self.config)
+        self.foretold: list[Any] = []
+        if job.calibration is not None:  # before anything is trained: it may be another preset's
+            from dircluster.cluster.commands.plan import foretold
+
+            self.foretold = foretold(job)
         storage.check(self.config)
         with Terminal() if self.first else Bystander() as terminal:
             changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
@@ -189,10 +189,10 @@ class Launch:
             "took": {name: round(value, 1) for name, value in outcome.get("seconds", {}).items()},
             "results": outcome.get("results", []),
         }
-        if self.foretold is not None:
+        if self.foretold:
             from dircluster.cluster.commands.plan import beside
 
-            summary["foretold"] = beside(self.job, self.foretold, outcome.get("seconds", {}))
+            summary["foretold"] = beside(self.foretold, outcome.get("seconds", {}))
         if "error" in outcome:
             summary["error"] = outcome["error"]
         return summary
