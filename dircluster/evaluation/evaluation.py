@@ -105,7 +105,7 @@ class Evaluation:
         attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
         crafted = crafting(self.precision, victim, images.device)
         with under_attack(*victim.modules):
-            with autocast(crafted, images.device):
+            with autocast(crafted, images.device, *victim.modules):
                 found, warned = attack(images, labels)
             with torch.no_grad(), exact(images.device):
                 right = judge(victim, shard.spec, fixed, fresh, self.most_rows)(found, labels)

@@ -80,6 +80,7 @@ class Stepper:
         self.wrapped = parallel.wrap(recipe, recipe.trained, config.parallel.strategy, half, self.pending)
         self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         self.pending.parameters = list(self.parameters.values())
+        self.still = [child for name, child in recipe.named_children() if name not in recipe.trained]
         fused = is_fused(config.training, parallel.device)
         self.optimizers = {n: make_optimizer(self._of(n), knobs, fused) for n, knobs in stage.optimizers.items()}
         self.guards = fused and parallel.world == 1
@@ -178,10 +179,10 @@ class Stepper:
             # A step can be left as long as it has changed neither weights nor running statistics.
             safe = update == 0
             if update == 0:
-                with self._autocast(), self._leavable(stateless or number == 0):
+                with self._autocast(self.recipe), self._leavable(stateless or number == 0):
                     batch = batches[number] = self.recipe.attack(batch)
             with without_sync(self.wrapped, last=last):
-                with self._autocast(), self._leavable(stateless and safe):
+                with self._autocast(*self.still), self._leavable(stateless and safe):
                     losses = self.wrapped(batch, update)
                 torch.autograd.backward(losses["loss"] * weight)
             names = tuple(losses)
@@ -218,9 +219,9 @@ class Stepper:
 
     def _whole(self, batch: Batch) -> Terms:
         """Attack, forward and backward of a batch that passes whole: what is captured."""
-        with self._autocast():
+        with self._autocast(self.recipe):
             batch = self.recipe.attack(batch)
-        with self._autocast():
+        with self._autocast(*self.still):
             losses = self.recipe(batch)
         torch.autograd.backward(losses["loss"])
         return tuple(losses), torch.stack([value.detach().double() for value in losses.values()])
@@ -235,8 +236,8 @@ class Stepper:
         """The module whose passes a signal may end: the target, which every attack goes through."""
         return next((child for name, child in self.recipe.named_children() if name == "classifier"), self.recipe)
 
-    def _autocast(self) -> Any:
-        return autocast(self.config.training.precision, self.parallel.device)
+    def _autocast(self, *still: nn.Module) -> Any:
+        return autocast(self.config.training.precision, self.parallel.device, *still)
 
     def _state(self) -> dict[str, Tensor]:
         """Weights and statistics of what is trained, by name: the very tensors."""

@@ -87,7 +87,7 @@ def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, para
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
         model = judge.model(deployed, rows)
-        with under_attack(deployed), autocast(config.training.precision, device):
+        with under_attack(deployed), autocast(config.training.precision, device, deployed):
             adversarial = judge.pgd(deployed, rows, config.training.select_steps)
             with torch.no_grad():
                 return torch.stack([_right(model(images), labels), _right(model(adversarial), labels)], dim=1)
@@ -108,8 +108,8 @@ def overfitting(
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
-        model, half = judge.model(deployed, rows), autocast(config.training.precision, parallel.device)
-        with half, under_attack(deployed):
+        model, half = judge.model(deployed, rows), autocast(config.training.precision, parallel.device, deployed)
+        with under_attack(deployed), half:
             crafted = recipe.attack(recipe.batch(images, labels, judge.stream(rows)))
             strong = judge.pgd(deployed, rows, 20)
             with torch.no_grad():

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dircluster.config import DataConfig
 from dircluster.models import classifiers
 from dircluster.models.masked_vit import MaskedDenoiser
+from dircluster.models.modules import frozen
 from dircluster.models.precision import (
     OutsideAutocast,
     WholeConv2d,
     WholeLinear,
     autocast,
+    half_weights,
     is_half,
     keep_whole,
     reads_images_whole,
@@ -138,3 +143,53 @@ def test_somebodys_network_is_known_to_round_images() -> None:
     assert reads_images_whole(own)
     assert timm.is_model("resnet18")
     assert type(classifiers.build("timm:resnet18", COLOR).network.conv1) is WholeConv2d  # type: ignore[union-attr]
+
+
+class Casts(TorchDispatchMode):
+    """Notes what is cast to bf16, by its place in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[int] = []
+
+    def __torch_dispatch__(self, what: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if what is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.places.append(args[0].data_ptr())
+        return what(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "preactresnet18", "timm", "g", "u-net"])
+def test_twins_of_still_weights_give_the_same_bits_from_one_cast_each(name: str) -> None:
+    network = networks()[name].eval()
+    size = 224 if name == "timm" else 32
+    others = [torch.stack([torch.arange(128), torch.arange(128, 256)])[:, None]] if name == "g" else []
+    weights = [layer.weight.data_ptr() for layer in network.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+
+    def gradient(images: Tensor) -> Tensor:
+        asked = images.requires_grad_(True)
+        return torch.autograd.grad(network(asked, *others).float().square().sum(), asked)[0]
+
+    found, casts = [], []
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with frozen(network):
+        for still in ((), (network,)):
+            with Casts() as seen, autocast("bf16", CPU, *still):
+                found.append([gradient(images.clone()) for _ in range(2)][-1])
+            casts.append(sum(place in weights for place in seen.places))
+    assert torch.equal(*found)
+    assert casts == [2 * len(weights), len(weights)]
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in network.parameters())
+
+
+def test_weights_come_back_whatever_happens_and_images_stay_whole() -> None:
+    network = classifiers.build("small_cnn", COLOR)
+    own = list(network.parameters())
+    with contextlib.suppress(ZeroDivisionError), half_weights(network):
+        kept = {type(part) for part in network.modules() if getattr(part, "weight", own[0]).dtype == torch.bfloat16}
+        raise ZeroDivisionError
+    assert kept == {nn.Conv2d, nn.Linear}
+    assert all(one is other for one, other in zip(network.parameters(), own, strict=True))
+    with autocast("auto", CPU, network):
+        assert all(one is other for one, other in zip(network.parameters(), own, strict=True))

@@ -67,6 +67,16 @@ def test_after_the_first_step_and_validation_nothing_is_compiled_again(
             assert terms[name] == pytest.approx(value, rel=2e-3), (step, name)
 
 
+def test_twins_in_bf16_are_graphs_of_their_own_that_are_made_once(run: DirRun, tmp_path: Path) -> None:
+    half = dataclasses.replace(run, training=dataclasses.replace(run.training, precision="bf16"))
+    made = compiled_trainer(half, tmp_path, "eager")
+    made.step(0)
+    made._judge(1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        made.step(1)
+        made._judge(2)
+
+
 def test_a_new_shape_is_noticed(run: DirRun, tmp_path: Path) -> None:
     """What the test above trusts in: another batch size would be another graph."""
     made = compiled_trainer(run, tmp_path, "eager")
