@@ -14,10 +14,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -181,7 +181,8 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if isinstance(base, DefenseJob):
         base = dataclasses.replace(base, defense=run.defense)
     if file := _value_of("--config", words):
-        words = [*_words_of(Path(file)), *words]
+        switches = {*_flags(kind, bool), *_flags(type(run), bool)}
+        words = [*_words_of(Path(file), switches), *words]
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
     if job.preset != name:
@@ -236,7 +237,7 @@ def _value_of(flag: str, words: Sequence[str]) -> str:
 
 def _with_decimals(kind: type, run: type, words: Sequence[str]) -> list[str]:
     """``words`` with fractions as decimals, but for the values of texts: a folder may be named 1/2."""
-    texts, flag, made = {*_texts(kind), *_texts(run)}, "", []
+    texts, flag, made = {*_flags(kind, str, Path), *_flags(run, str, Path)}, "", []
     for word in words:
         if word.startswith("--"):
             flag = word.partition("=")[0].replace("_", "-")
@@ -244,12 +245,13 @@ def _with_decimals(kind: type, run: type, words: Sequence[str]) -> list[str]:
     return made
 
 
-def _texts(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The flags of a job or section whose values are texts or paths."""
+def _flags(kind: type, *types: type, prefix: str = "--") -> Iterator[str]:
+    """The flags of a job or section whose values are of one of ``types``."""
     for name, annotation in get_type_hints(kind).items():
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            yield from _texts(annotation, prefix if name == "run" else f"{prefix}{name.replace('_', '-')}.")
-        elif {str, Path} & {annotation, *get_args(annotation)}:
+            inner = prefix if name == "run" else f"{prefix}{name.replace('_', '-')}."
+            yield from _flags(annotation, *types, prefix=inner)
+        elif {*types} & {annotation, *get_args(annotation)}:
             yield prefix + name.replace("_", "-")
 
 
@@ -260,18 +262,38 @@ def _as_decimal(word: str) -> str:
     return f"{fraction[1] or ''}{float(fraction[2]) / float(fraction[3])!r}"
 
 
-def _words_of(file: Path) -> Iterator[str]:
-    """A YAML file of settings as command-line words, so that both are checked in the same way."""
+class _AsWritten(yaml.SafeLoader):
+    """YAML whose numbers stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), None)
+SWITCHED = {"on": True, "yes": True, "off": False, "no": False}
+"""What YAML 1.1 takes for true or false, and is that for a switch alone: ``training.capture: on`` is a word."""
+
+
+def _words_of(file: Path, switches: Container[str]) -> Iterator[str]:
+    """A YAML file of settings as command-line words, so that both are checked in the same way.
+
+    ``switches`` are the flags that are on or off. Raises ConfigError, also for what refers to itself.
+    """
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.load(file.read_text(), _AsWritten)
+        flat = flatten(settings) if isinstance(settings, dict) else None
     except OSError as error:
         raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not YAML: {first_line(error)}") from error
-    if not isinstance(settings, dict):
+    except RecursionError as error:
+        raise ConfigError(f"--config {file} refers to itself, or nests too deep for settings") from error
+    if flat is None:
         raise ConfigError(f"--config {file} must hold settings, one a line, got {type(settings).__name__}")
-    for name, value in flatten(settings).items():
-        yield from as_words(name, value)
+    for name, value in flat.items():
+        words = as_words(name, value)
+        switched = SWITCHED.get(str(value).lower()) if words[0] in switches else None
+        yield from words if switched is None else as_words(name, switched)
 
 
 def as_words(name: str, value: Any) -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dircluster.config.errors import (
     refuse_secret,
@@ -132,6 +132,18 @@ class AttackConfig:
     def pipeline_gradients(self) -> int:
         """Passes through a whole pipeline, forward and backward, that crafting a training sample takes."""
         return {"pgd": self.steps, "n_fgsm": 1}.get(self.crafting, self.pipeline_steps)
+
+    @property
+    def canonical(self) -> AttackConfig:
+        """The same attacks in one form: what would be derived is not given, what has no use is as it is by itself."""
+        same = replace(self, step_size=None)
+        own = self.step_size if self.norm == "l2" or self.step_size != same.step_for(self.steps) else None
+        made = replace(self, step_size=own)
+        if self.training_step_size == made.step_for(self.steps):
+            made = replace(made, training_step_size=None)
+        if self.crafting in ("pgd", "n_fgsm"):
+            made = replace(made, pipeline_steps=1)
+        return made
 
     def step_for(self, steps: int) -> float:
         """Step size of an attack of ``steps`` steps, a length like epsilon."""
@@ -409,6 +421,9 @@ class TrackingConfig:
         require_positive("tracking", self, "log_every", "picture_every")
 
 
+AnyRun = TypeVar("AnyRun", bound="RunConfig")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One whole run: the sections that all defenses share. Each defense adds its own in a subclass, see presets."""
@@ -442,6 +457,8 @@ class RunConfig:
         )
         for name, value in flatten(to_dict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
+            small = not isinstance(value, int) or abs(value) < 2 ** (63 if name == "seed" else 31)
+            require(small, f"{name} is too large, got {value}")
             if isinstance(value, str):
                 refuse_secret(name, value)
                 bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
@@ -449,9 +466,20 @@ class RunConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers, as plain data: everything but where it runs and what it tells."""
-        plain = to_dict(self)
+        """What decides the numbers, as plain data in one form: everything but where it runs and what it tells."""
+        plain = to_dict(self.canonical)
         return {k: v for k, v in plain.items() if k not in ("name", "scaling", "parallel", "storage", "tracking")}
+
+    @property
+    def canonical(self: AnyRun) -> AnyRun:
+        """The run that computes the same, in the form that its keys hold: a value given is as the same value derived.
+
+        A defense whose own sections derive values overrides it.
+        """
+        target = self.target
+        if target.beta is not None and target.beta == replace(target, beta=None).weight:
+            target = replace(target, beta=None)
+        return replace(self, attack=self.attack.canonical, target=target)
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:

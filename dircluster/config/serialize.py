@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from dircluster.config.errors import require
 
@@ -19,10 +20,30 @@ def local_path(uri: str) -> Path:
     return Path(path).expanduser()
 
 
+WHOLE = ("warmup_epochs",)
+"""Decimal settings that presets once gave as whole numbers: the keys of stages stored since then hold them so."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain dictionaries, lists and scalars."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    """A config as plain dictionaries, lists and scalars, each number in one form: 15 and 15.0 are the same setting."""
+    plain: dict[str, Any] = {}
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            plain[name] = to_dict(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name in _decimals(type(config)):
+            whole = name in WHOLE and value != 0 and float(value).is_integer()
+            plain[name] = int(value) if whole else float(value) + 0.0  # which makes 0.0 of -0.0
+        else:
+            plain[name] = json.loads(json.dumps(value))
     return plain
+
+
+@cache
+def _decimals(kind: type) -> frozenset[str]:
+    """Names of the settings of a section that are decimal numbers."""
+    hints = get_type_hints(kind)
+    return frozenset(name for name, hint in hints.items() if hint is float or float in get_args(hint))
 
 
 def from_dict(kind: type, plain: dict[str, Any]) -> Any:

@@ -180,6 +180,16 @@ class DirRun(RunConfig):
         return (self.data.height // self.model.patch) * (self.data.width // self.model.patch)
 
     @property
+    def canonical(self) -> DirRun:
+        run = super().canonical
+        masking, knobs = run.masking, run.dir
+        if masking.count == replace(masking, count=None).masks:
+            masking = replace(masking, count=None)
+        if knobs.perturb_step_size == run.attack.step_for(knobs.perturb_steps):
+            knobs = replace(knobs, perturb_step_size=None)
+        return replace(run, masking=masking, dir=knobs)
+
+    @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
         return PRINTED.get(self.data.name, {}) if as_in_table_1(self) and self.masking.ratio == 0.5 else {}
 

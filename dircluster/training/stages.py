@@ -33,8 +33,8 @@ def find_stage(config: RunConfig, name: str) -> Stage:
 
 
 def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    """The settings that decide a stage's weights, as nested plain data."""
-    plain = to_dict(config)
+    """The settings that decide a stage's weights, as nested plain data in one form."""
+    plain = to_dict(config.canonical)
     settings = {section: plain[section] for section in (*stage.sections, "attack", "training")}
     settings.get("target", {}).pop("uri", None)
     settings["data"] = {

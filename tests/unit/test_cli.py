@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,35 @@ def test_what_a_job_changes_can_be_typed_again() -> None:
     job = parse("digits", "--dir.alpha", "1", "--data.flip", "--dir.optimizer.milestones", "3", "4")
     words = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
     assert parse("digits", *words).run == job.run
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("scaling: {workers: 1:4}", "scaling.workers", "1:4"),
+        ("scaling: {workers: 08}", "scaling.workers", 8),
+        ("training: {capture: on, fused: off}", "training.capture", "on"),
+        ("data: {flip: on}", "data.flip", True),
+        ("data: {flip: no}", "data.flip", False),
+        ("data: {flip: True}", "data.flip", True),
+        ("target: {optimizer: {lr: 1e-3}}", "target.optimizer.lr", 1e-3),
+        ("target: {optimizer: {lr: 1.e-3, warmup_epochs: 08}}", "target.optimizer.warmup_epochs", 8),
+        ("tracking: {experiment: 2026-11-26}", "tracking.experiment", "2026-11-26"),
+        ("tracking: {experiment: yes}", "tracking.experiment", "yes"),
+        ("dir: {epochs: 010}", "dir.epochs", 10),
+        ("training.microbatch: ~", "training.microbatch", None),
+        ("attack: {epsilon: 1/10}", "attack.epsilon", 0.1),
+        ("a: &a\n  b: *a", None, "refers to itself"),
+        ("[" * 3000, None, "nests too deep"),
+        ("model: {width: 1000000000000000000}", None, "model.width is too large, got 1000000000000000000"),
+        ("data: {limit: 99999999999}", None, "data.limit is too large"),
+    ],
+)
+def test_a_file_means_what_it_looks_like(tmp_path: Path, line: str, name: str | None, value: object) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(line)
+    if name is None:
+        with pytest.raises(ConfigError, match=re.escape(str(value))):
+            parse("digits", "--config", str(file))
+    else:
+        assert flatten(to_dict(parse("digits", "--config", str(file)).run))[name] == value

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dircluster.config import LATER_FIELDS, SAME_NUMBERS, AttackConfig, as_hashed, flatten, to_dict, with_values
+from dircluster import cli
+from dircluster.config import (
+    LATER_FIELDS,
+    SAME_NUMBERS,
+    AttackConfig,
+    RunConfig,
+    as_hashed,
+    digest,
+    flatten,
+    to_dict,
+    with_values,
+)
 from dircluster.presets import PRESETS, preset
-from dircluster.training.stages import find_stage, stage_key, stage_settings
+from dircluster.presets.dir import DirRun
+from dircluster.training.stages import find_stage, stage_key, stage_settings, stages_of
 
 INPUTS: dict[str, str | None] = {"data": "0" * 64}
 NEWER = ("cifar10_fast",)
@@ -71,3 +84,42 @@ def test_later_settings_are_settings(name: str) -> None:
     assert set(LATER_FIELDS) <= set(later) or run.defense != "dir"  # a defense has the sections that it needs
     if not name.startswith(NEWER):
         assert with_values(run, later) == run  # an older preset has their defaults, or its keys would have changed
+
+
+def keys(run: RunConfig) -> dict[str, str]:
+    """The keys of all stages of a run, and of the run as sweeps and records know it."""
+    found = {stage.name: stage_key(run, stage, INPUTS) for stage in stages_of(run)}
+    return found | {"run": digest(run.identity)}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_same_settings_are_the_same_run_however_they_are_typed(name: str, tmp_path: Path) -> None:
+    run = preset(name)
+    (tmp_path / "run.yaml").write_text(cli.to_yaml(run))
+    assert keys(cli.parse(cli.TrainJob, [name, "--config", str(tmp_path / "run.yaml")]).run) == keys(run)
+    numbers = {field: value for field, value in flatten(to_dict(run)).items() if isinstance(value, int | float)}
+    decimal = {field: float(value) for field, value in numbers.items() if field.endswith("warmup_epochs")}
+    whole = {field: int(v) for field, v in numbers.items() if isinstance(v, float) and v.is_integer()}
+    signed = {field: -0.0 for field, value in numbers.items() if isinstance(value, float) and value == 0}
+    assert decimal
+    assert whole
+    assert signed
+    for forms in (decimal, whole, signed):
+        assert keys(with_values(run, forms)) == keys(run), forms
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_value_given_is_the_same_value_derived(name: str) -> None:
+    run = preset(name)
+    derived: dict[str, object] = {
+        "attack.step_size": run.attack.epsilon / 4,
+        "attack.training_step_size": run.attack.step,
+        "target.beta": run.target.weight,
+    }
+    if isinstance(run, DirRun):
+        size = run.dir.perturb_step_size
+        derived["masking.count"] = run.masking.masks
+        derived["dir.perturb_step_size"] = run.attack.step_for(run.dir.perturb_steps) if size is None else size
+    for field, value in derived.items():
+        assert keys(with_values(run, {field: value})) == keys(run), field
+        assert keys(with_values(run, {field: value * 2})) != keys(run), field  # type: ignore[operator]
