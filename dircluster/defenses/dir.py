@@ -213,6 +213,7 @@ def stages(run: DirRun) -> tuple[Stage, ...]:
         {"denoiser": run.pretrain.optimizer},
         sections=("masking", "model", "pretrain"),
         keep="last",
+        on_pipeline=False,
     )
     optimizers = {"denoiser": run.dir.optimizer}
     if run.dir.joint:

@@ -102,4 +102,5 @@ def target_stage(run: RunConfig) -> Stage:
         {"classifier": run.target.optimizer},
         sections=("target",),
         ema=run.target.ema,
+        on_pipeline=False,
     )

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dircluster.config import ConfigError, RunConfig, as_hashed, digest, to_dict
+from dircluster.config import LATER_FIELDS, ConfigError, RunConfig, as_hashed, digest, to_dict
 from dircluster.defenses.base import Purifier
 from dircluster.defenses.stage import Defense, Stage
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.training.compiling import compile_blocks
 
+CRAFTING = ("crafting", "pipeline_steps", "pipeline_every")
+"""Settings of ``attack`` that say how samples are crafted on a whole pipeline."""
 FORMAT = 2
 """Raised when the same config would give other numbers than before: older stages are then not reused."""
 
@@ -37,6 +39,8 @@ def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
     plain = to_dict(config.canonical)
     settings = {section: plain[section] for section in (*stage.sections, "attack", "training")}
     settings.get("target", {}).pop("uri", None)
+    if not stage.on_pipeline:  # stages that craft alike are one, whatever is trained over them
+        settings["attack"] |= {name: LATER_FIELDS[f"attack.{name}"] for name in CRAFTING}
     settings["data"] = {
         field: plain["data"][field] for field in ("held_out", "crop_padding", "flip", "resize", "stream")
     }

@@ -24,7 +24,7 @@ from dircluster.presets.dir import DirRun
 from dircluster.training.stages import find_stage, stage_key, stage_settings, stages_of
 
 INPUTS: dict[str, str | None] = {"data": "0" * 64}
-NEWER = ("cifar10_fast",)
+NEWER = ("cifar10_fast", "digits_hgd")
 """Presets younger than these settings."""
 KEYS = {  # computed at d27d5de, before there were other norms than linf
     "digits": {
@@ -46,9 +46,40 @@ KEYS = {  # computed at d27d5de, before there were other norms than linf
 }
 
 
+SLOW: dict[str, object] = {
+    "attack.training_step_size": None,
+    "attack.crafting": "pgd",
+    "target.ema": None,
+    "target.optimizer.weight_decay": 1e-4,
+    "dir.alpha": 2.0,
+    "dir.perturb_step_size": None,
+    "dir.keep": "best",
+    "dir.ema": None,
+}
+"""What ``digits`` was before it took fast crafting, in all of its sizes."""
+BEFORE: dict[str, dict[str, object]] = {
+    "digits_smoke": SLOW,
+    "digits": SLOW
+    | {
+        "attack.steps": 5,
+        "target.epochs": 150,
+        "target.optimizer.lr": 2e-3,
+        "target.optimizer.warmup_epochs": 15,
+        "pretrain.epochs": 20,
+        "dir.epochs": 60,
+        "dir.perturb_steps": 5,
+    },
+}
+
+
+def earlier(name: str) -> RunConfig:
+    """The preset as it was when KEYS were computed."""
+    return with_values(preset(name), BEFORE.get(name, {}))
+
+
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, keys in KEYS.items() for stage in keys])
 def test_stages_stored_by_earlier_versions_are_found(name: str, stage: str) -> None:
-    assert stage_key(preset(name), find_stage(preset(name), stage), INPUTS) == KEYS[name][stage]
+    assert stage_key(earlier(name), find_stage(earlier(name), stage), INPUTS) == KEYS[name][stage]
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
@@ -71,7 +102,7 @@ def test_only_defaults_of_later_settings_are_left_out() -> None:
 
 @pytest.mark.parametrize("field", SAME_NUMBERS)
 def test_how_a_number_is_computed_is_in_no_key(field: str) -> None:
-    other = with_values(preset("digits"), {field: "on"})
+    other = with_values(earlier("digits"), {field: "on"})
     for stage in ("target", "pretrain", "dir"):
         assert stage_key(other, find_stage(other, stage), INPUTS) == KEYS["digits"][stage]
         assert field in flatten(stage_settings(other, find_stage(other, stage)))
@@ -83,7 +114,8 @@ def test_later_settings_are_settings(name: str) -> None:
     later = {field: LATER_FIELDS[field] for field in LATER_FIELDS if field in flatten(to_dict(run))}
     assert set(LATER_FIELDS) <= set(later) or run.defense != "dir"  # a defense has the sections that it needs
     if not name.startswith(NEWER):
-        assert with_values(run, later) == run  # an older preset has their defaults, or its keys would have changed
+        before = earlier(name) if name in BEFORE else run
+        assert with_values(before, later) == before  # an older one has their defaults, or its keys had changed
 
 
 def keys(run: RunConfig) -> dict[str, str]:
@@ -123,3 +155,11 @@ def test_a_value_given_is_the_same_value_derived(name: str) -> None:
     for field, value in derived.items():
         assert keys(with_values(run, {field: value})) == keys(run), field
         assert keys(with_values(run, {field: value * 2})) != keys(run), field  # type: ignore[operator]
+
+
+def test_how_samples_are_crafted_on_a_pipeline_decides_nothing_of_what_has_none() -> None:
+    run = preset("digits")
+    other = with_values(run, {"attack.crafting": "pgd", "attack.pipeline_steps": 1})
+    same = {name for name, key in keys(run).items() if keys(other)[name] == key}
+    assert same == {"target", "pretrain"}
+    assert keys(preset("digits_hgd"))["target"] == keys(run)["target"]
