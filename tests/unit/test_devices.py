@@ -24,7 +24,7 @@ from dircluster.training import stages
 
 META = torch.device("meta")
 FEW = EvaluationConfig(steps=1, eot=2, draws=2, restarts=2)
-LIBRARY = ("autoattack", "square")
+LIBRARY = ("autoattack", "malt", "pma", "square")
 """Attacks of pyautoattack look into the values of tensors, which meta tensors have none of."""
 
 

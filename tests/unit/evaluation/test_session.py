@@ -34,7 +34,9 @@ from dircluster.presets import preset
 from dircluster.training.validation import restoration_grid
 from tests.unit.evaluation.conftest import EPSILON
 
-FEW = EvaluationConfig(images=24, batch_size=8, steps=3, eot=2, draws=3, queries=5, verdict_images=16)
+FEW = EvaluationConfig(
+    images=24, batch_size=8, steps=3, eot=2, draws=3, resubmissions=2, votes=3, queries=5, verdict_images=16
+)
 
 
 def test_wilson_interval() -> None:
@@ -62,22 +64,24 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
     [
         (
             "quick",
-            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
-            " dir pgd3 fresh, dir transfer-pgd3 fresh",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed, dir natural fresh,"
+            " dir pgd3 fresh, dir pgd3-wor2 fresh, dir transfer-pgd3 fresh, dir malt fixed",
         ),
         (
             "paper",
-            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
-            " dir pgd3 fresh, dir autoattack-standard fixed, dir mifgsm3 fixed, dir mifgsm3 fresh, dir vnifgsm3 fixed,"
-            " dir masked3 fixed, dir masked3 fresh, dir bpda3-eot2 fresh, dir restored3-from-natural fixed,"
-            " dir restored3-from-adversarial fixed",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
+            " dir autoattack-standard fixed, dir mifgsm3 fixed, dir vnifgsm3 fixed, dir masked3 fixed,"
+            " dir restored3-from-natural fixed, dir restored3-from-adversarial fixed, dir natural fresh,"
+            " dir pgd3 fresh, dir mifgsm3 fresh, dir masked3 fresh, dir bpda3-eot2 fresh, dir pgd3-wor2 fresh,"
+            " dir pgd3-mv3 fresh, dir malt fixed",
         ),
         (
             "rigorous",
-            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
-            " dir pgd3 fresh, dir pgd3-margin fresh, dir autoattack-standard fixed, dir square fresh,"
-            " dir l2-pgd3 fresh, dir autoattack-rand fresh, dir natural-mean-of-2 fresh, dir pgd3-mean-of-2 fresh,"
-            " dir transfer-pgd3 fresh",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
+            " dir autoattack-standard fixed, dir pma fixed, dir natural fresh, dir pgd3 fresh, dir pgd3-margin fresh,"
+            " dir square fresh, dir l2-pgd3 fresh, dir autoattack-rand fresh, dir natural-mean-of-2 fresh,"
+            " dir pgd3-mean-of-2 fresh, dir pgd3-wor2 fresh, dir pgd3-mv3 fresh, dir transfer-pgd3 fresh,"
+            " dir malt fixed",
         ),
     ],
 )
@@ -348,7 +352,7 @@ def test_the_report_stands_alone(
         "shares",
         *(f"{target}, {kind}" for target in ("target", "natural target") for kind in ("PGD", "MI-FGSM")),
     }
-    assert plain["robustbench"]["clean_acc"] == f"{100 * found.rows[2].accuracy:.2f}"
+    assert plain["robustbench"]["clean_acc"] == f"{100 * found.rows[3].accuracy:.2f}"
     assert plain["robustbench"]["autoattack_acc"] is not None
     assert len(plain["verdict"]) == 11
     assert said == [] or "umap-learn is not installed" in said[0]
@@ -396,4 +400,4 @@ def test_a_transfer_is_crafted_on_the_surrogate(at_model: nn.Module, digits: tup
     assert rows[0]["transfer-pgd3"].sha256 == rows[0]["pgd3"].sha256
     assert rows[1]["transfer-pgd3"].sha256 != rows[0]["pgd3"].sha256
     assert rows[1]["pgd3"] == rows[0]["pgd3"]
-    assert set(rows[2]) == {"natural", "pgd3"}
+    assert set(rows[2]) == {"natural", "pgd3", "malt"}
