@@ -85,15 +85,15 @@ def apgd(
             raise _NobodyLeft
         at = candidates.detach()
         some, steep, logits = expected_with_logits(model, labels[rows], draws, loss_of(rows), most_rows)(at[rows])
-        seen = averaged_logits(logits)
+        seen = averaged_logits(logits).float()
         margin = margin_loss(seen, labels[rows])
-        better = rows[margin > highest[rows]]
-        highest[rows] = torch.maximum(highest[rows], margin)
-        best[better] = at[better]
+        higher = margin > highest[rows]
+        better = rows[higher]
+        best[better], highest[better] = at[better], margin[higher]
         values = torch.zeros(len(images), device=images.device).index_copy(0, rows, some)
         gradient = torch.zeros_like(at).index_copy(0, rows, steep.to(at))
         losses[:] = [values + ((candidates - at) * gradient).flatten(1).sum(dim=1)]
-        return torch.zeros(len(images), seen.shape[1], device=images.device).index_copy(0, rows, seen.float())
+        return torch.zeros(len(images), seen.shape[1], device=images.device).index_copy(0, rows, seen)
 
     class AnyLoss(APGDAttack):  # type: ignore[misc,no-any-unimported]
         def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
