@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -209,8 +209,7 @@ def nearest_classes(
     The distance is (z_y - z_k) / |grad z_y - grad z_k|: mesoscopic linearity. Only classes of the highest logits are
     asked, a pass each. There are fewer than ``count`` where there are fewer classes.
     """
-    with torch.no_grad():
-        logits = averaged_logits(model(images.repeat(draws, 1, 1, 1)).view(draws, len(images), -1))
+    logits = averaged_logits(expected_with_logits(model, labels, draws, margin_loss, most_rows)(images)[2])
     others = logits.scatter(1, labels[:, None], -torch.inf)
     candidates = others.topk(min(CANDIDATES, logits.shape[1] - 1), dim=1).indices
     distances = []
@@ -224,3 +223,24 @@ def nearest_classes(
         distances.append(values / gradient.flatten(1).norm(dim=1).clamp_min(1e-12))
     order = torch.stack(distances, dim=1).argsort(dim=1)
     return candidates.gather(1, order[:, :count])
+
+
+@contextlib.contextmanager
+def listening(lines: list[str]) -> Iterator[None]:
+    """Collect the warnings of the library, each once; it speaks only through its logger."""
+    logger = logging.getLogger("auto-attack")
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = record.getMessage().split(" See flags_doc.md")[0]
+            if record.levelno >= logging.WARNING and line not in lines:
+                lines.append(line)
+
+    ear, passed_on = Ear(), logger.propagate
+    logger.addHandler(ear)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(ear)
+        logger.propagate = passed_on

@@ -5,16 +5,13 @@ Both draw from PyTorch's own stream, which is seeded here and put back. The mode
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.apgd import ascents, dlr_loss
+from dircluster.attacks.apgd import ascents, dlr_loss, listening
 from dircluster.attacks.expectation import expected_values
 from dircluster.attacks.gradient import Loss, Model, Objective, cross_entropy_loss, margin_loss
 from dircluster.attacks.threat import L2, LInf
@@ -52,7 +49,7 @@ def autoattack(
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
     warned: list[str] = []
-    with rng.seeded_torch_rng(seed, "autoattack"), _listening(warned):
+    with rng.seeded_torch_rng(seed, "autoattack"), listening(warned):
         attack = AutoAttack(
             attacked, eps=threat.epsilon, norm=_norm(threat), seed=seed % 2**31, version=version, device=images.device
         )
@@ -75,7 +72,7 @@ def _rand(
         classes = model(images[:1]).shape[1]
     warned: list[str] = []
     losses = [RAND[name] for name in _possible(list(RAND), classes, warned)]
-    with _listening(warned):
+    with listening(warned):
         found = ascents(model, images, labels, threat, losses, 100, seed, eot, most_rows, leave=False)
     return found, warned
 
@@ -127,24 +124,3 @@ def _norm(threat: LInf | L2) -> str:
 
 ENOUGH = 500
 """Images below which one that Square alone breaks is more than the share (0.2 %) that the library warns of."""
-
-
-@contextmanager
-def _listening(lines: list[str]) -> Iterator[None]:
-    """Collect the warnings of the library, each once; it speaks only through its logger."""
-    logger = logging.getLogger("auto-attack")
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            line = record.getMessage().split(" See flags_doc.md")[0]
-            if record.levelno >= logging.WARNING and line not in lines:
-                lines.append(line)
-
-    ear, passed_on = Ear(), logger.propagate
-    logger.addHandler(ear)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(ear)
-        logger.propagate = passed_on

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.apgd import ascents, malt, probability_margin_loss
+from dircluster.attacks.apgd import ascents, listening, malt, probability_margin_loss
 from dircluster.attacks.autoattack import autoattack, square
 from dircluster.attacks.expectation import expected, in_parts, voting
 from dircluster.attacks.gradient import (
@@ -237,15 +237,18 @@ def _autoattack(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple
 
 
 def _malt(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
-    spec, model = setting.spec, setting.model(len(images))
+    spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
     rest = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
-    return malt(model, images, labels, setting.threat, spec.steps, setting.seed, **rest), []
+    with listening(warned):
+        return malt(model, images, labels, setting.threat, spec.steps, setting.seed, **rest), warned
 
 
 def _pma(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
-    spec, model, losses = setting.spec, setting.model(len(images)), [probability_margin_loss] * setting.spec.restarts
+    spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
     rest = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
-    return ascents(model, images, labels, setting.threat, losses, spec.steps, setting.seed, **rest), []
+    losses = [probability_margin_loss] * spec.restarts
+    with listening(warned):
+        return ascents(model, images, labels, setting.threat, losses, spec.steps, setting.seed, **rest), warned
 
 
 def _leaves(setting: AttackSetting) -> bool:
