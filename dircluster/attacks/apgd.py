@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def ascents(
     images: Tensor,
     labels: Tensor,
     threat: LInf | L2,
-    losses: list[Loss],
+    losses: Sequence[Loss],
     steps: int,
     seed: int,
     draws: int = 1,
@@ -155,13 +156,13 @@ def ascents(
     where it would keep natural images of those that it does not surely fool: here the strongest found is kept.
     """
     left = Survivors(images, labels, leave)
+
+    def ascend(loss: Loss, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return apgd(model, x, y, threat, lambda some: loss, steps, draws, most_rows, leave)
+
     with rng.seeded_torch_rng(seed, "apgd"):
         for loss in losses:
-            left.face(
-                lambda x, y, rows, loss=loss: apgd(
-                    model, x, y, threat, lambda some: loss, steps, draws, most_rows, leave
-                )
-            )
+            left.face(partial(ascend, loss))
     return left.best
 
 
@@ -186,18 +187,22 @@ def malt(
     def ascend(x: Tensor, y: Tensor, loss_of: Callable[[Tensor], Loss], count: int) -> tuple[Tensor, Tensor]:
         return apgd(model, x, y, threat, loss_of, count, draws, most_rows, leave)
 
+    def untargeted(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return ascend(x, y, lambda some: margin_loss, max(1, steps // CHEAP))
+
+    def targeted(target: Tensor, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return ascend(x, y, lambda some: targeted_loss(target[rows[some]]), steps)
+
     with rng.seeded_torch_rng(seed, "malt"):
-        left.face(lambda x, y, rows: ascend(x, y, lambda some: margin_loss, max(1, steps // CHEAP)))
+        left.face(untargeted)
         rows = left.rows
         if len(rows) == 0:
             return left.best
         nearest = nearest_classes(model, images[rows], labels[rows], targets, draws, most_rows)
         every = torch.zeros((len(images), nearest.shape[1]), dtype=torch.int64, device=images.device)
         every[rows] = nearest
-        for target in every.unbind(dim=1):
-            left.face(
-                lambda x, y, rows, target=target: ascend(x, y, lambda some: targeted_loss(target[rows[some]]), steps)
-            )
+        for target in every.T:
+            left.face(partial(targeted, target))
     return left.best
 
 

@@ -94,7 +94,8 @@ def in_parts(both_of: Callable[[Tensor], ValueAndGrad], labels: Tensor, rows: in
     """What ``both_of`` makes of labels, for so many images at a time: memory does not grow with their number."""
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
-        made = [both_of(y)(x) for x, y in zip(images.split(rows), labels.split(rows), strict=True)]
+        parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
+        made = [both_of(labels[part])(images[part]) for part in parts]
         return torch.cat([values for values, _ in made]), torch.cat([gradient for _, gradient in made])
 
     return both

@@ -238,14 +238,14 @@ def _autoattack(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple
 
 def _malt(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
     spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
-    rest = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
+    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
     with listening(warned):
         return malt(model, images, labels, setting.threat, spec.steps, setting.seed, **rest), warned
 
 
 def _pma(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
     spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
-    rest = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
+    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
     losses = [probability_margin_loss] * spec.restarts
     with listening(warned):
         return ascents(model, images, labels, setting.threat, losses, spec.steps, setting.seed, **rest), warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,9 +37,10 @@ class Errs(nn.Module):
 
 @pytest.fixture(scope="module")
 def rows(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> dict[str, Result]:
-    base = AttackSpec("pgd", "fresh", epsilon=EPSILON, step_size=EPSILON / 2, steps=3, eot=2, draws=4)
-    mv = AttackSpec(**{**vars(base), "protocol": "mv", "eot": 1, "average": 5, "label": "mv"})
-    found = evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=SETTINGS, attacks=[base, mv])
+    step = AttackConfig(epsilon=EPSILON).step_for(3)
+    mv = AttackSpec("pgd", "fresh", epsilon=EPSILON, step_size=step, steps=3, draws=4, average=5)
+    mv = replace(mv, protocol="mv", label="mv")
+    found = evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=SETTINGS, attacks=[mv])
     return {f"{row.protocol} {row.attack}": row for row in found.rows}
 
 

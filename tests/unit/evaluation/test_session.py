@@ -189,7 +189,7 @@ def test_what_other_code_found_is_found_again(
     assert seen == []
     monkeypatch.setattr("dircluster.evaluation.evaluation.code", lambda spec, victim: "other")
     judged(at_model, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard))
-    assert len(seen) == 6
+    assert len(seen) == 9
 
 
 class Masked(nn.Module):
@@ -246,7 +246,7 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     again = judged(defense, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard.name))
     assert again.rows == whole.rows
     assert not done_before & set(seen)
-    assert len(seen) == 21 - 8
+    assert len(seen) == 42 - 8
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 21
     assert all(not name.startswith("/") for name in seen)
 
@@ -255,7 +255,7 @@ def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) 
     found = judged(defense, digits)
     rows = to_plain(found.rows)
     assert json.loads(json.dumps(found.to_plain())) == found.to_plain()
-    assert markdown_table(rows).count("\n") == 8
+    assert markdown_table(rows).count("\n") == 11
     assert "EOT 2" in str(found)
     assert all(isinstance(how(row), str) for row in rows)
 

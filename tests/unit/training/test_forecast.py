@@ -31,7 +31,7 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 
 @pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
 def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str) -> None:
-    settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3)  # type: ignore[arg-type]
+    settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3, resubmissions=2, votes=3)  # type: ignore[arg-type]
     config = dataclasses.replace(smoke, evaluation=settings)
     networks, images = stages.Networks(config, ALONE), torch.rand(2, 1, 8, 8)
     victim = VictimModel(networks.defense.defended(config, networks), "dir")
