@@ -21,7 +21,7 @@ from dircluster.attacks.gradient import Loss, Model, margin_loss
 from dircluster.attacks.threat import L2, LInf
 
 TARGETS = 5
-"""Target classes of MALT. Its authors take 9 of up to 1,000; of 10 classes those behind the fifth add nothing."""
+"""Target classes of MALT: its authors take 9, of up to 1,000. Time after the first ascent grows with them."""
 CANDIDATES = 100
 """Classes among which MALT ranks: those of the highest logits."""
 CHEAP = 5
