@@ -5,18 +5,19 @@ Both draw from PyTorch's own stream, which is seeded here and put back. The mode
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dircluster import rng
+from dircluster.attacks.apgd import ascents, dlr_loss, listening
 from dircluster.attacks.expectation import expected_values
-from dircluster.attacks.gradient import Model, Objective, margin_loss
+from dircluster.attacks.gradient import Loss, Model, Objective, cross_entropy_loss, margin_loss
 from dircluster.attacks.threat import L2, LInf
+
+RAND: dict[str, Loss] = {"apgd-ce": cross_entropy_loss, "apgd-dlr": dlr_loss}
+"""The attacks of `rand`, and their losses."""
 
 
 def autoattack(
@@ -29,12 +30,16 @@ def autoattack(
     batch_size: int = 250,
     eot: int = 20,
     queries: int | None = None,
+    most_rows: int | None = None,
 ) -> tuple[Tensor, list[str]]:
     """APGD-CE, targeted APGD, FAB and Square (standard), or APGD-CE and -DLR with EOT (rand).
 
     (N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what the library warned of. With fewer than four
-    classes the attacks that need more are left out, and a warning says so.
+    classes the attacks that need more are left out, and a warning says so. Standard is the library's own, to the
+    image: what one of its attacks fools faces no later one. In rand the ``eot`` draws of a step pass side by side.
     """
+    if version == "rand":
+        return _rand(model, images, labels, threat, seed, eot, most_rows)
     from pyautoattack import AutoAttack
 
     def attacked(candidates: Tensor) -> Tensor:
@@ -44,25 +49,40 @@ def autoattack(
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
     warned: list[str] = []
-    with rng.seeded_torch_rng(seed, "autoattack"), _listening(warned):
+    with rng.seeded_torch_rng(seed, "autoattack"), listening(warned):
         attack = AutoAttack(
             attacked, eps=threat.epsilon, norm=_norm(threat), seed=seed % 2**31, version=version, device=images.device
         )
-        if version == "rand":
-            attack.apgd.eot_iter = eot
         if queries is not None:
             attack.square.n_queries = queries
         targets = min(9, classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
-        possible = [a for a in attack.attacks_to_run if classes >= {"apgd-t": 4, "apgd-dlr": 3}.get(a, 2)]
-        if possible != attack.attacks_to_run:
-            left_out = ", ".join(a for a in attack.attacks_to_run if a not in possible)
-            warned.append(f"left out with {classes} classes: {left_out}")
-            attack.attacks_to_run = possible
+        attack.attacks_to_run = _possible(attack.attacks_to_run, classes, warned)
         found, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
     if len(images) < ENOUGH:
         warned = [line for line in warned if not line.startswith("Square Attack has decreased")]
     return found.detach(), warned
+
+
+def _rand(
+    model: Model, images: Tensor, labels: Tensor, threat: LInf | L2, seed: int, eot: int, most_rows: int | None
+) -> tuple[Tensor, list[str]]:
+    """Every image meets both losses: one that a single evaluation of a randomized model calls broken may be luck."""
+    with torch.no_grad():
+        classes = model(images[:1]).shape[1]
+    warned: list[str] = []
+    losses = [RAND[name] for name in _possible(list(RAND), classes, warned)]
+    with listening(warned):
+        found = ascents(model, images, labels, threat, losses, 100, seed, eot, most_rows, leave=False)
+    return found, warned
+
+
+def _possible(attacks: list[str], classes: int, warned: list[str]) -> list[str]:
+    """Those that so many classes are enough for; ``warned`` gets a line on the others."""
+    possible = [name for name in attacks if classes >= {"apgd-t": 4, "apgd-dlr": 3}.get(name, 2)]
+    if left_out := [name for name in attacks if name not in possible]:
+        warned.append(f"left out with {classes} classes: {', '.join(left_out)}")
+    return possible
 
 
 def square(
@@ -104,24 +124,3 @@ def _norm(threat: LInf | L2) -> str:
 
 ENOUGH = 500
 """Images below which one that Square alone breaks is more than the share (0.2 %) that the library warns of."""
-
-
-@contextmanager
-def _listening(lines: list[str]) -> Iterator[None]:
-    """Collect the warnings of the library, each once; it speaks only through its logger."""
-    logger = logging.getLogger("auto-attack")
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            line = record.getMessage().split(" See flags_doc.md")[0]
-            if record.levelno >= logging.WARNING and line not in lines:
-                lines.append(line)
-
-    ear, passed_on = Ear(), logger.propagate
-    logger.addHandler(ear)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(ear)
-        logger.propagate = passed_on

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,56 @@ def expected_values(
         return total / draws
 
     return values
+
+
+def expected_with_logits(
+    model: Model, labels: Tensor, draws: int, loss: Loss = cross_entropy_loss, most_rows: int | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """What :func:`expected` gives, and the logits that it saw: (draws, N, classes), detached."""
+    seen: list[Tensor] = []
+
+    def seeing(logits: Tensor, repeated: Tensor) -> Tensor:
+        seen.append(logits.detach())
+        return loss(logits, repeated)
+
+    both = expected(model, labels, draws, seeing, most_rows)
+
+    def all_three(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.clear()
+        values, gradient = both(images)
+        return values, gradient, torch.cat(seen).view(draws, len(images), -1)
+
+    return all_three
+
+
+def averaged_logits(logits: Tensor) -> Tensor:
+    """Logits of the probabilities averaged over draws: (draws, N, classes) -> (N, classes)."""
+    if len(logits) == 1:
+        return logits[0]
+    return logits.float().log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))
+
+
+def voting(model: Model, votes: int) -> Model:
+    """The averaged probabilities of ``votes`` passes side by side, as logits: what an attack on their majority follows.
+
+    The model draws again for every row.
+    """
+
+    def voted(images: Tensor) -> Tensor:
+        return averaged_logits(model(images.repeat(votes, 1, 1, 1)).view(votes, len(images), -1))
+
+    return voted
+
+
+def in_parts(both_of: Callable[[Tensor], ValueAndGrad], labels: Tensor, rows: int) -> ValueAndGrad:
+    """What ``both_of`` makes of labels, for so many images at a time: memory does not grow with their number."""
+
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [slice(first, first + rows) for first in range(0, len(images), rows)]
+        made = [both_of(labels[part])(images[part]) for part in parts]
+        return torch.cat([values for values, _ in made]), torch.cat([gradient for _, gradient in made])
+
+    return both
 
 
 def _portions(draws: int, images: int, most_rows: int | None) -> Iterator[int]:

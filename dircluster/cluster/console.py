@@ -72,7 +72,7 @@ class Terminal:
         from dircluster.evaluation.suites import how  # with torch, which is needed by then anyway
 
         table = Table(title="Accuracy on the test split")
-        for name in ("defense", "attack", "randomness", "accuracy", "95 % interval", "n", "how"):
+        for name in ("defense", "attack", "protocol", "accuracy", "95 % interval", "n", "how"):
             number = name in ("accuracy", "n")
             table.add_column(name, justify="right" if number else "left", no_wrap=name != "how")
         for row in rows:
@@ -81,7 +81,7 @@ class Terminal:
             table.add_row(
                 row["defense"],
                 row["attack"],
-                row["randomness"],
+                row.get("protocol", row["randomness"]),
                 accuracy,
                 f"{100 * low:.1f} - {100 * high:.1f}",
                 str(row["total"]),

@@ -284,7 +284,7 @@ class EvaluationConfig:
     """The evaluation on the test split: what a defense must face, and how surely it is said."""
 
     suite: Literal["quick", "paper", "rigorous"] = "quick"
-    """quick: seconds; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
+    """quick: PGD and MALT; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
     verdict: bool = False
     """Ask too whether the defense only hides gradients: up to eleven questions, with attacks of their own."""
     images: int | None = None
@@ -299,13 +299,18 @@ class EvaluationConfig:
     """What attacks are crafted in; auto: bf16 on a GPU, fp32 on a CPU and for networks whose first layers bf16 would
     round. Final predictions are always made in fp32 without TF32."""
     steps: int | None = None
-    """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous)."""
+    """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous; MALT and PMA 100)."""
     restarts: int | None = None
     """Random starts of PGD, of which the strongest counts; 1, or 2 against fixed masks in rigorous, when not given."""
     eot: int | None = None
     """Mask draws whose gradients are averaged at each step against fresh masks; 8 in quick, else 20, when not given."""
     draws: int | None = None
     """Fresh mask draws on which every final image is judged again; 10 in quick, else 20, when not given."""
+    resubmissions: int | None = None
+    """N of Wor.Rob(N), the draws of which any may break an image after each step; 4 in quick, else 10, when not given.
+    """
+    votes: int | None = None
+    """K of MV.Rob(K), the draws whose majority answers, in paper and rigorous; 11 when not given."""
     queries: int = 5000
     """Queries of Square, alone and in AutoAttack."""
     l2_epsilon: float = 0.5
@@ -313,7 +318,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require_positive("evaluation", self, "batch_size", "rows", "queries", "l2_epsilon", "verdict_images")
-        for name in ("images", "steps", "restarts", "eot", "draws"):
+        for name in ("images", "steps", "restarts", "eot", "draws", "resubmissions", "votes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
 

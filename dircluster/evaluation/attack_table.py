@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dircluster import rng
+from dircluster.attacks.apgd import ascents, listening, malt, probability_margin_loss
 from dircluster.attacks.autoattack import autoattack, square
-from dircluster.attacks.expectation import expected
+from dircluster.attacks.expectation import expected, in_parts, voting
 from dircluster.attacks.gradient import (
+    Loss,
     Model,
     ValueAndGrad,
     cross_entropy,
@@ -31,6 +33,9 @@ from dircluster.config import ConfigError
 from dircluster.evaluation.victim import VictimModel
 
 Randomness = Literal["none", "fixed", "fresh"]
+Protocol = Literal["plain", "wor", "mv"]
+ControlKind = Literal["natural", "noise"]
+CONTROLS: tuple[ControlKind, ...] = ("natural", "noise")
 LOSSES = {"ce": cross_entropy_loss, "margin": margin_loss}
 
 
@@ -62,7 +67,12 @@ class AttackSpec:
     draws: int = 1
     """Fresh draws on which every final image is judged."""
     average: int = 1
-    """Draws whose logits the defense averages before it answers; the attacker's too."""
+    """Draws whose logits the defense averages before it answers, or that vote on the answer; the attacker's too."""
+    protocol: Protocol = "plain"
+    """How a defense of fresh draws answers, and when it is broken (DiffBreak, Kassis et al. 2025). wor, worst-case
+    robustness: any of ``eot`` draws at any step of the attack may break an image, and any of ``draws`` at its end. mv:
+    the majority of ``average`` draws answers, and the attack follows their averaged probabilities.
+    """
     first: int | None = None
     """Judged on so many images alone."""
     label: str = ""
@@ -78,6 +88,43 @@ class AttackSpec:
             plain = f"transfer-{plain}"
         return plain
 
+    @property
+    def protocol_name(self) -> str:
+        """What the table calls the way it is judged."""
+        if self.randomness == "none" or self.judged == "target":
+            return "deterministic"
+        if self.protocol != "plain":
+            return f"Wor.Rob({self.eot})" if self.protocol == "wor" else f"MV.Rob({self.average})"
+        return "deterministic white box" if self.randomness == "fixed" else "fresh draws"
+
+    def control(self, kind: ControlKind) -> AttackSpec | None:
+        """The same protocol on images that nobody attacked: natural ones, or with random noise of the same size.
+
+        None where nothing is random, or nothing attacked. An image meets as many draws as under the attack.
+        """
+        past = find_attack(self.attack).past_purifier or self.judged == "target"
+        if self.randomness == "none" or not self.epsilon or past:
+            return None
+        return self.unattacked(kind)
+
+    def unattacked(self, kind: ControlKind) -> AttackSpec:
+        """Images as they are, or with random noise of the radius, judged alike."""
+        draws = self.draws + self.steps * self.eot if self.protocol == "wor" else self.draws
+        label = {"plain": f"mean-of-{self.average}", "wor": f"wor{self.eot}", "mv": f"mv{self.average}"}[self.protocol]
+        return replace(
+            self,
+            attack=kind,
+            on="target" if self.judged == "target" else "defense",
+            epsilon=0.0 if kind == "natural" else self.epsilon,
+            steps=0,
+            step_size=0.0,
+            restarts=1,
+            eot=1,
+            loss="ce",
+            draws=draws,
+            label="" if self.average == 1 and self.protocol == "plain" else f"{kind}-{label}",
+        )
+
 
 @dataclass(frozen=True)
 class AttackSetting:
@@ -85,6 +132,7 @@ class AttackSetting:
 
     ``seed`` names the shard. ``defense_seed`` names the draws of the fixed form, which belong to the shard alone: every
     attack knows the same. ``most_rows`` bounds the rows, images times draws, that pass through a model at a time.
+    Under protocol wor ``broken`` gets what a pass of the attack has seen break, (draws * N,) bool a pass.
     """
 
     victim: VictimModel
@@ -92,6 +140,7 @@ class AttackSetting:
     seed: int
     defense_seed: int
     most_rows: int
+    broken: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
     def threat(self) -> LInf | L2:
@@ -105,13 +154,27 @@ class AttackSetting:
             source = self.victim.target if spec.judged == "target" else self.victim.source
             assert source is not None
             return source
+        if spec.protocol == "mv":
+            return voting(self.victim.model(spec.randomness, self.draw_seed(purpose)), spec.average)
         return self.victim.model(
             spec.randomness, self.draw_seed(purpose), spec.average, known_images(spec, images), self.most_rows
         )
 
     def value_and_grad(self, model: Model, labels: Tensor) -> ValueAndGrad:
         """Loss and gradient of the spec, averaged over its EOT draws."""
-        return expected(model, labels, self.spec.eot, LOSSES[self.spec.loss], self.most_rows)
+        loss, eot, votes = LOSSES[self.spec.loss], self.spec.eot, self.spec.average
+        if self.spec.protocol == "mv":
+            return in_parts(lambda some: expected(model, some, eot, loss, 1), labels, max(1, self.most_rows // votes))
+        return expected(model, labels, eot, self._resubmitted(loss), self.most_rows)
+
+    def _resubmitted(self, loss: Loss) -> Loss:
+        """The loss, which under protocol wor notes what each draw gets wrong."""
+
+        def noting(logits: Tensor, labels: Tensor) -> Tensor:
+            self.broken.append(logits.detach().argmax(dim=1) != labels)
+            return loss(logits, labels)
+
+        return noting if self.spec.protocol == "wor" else loss
 
     def uniform(self, purpose: str, images: Tensor) -> Tensor:
         """Uniform in [0, 1), shaped as ``images``."""
@@ -159,7 +222,39 @@ def _autoattack(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple
     spec = setting.spec
     version: Literal["standard", "rand"] = "rand" if spec.randomness == "fresh" else "standard"
     model, count = setting.model(len(images)), len(images)
-    return autoattack(model, images, labels, setting.threat, version, setting.seed, count, spec.eot, spec.steps or None)
+    return autoattack(
+        model,
+        images,
+        labels,
+        setting.threat,
+        version,
+        setting.seed,
+        count,
+        spec.eot,
+        spec.steps or None,
+        setting.most_rows,
+    )
+
+
+def _malt(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
+    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
+    with listening(warned):
+        return malt(model, images, labels, setting.threat, spec.steps, setting.seed, **rest), warned
+
+
+def _pma(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+    spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
+    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
+    losses = [probability_margin_loss] * spec.restarts
+    with listening(warned):
+        return ascents(model, images, labels, setting.threat, losses, spec.steps, setting.seed, **rest), warned
+
+
+def _leaves(setting: AttackSetting) -> bool:
+    """Whether a fooled image may leave its batch: not where fresh draws decide, or those of a whole batch."""
+    randomness = setting.spec.randomness
+    return setting.spec.on == "target" or randomness == "none" or (randomness == "fixed" and setting.victim.drawn)
 
 
 def _square(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
@@ -208,7 +303,7 @@ def _one_step(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restar
 def _pgd(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:
     spec, threat = setting.spec, setting.threat
     start = threat.start(images, setting.uniform(f"start/{restart}", images))
-    randomized = spec.randomness == "fresh"  # the last iterate may have met an unlucky draw
+    randomized = spec.randomness == "fresh" and spec.protocol != "wor"  # the last may have met an unlucky draw
     return projected_ascent(both, start, images, threat, spec.steps, spec.step_size, keep_best=randomized)
 
 
@@ -265,6 +360,8 @@ ATTACKS: dict[str, Attack] = {
     "mifgsm": Attack(first_order(_momentum), labeled=True, code=FOLLOWED),
     "vnifgsm": Attack(first_order(_neighbors), labeled=True, code=FOLLOWED),
     "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED),
+    "malt": Attack(_malt, counts="steps of APGD a class", code=(malt,), together=False),
+    "pma": Attack(_pma, counts="steps of APGD", code=(ascents,), together=False),
     "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False),
     "square": Attack(_square, counts="queries of Square", code=(square,)),
     "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),

@@ -22,7 +22,7 @@ from dircluster.defenses.base import Defended
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
 from dircluster.evaluation.provenance import code_digest, modules_of
-from dircluster.evaluation.results import Result
+from dircluster.evaluation.results import Control, Result
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
 from dircluster.evaluation.victim import VictimModel
@@ -103,12 +103,13 @@ class Evaluation:
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
         attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
-        crafted = crafting(self.precision, victim, images.device)
+        counts = shard.spec.protocol == "wor"  # what its steps see is claimed
+        crafted = "fp32" if counts else crafting(self.precision, victim, images.device)
         with under_attack(*victim.modules):
-            with autocast(crafted, images.device, *victim.modules):
+            with exact(images.device) if counts else autocast(crafted, images.device, *victim.modules):
                 found, warned = attack(images, labels)
             with torch.no_grad(), exact(images.device):
-                right = judge(victim, shard.spec, fixed, fresh, self.most_rows)(found, labels)
+                right = judge(victim, shard.spec, fixed, fresh, self.most_rows, attack.broken)(found, labels)
         lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
         if lost:
             warned = [*warned, f"{lost} of {len(found)} final images of a shard are not finite"]
@@ -170,6 +171,20 @@ class Evaluation:
             sha256=hashlib.sha256("".join(o["sha256"] for o in outcomes).encode()).hexdigest(),
             warnings=tuple(dict.fromkeys(w for o in outcomes for w in o["warnings"])),
             crafting=" and ".join(sorted({o.get("crafting", "fp32") for o in outcomes})),
+            protocol=spec.protocol_name,
+            natural=self._control(spec.control("natural")),
+            noise=self._control(spec.control("noise")),
+        )
+
+    def _control(self, spec: AttackSpec | None) -> Control | None:
+        """What a control that was evaluated has left."""
+        if spec is None or spec not in self.specs:
+            return None
+        right = self.right(spec)
+        main = right.get("fixed", right.get("fresh", torch.empty(0)))
+        again = right.get("fresh", main).double()
+        return Control(
+            main.double().mean().item(), again.mean(dim=0).min().item(), again.all(dim=1).double().mean().item()
         )
 
     def seconds(self, spec: AttackSpec) -> float:

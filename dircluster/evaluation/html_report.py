@@ -93,7 +93,7 @@ def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int =
     auto = next((row for row in own if row.attack == "autoattack-standard"), None)
     threat, epsilon = config.attack.norm, config.attack.epsilon
     whole = [row for row in own if row.norm == threat and row.average == 1 and not row.attack.startswith("restored")]
-    attacked = [row for row in whole if row.epsilon]
+    attacked = [row for row in whole if row.epsilon and not row.protocol.startswith("Wor")]
     return {
         "link": None,
         "name": config.name,

@@ -20,8 +20,10 @@ CARD = """# {name}: a {defense} defense
 
 {table}
 
-Fixed: the attacker knows what the defense draws. Fresh: it draws again at every pass, the attack averages its gradient
-over so many draws (EOT) as the table says, and the accuracy is the mean over {draws} further draws. This is suite
+Deterministic white box: the attacker knows what the defense draws. Fresh draws: it draws again at every pass, the
+attack averages its gradient over so many draws (EOT) as the table says, and the accuracy is the mean over further ones,
+up to {draws}. Wor.Rob(N): any of N draws at any iterate may break an image. MV.Rob(K): the majority of K draws answers.
+The control of a row is the same protocol on images that nobody attacked: what it loses there is luck. This is suite
 `{suite}`: a stronger attack may bring the accuracy further down, none can bring it up.
 
 ## Use
@@ -38,11 +40,12 @@ The defense protects against small {norm} noise on images like those it was trai
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Results as a Markdown table."""
-    lines = ["| defense | attack | randomness | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
+    lines = ["| defense | attack | protocol | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
+        protocol = row.get("protocol", row["randomness"])
         lines.append(
-            f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %"
+            f"| {row['defense']} | {row['attack']} | {protocol} | {100 * row['accuracy']:.1f} %"
             f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
         )
     return "\n".join(lines)

@@ -8,6 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Control:
+    """What the protocol of a row leaves of images that nobody attacked. Shares lie in [0, 1]."""
+
+    accuracy: float
+    worst: float
+    """In the worst draw."""
+    always: float
+    """Share of images that are right in every draw."""
+
+
+@dataclass(frozen=True)
 class Result:
     """One accuracy and the evidence for it. Shares lie in [0, 1]."""
 
@@ -48,8 +59,24 @@ class Result:
     """fp32 or bf16: what the attack was computed in; both where shards differ."""
     predictions: str = "fp32"
     """What the accuracy was computed in: fp32, without TF32."""
+    protocol: str = "deterministic"
+    """deterministic, deterministic white box, fresh draws, Wor.Rob(N), or MV.Rob(K)."""
+    natural: Control | None = None
+    """The control of a row of a randomized defense: the same protocol on natural images."""
+    noise: Control | None = None
+    """The same, on images with random noise of the same size."""
+
+    @property
+    def luck(self) -> float | None:
+        """Of what the row has lost, the share in [0, 1] that natural images lose too; None without a control."""
+        if self.natural is None or self.accuracy >= 1:
+            return None
+        return min(1.0, (1 - self.natural.accuracy) / (1 - self.accuracy))
 
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Rows for JSON."""
-    return [{**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings)} for row in results]
+    """Rows for JSON, each with its ``luck``."""
+    return [
+        {**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings), "luck": row.luck}
+        for row in results
+    ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation import gradient_masking
-from dircluster.evaluation.attack_table import AttackSpec, find_attack
+from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.store import MemoryStore, ResultStore
@@ -31,8 +31,9 @@ class Plan:
 
     @property
     def specs(self) -> list[AttackSpec]:
-        """All of them, each once."""
-        return list(dict.fromkeys([*self.table, *self.checks.values()]))
+        """All of them, each once, and the controls of the table's."""
+        controls = [control for spec in self.table for kind in CONTROLS if (control := spec.control(kind))]
+        return list(dict.fromkeys([*self.table, *controls, *self.checks.values()]))
 
 
 def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) -> Plan:

@@ -71,14 +71,15 @@ class Point:
 def accuracies(rows: Iterable[Mapping[str, Any]], defense: str) -> tuple[float, float] | None:
     """Natural and robust accuracy of ``defense`` in a table of results; None where it has no such rows.
 
-    Natural is that of fresh masks where masks there are; robust is the lowest of all attacks but transfers.
+    Natural is that of fresh masks where masks there are; robust is the lowest of all attacks but transfers, and but
+    Wor.Rob, in which luck counts.
     """
     own = [row for row in rows if row["defense"] == defense]
     natural = [row["mean"] for row in own if row["attack"] == "natural" and row["randomness"] != "fixed"]
     attacked = [
         row["accuracy"] if row["randomness"] == "fixed" else row["mean"]
         for row in own
-        if row["epsilon"] and not row["attack"].startswith("transfer")
+        if row["epsilon"] and not row["attack"].startswith("transfer") and not row.get("protocol", "").startswith("Wor")
     ]
     return (natural[0], min(attacked)) if natural and attacked else None
 

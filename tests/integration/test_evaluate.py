@@ -72,7 +72,7 @@ def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path, tr
     client = MlflowClient(f"sqlite:///{place}/there/mlflow.db")
     run = client.get_run(found["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["test/dir/natural/fresh"] == found["rows"][3]["accuracy"]
+    assert run.data.metrics["test/dir/natural/fresh"] == found["rows"][5]["accuracy"]
     kept_files = [Path(f.path) for f in client.list_artifacts(found["run_id"])]
     assert sorted(f.suffix for f in kept_files) == [".html", ".json"]
     assert all(f.name.startswith("report-quick-") for f in kept_files)
@@ -97,10 +97,11 @@ def test_somebodys_module_and_the_bare_target(place: Path, trained: Trained) -> 
     assert [(row["defense"], row["attack"]) for row in mine["rows"]] == [
         ("mine:make", "natural"),
         ("mine:make", "pgd2"),
+        ("mine:make", "malt"),
     ]
     registered = ("--target.uri", "models:/dir-digits_smoke@champion", "--storage.uri", "runs")
     bare = judge(place, "--defense", "none", *words, *registered)
-    assert [row["accuracy"] for row in bare["rows"]] == [row["accuracy"] for row in trained.summary["results"][:2]]
+    assert [row["accuracy"] for row in bare["rows"]] == [row["accuracy"] for row in trained.summary["results"][:3]]
 
 
 def test_bad_input_is_one_line_and_exit_2(place: Path, trained: Trained) -> None:

@@ -23,8 +23,8 @@ from dircluster.rng import Stream
 from dircluster.training import stages
 
 META = torch.device("meta")
-FEW = EvaluationConfig(steps=1, eot=2, draws=2, restarts=2)
-LIBRARY = ("autoattack", "square")
+FEW = EvaluationConfig(steps=1, eot=2, draws=2, restarts=2, resubmissions=2, votes=2)
+LIBRARY = ("autoattack", "malt", "pma", "square")
 """Attacks of pyautoattack look into the values of tensors, which meta tensors have none of."""
 
 

@@ -34,7 +34,9 @@ from dircluster.presets import preset
 from dircluster.training.validation import restoration_grid
 from tests.unit.evaluation.conftest import EPSILON
 
-FEW = EvaluationConfig(images=24, batch_size=8, steps=3, eot=2, draws=3, queries=5, verdict_images=16)
+FEW = EvaluationConfig(
+    images=24, batch_size=8, steps=3, eot=2, draws=3, resubmissions=2, votes=3, queries=5, verdict_images=16
+)
 
 
 def test_wilson_interval() -> None:
@@ -62,22 +64,24 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
     [
         (
             "quick",
-            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
-            " dir pgd3 fresh, dir transfer-pgd3 fresh",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed, dir natural fresh,"
+            " dir pgd3 fresh, dir pgd3-wor2 fresh, dir transfer-pgd3 fresh, dir malt fixed",
         ),
         (
             "paper",
-            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
-            " dir pgd3 fresh, dir autoattack-standard fixed, dir mifgsm3 fixed, dir mifgsm3 fresh, dir vnifgsm3 fixed,"
-            " dir masked3 fixed, dir masked3 fresh, dir bpda3-eot2 fresh, dir restored3-from-natural fixed,"
-            " dir restored3-from-adversarial fixed",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
+            " dir autoattack-standard fixed, dir mifgsm3 fixed, dir vnifgsm3 fixed, dir masked3 fixed,"
+            " dir restored3-from-natural fixed, dir restored3-from-adversarial fixed, dir natural fresh,"
+            " dir pgd3 fresh, dir mifgsm3 fresh, dir masked3 fresh, dir bpda3-eot2 fresh, dir pgd3-wor2 fresh,"
+            " dir pgd3-mv3 fresh, dir malt fixed",
         ),
         (
             "rigorous",
-            "none natural none, none pgd3 none, dir natural fixed, dir natural fresh, dir pgd3 fixed,"
-            " dir pgd3 fresh, dir pgd3-margin fresh, dir autoattack-standard fixed, dir square fresh,"
-            " dir l2-pgd3 fresh, dir autoattack-rand fresh, dir natural-mean-of-2 fresh, dir pgd3-mean-of-2 fresh,"
-            " dir transfer-pgd3 fresh",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
+            " dir autoattack-standard fixed, dir pma fixed, dir natural fresh, dir pgd3 fresh, dir pgd3-margin fresh,"
+            " dir square fresh, dir l2-pgd3 fresh, dir autoattack-rand fresh, dir natural-mean-of-2 fresh,"
+            " dir pgd3-mean-of-2 fresh, dir pgd3-wor2 fresh, dir pgd3-mv3 fresh, dir transfer-pgd3 fresh,"
+            " dir malt fixed",
         ),
     ],
 )
@@ -185,7 +189,7 @@ def test_what_other_code_found_is_found_again(
     assert seen == []
     monkeypatch.setattr("dircluster.evaluation.evaluation.code", lambda spec, victim: "other")
     judged(at_model, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard))
-    assert len(seen) == 6
+    assert len(seen) == 9
 
 
 class Masked(nn.Module):
@@ -242,8 +246,8 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     again = judged(defense, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard.name))
     assert again.rows == whole.rows
     assert not done_before & set(seen)
-    assert len(seen) == 21 - 8
-    assert len(list(tmp_path.glob("*/*.safetensors"))) == 21
+    assert len(seen) == 42 - 8
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 42
     assert all(not name.startswith("/") for name in seen)
 
 
@@ -251,7 +255,7 @@ def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) 
     found = judged(defense, digits)
     rows = to_plain(found.rows)
     assert json.loads(json.dumps(found.to_plain())) == found.to_plain()
-    assert markdown_table(rows).count("\n") == 8
+    assert markdown_table(rows).count("\n") == 11
     assert "EOT 2" in str(found)
     assert all(isinstance(how(row), str) for row in rows)
 
@@ -348,7 +352,7 @@ def test_the_report_stands_alone(
         "shares",
         *(f"{target}, {kind}" for target in ("target", "natural target") for kind in ("PGD", "MI-FGSM")),
     }
-    assert plain["robustbench"]["clean_acc"] == f"{100 * found.rows[2].accuracy:.2f}"
+    assert plain["robustbench"]["clean_acc"] == f"{100 * found.rows[3].accuracy:.2f}"
     assert plain["robustbench"]["autoattack_acc"] is not None
     assert len(plain["verdict"]) == 11
     assert said == [] or "umap-learn is not installed" in said[0]
@@ -396,4 +400,4 @@ def test_a_transfer_is_crafted_on_the_surrogate(at_model: nn.Module, digits: tup
     assert rows[0]["transfer-pgd3"].sha256 == rows[0]["pgd3"].sha256
     assert rows[1]["transfer-pgd3"].sha256 != rows[0]["pgd3"].sha256
     assert rows[1]["pgd3"] == rows[0]["pgd3"]
-    assert set(rows[2]) == {"natural", "pgd3"}
+    assert set(rows[2]) == {"natural", "pgd3", "malt"}

@@ -31,17 +31,17 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 
 @pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
 def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str) -> None:
-    settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3)  # type: ignore[arg-type]
+    settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3, resubmissions=2, votes=3)  # type: ignore[arg-type]
     config = dataclasses.replace(smoke, evaluation=settings)
     networks, images = stages.Networks(config, ALONE), torch.rand(2, 1, 8, 8)
     victim = VictimModel(networks.defense.defended(config, networks), "dir")
     counted, left = evaluation_operations(config)
-    specs = [spec for spec in plan(victim, config.attack, settings).table if spec.name not in left]
+    specs = [spec for spec in plan(victim, config.attack, settings).specs if spec.name not in left]
     judgment = Evaluation(specs, 2, 0, 2, settings.rows, MemoryStore(), victim)
     with counting() as found:
         run(judgment, lambda start, stop: (images, torch.tensor([3, 5])))
     assert 2 * counted == found.total
-    assert left == [name for name in left if name.startswith(("autoattack", "square"))]
+    assert left == [name for name in left if name.startswith(("autoattack", "malt", "pma", "square"))]
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])

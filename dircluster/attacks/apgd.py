@@ -1,0 +1,251 @@
+"""AutoPGD (Croce and Hein 2020) on any loss, and what it is the engine of: MALT, PMA, and AutoAttack's `rand`.
+
+The ascent is pyautoattack's. Around it, draws of a step pass side by side, and an image that is fooled costs no further
+pass. Starts are drawn from PyTorch's own stream, which is seeded here and put back: the model must draw from another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.attacks.expectation import averaged_logits, expected, expected_with_logits
+from dircluster.attacks.gradient import Loss, Model, margin_loss
+from dircluster.attacks.threat import L2, LInf
+
+TARGETS = 5
+"""Target classes of MALT: its authors take 9, of up to 1,000. Time after the first ascent grows with them."""
+CANDIDATES = 100
+"""Classes among which MALT ranks: those of the highest logits."""
+CHEAP = 5
+"""MALT's first ascent, towards no class, has this part of the steps: what it fools meets no other."""
+
+
+def probability_margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """max over k != y of p_k, minus p_y (Xie et al. 2024): (N, classes), (N,) -> (N,), in [-1, 1]."""
+    return margin_loss(logits.float().softmax(dim=1), labels)
+
+
+def dlr_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio, of three classes or more: (N, classes), (N,) -> (N,). It has no scale."""
+    ordered = logits.float().sort(dim=1).values
+    return margin_loss(logits.float(), labels) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+
+
+def targeted_loss(target: Tensor) -> Loss:
+    """The targeted difference of logits ratio towards ``target`` (N,); of fewer than four classes the difference."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.float()
+        toward = target.repeat(len(logits) // len(target))
+        gap = (logits.gather(1, toward[:, None]) - logits.gather(1, labels[:, None]))[:, 0]
+        if logits.shape[1] < 4:
+            return gap
+        ordered = logits.sort(dim=1).values
+        return gap / (ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2 + 1e-12)
+
+    return loss
+
+
+class _NobodyLeft(Exception):
+    """No error: it ends an ascent."""
+
+
+def apgd(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    threat: LInf | L2,
+    loss_of: Callable[[Tensor], Loss],
+    steps: int,
+    draws: int = 1,
+    most_rows: int | None = None,
+    leave: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """AutoPGD from a random start: (N, C, H, W), (N,) -> each image's of the highest margin, and that margin (N,).
+
+    ``loss_of`` gives the loss of the images at given rows. The margin, and whether an image is fooled, are those of the
+    probabilities averaged over ``draws`` passes. With ``leave`` an image that is fooled passes no more.
+    """
+    from pyautoattack.autopgd_base import APGDAttack
+
+    best, highest = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
+    losses: list[Tensor] = []
+
+    def passed(candidates: Tensor) -> Tensor:
+        """Logits, as the library asks; its loss follows, whose gradient is the one that was averaged here."""
+        rows = (highest < 0).nonzero()[:, 0] if leave else torch.arange(len(images), device=images.device)
+        if len(rows) == 0:
+            raise _NobodyLeft
+        at = candidates.detach()
+        some, steep, logits = expected_with_logits(model, labels[rows], draws, loss_of(rows), most_rows)(at[rows])
+        seen = averaged_logits(logits).float()
+        margin = margin_loss(seen, labels[rows])
+        higher = margin > highest[rows]
+        better = rows[higher]
+        best[better], highest[better] = at[better], margin[higher]
+        values = torch.zeros(len(images), device=images.device).index_copy(0, rows, some)
+        gradient = torch.zeros_like(at).index_copy(0, rows, steep.to(at))
+        losses[:] = [values + ((candidates - at) * gradient).flatten(1).sum(dim=1)]
+        return torch.zeros(len(images), seen.shape[1], device=images.device).index_copy(0, rows, seen)
+
+    class AnyLoss(APGDAttack):  # type: ignore[misc,no-any-unimported]
+        def dlr_loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return losses[0]
+
+    norm = "Linf" if isinstance(threat, LInf) else "L2"
+    logger = logging.getLogger("auto-attack")
+    attack: Any = AnyLoss(passed, steps, norm, eps=threat.epsilon, loss="dlr", device=images.device, logger=logger)
+    attack.init_hyperparam(images)
+    with contextlib.suppress(_NobodyLeft):
+        attack.attack_single_run(images, labels)
+    return best, highest
+
+
+class Survivors:
+    """Images that no attack has fooled yet, and the strongest found of each: one attack after another faces them.
+
+    Without ``leave`` all stay: where a model draws again one pass shows little, and somebody's fixed draws are those of
+    the whole batch.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, leave: bool) -> None:
+        self.images, self.labels, self.leave = images.detach(), labels, leave
+        self.best = self.images.clone()
+        self.margin = torch.full((len(images),), -torch.inf, device=images.device)
+
+    @property
+    def rows(self) -> Tensor:
+        """Which images are left, (n,)."""
+        left = self.margin < 0 if self.leave else torch.ones_like(self.margin, dtype=torch.bool)
+        return left.nonzero()[:, 0]
+
+    def face(self, attack: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """``attack`` takes images, labels and rows of those that are left, and returns images and margins."""
+        rows = self.rows
+        if len(rows) == 0:
+            return
+        found, margin = attack(self.images[rows], self.labels[rows], rows)
+        better = margin > self.margin[rows]
+        self.best[rows[better]] = found[better]
+        self.margin[rows[better]] = margin[better]
+
+
+def ascents(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    threat: LInf | L2,
+    losses: Sequence[Loss],
+    steps: int,
+    seed: int,
+    draws: int = 1,
+    most_rows: int | None = None,
+    leave: bool = True,
+) -> Tensor:
+    """One AutoPGD after the other on ``losses``: (N, C, H, W), (N,) -> (N, C, H, W).
+
+    On the margin of probabilities alone this is PMA; on cross-entropy and DLR with ``draws`` AutoAttack's `rand`,
+    where it would keep natural images of those that it does not surely fool: here the strongest found is kept.
+    """
+    left = Survivors(images, labels, leave)
+
+    def ascend(loss: Loss, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return apgd(model, x, y, threat, lambda some: loss, steps, draws, most_rows, leave)
+
+    with rng.seeded_torch_rng(seed, "apgd"):
+        for loss in losses:
+            left.face(partial(ascend, loss))
+    return left.best
+
+
+def malt(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    threat: LInf | L2,
+    steps: int,
+    seed: int,
+    targets: int = TARGETS,
+    draws: int = 1,
+    most_rows: int | None = None,
+    leave: bool = True,
+) -> Tensor:
+    """MALT (Melamed et al. 2024), targeted AutoPGD, its targets ranked: (N, C, H, W), (N,) -> (N, C, H, W).
+
+    The cheap ascent comes first, towards no class. What survives meets its ``targets`` nearest classes in turn.
+    """
+    left = Survivors(images, labels, leave)
+
+    def ascend(x: Tensor, y: Tensor, loss_of: Callable[[Tensor], Loss], count: int) -> tuple[Tensor, Tensor]:
+        return apgd(model, x, y, threat, loss_of, count, draws, most_rows, leave)
+
+    def untargeted(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return ascend(x, y, lambda some: margin_loss, max(1, steps // CHEAP))
+
+    def targeted(target: Tensor, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return ascend(x, y, lambda some: targeted_loss(target[rows[some]]), steps)
+
+    with rng.seeded_torch_rng(seed, "malt"):
+        left.face(untargeted)
+        rows = left.rows
+        if len(rows) == 0:
+            return left.best
+        nearest = nearest_classes(model, images[rows], labels[rows], targets, draws, most_rows)
+        every = torch.zeros((len(images), nearest.shape[1]), dtype=torch.int64, device=images.device)
+        every[rows] = nearest
+        for target in every.T:
+            left.face(partial(targeted, target))
+    return left.best
+
+
+def nearest_classes(
+    model: Model, images: Tensor, labels: Tensor, count: int, draws: int = 1, most_rows: int | None = None
+) -> Tensor:
+    """Classes by the distance at which a linear model reaches them: (N, C, H, W), (N,) -> (N, count), nearest first.
+
+    The distance is (z_y - z_k) / |grad z_y - grad z_k|: mesoscopic linearity. Only classes of the highest logits are
+    asked, a pass each. There are fewer than ``count`` where there are fewer classes.
+    """
+    logits = averaged_logits(expected_with_logits(model, labels, draws, margin_loss, most_rows)(images)[2])
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    candidates = others.topk(min(CANDIDATES, logits.shape[1] - 1), dim=1).indices
+    distances = []
+    for candidate in candidates.unbind(dim=1):
+
+        def gap(z: Tensor, y: Tensor, candidate: Tensor = candidate) -> Tensor:
+            toward = candidate.repeat(len(z) // len(candidate))
+            return (z.gather(1, y[:, None]) - z.gather(1, toward[:, None]))[:, 0].float()
+
+        values, gradient = expected(model, labels, draws, gap, most_rows)(images)
+        distances.append(values / gradient.flatten(1).norm(dim=1).clamp_min(1e-12))
+    order = torch.stack(distances, dim=1).argsort(dim=1)
+    return candidates.gather(1, order[:, :count])
+
+
+@contextlib.contextmanager
+def listening(lines: list[str]) -> Iterator[None]:
+    """Collect the warnings of the library, each once; it speaks only through its logger."""
+    logger = logging.getLogger("auto-attack")
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = record.getMessage().split(" See flags_doc.md")[0]
+            if record.levelno >= logging.WARNING and line not in lines:
+                lines.append(line)
+
+    ear, passed_on = Ear(), logger.propagate
+    logger.addHandler(ear)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(ear)
+        logger.propagate = passed_on

@@ -1,0 +1,149 @@
+"""AutoPGD on any loss, MALT and PMA; AutoAttack standard is its authors', image by image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from torch import Tensor, nn
+
+from dircluster import rng
+from dircluster.attacks.apgd import (
+    apgd,
+    ascents,
+    dlr_loss,
+    malt,
+    nearest_classes,
+    probability_margin_loss,
+    targeted_loss,
+)
+from dircluster.attacks.autoattack import autoattack
+from dircluster.attacks.gradient import cross_entropy_loss
+from dircluster.attacks.threat import L2, LInf
+from tests.unit.attacks.parity import fixed_images, fixed_model
+
+THREAT = LInf(0.02)
+IMAGES = fixed_images()[0].float()[:12]
+
+
+def four_classes() -> nn.Module:
+    """Four logits of a small network, each around zero. The fewer classes, the less AutoAttack takes."""
+    whole, some = fixed_model().float(), nn.Linear(10, 4)
+    with torch.no_grad():
+        some.weight.copy_(torch.eye(10)[:4])
+        some.bias.copy_(-whole(IMAGES).mean(dim=0)[:4])
+    return nn.Sequential(whole, some)
+
+
+MODULE = four_classes()
+LABELS = MODULE(IMAGES).argmax(dim=1)
+
+
+def model(images: Tensor) -> Tensor:
+    made: Tensor = MODULE(images)
+    return made
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Tensor:
+    """What pyautoattack makes of the images."""
+    with torch.random.fork_rng():
+        attack: Any = AutoAttack(MODULE, eps=THREAT.epsilon, seed=5, version="standard")
+        attack.square.n_queries = 20
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 3
+        found: Tensor = attack.run_standard_evaluation(IMAGES, LABELS, batch_size=len(IMAGES))[0]
+    return found
+
+
+def test_autoattack_is_the_originals_image_by_image(theirs: Tensor) -> None:
+    ours, _ = autoattack(model, IMAGES, LABELS, THREAT, "standard", 5, len(IMAGES), queries=20)
+    assert torch.equal(ours, theirs)
+    broken = model(theirs).argmax(dim=1) != LABELS
+    assert 0 < int(broken.sum()) < len(IMAGES)  # else the next tests show nothing
+
+
+def test_malt_breaks_what_autoattack_does(theirs: Tensor) -> None:
+    found = malt(model, IMAGES, LABELS, THREAT, 100, 0)
+    assert (found - IMAGES).abs().max() <= THREAT.epsilon + 1e-6
+    kept = model(theirs).argmax(dim=1) == LABELS
+    assert torch.equal(model(found).argmax(dim=1) == LABELS, kept)
+
+
+@pytest.mark.parametrize("threat", [THREAT, L2(0.15)], ids=["linf", "l2"])
+@pytest.mark.parametrize("leave", [True, False])
+def test_the_ascent_is_the_librarys(threat: LInf | L2, leave: bool) -> None:
+    """An image that is fooled passes no more, and the others go on as if it did."""
+    passed: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        passed.append(len(images))
+        return model(images)
+
+    norm = "Linf" if isinstance(threat, LInf) else "L2"
+    original: Any = APGDAttack(MODULE, 30, norm, eps=threat.epsilon, loss="ce")
+    original.init_hyperparam(IMAGES)
+    with rng.seeded_torch_rng(3, "start"):
+        _, right, _, _ = original.attack_single_run(IMAGES, LABELS)
+    with rng.seeded_torch_rng(3, "start"):
+        found, margin = apgd(counted, IMAGES, LABELS, threat, lambda rows: cross_entropy_loss, 30, leave=leave)
+    assert torch.equal(margin < 0, right.bool())
+    assert torch.equal(model(found).argmax(dim=1) == LABELS, right.bool())
+    assert passed[0] == len(IMAGES)
+    assert passed[-1] == (int(right.sum()) if leave else len(IMAGES))
+
+
+def test_nothing_passes_once_all_are_fooled() -> None:
+    passed: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        passed.append(len(images))
+        return model(images)
+
+    apgd(counted, IMAGES, LABELS, LInf(0.5), lambda rows: cross_entropy_loss, 30)
+    assert len(passed) < 31
+
+
+def test_losses_are_the_librarys() -> None:
+    logits, target = torch.randn(12, 10, generator=rng.generator(0, "z")), LABELS + 3
+    library: Any = APGDAttack_targeted(MODULE, eps=0.1)
+    library.y_target = target
+    torch.testing.assert_close(dlr_loss(logits, LABELS), library.dlr_loss(logits, LABELS))
+    torch.testing.assert_close(targeted_loss(target)(logits, LABELS), library.dlr_loss_targeted(logits, LABELS))
+    twice = targeted_loss(target)(logits.repeat(2, 1), LABELS.repeat(2))
+    torch.testing.assert_close(twice, targeted_loss(target)(logits, LABELS).repeat(2))
+    few = torch.tensor([[1.0, 3.0, 2.5]])
+    assert targeted_loss(torch.tensor([2]))(few, torch.tensor([1])).tolist() == [-0.5]
+    gap = probability_margin_loss(few, torch.tensor([1]))
+    torch.testing.assert_close(gap, few.softmax(1)[:, 2] - few.softmax(1)[:, 1])
+
+
+def test_the_nearest_class_is_that_of_a_linear_model() -> None:
+    """The second class is behind in logits and nearer in distance: its weights are longer."""
+    linear = nn.Linear(64, 3, bias=True)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[1, 0], linear.weight[2, 0] = 1.0, 10.0
+        linear.bias.copy_(torch.tensor([2.0, 1.0, 0.0]))
+    one = torch.zeros(1, 1, 8, 8)
+    found = nearest_classes(lambda x: linear(x.flatten(1)), one, torch.tensor([0]), 5)
+    assert found.tolist() == [[2, 1]]  # 2 / 10 away, and 1 / 1
+
+
+def test_the_draws_of_a_step_pass_side_by_side() -> None:
+    seen: list[int] = []
+    noise = rng.generator(0, "noise")
+
+    def noisy(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return model(images + 0.01 * torch.randn(images.shape, generator=noise))
+
+    ascents(noisy, IMAGES, LABELS, THREAT, [cross_entropy_loss], 4, 0, draws=3, leave=False)
+    assert seen == [3 * len(IMAGES)] * 5
+    seen.clear()
+    found, warned = autoattack(noisy, IMAGES, LABELS, THREAT, "rand", 0, eot=2, most_rows=2 * len(IMAGES))
+    assert seen == [1] + [2 * len(IMAGES)] * 2 * 101
+    assert warned == []
+    assert (found != IMAGES).flatten(1).any(dim=1).all()  # the strongest of each is kept, fooled or not
