@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dircluster.attacks.expectation import expected
 from dircluster.attacks.gradient import Model
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, known_images
+from dircluster.evaluation.probes import PROBES, Question
 from dircluster.evaluation.victim import VictimModel
 
 
@@ -29,17 +29,18 @@ def judge(
     """How final images are judged: (N, C, H, W), (N,) -> what was right, under ``fixed`` or ``fresh``.
 
     ``fixed`` (N, 1): by the target alone, or under the draws that the attacker knew. ``fresh`` (N, draws): on fresh
-    draws, which no attack has met.
+    draws, which no attack has met. Logits that are not finite are wrong. Of a probe, ``fixed`` says what passes it.
     """
 
     def right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-        return model(images).argmax(dim=1) == labels
+        return _right(model(images), labels)
 
     def judged(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         verdicts: dict[str, Tensor] = {}
-        if spec.attack == "gradient":
-            _, steep = expected(victim.model(spec.randomness, seed), labels, spec.eot, most_rows=most_rows)(images)
-            return {"fixed": (steep.isfinite().flatten(1).all(dim=1) & (steep != 0).flatten(1).any(dim=1))[:, None]}
+        if spec.attack in PROBES:
+            pixel = spec.epsilon if spec.norm == "linf" else spec.epsilon / images[0].numel() ** 0.5
+            question = Question(victim, spec.randomness, seed, pixel, spec.eot, most_rows)
+            return {"fixed": PROBES[spec.attack](question, images, labels)[:, None]}
         if spec.judged == "target" or find_attack(spec.attack).past_purifier:
             assert victim.target is not None
             return {"fixed": right(victim.target, images, labels)[:, None]}
@@ -59,6 +60,10 @@ def _fresh(model: Model, images: Tensor, labels: Tensor, draws: int, at_once: in
     columns = []
     for first in range(0, draws, at_once):
         count = min(at_once, draws - first)
-        found = model(images.repeat(count, 1, 1, 1)).argmax(dim=1).view(count, len(images))
-        columns.append(found == labels)
+        found = model(images.repeat(count, 1, 1, 1))
+        columns.append(_right(found, labels.repeat(count)).view(count, len(images)))
     return torch.cat(columns).T
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)

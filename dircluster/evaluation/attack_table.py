@@ -28,6 +28,7 @@ from dircluster.attacks.masked import masked_attack
 from dircluster.attacks.restored import restored_attack
 from dircluster.attacks.threat import BALLS, L2, LInf
 from dircluster.config import ConfigError
+from dircluster.evaluation.probes import PROBES
 from dircluster.evaluation.victim import VictimModel
 
 Randomness = Literal["none", "fixed", "fresh"]
@@ -111,7 +112,7 @@ class AttackSetting:
 
     def value_and_grad(self, model: Model, labels: Tensor) -> ValueAndGrad:
         """Loss and gradient of the spec, averaged over its EOT draws."""
-        return expected(model, labels, self.spec.eot, LOSSES[self.spec.loss], self.most_rows)
+        return self.victim.watch.ascent(expected(model, labels, self.spec.eot, LOSSES[self.spec.loss], self.most_rows))
 
     def uniform(self, purpose: str, images: Tensor) -> Tensor:
         """Uniform in [0, 1), shaped as ``images``."""
@@ -258,7 +259,7 @@ FOLLOWED = (projected_ascent, expected)
 """What runs the attacks that follow the averaged gradient."""
 ATTACKS: dict[str, Attack] = {
     "natural": Attack(_natural),
-    "gradient": Attack(_natural, code=FOLLOWED),  # asks whether there is one
+    **{name: Attack(_natural, code=(probe,)) for name, probe in PROBES.items()},  # nobody is attacked
     "noise": Attack(_noise, code=(LInf,)),
     "fgsm": Attack(first_order(_one_step), code=FOLLOWED),
     "pgd": Attack(first_order(_pgd), labeled=True, code=FOLLOWED),

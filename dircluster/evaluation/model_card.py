@@ -42,7 +42,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         low, high = row["interval"]
         lines.append(
-            f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %"
+            f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %{' !' if row.get('marks') else ''}"
             f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
         )
     return "\n".join(lines)

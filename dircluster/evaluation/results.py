@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dircluster.evaluation.marks import Mark
+
 
 @dataclass(frozen=True)
 class Result:
@@ -48,8 +50,12 @@ class Result:
     """fp32 or bf16: what the attack was computed in; both where shards differ."""
     predictions: str = "fp32"
     """What the accuracy was computed in: fp32, without TF32."""
+    marks: tuple[Mark, ...] = ()
+    """What tells that the attack may have been weak, so that the accuracy flatters."""
 
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Rows for JSON."""
-    return [{**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings)} for row in results]
+    lists = ("interval", "warnings", "marks")
+    plain = [asdict(row) for row in results]
+    return [{**row, **{name: list(row[name]) for name in lists}} for row in plain]

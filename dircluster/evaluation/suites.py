@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import ATTACKS, AttackSpec, attack_of
+from dircluster.evaluation.marks import in_words
 
 SuiteName = Literal["quick", "paper", "rigorous"]
 SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
@@ -47,7 +48,7 @@ def suite(
     specs = [_natural(bare), bare] if purifies else []
     specs += [_natural(fixed), _natural(fresh)]
     if name == "quick":
-        specs += [replace(fixed, restarts=restarts), replace(fresh, restarts=restarts)]
+        specs += [replace(fixed, restarts=restarts), replace(fresh, restarts=restarts), _margin(fixed)]
         specs += [replace(fresh, on="target", eot=1)] if transfers else []
     elif name == "paper":
         specs += _paper(fixed, fresh, attack, settings, masked)
@@ -57,7 +58,7 @@ def suite(
         specs += [
             replace(_lasting(fixed, attack, steps), restarts=settings.restarts or 2),
             *([replace(long, restarts=restarts)] if randomized else []),
-            replace(long, loss="margin", label=f"pgd{steps}-margin"),
+            _margin(long),
             *_autoattack(fixed, settings, masked),
             replace(fresh, attack="square", steps=settings.queries),
         ]
@@ -86,6 +87,11 @@ def _lasting(spec: AttackSpec, attack: AttackConfig, steps: int) -> AttackSpec:
     return replace(spec, steps=steps, step_size=attack.step_for(steps))
 
 
+def _margin(spec: AttackSpec) -> AttackSpec:
+    """The same by a loss that does not depend on the scale of the logits, as cross-entropy does."""
+    return replace(spec, loss="margin", label=f"{spec.name}-margin")
+
+
 def _autoattack(fixed: AttackSpec, settings: EvaluationConfig, masked: bool) -> list[AttackSpec]:
     """AutoAttack standard, unless it would meet other draws than it is judged on: it passes some images alone."""
     if fixed.randomness == "fixed" and not masked:
@@ -102,6 +108,7 @@ def _paper(
     return [
         replace(fixed, restarts=restarts),
         replace(fresh, restarts=restarts),
+        _margin(fixed),
         *_autoattack(fixed, settings, masked),
         replace(fixed, attack="mifgsm"),
         replace(fresh, attack="mifgsm"),
@@ -134,4 +141,6 @@ def how(row: Mapping[str, Any], draws: bool = True) -> str:
         parts.append(
             f"of {row['draws']} fresh draws {mean}worst {100 * row['worst']:.1f}, all {100 * row['always']:.1f} %"
         )
+    if row.get("marks"):
+        parts.append(f"**marked**: {in_words(row['marks'])}")
     return "; ".join(parts)
