@@ -41,8 +41,9 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| defense | attack | randomness | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
+        marked = " !" if row.get("marks") else ""
         lines.append(
-            f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %{' !' if row.get('marks') else ''}"
+            f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %{marked}"
             f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a defense is asked on images that nobody attacks: does it answer, and differentiate, as a plain function does?"""
+"""What a defense is asked on images that nobody attacks: does it answer, and differentiate, as a function does?"""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.defenses.base import Defended
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.adapter import Adapted, buffers_kept, undisturbed, without_inference
 from dircluster.evaluation.attack_table import AttackSpec, find_attack
@@ -22,7 +22,6 @@ from dircluster.evaluation.store import MemoryStore, ResultStore
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
 from dircluster.evaluation.victim import VictimModel
-from dircluster.defenses.base import Defended
 from dircluster.models.modules import device_of, parts_of
 
 

@@ -48,9 +48,7 @@ class VictimModel:
     It is somebody's: who passes images through it does so within ``under_attack(*subject.modules)``.
     """
 
-    def __init__(
-        self, module: Callable[..., Any], name: str, surrogate: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, module: Callable[..., Any], name: str, surrogate: Callable[..., Any] | None = None) -> None:
         """Raises ConfigError for a defense at fixed or averaged draws, and for what is no function of images."""
         if isinstance(module, Defended) and (module.draws != 1 or module.is_fixed):
             raise ConfigError(
@@ -140,7 +138,7 @@ class VictimModel:
         return images
 
     def _meet_somebodys(self, module: Adapted, images: Tensor, logits: Tensor) -> None:
-        """What can go wrong in the middle of an attack: other numbers of images, a backward pass, a purifier's parts."""
+        """See what would fail in the middle of an attack: other numbers of images, a gradient, a purifier's parts."""
         model = self.model("fixed", 1)
         for some in (images[:1], images.repeat(3, 1, 1, 1)):
             try:
@@ -204,7 +202,9 @@ class VictimModel:
             return self.watch.over(lambda batch: run(self._logits, batch))
 
         def averaged(batch: Tensor) -> Tensor:
-            at_once = draws if most_rows is None or not self.drawn else max(1, min(draws, most_rows // max(1, len(batch))))
+            at_once = (
+                draws if most_rows is None or not self.drawn else max(1, min(draws, most_rows // max(1, len(batch))))
+            )
             total = torch.zeros((), device=batch.device)
             for first in range(0, draws, at_once):
                 total = total + run(self._summed(min(at_once, draws - first)), batch)
