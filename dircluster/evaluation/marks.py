@@ -21,8 +21,8 @@ WORDS: dict[Kind, str] = {
 """What is said of a share in [0, 1]."""
 DEAD = 0.01
 """Share of gradients that may be missing, NaN or zero."""
-FALLEN = 0.15
-"""Share of images whose loss may surely end below its start: where gradients mean nothing, it is half of them."""
+FALLEN = 0.08
+"""Share of images whose loss may surely end below its start: where gradients mean nothing, it is a quarter or more."""
 VANISHED = 1e-30
 """A gradient whose largest element is below this counts as none: its square is zero, and so is the step of L2."""
 
@@ -83,8 +83,9 @@ def in_words(marks: Iterable[Mapping[str, Any]]) -> str:
 class Watch:
     """Counts what passes between an attack on ``images`` images and its model. Sums stay on the device until read.
 
-    A row's gradient counts where the attack asked for one. Rows that are whole repetitions of the images, as those of
-    EOT are, count as images: one draw that leads back is enough.
+    Each pass of an image that asks for a gradient counts, and is bad where none comes back in the first backward pass.
+    Rows that are whole repetitions of the images, as those of EOT are, count as images: one draw that leads back is
+    enough.
     """
 
     def __init__(self, images: int) -> None:
@@ -101,12 +102,8 @@ class Watch:
             if not asked:
                 return self._answered(model(images))
             entered: Tensor = _Entrance.apply(images, self)
-            logits = self._answered(model(entered))
-            if logits.requires_grad:
-                logits.register_hook(lambda gradient: self._add("gradient", 0, self._groups(len(images))))
-            else:
-                self._add("gradient", 0, self._groups(len(images)))
-            return logits
+            self._add("gradient", 0, self._groups(len(images)))
+            return self._answered(model(entered))
 
         return watched
 
@@ -160,12 +157,14 @@ class _Entrance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, watch: Watch) -> Tensor:
-        ctx.watch = watch
+        ctx.watch, ctx.first = watch, True
         return images.view_as(images)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.watch._returned(gradients[0])
+        if ctx.first:
+            ctx.watch._returned(gradients[0])
+        ctx.first = False
         return gradients[0], None
 
 

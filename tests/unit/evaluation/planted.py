@@ -76,7 +76,7 @@ def every_twentieth_call() -> Make:
 
 
 class Adapts(nn.Module):
-    """Answers a little otherwise at each call."""
+    """Answers otherwise at every eleventh call."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ class Adapts(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.calls += 1
         logits: Tensor = self.inner(images)
-        return logits + 1e-2 * self.calls * torch.arange(logits.shape[1])
+        return logits + (self.calls % 11 == 0) * torch.arange(logits.shape[1])
 
 
 def nan_under_attack(h: nn.Module, x: Tensor) -> Tensor:
     logits: Tensor = h(x)
-    steps = (x * 16 - (x * 16).round()).abs().flatten(1).amax(dim=1, keepdim=True)  # digits are sixteenths
-    return torch.where(steps > 1e-3, torch.nan, logits)
+    between = (x * 255 - (x * 255).round()).abs().flatten(1).amax(dim=1, keepdim=True)  # images have 8 bits
+    return torch.where(between > 0.01, torch.nan, logits)
 
 
 def nan_on_some(h: nn.Module, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Make, str]] = {
         RECORDED,
     ),
     "noise in one call of twenty": (every_twentieth_call(), REPEATS),
-    "another answer at each call": (Adapts, REPEATS),
+    "another answer at every eleventh call": (Adapts, REPEATS),
     "NaN under attack": (around(nan_under_attack), FINITE),
     "NaN on some images": (around(nan_on_some), FINITE),
     "noise that hides the way": (around(lambda h, x: h(x + 0.6 * torch.randn_like(x))), SECRET),

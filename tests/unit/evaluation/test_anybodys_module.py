@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dircluster import evaluate
 from dircluster.config import ConfigError, EvaluationConfig
+from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.session import EvaluationReport
 
 QUICK = EvaluationConfig(images=12, batch_size=8, steps=3)
@@ -290,6 +291,16 @@ def test_a_surrogate_of_any_form_is_what_the_plain_one_is(surrogate: Any) -> Non
     rows = [{r.attack: (r.correct, r.judged) for r in judged(surrogate=s).rows} for s in (surrogate, plain())]
     assert rows[0] == rows[1]
     assert "transfer-pgd3" in rows[0]
+
+
+def test_a_module_that_breaks_under_attack_is_judged_to_the_end() -> None:
+    breaking = Then(lambda x, z: torch.where(x.flatten(1).amax(dim=1, keepdim=True) > 0.96, torch.nan, z))
+    auto = AttackSpec("autoattack", epsilon=0.1, steps=10)
+    square = AttackSpec("square", epsilon=0.1, steps=10)
+    rows = {row.attack: row for row in judged(breaking, attacks=[auto, square]).rows}
+    assert rows["natural"].marks == ()
+    assert all(rows[name].marks for name in ("pgd3", "pgd3-margin", "autoattack", "square"))
+    assert rows["pgd3"].accuracy < rows["natural"].accuracy
 
 
 class Numpy(nn.Module):
