@@ -140,11 +140,12 @@ def undisturbed() -> Iterator[None]:
 @contextmanager
 def buffers_kept(*modules: nn.Module) -> Iterator[None]:
     """Buffers that the modules change when they are called, such as running statistics, are put back."""
-    kept = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()]
+    parts = [part for module in modules for part in module.modules()]
+    kept = [(part, *named, named[1].detach().clone()) for part in parts for named in part.named_buffers(recurse=False)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for part, name, buffer, value in kept:
+            if not torch.equal(getattr(part, name), value):
+                buffer.detach().copy_(value)
+                setattr(part, name, buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections import namedtuple
@@ -19,7 +20,7 @@ from dircluster.config import ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.session import EvaluationReport
 
-QUICK = EvaluationConfig(images=12, batch_size=8, steps=3)
+QUICK = EvaluationConfig(images=12, batch_size=8, steps=3, queries=50)
 IMAGES = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.05
 LABELS = torch.arange(12) % 3
 
@@ -233,7 +234,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def test_surroundings_change_nothing(inside: Callable[[], Any]) -> None:
     with inside():
         assert judged().rows == REFERENCE.rows
-        assert judged(images=IMAGES.clone(), labels=LABELS.clone(), module=plain().float()).rows == REFERENCE.rows
+        made = copy.deepcopy(PLAIN)  # in inference mode its parameters pass no gradient
+        assert judged(made, IMAGES.clone(), LABELS.clone()).rows == REFERENCE.rows
 
 
 def test_all_is_as_before() -> None:
