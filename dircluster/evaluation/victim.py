@@ -64,7 +64,8 @@ class VictimModel:
         """Whether its randomness is rows that the attacker may know, hold fixed and pass side by side."""
         self.masked = self.drawn and isinstance(self._defense.purifier, Masked)
         """Whether it sees images through masks, which the attack of Eq. 8 makes use of."""
-        restore, classifier = getattr(module, "restore", None), getattr(module, "classifier", None)
+        given = module.inner if isinstance(module, Adapted) else module
+        restore, classifier = getattr(given, "restore", None), getattr(given, "classifier", None)
         self.target: Model | None = None
         """The classifier behind the purifier."""
         if callable(classifier) and callable(restore):

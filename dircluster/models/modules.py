@@ -25,7 +25,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """``modules`` are in eval mode inside; every part of them is in its own mode again after."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    parts = [part for module in modules for part in module.modules()]
+    modes = [(part, part.training) for part in parts if hasattr(part, "training")]  # frozen scripts have no mode
     for module in modules:
         try:
             module.eval()
