@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dircluster import rng
+from dircluster.attacks.gradient import kl_ascent, kl_divergence
+from dircluster.attacks.threat import LInf
+from dircluster.config import DataConfig
+from dircluster.data.sources import load
+from dircluster.defenses.base import Defended, Purifier
+from tests.unit.evaluation.conftest import EPSILON
 
 Make = Callable[[nn.Module], nn.Module]
 
@@ -156,8 +165,50 @@ def sometimes_wrong(h: nn.Module, x: Tensor) -> Tensor:
     return torch.where(wrong, logits.roll(int(torch.randint(1, 10, ())), dims=1), logits)
 
 
+def blurred(x: Tensor) -> Tensor:
+    return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, 1)
+
+
+class Residual(Purifier):
+    """Takes half of the fine detail away, as HGD takes predicted noise: nothing is random."""
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        return images - 0.5 * (images - blurred(images))
+
+
+class Patches(Purifier):
+    """Hides some patches of 2 x 2 pixels, as DIR does, and fills them with what lies around."""
+
+    def draw(self, generator: torch.Generator, images: int) -> Tensor | None:
+        return torch.rand((images, 1, 4, 4), generator=generator)
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        assert draws is not None
+        hidden = (draws < 0.15).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return torch.where(hidden, blurred(images), images)
+
+
+def by_trades(h: nn.Module) -> nn.Module:
+    """The network after an epoch of TRADES."""
+    model, train = copy.deepcopy(h), load(DataConfig(), 0).train
+    optimizer, draws = torch.optim.Adam(model.parameters(), 2e-3), rng.generator(0, "tests/trades")
+    images, labels = train.pixels(), train.labels
+    for rows in torch.randperm(len(labels), generator=draws).split(64):
+        x, normal = images[rows], torch.randn(images[rows].shape, generator=draws)
+        found = kl_ascent(model, x, model(x).detach(), LInf(EPSILON), 3, EPSILON / 2, normal)
+        logits = model(x)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits, labels[rows]) + 6 * kl_divergence(logits, model(found)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model
+
+
 HONEST: dict[str, Make] = {
     "AT": lambda h: h,
+    "TRADES": by_trades,
+    "a purifier that hides patches": lambda h: Defended(Patches(), h),
+    "a purifier that takes noise away": lambda h: Defended(Residual(), h),
     "noise on the input": around(lambda h, x: h(x + 0.05 * torch.randn_like(x))),
     "one answer in ten is wrong": around(sometimes_wrong),
     "a median filter": around(lambda h, x: h(0.5 * x + 0.5 * median(x))),

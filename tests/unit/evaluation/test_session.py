@@ -100,6 +100,7 @@ def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[T
     found = judged(at_model, (digits[0][:6], digits[1][:6]), name)
     assert {row.randomness for row in found.rows} == {"none"}
     assert {row.draws for row in found.rows} == {1}
+    assert [(row.attack, mark) for row in found.rows for mark in row.marks] == []
     assert "natural" in {row.attack for row in found.rows}
 
 
