@@ -112,7 +112,8 @@ class AttackSetting:
 
     def value_and_grad(self, model: Model, labels: Tensor) -> ValueAndGrad:
         """Loss and gradient of the spec, averaged over its EOT draws."""
-        return self.victim.watch.ascent(expected(model, labels, self.spec.eot, LOSSES[self.spec.loss], self.most_rows))
+        both = expected(model, labels, self.spec.eot, LOSSES[self.spec.loss], self.most_rows)
+        return both if self.spec.randomness == "fresh" else self.victim.watch.ascent(both)  # draws would be noise
 
     def uniform(self, purpose: str, images: Tensor) -> Tensor:
         """Uniform in [0, 1), shaped as ``images``."""

@@ -206,7 +206,7 @@ def checks(
             "slope",
         )
     )
-    climbed = met(specs[own])
+    climbed = met(specs.get("draws known", specs[own]))
     rows.append(
         Check(
             "Does an attack raise the loss that it follows?",

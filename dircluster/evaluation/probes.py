@@ -98,9 +98,9 @@ def alike_in_company(question: Question, images: Tensor, labels: Tensor) -> Tens
 def alike_in_numbers(question: Question, images: Tensor, labels: Tensor) -> Tensor:
     """Whether an image's logits are the same alone, among few, and among as many rows as attacks pass together."""
     model, count = question.held(), len(images)
-    few = torch.cat([model(some) for some in images.split(SMALL)])
+    few = torch.cat([model(images[first : first + SMALL]) for first in range(0, count, SMALL)])
     many = model(images.repeat(max(1, question.most_rows // count), 1, 1, 1))[:count]
-    alone = torch.cat([model(some) for some in images[:ASKED].split(1)])
+    alone = torch.cat([model(images[i : i + 1]) for i in range(min(ASKED, count))])
     found = same(few, many)
     found[: len(alone)] &= same(few[: len(alone)], alone)
     return found

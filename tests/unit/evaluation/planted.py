@@ -108,6 +108,17 @@ def nan_on_some(h: nn.Module, x: Tensor) -> Tensor:
     return torch.where(x.flatten(1).mean(dim=1, keepdim=True) > 0.38, torch.nan, logits)
 
 
+def wrong_in(share: float) -> Make:
+    """Answers as another class would be answered, at random, in a share of the calls."""
+
+    def answer(h: nn.Module, x: Tensor) -> Tensor:
+        logits: Tensor = h(x)
+        wrong = torch.rand(len(x), 1, device=x.device) < share
+        return torch.where(wrong, logits.roll(int(torch.randint(1, 10, ())), dims=1), logits)
+
+    return around(answer)
+
+
 GRADIENT = "Do all images have a gradient?"
 SLOPE = "Does the loss move as its gradient says?"
 RAISED = "Does an attack raise the loss that it follows?"
@@ -140,7 +151,7 @@ FAULTS: dict[str, tuple[Make, str]] = {
     "small logits": (around(lambda h, x: 0.01 * h(x)), SCALE),
     "batch statistics": (around(batch_statistics), COMPANY),
     "one image differs": (around(lambda h, x: h(x) * (1 + (len(x) == 1) * torch.linspace(0, 1, 10))), NUMBERS),
-    "noise in large batches": (around(lambda h, x: h(x) + (len(x) > 100) * torch.randn(len(x), 10)), NUMBERS),
+    "noise in large batches": (around(lambda h, x: h(x) + (len(x) > 200) * torch.randn(len(x), 10)), NUMBERS),
     "noise where gradients flow": (
         around(lambda h, x: h(x + 0.3 * torch.randn_like(x)) if x.requires_grad else h(x)),
         RECORDED,
@@ -149,7 +160,7 @@ FAULTS: dict[str, tuple[Make, str]] = {
     "another answer at every eleventh call": (Adapts, REPEATS),
     "NaN under attack": (around(nan_under_attack), FINITE),
     "NaN on some images": (around(nan_on_some), FINITE),
-    "noise that hides the way": (around(lambda h, x: h(x + 0.6 * torch.randn_like(x))), SECRET),
+    "random answers that hide the way": (wrong_in(0.3), SECRET),
 }
 """By name: the module over an honest one, and the check that names its fault."""
 
@@ -157,12 +168,6 @@ FAULTS: dict[str, tuple[Make, str]] = {
 def median(x: Tensor) -> Tensor:
     windows = F.unfold(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3).view(len(x), x.shape[1], 9, *x.shape[2:])
     return windows.median(dim=2).values
-
-
-def sometimes_wrong(h: nn.Module, x: Tensor) -> Tensor:
-    logits: Tensor = h(x)
-    wrong = torch.rand(len(x), 1, device=x.device) < 0.1
-    return torch.where(wrong, logits.roll(int(torch.randint(1, 10, ())), dims=1), logits)
 
 
 def blurred(x: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ HONEST: dict[str, Make] = {
     "a purifier that hides patches": lambda h: Defended(Patches(), h),
     "a purifier that takes noise away": lambda h: Defended(Residual(), h),
     "noise on the input": around(lambda h, x: h(x + 0.05 * torch.randn_like(x))),
-    "one answer in ten is wrong": around(sometimes_wrong),
+    "one answer in ten is wrong": wrong_in(0.1),
     "a median filter": around(lambda h, x: h(0.5 * x + 0.5 * median(x))),
     "logarithms of probabilities": around(lambda h, x: h(x).log_softmax(1)),
     "float16": around(lambda h, x: h(x).half()),
