@@ -19,7 +19,7 @@ from dircluster.evaluation.session import EvaluationReport, evaluate
 from tests.unit.evaluation.conftest import EPSILON
 from tests.unit.evaluation.planted import FAULTS, HONEST, around
 
-SETTINGS = EvaluationConfig(images=128, queries=300, steps=5, eot=4, draws=3, verdict_images=128)
+SETTINGS = EvaluationConfig(images=64, queries=300, steps=5, eot=4, draws=3, verdict_images=64)
 
 
 def quick_and_slow(names: Iterable[str]) -> list[ParameterSet]:
@@ -73,7 +73,7 @@ def test_an_honest_module_is_not_flagged(small: nn.Module, digits: tuple[Tensor,
         ("integer logits", "gradient", 1.0),
         ("a gradient of NaN", "gradient", 1.0),
         ("a gradient of 1e-40", "gradient", 1.0),
-        ("a gradient at some images", "gradient", 13 / 128),
+        ("a gradient at some images", "gradient", 7 / 64),
         ("a flipped gradient", "ascent", None),
         ("a random gradient", "ascent", None),
         ("NaN under attack", "finite", None),
