@@ -102,7 +102,7 @@ def in_parts(both_of: Callable[[Tensor], ValueAndGrad], labels: Tensor, rows: in
 
 
 def _portions(draws: int, images: int, most_rows: int | None) -> Iterator[int]:
-    at_once = draws if most_rows is None else max(1, min(draws, most_rows // images))
+    at_once = draws if most_rows is None else max(1, min(draws, most_rows // max(1, images)))
     for first in range(0, draws, at_once):
         yield min(at_once, draws - first)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dircluster.attacks.threat import Threat
+from dircluster.config import ConfigError
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) -> logits (N, classes)."""
@@ -44,9 +45,14 @@ def cross_entropy(model: Model, labels: Tensor, loss: Loss = cross_entropy_loss)
 
 
 def value_and_grad(objective: Objective) -> ValueAndGrad:
-    """Values and gradient of an objective. The gradient is zero where nothing, or nothing finite, leads back."""
+    """Values and gradient of an objective. The gradient is zero where nothing, or nothing finite, leads back.
+
+    Raises ConfigError inside ``torch.inference_mode()``, where there are no gradients and an attack would do nothing.
+    """
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_inference_mode_enabled():
+            raise ConfigError("attacks need gradients, which torch.inference_mode() forbids: use torch.no_grad()")
         with torch.enable_grad():
             asked = images.detach().requires_grad_(True)
             values = objective(asked)
@@ -83,6 +89,7 @@ def projected_ascent(
 
 
 def _better(best: Tensor, highest: Tensor | None, found: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    values = torch.nan_to_num(values, torch.inf, torch.inf, -torch.inf)  # an answer that is no number is wrong
     if highest is None:
         return found, values
     higher = values > highest

@@ -77,7 +77,7 @@ class Terminal:
             table.add_column(name, justify="right" if number else "left", no_wrap=name != "how")
         for row in rows:
             low, high = row["interval"]
-            accuracy = f"{100 * row['accuracy']:.1f} %"
+            accuracy = f"{100 * row['accuracy']:.1f} %" + (" !" if row.get("marks") else "")
             table.add_row(
                 row["defense"],
                 row["attack"],

@@ -286,7 +286,7 @@ class EvaluationConfig:
     suite: Literal["quick", "paper", "rigorous"] = "quick"
     """quick: PGD and MALT; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
     verdict: bool = False
-    """Ask too whether the defense only hides gradients: up to eleven questions, with attacks of their own."""
+    """Ask too whether the defense only hides gradients: 16 to 18 questions, with attacks of their own."""
     images: int | None = None
     """Test images judged; all when not given."""
     verdict_images: int = 128

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dircluster.attacks.expectation import expected
 from dircluster.attacks.gradient import Model
-from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, known_images
+from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, is_right, known_images
+from dircluster.evaluation.probes import PROBES, Question
 from dircluster.evaluation.victim import VictimModel
 
 
@@ -31,17 +31,19 @@ def judge(
 
     ``fixed`` (N, 1): by the target alone, or under the draws that the attacker knew. ``fresh`` (N, draws): on fresh
     draws, which no attack has met. Under protocol mv these are votes; under wor there is one column, of what was right
-    in all of them and in all that ``broken`` tells of the attack, (draws * N,) bool a pass.
+    in all of them and in all that ``broken`` tells of the attack, (draws * N,) bool a pass. Logits that are not finite
+    are wrong. Of a probe, ``fixed`` says what passes it.
     """
 
     def right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-        return model(images).argmax(dim=1) == labels
+        return is_right(model(images), labels)
 
     def judged(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         verdicts: dict[str, Tensor] = {}
-        if spec.attack == "gradient":
-            _, steep = expected(victim.model(spec.randomness, seed), labels, spec.eot, most_rows=most_rows)(images)
-            return {"fixed": (steep.isfinite().flatten(1).all(dim=1) & (steep != 0).flatten(1).any(dim=1))[:, None]}
+        if spec.attack in PROBES:
+            pixel = spec.epsilon if spec.norm == "linf" else spec.epsilon / images[0].numel() ** 0.5
+            question = Question(victim, spec.randomness, seed, pixel, spec.eot, most_rows)
+            return {"fixed": PROBES[spec.attack](question, images, labels)[:, None]}
         if spec.judged == "target" or find_attack(spec.attack).past_purifier:
             assert victim.target is not None
             return {"fixed": right(victim.target, images, labels)[:, None]}
@@ -71,7 +73,7 @@ def _passes(model: Model, images: Tensor, draws: int, at_once: int) -> Iterator[
 
 
 def _fresh(model: Model, images: Tensor, labels: Tensor, draws: int, at_once: int) -> Tensor:
-    return torch.cat([logits.argmax(dim=2) == labels for logits in _passes(model, images, draws, at_once)]).T
+    return torch.cat([is_right(logits, labels) for logits in _passes(model, images, draws, at_once)]).T
 
 
 def _votes(model: Model, images: Tensor, labels: Tensor, spec: AttackSpec, at_once: int) -> Tensor:
@@ -83,5 +85,5 @@ def _votes(model: Model, images: Tensor, labels: Tensor, spec: AttackSpec, at_on
             ballots = F.one_hot(logits.argmax(dim=2), logits.shape[2])
             counted = counted + (ballots + logits.float().softmax(dim=2) / (spec.average + 1)).sum(dim=0)
         assert isinstance(counted, Tensor)
-        columns.append(counted.argmax(dim=1) == labels)
+        columns.append(is_right(counted, labels))
     return torch.stack(columns, dim=1)

@@ -30,6 +30,7 @@ from dircluster.attacks.masked import masked_attack
 from dircluster.attacks.restored import restored_attack
 from dircluster.attacks.threat import BALLS, L2, LInf
 from dircluster.config import ConfigError
+from dircluster.evaluation.probes import PROBES
 from dircluster.evaluation.victim import VictimModel
 
 Randomness = Literal["none", "fixed", "fresh"]
@@ -164,14 +165,17 @@ class AttackSetting:
         """Loss and gradient of the spec, averaged over its EOT draws."""
         loss, eot, votes = LOSSES[self.spec.loss], self.spec.eot, self.spec.average
         if self.spec.protocol == "mv":
-            return in_parts(lambda some: expected(model, some, eot, loss, 1), labels, max(1, self.most_rows // votes))
-        return expected(model, labels, eot, self._resubmitted(loss), self.most_rows)
+            most = max(1, self.most_rows // votes)
+            both = in_parts(lambda some: expected(model, some, eot, loss, 1), labels, most)
+        else:
+            both = expected(model, labels, eot, self._resubmitted(loss), self.most_rows)
+        return both if self.spec.randomness == "fresh" else self.victim.watch.ascent(both)  # draws would be noise
 
     def _resubmitted(self, loss: Loss) -> Loss:
         """The loss, which under protocol wor notes what each draw gets wrong."""
 
         def noting(logits: Tensor, labels: Tensor) -> Tensor:
-            self.broken.append(logits.detach().argmax(dim=1) != labels)
+            self.broken.append(~is_right(logits.detach(), labels))
             return loss(logits, labels)
 
         return noting if self.spec.protocol == "wor" else loss
@@ -353,7 +357,7 @@ FOLLOWED = (projected_ascent, expected)
 """What runs the attacks that follow the averaged gradient."""
 ATTACKS: dict[str, Attack] = {
     "natural": Attack(_natural),
-    "gradient": Attack(_natural, code=FOLLOWED),  # asks whether there is one
+    **{name: Attack(_natural, code=(probe,)) for name, probe in PROBES.items()},  # nobody is attacked
     "noise": Attack(_noise, code=(LInf,)),
     "fgsm": Attack(first_order(_one_step), code=FOLLOWED),
     "pgd": Attack(first_order(_pgd), labeled=True, code=FOLLOWED),
@@ -390,6 +394,11 @@ def modules_of_attack(name: str) -> frozenset[str]:
     """The modules whose code runs an attack, without what they import in turn, and without this one."""
     found = find_attack(name)
     return frozenset(part.__module__ for part in (found.run, *found.code)) - {__name__}
+
+
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(..., N, classes), (N,) -> (..., N) bool. Logits that are not finite are wrong, whatever the label."""
+    return (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)
 
 
 def known_images(spec: AttackSpec, images: int) -> int:

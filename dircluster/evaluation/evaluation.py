@@ -21,6 +21,7 @@ from dircluster.config import digest
 from dircluster.defenses.base import Defended
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
+from dircluster.evaluation.marks import Seen, Watch
 from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.results import Control, Result
 from dircluster.evaluation.statistics import wilson_interval
@@ -102,14 +103,16 @@ class Evaluation:
         seed = rng.entropy(self.seed, "judgement/attack", step=shard.number)  # all attacks start the same: fair pairs
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
-        attack = AttackRunner(victim, shard.spec, seed, fixed, self.most_rows)
+        watch = Watch(len(images))
+        watched = victim.watched_by(watch)
+        attack = AttackRunner(watched, shard.spec, seed, fixed, self.most_rows)
         counts = shard.spec.protocol == "wor"  # what its steps see is claimed
         crafted = "fp32" if counts else crafting(self.precision, victim, images.device)
         with under_attack(*victim.modules):
             with exact(images.device) if counts else autocast(crafted, images.device, *victim.modules):
                 found, warned = attack(images, labels)
             with torch.no_grad(), exact(images.device):
-                right = judge(victim, shard.spec, fixed, fresh, self.most_rows, attack.broken)(found, labels)
+                right = judge(watched, shard.spec, fixed, fresh, self.most_rows, attack.broken)(found, labels)
         lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
         if lost:
             warned = [*warned, f"{lost} of {len(found)} final images of a shard are not finite"]
@@ -122,6 +125,7 @@ class Evaluation:
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
             "crafting": crafted,
+            "seen": watch.counts(),
             "seconds": round(time.monotonic() - began, 3),
         }
         self.store.put(shard.name, outcome, found)
@@ -139,6 +143,10 @@ class Evaluation:
         """Each image's accuracy in a finished attack, (N,) float64: under fixed draws, else over fresh ones."""
         right = self.right(spec)
         return right.get("fixed", right.get("fresh", torch.empty(0))).double().mean(dim=1)
+
+    def seen(self, spec: AttackSpec) -> Seen:
+        """What a finished attack met on its way."""
+        return Seen.of(outcome.get("seen", {}) for outcome in self._outcomes(spec))
 
     def result(self, spec: AttackSpec, defense: str) -> Result:
         """A finished attack as a row."""
@@ -174,6 +182,7 @@ class Evaluation:
             protocol=spec.protocol_name,
             natural=self._control(spec.control("natural")),
             noise=self._control(spec.control("noise")),
+            marks=self.seen(spec).marks(),
         )
 
     def _control(self, spec: AttackSpec | None) -> Control | None:
@@ -209,9 +218,9 @@ def crafting(precision: Precision, victim: VictimModel, device: torch.device) ->
 
 def code(spec: AttackSpec, victim: VictimModel) -> str:
     """Digest of the source that decides what a shard finds: that of its attack, of the defense, and of this room."""
-    models = [victim.module, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
+    models = [*victim.modules, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
     used = frozenset({rng.__name__}).union(modules_of_attack(spec.attack), *map(modules_of, models))
-    room = (AttackRunner, AttackSetting, VictimModel)
+    room = (AttackRunner, AttackSetting, VictimModel, Watch)
     return code_digest(used, frozenset({__name__, *(part.__module__ for part in room)}))
 
 

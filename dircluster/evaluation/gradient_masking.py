@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dircluster.config import AttackConfig, EvaluationConfig
 from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.marks import DEAD, Seen
 
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Radii of the curve, in units of the threat's own."""
@@ -22,8 +23,17 @@ HARM = 0.05
 """Accuracy that random noise may cost."""
 LUCK = 0.10
 """Robust accuracy that may vanish once the draws are known."""
-ZERO = 0.01
-"""Share of images that may have no gradient."""
+LOSS = 0.05
+"""Accuracy that the margin loss may take from honest logits: it is the better loss by a few points."""
+STRAY = 0.20
+"""Share of images where the loss may move otherwise than the gradient says: kinks and rounding."""
+ALIKE = {
+    "recorded": "Are the logits the same while gradients are recorded?",
+    "company": "Are an image's logits the same whatever images pass beside it?",
+    "numbers": "Are an image's logits the same however many images pass together?",
+    "repeats": "Are the logits of a module that seems deterministic the same at every call?",
+}
+"""Probes that all images must pass, by name, with what they ask."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,11 @@ class Check:
 
 
 def check_specs(
-    attack: AttackConfig, settings: EvaluationConfig, *, randomized: bool, transfers: bool
+    attack: AttackConfig, settings: EvaluationConfig, *, randomized: bool, transfers: bool, rows: bool = True
 ) -> dict[str, AttackSpec]:
-    """The attacks that the verdict needs, by a name of their own.
+    """The attacks and probes that the verdict needs, by a name of their own.
 
+    ``rows`` says whether what is drawn does not depend on how many images pass together.
     "epsilon 1" is the whole pixel range, whatever the norm of the threat; the radii of an L2 threat are "L2 epsilon R".
     """
     eot = (settings.eot or 16) if randomized else 1
@@ -72,12 +83,16 @@ def check_specs(
         for count in sorted({1, max(1, eot // 4), eot, 2 * eot}):
             specs[f"EOT {count}"] = replace(base, eot=count)
         specs["draws known"] = replace(base, randomness="fixed", eot=1)
+    specs["margin loss"] = replace(base, loss="margin")
     specs["one step"] = replace(base, attack="fgsm", steps=1, step_size=attack.epsilon)
     specs["random noise"] = replace(base, attack="noise", steps=0, eot=1)
     specs["square"] = replace(base, attack="square", steps=settings.queries // 5, eot=min(eot, 4))
     if transfers:
         specs["transfer"] = replace(base, on="target", eot=1)
     specs["gradients"] = replace(base, attack="gradient", steps=0, draws=1)
+    asked = ["slope", "recorded", "company", *(["numbers"] if rows else []), *([] if randomized else ["repeats"])]
+    for name in asked:
+        specs[name] = replace(base, attack=name, steps=0, eot=1, draws=1)
     return specs
 
 
@@ -86,8 +101,12 @@ def _radii(spec: AttackSpec) -> str:
     return "epsilon " if spec.norm == "linf" else "L2 epsilon "
 
 
-def checks(specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor]) -> list[Check]:
-    """The rows, from each attack's accuracy image by image: (N,)."""
+def checks(
+    specs: dict[str, AttackSpec],
+    shares: Callable[[AttackSpec], Tensor],
+    met: Callable[[AttackSpec], Seen] = lambda spec: Seen(),
+) -> list[Check]:
+    """The rows, from each attack's accuracy image by image, (N,), and from what it met on its way."""
     seen = {name: shares(spec) for name, spec in specs.items()}
 
     def mean(name: str) -> float:
@@ -108,14 +127,14 @@ def checks(specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor])
     def starting(word: str) -> list[str]:
         return [name for name in specs if name.startswith(word) or name.endswith(word)]
 
-    rows, randomized = [], "draws known" in specs
-    limit = max(0.01, 1.0 / len(seen["epsilon 1"]))
-    left = (seen["epsilon 1"] > 0.5).double().mean().item()  # right in most draws: a lucky one now and then is no image
+    rows = []
+    limit = max(0.01, 1.0 / len(seen["epsilon 1"])) + 1e-9
+    left = (seen["epsilon 1"] > 0.5).double().mean().item()  # right in most draws: a lucky one leaves nothing
     rows.append(
         row(
             "Does a radius of 1 leave nothing?",
-            left <= limit + 1e-9,
-            f"{percent('epsilon 1')}, {100 * left:.1f} % in most draws" if randomized else percent("epsilon 1"),
+            left <= limit and mean("epsilon 1") <= max(limit, LUCK),
+            percent("epsilon 1"),
             "epsilon 1",
         )
     )
@@ -147,6 +166,15 @@ def checks(specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor])
             own,
         )
     )
+    rows.append(
+        row(
+            "Is cross-entropy no weaker than a loss that the scale of the logits leaves alone?",
+            gain(own, "margin loss") <= LOSS,
+            percent("margin loss", own),
+            "margin loss",
+            own,
+        )
+    )
     for name, question in (
         ("transfer", "Is the white box no weaker than a transfer from another model?"),
         ("square", "Is the white box no weaker than Square, which sees no gradient?"),
@@ -165,11 +193,40 @@ def checks(specs: dict[str, AttackSpec], shares: Callable[[AttackSpec], Tensor])
     rows.append(
         row(
             "Do all images have a gradient?",
-            1 - mean("gradients") <= ZERO + 1e-9,
+            1 - mean("gradients") <= DEAD + 1e-9,
             f"none at {100 * (1 - mean('gradients')):.1f} % of images",
             "gradients",
         )
     )
+    rows.append(
+        row(
+            "Does the loss move as its gradient says?",
+            1 - mean("slope") <= STRAY,
+            f"within a factor of 3 at {100 * mean('slope'):.1f} % of images",
+            "slope",
+        )
+    )
+    climbed = met(specs.get("draws known", specs[own]))
+    rows.append(
+        Check(
+            "Does an attack raise the loss that it follows?",
+            not climbed.fallen(),
+            f"it ended below its start at {100 * climbed.share('ascent'):.1f} % of images",
+            {"ended below": climbed.share("ascent")},
+        )
+    )
+    broken = max(met(spec).share("finite") for spec in specs.values())
+    rows.append(
+        Check(
+            "Are all logits finite under attack?",
+            broken == 0,
+            f"NaN or infinity in up to {100 * broken:.1f} % of an attack's passes",
+            {"not finite": broken},
+        )
+    )
+    for name, question in ALIKE.items():
+        if name in specs:
+            rows.append(row(question, mean(name) == 1, f"at {100 * mean(name):.1f} % of images", name))
     if "draws known" in specs:
         gap = mean(own) - mean("draws known")
         rows.append(

@@ -43,9 +43,9 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| defense | attack | protocol | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
-        protocol = row.get("protocol", row["randomness"])
+        protocol, marked = row.get("protocol", row["randomness"]), " !" if row.get("marks") else ""
         lines.append(
-            f"| {row['defense']} | {row['attack']} | {protocol} | {100 * row['accuracy']:.1f} %"
+            f"| {row['defense']} | {row['attack']} | {protocol} | {100 * row['accuracy']:.1f} %{marked}"
             f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
         )
     return "\n".join(lines)

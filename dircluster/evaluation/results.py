@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dircluster.evaluation.marks import Mark
+
 
 @dataclass(frozen=True)
 class Control:
@@ -65,6 +67,8 @@ class Result:
     """The control of a row of a randomized defense: the same protocol on natural images."""
     noise: Control | None = None
     """The same, on images with random noise of the same size."""
+    marks: tuple[Mark, ...] = ()
+    """What tells that the attack may have been weak, so that the accuracy flatters."""
 
     @property
     def luck(self) -> float | None:
@@ -76,7 +80,7 @@ class Result:
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Rows for JSON, each with its ``luck``."""
+    lists = ("interval", "warnings", "marks")
     return [
-        {**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings), "luck": row.luck}
-        for row in results
+        {**(plain := asdict(row)), **{name: list(plain[name]) for name in lists}, "luck": row.luck} for row in results
     ]

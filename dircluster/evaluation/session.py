@@ -8,18 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+import torch
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.defenses.base import Defended
 from dircluster.evaluation import gradient_masking
+from dircluster.evaluation.adapter import Adapted, buffers_kept, undisturbed, without_inference
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
+from dircluster.evaluation.inputs import as_images, as_labels, as_number
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.store import MemoryStore, ResultStore
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
-from dircluster.evaluation.victim import VictimModel, check_images
-from dircluster.models.modules import device_of
+from dircluster.evaluation.victim import VictimModel
+from dircluster.models.modules import device_of, parts_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) 
         masked=victim.masked,
     )
     asked = (
-        gradient_masking.check_specs(attack, settings, randomized=drawn, transfers=transfers)
+        gradient_masking.check_specs(
+            attack, settings, randomized=drawn, transfers=transfers, rows=victim.drawn or not drawn
+        )
         if settings.verdict
         else {}
     )
@@ -87,6 +92,8 @@ class EvaluationReport:
     seed: int
     seconds: list[float]
     """One worker's time for each row."""
+    notes: list[str] = field(default_factory=list)
+    """How the module and its images were taken, where that had to be guessed."""
 
     @property
     def flags(self) -> list[gradient_masking.Check]:
@@ -102,13 +109,15 @@ class EvaluationReport:
             "seconds": [round(each, 1) for each in self.seconds],
             "rows": to_plain(self.rows),
             "verdict": gradient_masking.to_plain(self.verdict),
+            "notes": self.notes,
             "curves": {axis: [list(point) for point in points] for axis, points in self.curves.items()},
         }
 
     def __str__(self) -> str:
         from dircluster.evaluation.model_card import markdown_table
 
-        lines = [markdown_table(to_plain(self.rows))]
+        lines = [f"note: {note}" for note in self.notes]
+        lines += [markdown_table(to_plain(self.rows))]
         lines += [f"{'passed ' if f.passed else 'FLAGGED'}  {f.question} {f.answer}" for f in self.verdict]
         return "\n".join(lines)
 
@@ -119,56 +128,79 @@ def report(evaluation: Evaluation, planned: Plan, defense: str, settings: Evalua
         defense,
         settings.suite,
         [evaluation.result(spec, defense) for spec in planned.table],
-        gradient_masking.checks(planned.checks, evaluation.shares) if planned.checks else [],
+        gradient_masking.checks(planned.checks, evaluation.shares, evaluation.seen) if planned.checks else [],
         gradient_masking.curves(planned.checks, evaluation.shares),
         evaluation.seed,
         [evaluation.seconds(spec) for spec in planned.table],
+        list(evaluation.victim.notes),
     )
 
 
 def evaluate(
-    module: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    module: Callable[..., Any],
+    images: Any,
+    labels: Any,
     suite: str = "quick",
     *,
     verdict: bool = False,
-    epsilon: float = 8 / 255,
+    epsilon: Any = 8 / 255,
     norm: Literal["linf", "l2"] = "linf",
-    step_size: float | None = None,
+    step_size: Any = None,
     settings: EvaluationConfig | None = None,
     seed: int = 0,
     name: str = "defense",
-    surrogate: nn.Module | None = None,
+    surrogate: Callable[..., Any] | None = None,
     attacks: Sequence[AttackSpec] = (),
     store: ResultStore | None = None,
     on_shard: Callable[[EvalShard, int, int], None] = lambda shard, done, total: None,
 ) -> EvaluationReport:
-    """Judge any module that maps images (N, C, H, W) in [0, 1] to logits (N, classes), on the device it lies on.
+    """Judge any module or function of images (N, C, H, W) in [0, 1] -> logits (N, classes), on the device it lies on.
 
-    ``images`` with ``labels`` (N,) int64; ``epsilon``, ``norm`` and ``step_size`` are those of AttackConfig; ``suite``
-    is quick, paper or rigorous, and ``verdict`` asks whether the module only hides gradients. Transfers are crafted on
-    ``surrogate``, or on a purifier's own classifier. ``attacks`` are met besides those of the suite, such as one of
-    your own (see attack_table.ATTACKS). ``store`` keeps finished shards, so that an evaluation can go on;
-    ``on_shard`` is called before each shard with the shards done and open. Modules are judged in eval mode, and
-    come back in the modes, and on the device, that they came in. Raises ConfigError, one line, for images out of
-    range, labels out of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN
-    or another shape.
+    ``images`` with ``labels`` (N,), as tensors, arrays or lists; ``epsilon``, ``norm`` and ``step_size`` are those of
+    AttackConfig, as numbers or as "8/255"; ``suite`` is quick, paper or rigorous, and ``verdict`` asks whether the
+    module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``attacks``
+    are met besides those of the suite, such as one of your own (see attack_table.ATTACKS). ``store`` keeps finished
+    shards, so that an evaluation can go on; ``on_shard`` is called before each shard with the shards done and open.
+    What had to be guessed, such as which part of a tuple is the logits, stands in the report's ``notes``.
+
+    Modules are judged in eval mode. They come back with the modes, flags, gradients and buffers, and on the device,
+    that they came with; images and random streams are left as they are. Raises ConfigError, one line, for images out
+    of range, labels out of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN
+    or another shape, or cannot be differentiated.
     """
     given = EvaluationConfig() if settings is None else settings
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
-    attack = AttackConfig(epsilon=epsilon, step_size=step_size, norm=norm)
-    check_images(images, labels)
-    device = device_of(module)
-    images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
-    if surrogate is not None and device_of(surrogate) != device:
-        surrogate = copy.deepcopy(surrogate).to(device)  # the caller's stays where it is
-    victim = VictimModel(module, name, surrogate)
-    victim.meet(images[:8].to(device), int(labels.max()))
-    planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
-    store = MemoryStore() if store is None else store
-    evaluation = Evaluation(
-        planned.specs, len(images), seed, chosen.batch_size, chosen.rows, store, victim, chosen.precision
-    )
-    run(evaluation, lambda a, b: (images[a:b].to(device), labels[a:b].to(device)), on_shard)
-    return report(evaluation, planned, name, chosen)
+    step = None if step_size is None else as_number("step_size", step_size)
+    attack = AttackConfig(epsilon=as_number("epsilon", epsilon), step_size=step, norm=norm)
+    with undisturbed():
+        pixels, notes = as_images(images)
+        classes = as_labels(labels, len(pixels))[: chosen.images]
+        pixels = pixels[: chosen.images]
+        judged = _taken(module, "the defense")
+        other = None if surrogate is None else _taken(surrogate, "the surrogate")
+        device = device_of(judged) if parts_of(judged) else pixels.device
+        if other is not None and parts_of(other) and device_of(other) != device:
+            other = copy.deepcopy(other).to(device)  # the caller's stays where it is
+        victim = VictimModel(judged, name, other)
+        with buffers_kept(*victim.modules), torch.autocast(device.type, enabled=False):
+            victim.meet(pixels[:8].to(device), int(classes.max()))
+            victim.notes[:0] = notes
+            planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
+            evaluation = Evaluation(
+                planned.specs,
+                len(pixels),
+                int(seed),
+                chosen.batch_size,
+                chosen.rows,
+                MemoryStore() if store is None else store,
+                victim,
+                chosen.precision,
+            )
+            run(evaluation, lambda a, b: (pixels[a:b].to(device), classes[a:b].to(device)), on_shard)
+            return report(evaluation, planned, name, chosen)
+
+
+def _taken(module: Any, called: str) -> Defended | Adapted:
+    """The defense, or anybody's module as one that is judged; a copy where no gradient can pass it as it is."""
+    given = without_inference(module)
+    return given if isinstance(given, Defended) and called == "the defense" else Adapted(given, called)

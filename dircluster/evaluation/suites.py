@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import ATTACKS, AttackSpec, attack_of
+from dircluster.evaluation.marks import in_words
 
 SuiteName = Literal["quick", "paper", "rigorous"]
 SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
@@ -48,7 +49,7 @@ def suite(
 
     last = [_malt(fixed, settings)]
     if name == "quick":
-        known, unknown = [replace(fixed, restarts=restarts)], [replace(fresh, restarts=restarts)]
+        known, unknown = [replace(fixed, restarts=restarts), _margin(fixed)], [replace(fresh, restarts=restarts)]
         last = [*([replace(fresh, on="target", eot=1)] if transfers else []), *last]
     elif name == "paper":
         known, unknown = _paper(fixed, fresh, attack, settings, masked)
@@ -62,7 +63,7 @@ def suite(
         ]
         unknown = [
             *([replace(long, restarts=restarts)] if randomized else []),
-            replace(long, loss="margin", label=f"pgd{steps}-margin"),
+            _margin(long),
             replace(fresh, attack="square", steps=settings.queries),
         ]
         if attack.norm == "linf":  # an L2 threat has been met already
@@ -104,6 +105,11 @@ def _lasting(spec: AttackSpec, attack: AttackConfig, steps: int) -> AttackSpec:
     return replace(spec, steps=steps, step_size=attack.step_for(steps))
 
 
+def _margin(spec: AttackSpec) -> AttackSpec:
+    """The same by a loss that does not depend on the scale of the logits, as cross-entropy does."""
+    return replace(spec, loss="margin", label=f"{spec.name}-margin")
+
+
 def _autoattack(fixed: AttackSpec, settings: EvaluationConfig, masked: bool) -> list[AttackSpec]:
     """AutoAttack standard, unless it would meet other draws than it is judged on: it passes some images alone."""
     if fixed.randomness == "fixed" and not masked:
@@ -124,6 +130,7 @@ def _paper(
     ]
     known = [
         replace(fixed, restarts=restarts),
+        _margin(fixed),
         *_autoattack(fixed, settings, masked),
         replace(fixed, attack="mifgsm"),
         replace(fixed, attack="vnifgsm"),
@@ -172,4 +179,6 @@ def how(row: Mapping[str, Any], draws: bool = True) -> str:
         parts.append(f"control natural {100 * natural['accuracy']:.1f}{noisy} %")
     if row.get("luck") is not None and row["randomness"] == "fresh":
         parts.append(f"luck {100 * row['luck']:.0f} % of the loss")
+    if row.get("marks"):
+        parts.append(f"**marked**: {in_words(row['marks'])}")
     return "; ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -12,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
-from dircluster.attacks.gradient import Model
+from dircluster.attacks.gradient import Model, cross_entropy, value_and_grad
 from dircluster.config import ConfigError, named_line
 from dircluster.defenses.base import Defended
+from dircluster.evaluation.adapter import Adapted
+from dircluster.evaluation.marks import Unwatched, Watch
 from dircluster.models.modules import device_of, evaluating
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
@@ -45,45 +48,70 @@ class VictimModel:
     It is somebody's: who passes images through it does so within ``under_attack(*subject.modules)``.
     """
 
-    def __init__(self, module: nn.Module, name: str, surrogate: nn.Module | None = None) -> None:
+    def __init__(self, module: Callable[..., Any], name: str, surrogate: Callable[..., Any] | None = None) -> None:
+        """Raises ConfigError for a defense at fixed or averaged draws, and for what is no function of images."""
         if isinstance(module, Defended) and (module.draws != 1 or module.is_fixed):
             raise ConfigError(
                 "the defense stands at fixed draws or averaged logits; give it with fresh draws (defense.fresh())"
             )
-        self.module, self.name = module, name
+        self.module: Defended | Adapted = module if isinstance(module, Defended) else _adapted(module, "the defense")
+        self.name = name
+        self.watch: Watch | Unwatched = Unwatched()
+        """Sees what passes between an attack and its model, see :meth:`watched_by`."""
+        self.notes: list[str] = []
+        """What a report says of how the module was taken, a line each."""
         self.drawn = isinstance(module, Defended) and module.purifier.randomized
         """Whether its randomness is rows that the attacker may know, hold fixed and pass side by side."""
         self.masked = self.drawn and isinstance(self._defense.purifier, Masked)
         """Whether it sees images through masks, which the attack of Eq. 8 makes use of."""
-        restore, classifier = getattr(module, "restore", None), getattr(module, "classifier", None)
-        self.target: Model | None = classifier if callable(classifier) and callable(restore) else None
-        self.source: Model | None = self.target if surrogate is None else surrogate
+        given = module.inner if isinstance(module, Adapted) else module
+        restore, classifier = getattr(given, "restore", None), getattr(given, "classifier", None)
+        self.target: Model | None = None
+        """The classifier behind the purifier."""
+        if callable(classifier) and callable(restore):
+            self.target = classifier if isinstance(module, Defended) else _adapted(classifier, "its classifier")
+        self.surrogate = None if surrogate is None else _adapted(surrogate, "the surrogate")
+        self.source: Model | None = self.target if self.surrogate is None else _steady(self.surrogate)
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
-        self.modules = (module,) if surrogate is None else (module, surrogate)
-        has = (("purifier", self.target is not None), ("masks", self.masked))
-        self.offers = frozenset(name for name, there in has if there)
-        """What attacks may need, see attack_table.Attack."""
+        self.modules: tuple[nn.Module, ...] = tuple(m for m in (self.module, self.surrogate) if m is not None)
         self.randomized = self.drawn
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """What attacks may need, see attack_table.Attack."""
+        has = (("purifier", self.target is not None), ("masks", self.masked))
+        return frozenset(name for name, there in has if there)
+
+    def watched_by(self, watch: Watch) -> VictimModel:
+        """The same victim, whose models ``watch`` sees."""
+        seen = copy.copy(self)
+        seen.watch = watch
+        seen.target = None if self.target is None else watch.over(self.target)
+        seen.source = None if self.source is None else watch.over(self.source)
+        return seen
 
     def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:
         """See a few images, (n, C, H, W), and learn whether the module draws at random.
 
         Raises ConfigError where the logits are not what they must be for labels up to ``highest``.
         """
+        self.notes = []
         with evaluating(*self.modules), torch.no_grad():
             self._meet(images, highest, classes)
 
     def _meet(self, images: Tensor, highest: int, classes: int | None) -> None:
         try:
             run = self._runner("fresh", 0)
+            if isinstance(self.module, Adapted):
+                run(lambda some, _: self._fitted(some), images)
             first, second = run(self._logits, images), run(self._logits, images)
+        except ConfigError:
+            raise
         except Exception as error:  # whatever somebody's module says of images that it was not made for
             raise ConfigError(
                 f"the defense cannot take images of shape {tuple(images.shape[1:])}: {named_line(error)}"
             ) from error
-        if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != len(images) or first.shape[1] < 2:
-            shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-            raise ConfigError(f"the defense must return logits (N, classes) for {len(images)} images, got {shape}")
+        _check_logits("the defense", first, len(images))
         if not first.isfinite().all():
             raise ConfigError("the defense returns values that are not finite (NaN or infinity)")
         found = first.shape[1]
@@ -91,8 +119,7 @@ class VictimModel:
             raise ConfigError(f"the defense gives {found} classes, but the data has {classes}")
         if highest >= found:
             raise ConfigError(f"labels reach {highest}, but the defense gives {found} classes")
-        sums = first.double().sum(dim=1)
-        if first.min() >= 0 and (sums - 1).abs().max() < 1e-4:
+        if _are_probabilities(first):
             raise ConfigError("the defense returns probabilities; return logits (what comes before the softmax)")
         self.randomized = self.drawn or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
         once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
@@ -101,6 +128,69 @@ class VictimModel:
                 "the defense draws from a random stream of its own: let it draw from PyTorch's, so that what an"
                 " attacker knows can be held fixed"
             )
+        if isinstance(self.module, Adapted):
+            self._meet_somebodys(self.module, images, once)
+        if self.surrogate is not None:
+            self._meet_surrogate(self.surrogate, images, found)
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        assert isinstance(self.module, Adapted)
+        self.module.fit(images)
+        return images
+
+    def _meet_somebodys(self, module: Adapted, images: Tensor, logits: Tensor) -> None:
+        """See what would fail in the middle of an attack: other numbers of images, a gradient, a purifier's parts."""
+        model = self.model("fixed", 1)
+        for some in (images[:1], images.repeat(3, 1, 1, 1)):
+            try:
+                model(some)
+            except Exception as error:
+                raise ConfigError(
+                    f"the defense takes {len(images)} images, but not {len(some)} (export it with a batch of any size):"
+                    f" {named_line(error)}"
+                ) from error
+        try:
+            value_and_grad(cross_entropy(model, logits.argmax(dim=1)))(images)
+        except Exception as error:
+            raise ConfigError(f"the defense cannot be differentiated: {named_line(error)}") from error
+        self.notes += module.notes
+        if self.target is not None and not self._purifies(images, logits):
+            self.notes.append(
+                "restore and classifier are not a purifier and what stands behind it, for classifier(restore(images))"
+                " is not what the defense answers: it is judged as a whole alone"
+            )
+            self.source = None if self.source is self.target else self.source
+            self.target = None
+
+    def _purifies(self, images: Tensor, logits: Tensor) -> bool:
+        """Whether the module's classifier answers on its restored images what the module answers."""
+        assert isinstance(self.target, Adapted)
+        try:
+            restored = self.restorer("fixed", 1)(images)
+            self.target.fit(restored)
+            again = self._runner("fixed", 1)(lambda x, _: self._classifier()(self._restore(x, None)), images)
+        except Exception:  # whatever somebody's methods of these names do
+            return False
+        alike = restored.shape == images.shape and again.shape == logits.shape
+        return alike and (self.randomized or torch.allclose(again, logits, rtol=1e-2, atol=1e-2))
+
+    def _meet_surrogate(self, surrogate: Adapted, images: Tensor, classes: int) -> None:
+        try:
+            surrogate.fit(images)
+            logits = surrogate(images)
+            value_and_grad(cross_entropy(surrogate, logits.argmax(dim=1)))(images)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"the surrogate cannot take images of shape {tuple(images.shape[1:])}: {named_line(error)}"
+            ) from error
+        _check_logits("the surrogate", logits, len(images))
+        if logits.shape[1] != classes:
+            raise ConfigError(f"the surrogate gives {logits.shape[1]} classes, but the defense {classes}")
+        if _are_probabilities(logits):
+            raise ConfigError("the surrogate returns probabilities; return logits (what comes before the softmax)")
+        self.notes += surrogate.notes
 
     def model(self, randomness: str, seed: int, draws: int = 1, images: int = 1, most_rows: int | None = None) -> Model:
         """Images -> logits: under draws that are ``fixed`` and known by ``seed``, or ``fresh`` at every pass.
@@ -110,16 +200,18 @@ class VictimModel:
         """
         run = self._runner(randomness, seed, images)
         if draws == 1:
-            return lambda batch: run(self._logits, batch)
+            return self.watch.over(lambda batch: run(self._logits, batch))
 
         def averaged(batch: Tensor) -> Tensor:
-            at_once = draws if most_rows is None or not self.drawn else max(1, min(draws, most_rows // len(batch)))
+            at_once = (
+                draws if most_rows is None or not self.drawn else max(1, min(draws, most_rows // max(1, len(batch))))
+            )
             total = torch.zeros((), device=batch.device)
             for first in range(0, draws, at_once):
                 total = total + run(self._summed(min(at_once, draws - first)), batch)
             return total / draws
 
-        return averaged
+        return self.watch.over(averaged)
 
     def _summed(self, count: int) -> Part:
         """Logits summed over ``count`` passes side by side; what draws computes them again for the backward pass."""
@@ -140,7 +232,9 @@ class VictimModel:
     def bypassed(self, randomness: str, seed: int, images: int = 1) -> Model:
         """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
         run, classifier = self._runner(randomness, seed, images), self._classifier()
-        return lambda batch: run(lambda x, draws: classifier(straight_through(x, self._restore(x, draws))), batch)
+        return self.watch.over(
+            lambda batch: run(lambda x, draws: classifier(straight_through(x, self._restore(x, draws))), batch)
+        )
 
     def restorer(self, randomness: str, seed: int, images: int = 1) -> Callable[[Tensor], Tensor]:
         """Images -> restored images."""
@@ -155,8 +249,8 @@ class VictimModel:
 
     def logits_under(self, images: Tensor, kept: Tensor) -> Tensor:
         """Logits through given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
-        logits: Tensor = self._defense.classifier(self._masked.restore_each(images, kept).mean(dim=0))
-        return logits
+        defense, masked = self._defense, self._masked
+        return self.watch.over(lambda x: defense.classifier(masked.restore_each(x, kept).mean(dim=0)))(images)
 
     def pixel_masks(self, kept: Tensor) -> Tensor:
         """Masks (K, N, n) as images of ones and zeros, (K, N, 1, H, W)."""
@@ -196,6 +290,8 @@ class VictimModel:
 
     def _restore(self, images: Tensor, draws: Tensor | None) -> Tensor:
         module: Any = self.module
+        if isinstance(module, Adapted):
+            return module.answer(module.inner.restore, images)  # type: ignore[attr-defined]
         restored: Tensor = module.restore(images) if draws is None else module.purifier(images, draws)
         return restored
 
@@ -247,19 +343,27 @@ class _Stream:
             self.state = [stream.get_state() for stream in found]
 
 
-def check_images(images: Tensor, labels: Tensor) -> None:
-    """Raise ConfigError unless these are float images (N, C, H, W) in [0, 1] with labels (N,) from 0."""
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
-        raise ConfigError("images and labels must be tensors")
-    if images.ndim != 4:
-        raise ConfigError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
-    if len(images) == 0:
-        raise ConfigError("there are no images to judge")
-    if not images.is_floating_point():
-        raise ConfigError(f"images must be floats in [0, 1], got {images.dtype}; divide by 255")
-    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
-        raise ConfigError(f"images must lie in [0, 1], got {images.min():g} to {images.max():g}")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise ConfigError(f"labels must be {len(images)} whole numbers, got {labels.dtype} {tuple(labels.shape)}")
-    if int(labels.min()) < 0:
-        raise ConfigError(f"labels must be 0 or more, got {int(labels.min())}")
+def _adapted(module: Any, called: str) -> Adapted:
+    return module if isinstance(module, Adapted) else Adapted(module, called)
+
+
+def _steady(surrogate: Adapted) -> Model:
+    """A surrogate that draws at random draws the same at every call, from no stream of the caller's."""
+    stream = _Stream(0, again=True)
+
+    def steady(images: Tensor) -> Tensor:
+        with stream():
+            logits: Tensor = surrogate(images)
+        return logits
+
+    return steady
+
+
+def _check_logits(called: str, logits: Tensor, images: int) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images or logits.shape[1] < 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(f"{called} must return logits (N, classes) for {images} images, got {shape}")
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    return bool(logits.min() >= 0 and (logits.double().sum(dim=1) - 1).abs().max() < 1e-4)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -25,9 +25,14 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """``modules`` are in eval mode inside; every part of them is in its own mode again after."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    parts = [part for module in modules for part in module.modules()]
+    modes = [(part, part.training) for part in parts if hasattr(part, "training")]  # frozen scripts have no mode
     for module in modules:
-        module.eval()
+        try:
+            module.eval()
+        except NotImplementedError:  # the mode of what torch.export made is part of its graph
+            for part in module.modules():
+                part.training = False
     try:
         yield
     finally:
@@ -44,4 +49,9 @@ def under_attack(*modules: nn.Module) -> Iterator[None]:
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter or buffer; the CPU where it has none."""
-    return next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+    return next((tensor.device for tensor in parts_of(module)), torch.device("cpu"))
+
+
+def parts_of(module: nn.Module) -> list[Tensor]:
+    """The module's parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]

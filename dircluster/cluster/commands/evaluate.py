@@ -188,6 +188,8 @@ class _Judging:
         from dircluster.evaluation.session import report
 
         found = report(evaluation_job.evaluation, evaluation_job.plan, evaluation_job.name, evaluation_job.settings)
+        for note in found.notes:
+            self.terminal.say(f"note      {note}")
         self.terminal.table(to_plain(found.rows))
         for check in found.verdict:
             self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")

@@ -44,6 +44,7 @@ def test_the_verdict_of_an_l2_threat() -> None:
     assert specs["L2 epsilon 1"] == replace(specs["L2 epsilon 0.5"], epsilon=1.0, step_size=2 * 2.5 * 0.5 / 20)
     assert (specs["80 steps"].step_size, specs["20 steps"].step_size) == (2.5 * 0.5 / 80, 2.5 * 0.5 / 20)
     fine = dict.fromkeys(specs, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
+    fine |= dict.fromkeys([*gradient_masking.ALIKE, "slope"], 1.0)
     fine |= {"L2 epsilon 0.125": 0.8, "L2 epsilon 0.25": 0.7, "L2 epsilon 1": 0.3, "L2 epsilon 2": 0.1}
 
     def shares(spec: AttackSpec, changed: dict[str, float]) -> Tensor:
@@ -65,5 +66,10 @@ def test_a_module_is_judged_under_an_l2_threat() -> None:
     few = EvaluationConfig(steps=3, queries=20, verdict_images=8)
     found = evaluate(module, images, labels, verdict=True, epsilon=2.0, norm="l2", settings=few)
     rows = [(row.attack, row.norm, row.epsilon) for row in found.rows]
-    assert rows == [("natural", "l2", 0.0), ("pgd3", "l2", 2.0), ("malt", "l2", 2.0)]
-    assert len(found.verdict) == 8
+    assert rows == [
+        ("natural", "l2", 0.0),
+        ("pgd3", "l2", 2.0),
+        ("pgd3-margin", "l2", 2.0),
+        ("malt", "l2", 2.0),
+    ]
+    assert len(found.verdict) == 16

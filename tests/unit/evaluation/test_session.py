@@ -64,13 +64,15 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
     [
         (
             "quick",
-            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed, dir natural fresh,"
-            " dir pgd3 fresh, dir pgd3-wor2 fresh, dir transfer-pgd3 fresh, dir malt fixed",
+            "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
+            " dir pgd3-margin fixed, dir natural fresh, dir pgd3 fresh, dir pgd3-wor2 fresh, dir transfer-pgd3 fresh,"
+            " dir malt fixed",
         ),
         (
             "paper",
             "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
-            " dir autoattack-standard fixed, dir mifgsm3 fixed, dir vnifgsm3 fixed, dir masked3 fixed,"
+            " dir pgd3-margin fixed, dir autoattack-standard fixed, dir mifgsm3 fixed, dir vnifgsm3 fixed,"
+            " dir masked3 fixed,"
             " dir restored3-from-natural fixed, dir restored3-from-adversarial fixed, dir natural fresh,"
             " dir pgd3 fresh, dir mifgsm3 fresh, dir masked3 fresh, dir bpda3-eot2 fresh, dir pgd3-wor2 fresh,"
             " dir pgd3-mv3 fresh, dir malt fixed",
@@ -103,6 +105,7 @@ def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[T
     found = judged(at_model, (digits[0][:6], digits[1][:6]), name)
     assert {row.randomness for row in found.rows} == {"none"}
     assert {row.draws for row in found.rows} == {1}
+    assert [(row.attack, mark) for row in found.rows for mark in row.marks] == []
     assert "natural" in {row.attack for row in found.rows}
 
 
@@ -246,8 +249,8 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     again = judged(defense, digits, store=store, on_shard=lambda shard, done, total: seen.append(shard.name))
     assert again.rows == whole.rows
     assert not done_before & set(seen)
-    assert len(seen) == 42 - 8
-    assert len(list(tmp_path.glob("*/*.safetensors"))) == 42
+    assert len(seen) == 45 - 8
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 45
     assert all(not name.startswith("/") for name in seen)
 
 
@@ -255,7 +258,7 @@ def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) 
     found = judged(defense, digits)
     rows = to_plain(found.rows)
     assert json.loads(json.dumps(found.to_plain())) == found.to_plain()
-    assert markdown_table(rows).count("\n") == 11
+    assert markdown_table(rows).count("\n") == 12
     assert "EOT 2" in str(found)
     assert all(isinstance(how(row), str) for row in rows)
 
@@ -306,6 +309,7 @@ def test_pgd_is_not_half_a_point_weaker_than_apgd(at_model: nn.Module) -> None:
 def test_the_verdict_from_known_accuracies() -> None:
     specs = gradient_masking.check_specs(AttackConfig(epsilon=0.1), EvaluationConfig(), randomized=True, transfers=True)
     fine = dict.fromkeys(specs, 0.5) | {"natural": 0.9, "random noise": 0.9, "epsilon 1": 0.0, "gradients": 1.0}
+    fine |= dict.fromkeys([*gradient_masking.ALIKE, "slope"], 1.0)
     fine |= {"epsilon 0.025": 0.8, "epsilon 0.05": 0.7, "epsilon 0.2": 0.3, "epsilon 0.4": 0.1}
 
     def flagged(**changed: float) -> set[str]:
@@ -320,6 +324,11 @@ def test_the_verdict_from_known_accuracies() -> None:
         return {check.question.split("?")[0] for check in gradient_masking.checks(specs, shares) if not check.passed}
 
     assert flagged() == set()
+    assert flagged(margin_loss=0.3) == {
+        "Is cross-entropy no weaker than a loss that the scale of the logits leaves alone"
+    }
+    assert flagged(slope=0.5) == {"Does the loss move as its gradient says"}
+    assert flagged(company=0.99) == {"Are an image's logits the same whatever images pass beside it"}
     assert flagged(epsilon_1=0.05) == {"Does a radius of 1 leave nothing"}
     assert flagged(random_noise=0.7) == {"Is random noise of the same size harmless"}
     assert flagged(draws_known=0.2) == {"Does robustness outlive its randomness"}
@@ -331,6 +340,27 @@ def test_the_verdict_from_known_accuracies() -> None:
     assert flagged(**{"4 restarts": 0.3}) == {"Has the attack converged in restarts"}
     assert flagged(**{"EOT 32": 0.3}) == {"Has the attack converged in EOT draws"}
     assert "Does accuracy fall as the radius grows" in flagged(**{"epsilon 0.2": 0.8})
+
+
+def test_lucky_draws_leave_nothing() -> None:
+    specs = gradient_masking.check_specs(
+        AttackConfig(epsilon=0.1), EvaluationConfig(), randomized=True, transfers=False
+    )
+
+    def left(share: float, images: int) -> bool:
+        """Whether ``images`` of 100 that are right in ``share`` of their draws count as nothing."""
+
+        def shares(spec: AttackSpec) -> Tensor:
+            lasting = spec == specs["epsilon 1"]
+            return torch.where(torch.arange(100) < images, share if lasting else 1.0, 0.0 if lasting else 1.0).double()
+
+        (row,) = [c for c in gradient_masking.checks(specs, shares) if c.question.startswith("Does a radius of 1")]
+        return row.passed is True
+
+    assert left(0.1, 40)
+    assert left(0.03, 100)
+    assert not left(0.6, 2)
+    assert not left(0.4, 100)
 
 
 def test_the_report_stands_alone(
@@ -354,7 +384,7 @@ def test_the_report_stands_alone(
     }
     assert plain["robustbench"]["clean_acc"] == f"{100 * found.rows[3].accuracy:.2f}"
     assert plain["robustbench"]["autoattack_acc"] is not None
-    assert len(plain["verdict"]) == 11
+    assert len(plain["verdict"]) == 18
     assert said == [] or "umap-learn is not installed" in said[0]
     shares = plain["figures"]["discarded_noise"]["target, PGD"]
     assert shares[-1] >= shares[0]  # all noise gone
@@ -400,4 +430,4 @@ def test_a_transfer_is_crafted_on_the_surrogate(at_model: nn.Module, digits: tup
     assert rows[0]["transfer-pgd3"].sha256 == rows[0]["pgd3"].sha256
     assert rows[1]["transfer-pgd3"].sha256 != rows[0]["pgd3"].sha256
     assert rows[1]["pgd3"] == rows[0]["pgd3"]
-    assert set(rows[2]) == {"natural", "pgd3", "malt"}
+    assert set(rows[2]) == {"natural", "pgd3", "pgd3-margin", "malt"}

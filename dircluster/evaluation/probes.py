@@ -1,0 +1,143 @@
+"""What a defense is asked on images that nobody attacks: does it answer, and differentiate, as a function does?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dircluster import rng
+from dircluster.attacks.gradient import Loss, Model, cross_entropy_loss, margin_loss
+from dircluster.evaluation.marks import VANISHED
+from dircluster.evaluation.victim import VictimModel
+
+CALLS, ASKED = 100, 4
+"""Calls of the same images in a row, and how many of these."""
+SMALL = 8
+"""Images that pass together where the number is to be small."""
+TOLERANCE = 0.05
+"""By how much of the spread of an image's logits rounding may move them."""
+STEP = 1 / 16
+"""The step that a gradient is compared over, in radii of the threat."""
+FACTOR = 3.0
+"""By what factor the loss may move more, or less, than the gradient says."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Images (N, C, H, W) with labels (N,), asked of a victim whose draws are ``randomness``."""
+
+    victim: VictimModel
+    randomness: str
+    seed: int
+    epsilon: float
+    draws: int
+    """Over which a gradient is averaged."""
+    most_rows: int
+
+    def held(self) -> Model:
+        """Images -> logits, the draws held fixed, and the same for all images where they are rows."""
+        return self.victim.model("fixed", self.seed)
+
+
+Probe = Callable[[Question, Tensor, Tensor], Tensor]
+"""The question, images (N, C, H, W), labels (N,) -> which images pass, (N,) bool."""
+
+
+def has_gradient(question: Question, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether a gradient leads back that is a number in all elements, and large enough for its square to be one."""
+    model = question.victim.model(question.randomness, question.seed)
+    summed = torch.zeros_like(images)
+    for _ in range(question.draws):
+        summed = summed + _gradient(model, images, labels, cross_entropy_loss)
+    peaks = summed.abs().flatten(1).amax(dim=1)  # NaN where one element is
+    return (peaks > VANISHED) & (peaks < torch.inf)
+
+
+def follows_gradient(question: Question, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether a small step moves the margin as its gradient says, within a factor of three.
+
+    The step follows the gradient's signs, and random ones where it is zero. It starts near the image, away from ties
+    of equal pixels, and stays in the pixel range. An image without a gradient passes: another probe names it.
+    """
+    model, epsilon = question.held(), question.epsilon
+    uniform = torch.rand((2, *images.shape), generator=rng.generator(question.seed, "slope")).to(images)
+    start = (images + epsilon / 2 * (2 * uniform[0] - 1)).clamp(0.0, 1.0)
+    gradient = _gradient(model, start, labels, margin_loss)
+    step = epsilon * STEP * torch.where(gradient == 0, 2 * uniform[1] - 1, gradient).sign()
+    ahead, behind = (start + step).clamp(0.0, 1.0), (start - step).clamp(0.0, 1.0)
+    said = (gradient * (ahead - behind)).flatten(1).sum(dim=1)
+    moved = margin_loss(model(ahead), labels) - margin_loss(model(behind), labels)
+    within = (moved > said / FACTOR) & (moved < said * FACTOR)
+    return within | (gradient.abs().flatten(1).amax(dim=1) <= VANISHED)
+
+
+def alike_with_gradients(question: Question, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether the logits are the same while gradients are recorded."""
+    model = question.held()
+    plain = model(images)
+    with torch.enable_grad():
+        recorded = model(images.detach().requires_grad_(True))
+    return same(plain, recorded.detach())
+
+
+def alike_in_company(question: Question, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether an image's logits are the same beside other images, which are the negatives of those beside it."""
+    model = question.held()
+    plain = model(images)
+    even = torch.arange(len(images), device=images.device) % 2 == 0
+    found = torch.ones_like(even)
+    for kept in (even, ~even):
+        beside = model(torch.where(kept[:, None, None, None], images, 1 - images))
+        found = torch.where(kept, same(plain, beside), found)
+    return found
+
+
+def alike_in_numbers(question: Question, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether an image's logits are the same alone, among few, and among as many rows as attacks pass together."""
+    model, count = question.held(), len(images)
+    few = torch.cat([model(images[first : first + SMALL]) for first in range(0, count, SMALL)])
+    many = model(images.repeat(max(1, question.most_rows // count), 1, 1, 1))[:count]
+    alone = torch.cat([model(images[i : i + 1]) for i in range(min(ASKED, count))])
+    found = same(few, many)
+    found[: len(alone)] &= same(few[: len(alone)], alone)
+    return found
+
+
+def alike_each_time(question: Question, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether the logits of a few images stay what they are over many calls; one answer for all images."""
+    model, few = question.victim.model("fresh", question.seed), images[:ASKED]
+    first = model(few)
+    calls = [same(first, model(few)).all() for _ in range(CALLS - 1)]
+    return torch.stack(calls).all().expand(len(images))
+
+
+def same(one: Tensor, other: Tensor) -> Tensor:
+    """Which rows of logits (N, classes) are the same but for rounding, (N,) bool; NaN equals NaN."""
+    one, other = (torch.nan_to_num(logits) for logits in (one, other))
+    spread = one.amax(dim=1) - one.amin(dim=1)
+    return (one - other).abs().amax(dim=1) <= TOLERANCE * spread + 1e-6 * one.abs().amax(dim=1)
+
+
+def _gradient(model: Model, images: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    """The loss's gradient as it comes back, NaN and all; zero where none does."""
+    with torch.enable_grad():
+        asked = images.detach().requires_grad_(True)
+        values = loss(model(asked), labels)
+        if not values.requires_grad:
+            return torch.zeros_like(images)
+        (gradient,) = torch.autograd.grad(values.sum(), asked, allow_unused=True)
+    return torch.zeros_like(images) if gradient is None else gradient
+
+
+PROBES: dict[str, Probe] = {
+    "gradient": has_gradient,
+    "slope": follows_gradient,
+    "recorded": alike_with_gradients,
+    "company": alike_in_company,
+    "numbers": alike_in_numbers,
+    "repeats": alike_each_time,
+}
+"""Probes by the name that specs know them by."""
