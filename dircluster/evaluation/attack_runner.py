@@ -26,14 +26,14 @@ class AttackRunner(AttackSetting):
 def judge(
     victim: VictimModel, spec: AttackSpec, defense_seed: int, seed: int, most_rows: int
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """How final images are judged: (N, C, H, W), (N,) -> what was right, under ``fixed`` or ``fresh``.
+    """How final images are judged: (N, C, H, W), (N,) -> the classes predicted (int64), under ``fixed`` or ``fresh``.
 
     ``fixed`` (N, 1): by the target alone, or under the draws that the attacker knew. ``fresh`` (N, draws): on fresh
-    draws, which no attack has met.
+    draws, which no attack has met. Where no class is what counts, what was right (bool).
     """
 
-    def right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-        return model(images).argmax(dim=1) == labels
+    def predicted(model: Model, images: Tensor) -> Tensor:
+        return model(images).argmax(dim=1)[:, None]
 
     def judged(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         verdicts: dict[str, Tensor] = {}
@@ -42,23 +42,22 @@ def judge(
             return {"fixed": (steep.isfinite().flatten(1).all(dim=1) & (steep != 0).flatten(1).any(dim=1))[:, None]}
         if spec.judged == "target" or find_attack(spec.attack).past_purifier:
             assert victim.target is not None
-            return {"fixed": right(victim.target, images, labels)[:, None]}
+            return {"fixed": predicted(victim.target, images)}
         if spec.randomness != "fresh":
             fixed = victim.model(spec.randomness, defense_seed, images=known_images(spec, len(images)))
-            verdicts["fixed"] = right(fixed, images, labels)[:, None]
+            verdicts["fixed"] = predicted(fixed, images)
         if spec.randomness != "none":
             rows = max(1, most_rows // len(images)) if spec.average == 1 else 1
             fresh = victim.model("fresh", seed, spec.average, most_rows=most_rows)
-            verdicts["fresh"] = _fresh(fresh, images, labels, spec.draws, rows)
+            verdicts["fresh"] = _fresh(fresh, images, spec.draws, rows)
         return verdicts
 
     return judged
 
 
-def _fresh(model: Model, images: Tensor, labels: Tensor, draws: int, at_once: int) -> Tensor:
+def _fresh(model: Model, images: Tensor, draws: int, at_once: int) -> Tensor:
     columns = []
     for first in range(0, draws, at_once):
         count = min(at_once, draws - first)
-        found = model(images.repeat(count, 1, 1, 1)).argmax(dim=1).view(count, len(images))
-        columns.append(found == labels)
+        columns.append(model(images.repeat(count, 1, 1, 1)).argmax(dim=1).view(count, len(images)))
     return torch.cat(columns).T

@@ -6,6 +6,7 @@ from typing import Any
 
 from dircluster.config import RunConfig
 from dircluster.defenses.table import DEFENSES, find_defense
+from dircluster.evaluation.sample import n_of
 from dircluster.evaluation.suites import how
 
 CARD = """# {name}: a {defense} defense
@@ -43,7 +44,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         low, high = row["interval"]
         lines.append(
             f"| {row['defense']} | {row['attack']} | {row['randomness']} | {100 * row['accuracy']:.1f} %"
-            f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
+            f" | {100 * low:.1f} to {100 * high:.1f} | {n_of(row)} | {how(row)} |"
         )
     return "\n".join(lines)
 

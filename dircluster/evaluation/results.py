@@ -48,6 +48,8 @@ class Result:
     """fp32 or bf16: what the attack was computed in; both where shards differ."""
     predictions: str = "fp32"
     """What the accuracy was computed in: fp32, without TF32."""
+    sample: int | None = None
+    """Seed that drew the images from the test split; None where they are its first ones."""
 
 
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:

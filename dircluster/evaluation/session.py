@@ -15,6 +15,7 @@ from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_table import AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.results import Result, to_plain
+from dircluster.evaluation.sample import judged_rows
 from dircluster.evaluation.store import MemoryStore, ResultStore
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
@@ -86,6 +87,10 @@ class EvaluationReport:
     seed: int
     seconds: list[float]
     """One worker's time for each row."""
+    table: list[AttackSpec]
+    """The attack of each row."""
+    evaluation: Evaluation = field(repr=False, compare=False)
+    """What came of every image."""
 
     @property
     def flags(self) -> list[gradient_masking.Check]:
@@ -117,11 +122,13 @@ def report(evaluation: Evaluation, planned: Plan, defense: str, settings: Evalua
     return EvaluationReport(
         defense,
         settings.suite,
-        [evaluation.result(spec, defense) for spec in planned.table],
+        [dataclasses.replace(evaluation.result(spec, defense), sample=settings.sample) for spec in planned.table],
         gradient_masking.checks(planned.checks, evaluation.shares) if planned.checks else [],
         gradient_masking.curves(planned.checks, evaluation.shares),
         evaluation.seed,
         [evaluation.seconds(spec) for spec in planned.table],
+        planned.table,
+        evaluation,
     )
 
 
@@ -159,7 +166,8 @@ def evaluate(
     attack = AttackConfig(epsilon=epsilon, step_size=step_size, norm=norm)
     check_images(images, labels)
     device = device_of(module)
-    images, labels = images[: chosen.images].float(), labels[: chosen.images].long()
+    rows = judged_rows(len(images), chosen)
+    images, labels = images[rows].float(), labels[rows].long()
     if surrogate is not None and device_of(surrogate) != device:
         surrogate = copy.deepcopy(surrogate).to(device)  # the caller's stays where it is
     victim = VictimModel(module, name, surrogate)
