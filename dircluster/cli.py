@@ -95,6 +95,10 @@ class EvaluateJob(Job):
     """ray: as many workers as there are CPUs or GPUs, or --scaling.workers; local: this process, or torchrun's."""
     keep_images: Switch = False
     """Keep the adversarial images beside the report."""
+    export: Path | None = None
+    """Write all adversarial images to this .pt (tensors alone) or .npz, and RobustBench's claim beside it (.json)."""
+    compare: Path | None = None
+    """The report-*.json of another evaluation on the same test split: the report shows which images changed."""
     surrogate: str = ""
     """The model that transfers are crafted on (as --target.uri), instead of the defense's own target."""
     natural_target: str = ""

@@ -15,6 +15,7 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
 from dircluster.evaluation.report_images import image_table, sheets
+from dircluster.evaluation.results import to_plain, worst_attacked
 from dircluster.evaluation.sample import images_of
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.suites import how
@@ -112,8 +113,7 @@ def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int =
     natural = next((row for row in own if row.attack == "natural"), None)
     auto = next((row for row in own if row.attack == "autoattack-standard"), None)
     threat, epsilon = config.attack.norm, config.attack.epsilon
-    whole = [row for row in own if row.norm == threat and row.average == 1 and not row.attack.startswith("restored")]
-    attacked = [row for row in whole if row.epsilon]
+    worst = worst_attacked(to_plain(own), threat)
     return {
         "link": None,
         "name": config.name,
@@ -125,7 +125,7 @@ def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int =
         "architecture": report.defense,
         "eps": f"{255 * epsilon:.4g}/255" if threat == "linf" else f"{epsilon:.4g}",
         "clean_acc": None if natural is None else f"{100 * natural.accuracy:.2f}",
-        "reported": f"{100 * min(row.accuracy for row in attacked):.2f}" if attacked else None,
+        "reported": None if worst is None else f"{100 * worst['accuracy']:.2f}",
         "autoattack_acc": None if auto is None else f"{100 * auto.accuracy:.2f}",
         "unreliable": bool(report.flags) if report.verdict else None,
         "footnote": "; ".join(flag.question for flag in report.flags) or None,

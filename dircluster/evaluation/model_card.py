@@ -29,7 +29,7 @@ over so many draws (EOT) as the table says, and the accuracy is the mean over {d
 
 ```python
 import dircluster
-defense = dircluster.load_defense("models:/{defense}-{name}@champion"{trust})  # or the folder of its checkpoint
+defense = dircluster.load_defense("models:/{defense}-{name}@champion"{trust})  # the best; @candidate: the newest
 logits = defense(images)
 ```
 

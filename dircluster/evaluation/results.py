@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,3 +55,22 @@ class Result:
 def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Rows for JSON."""
     return [{**asdict(row), "interval": list(row.interval), "warnings": list(row.warnings)} for row in results]
+
+
+def worst_attacked(rows: Sequence[Mapping[str, Any]], norm: str) -> Mapping[str, Any] | None:
+    """The row that leaves the defense least in the ball of ``norm``: its robust accuracy; None where no attack ran.
+
+    Rows with averaged logits are of another defense, and attacks on the restored image of another threat.
+    """
+    attacked = [row for row in rows if row["defense"] != "none" and row["epsilon"] and row["norm"] == norm]
+    own = [row for row in attacked if row["average"] == 1 and not row["attack"].startswith("restored")]
+    return min(own, key=lambda row: row["accuracy"], default=None)
+
+
+def headline(rows: Sequence[Mapping[str, Any]], norm: str) -> dict[str, float]:
+    """What defenses are ranked by: accuracy on natural images, under the strongest attack, and that one's lower end."""
+    natural = next((row for row in rows if row["defense"] != "none" and row["attack"] == "natural"), None)
+    found = {} if natural is None else {"natural_accuracy": natural["accuracy"]}
+    if (worst := worst_attacked(rows, norm)) is not None:
+        found |= {"robust_accuracy": worst["accuracy"], "robust_accuracy_low": worst["interval"][0]}
+    return found
