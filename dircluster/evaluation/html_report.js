@@ -104,7 +104,7 @@ function plot(lines, title, logarithmic) {
   const low = scale(Math.min(...all)), high = scale(Math.max(...all));
   const at = (x) => 40 + 250 * (high > low ? (scale(x) - low) / (high - low) : 0.5), up = (y) => 190 - 170 * y;
   const ticks = [...new Set(all)].sort((a, b) => b - a).reduce(
-    (kept, x) => (kept.length && at(kept.at(-1)) - at(x) < 26 ? kept : [...kept, x]), []); // names that do not overlap
+    (kept, x) => (kept.length && at(kept.at(-1)) - at(x) < 34 ? kept : [...kept, x]), []); // names that do not overlap
   const parts = [0, 0.25, 0.5, 0.75, 1].map((y) => `<path d="M40 ${up(y)}H290" stroke="#ddd"/><text x="34"
     y="${up(y) + 4}" text-anchor="end">${100 * y}</text>`);
   ticks.forEach((x) => parts.push(`<text x="${at(x)}" y="206" text-anchor="middle">${+x.toPrecision(3)}</text>`));

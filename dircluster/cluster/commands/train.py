@@ -186,6 +186,7 @@ class Launch:
             "seconds": round(seconds, 1),
             "run_id": None if self.record is None else self.record.run_id,
             "model": outcome.get("model"),
+            "champion": outcome.get("champion"),
             "checkpoint": outcome.get("checkpoint"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "selection": outcome.get("selection", {}),

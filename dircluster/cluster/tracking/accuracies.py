@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, LoggedModelInput, Metric
+from mlflow.entities import Dataset, DatasetInput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
@@ -44,6 +44,5 @@ def log_accuracies(
     """Record ``values``, accuracies on ``dataset``, in the run, and in the logged model where one is given."""
     now = int(time.time() * 1000)
     known: dict[str, Any] = {"model_id": model_id, "dataset_name": dataset.name, "dataset_digest": dataset.digest}
-    models = [LoggedModelInput(model_id)] if model_id else None
-    client.log_inputs(run_id, [DatasetInput(dataset, [])], models=models)
+    client.log_inputs(run_id, [DatasetInput(dataset, [])])
     client.log_batch(run_id, [Metric(name, value, now, 0, run_id=run_id, **known) for name, value in values.items()])

@@ -166,12 +166,12 @@ def test_ten_thousand_images_are_computed_at_once() -> None:
         f"""
         const fresh = "1234567890".repeat({images * draws // 10}), labels = "1".repeat({images});
         const row = {{ defense: "defense", attack: "a", randomness: "fresh", epsilon: 1, fresh }};
-        const table = {{ width: 1, labels, numbers: null, rows: Array({rows}).fill(row) }}, began = performance.now();
+        const table = {{ width: 1, labels, numbers: null, rows: Array({rows}).fill(row) }}, began = process.cpuUsage().user;
         const one = prepared(table); chosen(one, {{ broken: "any" }}); byDraws(one, one.rows[0]);
-        console.log(JSON.stringify([(performance.now() - began) / 1000, JSON.stringify(table).length]))"""
+        console.log(JSON.stringify([(process.cpuUsage().user - began) / 1e6, JSON.stringify(table).length]))"""
     )
     assert size < 5e6
-    assert seconds < 5  # less than one where nothing else runs
+    assert seconds < 3  # of computing: less than one where nothing else runs
 
 
 def test_signs_and_pictures_are_read_back() -> None:
