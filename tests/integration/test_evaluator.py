@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 import dircluster.cluster.tracking.evaluator  # noqa: F401 - registers, where the package is not installed
-from dircluster.config import ConfigError, DataConfig
+from dircluster.config import DataConfig
 from dircluster.data.sources import load
 
 CONFIG = {"images": 16, "steps": 2, "epsilon": 0.05, "verdict": False}
@@ -32,9 +34,7 @@ def store(tmp_path: Path) -> Iterator[str]:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
-def test_logged_models_rank_by_robust_accuracy(store: str, tmp_path: Path) -> None:
-    import numpy as np
-
+def test_logged_models_rank_by_robust_accuracy(store: str, caplog: pytest.LogCaptureFixture) -> None:
     test = load(DataConfig(), 0).test.take(slice(32))
     data = mlflow.data.from_numpy(test.pixels().flatten(1).numpy(), targets=test.labels.numpy(), name="digits")
     shape = (-1, 1, 8, 8)
@@ -71,11 +71,16 @@ def test_logged_models_rank_by_robust_accuracy(store: str, tmp_path: Path) -> No
     assert metrics["robust_accuracy"].value == results[ranked[0].model_id] > results[ranked[1].model_id]
     assert metrics["robust_accuracy"].dataset_name == "digits"
 
-    with pytest.raises(ConfigError, match="evaluator_config has no 'step'"):
-        mlflow.models.evaluate(
-            ranked[0].model_uri,
-            data,
-            model_type="classifier",
-            evaluators="dircluster",
-            evaluator_config={"step": 3},
-        )
+    for config, why in (
+        ({"step": 3}, "evaluator_config has no 'step'"),
+        ({"shape": [1, 7, 7]}, "images have 64 values"),
+    ):
+        with pytest.raises(MlflowException, match="could not be evaluated by any"):
+            mlflow.models.evaluate(
+                ranked[0].model_uri,
+                data,
+                model_type="classifier",
+                evaluators="dircluster",
+                evaluator_config=config,
+            )
+        assert why in caplog.text

@@ -6,6 +6,7 @@ It is an entry point of the package, and registered too wherever this module is 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from mlflow.models.evaluation.base import EvaluationResult, ModelEvaluator
 from mlflow.models.evaluation.evaluator_registry import _model_evaluation_registry
 from mlflow.tracking import MlflowClient
 
-from dircluster.config import AttackConfig, ConfigError, DataConfig, EvaluationConfig, RunConfig
+from dircluster.config import AttackConfig, ConfigError, DataConfig, EvaluationConfig, RunConfig, first_line
 
 NAME = "dircluster"
 THREAT = ("epsilon", "norm", "step_size")
@@ -49,16 +50,27 @@ class DirclusterEvaluator(ModelEvaluator):
         model: Any = None,
         model_id: str | None = None,
         **kwargs: Any,
-    ) -> EvaluationResult:
+    ) -> EvaluationResult | None:
         """Judge ``model`` on the features and labels of ``dataset``. MLflow records the metrics with the logged model.
 
-        Raises ConfigError for a model without gradients, for unknown settings, and what dircluster.evaluate raises.
+        None, and a warning that says why, for a model without gradients, unknown settings, and whatever
+        dircluster.evaluate refuses: MLflow asks all installed evaluators where none is named, and calls it an error
+        where none answers.
         """
+        try:
+            return self._evaluate(dataset, run_id, evaluator_config, model, model_id)
+        except ConfigError as error:
+            logging.getLogger(__name__).warning("%s cannot evaluate this: %s", NAME, error)
+            return None
+
+    def _evaluate(
+        self, dataset: Any, run_id: str, evaluator_config: Mapping[str, Any], model: Any, model_id: str | None
+    ) -> EvaluationResult:
         import numpy as np
         import torch
 
         from dircluster import evaluate
-        from dircluster.cluster.tracking.accuracies import accuracies
+        from dircluster.cluster.tracking.accuracies import accuracies, dataset_of, log_accuracies
         from dircluster.cluster.version import commit
         from dircluster.data.split import Split
         from dircluster.evaluation.html_report import write_report
@@ -66,18 +78,21 @@ class DirclusterEvaluator(ModelEvaluator):
         from dircluster.evaluation.sample import row_numbers
 
         attack, settings, own = read_settings(evaluator_config)
+        module, seed, name = module_of(model), int(own.get("seed", 0)), str(own.get("name", "defense"))
         if not dataset.has_targets:
             raise ConfigError("the data has no labels: give targets")
         shape = own.get("shape") or _shape_of(model)
-        flat = np.asarray(dataset.features_data, dtype=np.float32)
+        try:
+            flat = np.asarray(dataset.features_data, dtype=np.float32)
+            labels = torch.as_tensor(np.asarray(dataset.labels_data, dtype=np.int64))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"images and labels must be numbers: {first_line(error)}") from error
         if shape is None or math.prod(shape) != flat.shape[1]:
             raise ConfigError(
                 f"images have {flat.shape[1]} values, and shape is {shape}: evaluator_config['shape'] says what they"
                 " are, (channels, height, width)"
             )
         images = torch.from_numpy(flat).view(-1, *shape)
-        labels = torch.as_tensor(np.asarray(dataset.labels_data, dtype=np.int64))
-        module, seed, name = module_of(model), int(own.get("seed", 0)), str(own.get("name", "defense"))
         threat = {"epsilon": attack.epsilon, "norm": attack.norm, "step_size": attack.step_size}
         report = evaluate(module, images, labels, settings.suite, settings=settings, seed=seed, name=name, **threat)
         flags = len(report.flags) if report.verdict else None
@@ -88,20 +103,21 @@ class DirclusterEvaluator(ModelEvaluator):
         data = DataConfig("custom", str(dataset.name), height, width, channels, max(2, int(labels.max()) + 1))
         config = RunConfig(name, seed, data=data, attack=attack, evaluation=settings)
         test = Split((images[numbers] * 255).round().byte(), labels[numbers])
-        facts = {"data": str(dataset.hash), "defense": model_id or name, "commit": commit()}
+        logged = model_id or getattr(model, "model_id", None)  # MLflow knows no id where the URI is an alias
+        facts = {"data": str(dataset.hash), "defense": logged or name, "commit": commit()}
         client, artifacts = MlflowClient(), {}
         with tempfile.TemporaryDirectory() as folder:
             victim = report.evaluation.victim
             files = write_report(report, victim, test, config, facts, Path(folder), None, print, numbers)
             for file, kind in zip(files, (TextEvaluationArtifact, JsonEvaluationArtifact), strict=True):
                 client.log_artifact(run_id, str(file))
-                if model_id is not None:
-                    client.log_model_artifact(model_id, str(file))
+                if logged is not None:
+                    client.log_model_artifact(logged, str(file))
                 uri = f"{client.get_run(run_id).info.artifact_uri}/{file.name}"
                 artifacts[file.suffix[1:]] = kind(uri=uri)
-        if model_id is None:  # else MLflow does so, with the model and its data set
-            for key, value in metrics.items():
-                client.log_metric(run_id, key, value)
+        if model_id is None:  # else MLflow does so
+            of = dataset_of(str(dataset.name), str(dataset.digest or dataset.hash), str(dataset.path or dataset.name))
+            log_accuracies(client, run_id, metrics, of, logged)
         return EvaluationResult(metrics, artifacts, run_id)
 
 

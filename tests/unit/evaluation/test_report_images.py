@@ -166,7 +166,8 @@ def test_ten_thousand_images_are_computed_at_once() -> None:
         f"""
         const fresh = "1234567890".repeat({images * draws // 10}), labels = "1".repeat({images});
         const row = {{ defense: "defense", attack: "a", randomness: "fresh", epsilon: 1, fresh }};
-        const table = {{ width: 1, labels, numbers: null, rows: Array({rows}).fill(row) }}, began = process.cpuUsage().user;
+        const table = {{ width: 1, labels, numbers: null, rows: Array({rows}).fill(row) }};
+        const began = process.cpuUsage().user;
         const one = prepared(table); chosen(one, {{ broken: "any" }}); byDraws(one, one.rows[0]);
         console.log(JSON.stringify([(process.cpuUsage().user - began) / 1e6, JSON.stringify(table).length]))"""
     )
