@@ -115,9 +115,10 @@ def sheets(report: EvaluationReport, victim: VictimModel, images: Tensor, seed: 
 
 def _purified(report: EvaluationReport, victim: VictimModel, pictures: Tensor, seed: int) -> Tensor:
     """What the purifier makes of pictures (N, C, H, W) uint8, under draws of the report's own."""
-    device, made = device_of(victim.module), []
+    device, made, size = device_of(victim.module), [], report.evaluation.shard_size
     with evaluating(*victim.modules), torch.no_grad():
-        for number, part in enumerate(pictures.split(report.evaluation.shard_size)):
-            restore = victim.restorer("fixed", rng.entropy(seed, "report/purified", step=number), len(part))
+        for start in range(0, len(pictures), size):
+            part = pictures[start : start + size]
+            restore = victim.restorer("fixed", rng.entropy(seed, "report/purified", step=start), len(part))
             made.append(as_bytes(restore(part.to(device).float() / 255)))
     return torch.cat(made)
