@@ -50,7 +50,9 @@ def test_logged_models_rank_by_robust_accuracy(store: str, caplog: pytest.LogCap
         strong[1].bias.copy_(-0.5 * means.square().sum(dim=1))
     client, results = MlflowClient(store), {}
     for name, module, registered in (("weak", weak, None), ("strong", strong, "strong")):
-        logged = mlflow.pytorch.log_model(module, name=name, signature=signature, registered_model_name=registered)
+        logged = mlflow.pytorch.log_model(
+            module, name=name, signature=signature, registered_model_name=registered, serialization_format="pickle"
+        )
         uri = logged.model_uri
         if registered:  # MLflow knows no logged model behind an alias
             client.set_registered_model_alias(name, "champion", "1")
