@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, Metric
+from mlflow.entities import Dataset, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
+from dircluster.config import DataConfig
 from dircluster.evaluation.results import headline
+from dircluster.evaluation.sample import images_of
 
 SHA_TAG = "dircluster.sha256"
 """Of a model version: the digest of the folder it was registered from."""
@@ -38,11 +40,15 @@ def dataset_of(name: str, fingerprint: str, source: str) -> Dataset:
     return Dataset(name, fingerprint[:32], "local", json.dumps({"uri": source}))
 
 
+def judged_on(data: DataConfig, fingerprint: str, rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """The images that ``rows`` are of, so that accuracies on others are not taken for theirs."""
+    return dataset_of(f"{data.name}, {images_of(rows[0])}", fingerprint, data.uri or data.name)
+
+
 def log_accuracies(
     client: MlflowClient, run_id: str, values: Mapping[str, float], dataset: Dataset, model_id: str | None = None
 ) -> None:
     """Record ``values``, accuracies on ``dataset``, in the run, and in the logged model where one is given."""
     now = int(time.time() * 1000)
     known: dict[str, Any] = {"model_id": model_id, "dataset_name": dataset.name, "dataset_digest": dataset.digest}
-    client.log_inputs(run_id, [DatasetInput(dataset, [])])
     client.log_batch(run_id, [Metric(name, value, now, 0, run_id=run_id, **known) for name, value in values.items()])

@@ -18,7 +18,14 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from dircluster.cluster.storage import is_remote
-from dircluster.cluster.tracking.accuracies import accuracies, dataset_of, flags_of, log_accuracies, versions_with
+from dircluster.cluster.tracking.accuracies import (
+    accuracies,
+    dataset_of,
+    flags_of,
+    judged_on,
+    log_accuracies,
+    versions_with,
+)
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
 
 JOB_TAG, FOLDER_TAG = "dircluster.job", "dircluster.folder"
@@ -184,8 +191,8 @@ def record_evaluation(
         )
         log_params(client, run_id, settings)
         values = accuracies(found["rows"], config.attack.norm, flags_of(found["verdict"]))
-        data, versions = config.data, versions_with(client, sha)
-        dataset = dataset_of(data.name, facts["data"], data.uri or data.name)
+        dataset, versions = judged_on(config.data, facts["data"], found["rows"]), versions_with(client, sha)
+        client.log_inputs(run_id, [DatasetInput(dataset, [])])
         log_accuracies(client, run_id, values, dataset, versions[0].model_id if versions else None)
         for file in files:
             with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from dircluster.cluster.storage import copy, open_path
-from dircluster.cluster.tracking.accuracies import SHA_TAG, dataset_of, flags_of, log_accuracies, versions_with
+from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
 from dircluster.config import ConfigError, RunConfig, first_line
@@ -86,7 +86,7 @@ def _log(
     for tag, value in tags.items():
         client.set_model_version_tag(name, version, tag, value)
     values = headline(outcome["results"], config.attack.norm)  # those of the rows are in the run already
-    dataset = dataset_of(data.name, outcome["data"], data.uri or data.name)
+    dataset = judged_on(data, outcome["data"], outcome["results"])
     log_accuracies(client, job.run_id, values, dataset, logged.model_id)
     return client.get_model_version(name, version)
 
