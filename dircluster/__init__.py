@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,3 +47,32 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code
 
         return load_defense_folder(open_path(str(uri), StorageConfig()), trust_code=trust_code)
     return load_defense_folder(Path(uri), trust_code=trust_code)
+
+
+def load_model(
+    model_name: str,
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    *,
+    tracking_uri: str | None = None,
+    trust_code: bool = False,
+) -> Defended:
+    """A finished defense by RobustBench's signature: ``load_model("dir", "cifar10", "Linf")``.
+
+    First from the zoo of this package, then the champion ``NAME-DATASET``, or ``NAME``, of MLflow's registry, if it is
+    of that data set and threat; the rest is as in :func:`load_defense`. Raises dircluster.config.ConfigError where
+    there is none.
+    """
+    from dircluster.training.zoo import in_zoo, no_model
+
+    threat = {"linf": "Linf", "l2": "L2"}.get(threat_model.lower(), threat_model)
+    folder = in_zoo(model_name, dataset, threat)
+    if folder is not None:
+        return load_defense(folder, trust_code=trust_code)
+    if find_spec("mlflow") is not None:
+        from dircluster.cluster.tracking.registry import find_champion
+
+        uri = find_champion([f"{model_name}-{dataset}", model_name], dataset, threat, tracking_uri)
+        if uri is not None:
+            return load_defense(uri, tracking_uri=tracking_uri, trust_code=trust_code)
+    raise no_model(model_name, dataset, threat)

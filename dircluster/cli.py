@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -95,6 +95,10 @@ class EvaluateJob(Job):
     """ray: as many workers as there are CPUs or GPUs, or --scaling.workers; local: this process, or torchrun's."""
     keep_images: Switch = False
     """Keep the adversarial images beside the report."""
+    export: Path | None = None
+    """Write all adversarial images to this .pt (tensors alone) or .npz, and RobustBench's claim beside it (.json)."""
+    compare: Path | None = None
+    """The report-*.json of another evaluation on the same test split: the report shows which images changed."""
     surrogate: str = ""
     """The model that transfers are crafted on (as --target.uri), instead of the defense's own target."""
     natural_target: str = ""
@@ -265,7 +269,7 @@ def _as_decimal(word: str) -> str:
 class _AsWritten(yaml.SafeLoader):
     """YAML whose numbers stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as its class has it
 
 
 _AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])

@@ -69,9 +69,10 @@ class Terminal:
 
     def table(self, rows: list[dict[str, Any]]) -> None:
         """The results, one row each, with what was done to get them."""
+        from dircluster.evaluation.sample import images_of, n_of
         from dircluster.evaluation.suites import how  # with torch, which is needed by then anyway
 
-        table = Table(title="Accuracy on the test split")
+        table = Table(title=f"Accuracy on the test split, {images_of(rows[0])}")
         for name in ("defense", "attack", "protocol", "accuracy", "95 % interval", "n", "how"):
             number = name in ("accuracy", "n")
             table.add_column(name, justify="right" if number else "left", no_wrap=name != "how")
@@ -84,7 +85,7 @@ class Terminal:
                 row.get("protocol", row["randomness"]),
                 accuracy,
                 f"{100 * low:.1f} - {100 * high:.1f}",
-                str(row["total"]),
+                n_of(row),
                 how(row),
             )
         self._print(table)

@@ -288,7 +288,9 @@ class EvaluationConfig:
     verdict: bool = False
     """Ask too whether the defense only hides gradients: 16 to 18 questions, with attacks of their own."""
     images: int | None = None
-    """Test images judged; all when not given."""
+    """Test images judged, the first ones; all when not given."""
+    sample: int | None = None
+    """Seed by which evaluation.images are drawn at random from the test split, instead of the first ones."""
     verdict_images: int = 128
     """Of these, as many answer for the verdict."""
     batch_size: int = 128
@@ -321,6 +323,11 @@ class EvaluationConfig:
         for name in ("images", "steps", "restarts", "eot", "draws", "resubmissions", "votes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
+        require(self.sample is None or self.sample >= 0, f"evaluation.sample must be 0 or more, got {self.sample}")
+        require(
+            self.sample is None or self.images is not None,
+            "evaluation.images is missing: evaluation.sample draws so many from the test split",
+        )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             plain[name] = to_dict(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name in _decimals(type(config)):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name in _decimals(type(config)):  # type: ignore[arg-type]
             whole = name in WHOLE and value != 0 and float(value).is_integer()
             plain[name] = int(value) if whole else float(value) + 0.0  # which makes 0.0 of -0.0
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dircluster.attacks.gradient import Model
-from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, is_right, known_images
+from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, answers, find_attack, known_images
 from dircluster.evaluation.probes import PROBES, Question
 from dircluster.evaluation.victim import VictimModel
 
@@ -27,16 +27,16 @@ class AttackRunner(AttackSetting):
 def judge(
     victim: VictimModel, spec: AttackSpec, defense_seed: int, seed: int, most_rows: int, broken: Sequence[Tensor] = ()
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-    """How final images are judged: (N, C, H, W), (N,) -> what was right, under ``fixed`` or ``fresh``.
+    """How final images are judged: (N, C, H, W), (N,) -> the classes predicted (int64), under ``fixed`` or ``fresh``.
 
     ``fixed`` (N, 1): by the target alone, or under the draws that the attacker knew. ``fresh`` (N, draws): on fresh
-    draws, which no attack has met. Under protocol mv these are votes; under wor there is one column, of what was right
-    in all of them and in all that ``broken`` tells of the attack, (draws * N,) bool a pass. Logits that are not finite
-    are wrong. Of a probe, ``fixed`` says what passes it.
+    draws, which no attack has met; under protocol mv the vote of several. Class -1 is no answer: logits that are not
+    finite. Where no class is what counts, what was right (bool): of a probe what passes it; under wor one column, what
+    was right in all draws and in all that ``broken`` tells of the attack, (draws * N,) bool a pass.
     """
 
-    def right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-        return is_right(model(images), labels)
+    def predicted(model: Model, images: Tensor) -> Tensor:
+        return answers(model(images))[:, None]
 
     def judged(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         verdicts: dict[str, Tensor] = {}
@@ -46,20 +46,21 @@ def judge(
             return {"fixed": PROBES[spec.attack](question, images, labels)[:, None]}
         if spec.judged == "target" or find_attack(spec.attack).past_purifier:
             assert victim.target is not None
-            return {"fixed": right(victim.target, images, labels)[:, None]}
+            return {"fixed": predicted(victim.target, images)}
         if spec.protocol == "mv":
             voter = victim.model("fresh", seed)
-            return {"fresh": _votes(voter, images, labels, spec, max(1, most_rows // len(images)))}
+            return {"fresh": _votes(voter, images, spec, max(1, most_rows // len(images)))}
         if spec.randomness != "fresh":
             fixed = victim.model(spec.randomness, defense_seed, images=known_images(spec, len(images)))
-            verdicts["fixed"] = right(fixed, images, labels)[:, None]
+            verdicts["fixed"] = predicted(fixed, images)
         if spec.randomness != "none":
             rows = max(1, most_rows // len(images)) if spec.average == 1 else 1
             fresh = victim.model("fresh", seed, spec.average, most_rows=most_rows)
-            verdicts["fresh"] = _fresh(fresh, images, labels, spec.draws, rows)
+            verdicts["fresh"] = _fresh(fresh, images, spec.draws, rows)
         if spec.protocol == "wor":
             seen = [~wrong.view(-1, len(images)).T for wrong in broken]
-            verdicts["fresh"] = torch.cat([verdicts["fresh"], *seen], dim=1).all(dim=1, keepdim=True)
+            kept = torch.cat([verdicts["fresh"] == labels[:, None], *seen], dim=1)
+            verdicts["fresh"] = kept.all(dim=1, keepdim=True)
         return verdicts
 
     return judged
@@ -72,12 +73,12 @@ def _passes(model: Model, images: Tensor, draws: int, at_once: int) -> Iterator[
         yield model(images.repeat(count, 1, 1, 1)).view(count, len(images), -1)
 
 
-def _fresh(model: Model, images: Tensor, labels: Tensor, draws: int, at_once: int) -> Tensor:
-    return torch.cat([is_right(logits, labels) for logits in _passes(model, images, draws, at_once)]).T
+def _fresh(model: Model, images: Tensor, draws: int, at_once: int) -> Tensor:
+    return torch.cat([answers(logits) for logits in _passes(model, images, draws, at_once)]).T
 
 
-def _votes(model: Model, images: Tensor, labels: Tensor, spec: AttackSpec, at_once: int) -> Tensor:
-    """Whether the majority of ``average`` draws is right, ``draws`` times; probability decides among equals."""
+def _votes(model: Model, images: Tensor, spec: AttackSpec, at_once: int) -> Tensor:
+    """What the majority of ``average`` draws answers, ``draws`` times; probability decides among equals."""
     columns = []
     for _ in range(spec.draws):
         counted: Tensor | float = 0.0
@@ -85,5 +86,5 @@ def _votes(model: Model, images: Tensor, labels: Tensor, spec: AttackSpec, at_on
             ballots = F.one_hot(logits.argmax(dim=2), logits.shape[2])
             counted = counted + (ballots + logits.float().softmax(dim=2) / (spec.average + 1)).sum(dim=0)
         assert isinstance(counted, Tensor)
-        columns.append(is_right(counted, labels))
+        columns.append(answers(counted))
     return torch.stack(columns, dim=1)

@@ -175,7 +175,7 @@ class AttackSetting:
         """The loss, which under protocol wor notes what each draw gets wrong."""
 
         def noting(logits: Tensor, labels: Tensor) -> Tensor:
-            self.broken.append(~is_right(logits.detach(), labels))
+            self.broken.append(answers(logits.detach()) != labels)
             return loss(logits, labels)
 
         return noting if self.spec.protocol == "wor" else loss
@@ -396,9 +396,9 @@ def modules_of_attack(name: str) -> frozenset[str]:
     return frozenset(part.__module__ for part in (found.run, *found.code)) - {__name__}
 
 
-def is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """(..., N, classes), (N,) -> (..., N) bool. Logits that are not finite are wrong, whatever the label."""
-    return (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)
+def answers(logits: Tensor) -> Tensor:
+    """The classes of logits (..., N, classes), (..., N) int64; -1, which no label is, where they are not finite."""
+    return torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
 
 
 def known_images(spec: AttackSpec, images: int) -> int:

@@ -22,6 +22,7 @@ from dircluster.defenses.base import Defended
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
 from dircluster.evaluation.marks import Seen, Watch
+from dircluster.evaluation.pictures import kept_pictures, read_pictures
 from dircluster.evaluation.provenance import code_digest, modules_of
 from dircluster.evaluation.results import Control, Result
 from dircluster.evaluation.statistics import wilson_interval
@@ -112,15 +113,18 @@ class Evaluation:
             with exact(images.device) if counts else autocast(crafted, images.device, *victim.modules):
                 found, warned = attack(images, labels)
             with torch.no_grad(), exact(images.device):
-                right = judge(watched, shard.spec, fixed, fresh, self.most_rows, attack.broken)(found, labels)
+                answered = judge(watched, shard.spec, fixed, fresh, self.most_rows, attack.broken)(found, labels)
         lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
         if lost:
             warned = [*warned, f"{lost} of {len(found)} final images of a shard are not finite"]
         found = found.float().cpu()
+        right = {name: part if part.dtype == torch.bool else part == labels[:, None] for name, part in answered.items()}
         outcome = {
             "right": {
                 name: ["".join("01"[bit] for bit in row) for row in part.int().tolist()] for name, part in right.items()
             },
+            "predicted": {name: part.tolist() for name, part in answered.items() if part.dtype != torch.bool},
+            "pictures": kept_pictures(found, shard.rows[0]) if shard.spec.epsilon else None,
             "code": code(shard.spec, victim),
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
@@ -138,6 +142,26 @@ class Evaluation:
             for name, rows in outcome["right"].items():
                 parts.setdefault(name, []).extend(rows)
         return {name: torch.tensor([[c == "1" for c in row] for row in rows]) for name, rows in parts.items()}
+
+    def predicted(self, spec: AttackSpec) -> dict[str, Tensor]:
+        """The classes predicted in a finished attack, as in :meth:`right`, int64; nothing where no class counts."""
+        parts: dict[str, list[list[int]]] = {}
+        for outcome in self._outcomes(spec):
+            for name, rows in outcome.get("predicted", {}).items():
+                parts.setdefault(name, []).extend(rows)
+        return {name: torch.tensor(rows) for name, rows in parts.items()}
+
+    def pictures(self, spec: AttackSpec) -> Tensor | None:
+        """The first adversarial images of a finished attack, as pictures: (n, C, H, W) uint8; None where none are."""
+        found = [read_pictures(o["pictures"]) for o in self._outcomes(spec) if o.get("pictures")]
+        return torch.cat(found) if found else None
+
+    def adversarial(self, spec: AttackSpec) -> Tensor:
+        """All adversarial images of a finished attack, (N, C, H, W) float32. Raises LookupError where none are kept."""
+        found = [self.store.images(shard.name) for shard in self.shards(spec)]
+        if any(part is None for part in found):
+            raise LookupError(f"the images of {spec.name} were not kept")
+        return torch.cat([part for part in found if part is not None])
 
     def shares(self, spec: AttackSpec) -> Tensor:
         """Each image's accuracy in a finished attack, (N,) float64: under fixed draws, else over fresh ones."""

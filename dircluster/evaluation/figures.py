@@ -14,7 +14,6 @@ from dircluster import rng
 from dircluster.attacks.gradient import cross_entropy, mi_fgsm, pgd, value_and_grad
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
-from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
 
@@ -98,24 +97,6 @@ def drawing(draw: Callable[[Any], None], width: float, height: float, columns: i
 
 def _drawn(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> str:
     return "data:image/png;base64," + base64.b64encode(drawing(draw, width, height, columns)).decode()
-
-
-def draw_curves(curves: Mapping[str, Sequence[tuple[float, float, int]]]) -> str:
-    """Accuracy with 95 % intervals against epsilon, steps and EOT draws."""
-
-    def draw(axes: Any) -> None:
-        for axis, (name, points) in zip(axes, curves.items(), strict=True):
-            x, y = [p[0] for p in points], [100 * p[1] for p in points]
-            ends = [wilson_interval(p[1] * p[2], p[2]) for p in points]
-            axis.fill_between(x, [100 * low for low, _ in ends], [100 * high for _, high in ends], alpha=0.15)
-            axis.plot(x, y, marker="o", markersize=4)
-            axis.set(xlabel=name, ylabel="accuracy, %", ylim=(-2, 102))
-            if name != "epsilon":
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(x, [f"{value:g}" for value in x])
-            axis.grid(alpha=0.3)
-
-    return _drawn(draw, 4 * len(curves), 3.2, len(curves))
 
 
 def draw_shares(found: Mapping[str, Sequence[float]]) -> str:

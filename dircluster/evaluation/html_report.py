@@ -1,9 +1,9 @@
-"""The report of an evaluation: one HTML page that stands alone, and the same as JSON."""
+"""The report of an evaluation: one HTML page that stands alone and shows every image, and the same as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from dircluster.config import RunConfig, digest, to_dict
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
+from dircluster.evaluation.report_images import image_table, sheets
+from dircluster.evaluation.results import to_plain, worst_attacked
+from dircluster.evaluation.sample import images_of
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.suites import how
 from dircluster.evaluation.victim import VictimModel
@@ -22,7 +25,7 @@ from dircluster.models.modules import device_of
 SHOWN, EMBEDDED, DISCARDED = 8, 200, 256
 """Images in the pictures, in the embedding (natural and adversarial each), and behind Figure 2."""
 
-PAGE = Path(__file__).with_name("html_report.html")
+PAGE, SCRIPT = (Path(__file__).with_name(f"html_report.{kind}") for kind in ("html", "js"))
 
 
 def write_report(
@@ -34,8 +37,14 @@ def write_report(
     folder: Path,
     natural_target: nn.Module | None,
     say: Callable[[str], None],
+    numbers: Sequence[int] | None = None,
+    other: tuple[str, Mapping[str, Any]] | None = None,
 ) -> list[Path]:
-    """Write report.html and report.json into ``folder``: -> their paths. ``say`` gets what is left out."""
+    """Write report.html and report.json into ``folder``: -> their paths. ``say`` gets what is left out.
+
+    ``test`` holds the images judged, ``numbers`` their rows in the test split, the first ones when not given. ``other``
+    is the name and the JSON of another report, to be shown beside this one.
+    """
     from jinja2 import Environment
 
     from dircluster.files import write_whole
@@ -45,12 +54,18 @@ def write_report(
     for row in plain["rows"]:
         row["published"] = printed.get(row["defense"], {}).get(str(row["attack"]).split("-eot")[0])
     drawn, measured = _figures(report, victim, test, config, natural_target, say)
+    judged = report.evaluation.images
+    images = image_table(report, test.labels[:judged], numbers or range(judged), facts["data"])
+    shown = sheets(report, victim, test.pixels(slice(judged)), config.seed)
+    inside = {"images": images, "curves": plain["curves"], "sheets": shown}
+    if other is not None:
+        inside["other"] = {"images": other[1]["images"], "curves": other[1].get("curves", {})}
     page = Environment(autoescape=True).from_string(PAGE.read_text())
     html = page.render(
         name=config.name,
         suite=report.suite,
         seed=report.seed,
-        images=len(test),
+        chosen=images_of(plain["rows"][0]),
         data=config.data.uri or config.data.name,
         facts=facts,
         rows=plain["rows"],
@@ -60,6 +75,11 @@ def write_report(
         flags=len(report.flags),
         verdict_images=min(config.evaluation.verdict_images, len(test)),
         figures=drawn,
+        pictures=shown and shown["count"],
+        purified=victim.target is not None,
+        other=other and {"name": other[0]},
+        page_data=json.dumps(inside).replace("<", "\\u003c"),  # nothing in it ends the element that holds it
+        script=SCRIPT.read_text(),
         pc=lambda share: f"{100 * share:.1f}",
         how=how,
     )
@@ -67,6 +87,7 @@ def write_report(
         **plain,
         "facts": facts,
         "figures": measured,
+        "images": images,
         "robustbench": robustbench_entry(report, config, victim.passes),
     }
     name = f"report-{report.suite}-{digest([whole['rows'], whole['verdict']])[:6]}"  # other settings, another report
@@ -92,8 +113,7 @@ def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int =
     natural = next((row for row in own if row.attack == "natural"), None)
     auto = next((row for row in own if row.attack == "autoattack-standard"), None)
     threat, epsilon = config.attack.norm, config.attack.epsilon
-    whole = [row for row in own if row.norm == threat and row.average == 1 and not row.attack.startswith("restored")]
-    attacked = [row for row in whole if row.epsilon and not row.protocol.startswith("Wor")]
+    worst = worst_attacked(to_plain(own), threat)
     return {
         "link": None,
         "name": config.name,
@@ -105,7 +125,7 @@ def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int =
         "architecture": report.defense,
         "eps": f"{255 * epsilon:.4g}/255" if threat == "linf" else f"{epsilon:.4g}",
         "clean_acc": None if natural is None else f"{100 * natural.accuracy:.2f}",
-        "reported": f"{100 * min(row.accuracy for row in attacked):.2f}" if attacked else None,
+        "reported": None if worst is None else f"{100 * worst['accuracy']:.2f}",
         "autoattack_acc": None if auto is None else f"{100 * auto.accuracy:.2f}",
         "unreliable": bool(report.flags) if report.verdict else None,
         "footnote": "; ".join(flag.question for flag in report.flags) or None,
@@ -126,10 +146,6 @@ def _figures(
     steps, attack, seed = config.evaluation.steps or 20, config.attack, config.seed
     device = device_of(victim.module)
     images, labels = test.pixels(slice(DISCARDED)).to(device), test.labels[:DISCARDED].to(device)
-    if report.curves:
-        drawn.append(
-            ("Accuracy against radius, steps and draws", "PGD; bands are 95 %.", figures.draw_curves(report.curves))
-        )
     if victim.target is not None:
         few = slice(SHOWN)
         rows, outside = figures.restoration(victim, images[few], labels[few], attack, steps, seed)

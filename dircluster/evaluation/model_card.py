@@ -6,6 +6,7 @@ from typing import Any
 
 from dircluster.config import RunConfig
 from dircluster.defenses.table import DEFENSES, find_defense
+from dircluster.evaluation.sample import n_of
 from dircluster.evaluation.suites import how
 
 CARD = """# {name}: a {defense} defense
@@ -30,7 +31,7 @@ The control of a row is the same protocol on images that nobody attacked: what i
 
 ```python
 import dircluster
-defense = dircluster.load_defense("models:/{defense}-{name}@champion"{trust})  # or the folder of its checkpoint
+defense = dircluster.load_defense("models:/{defense}-{name}@champion"{trust})  # the best; @candidate: the newest
 logits = defense(images)
 ```
 
@@ -46,7 +47,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         protocol, marked = row.get("protocol", row["randomness"]), " !" if row.get("marks") else ""
         lines.append(
             f"| {row['defense']} | {row['attack']} | {protocol} | {100 * row['accuracy']:.1f} %{marked}"
-            f" | {100 * low:.1f} to {100 * high:.1f} | {row['total']} | {how(row)} |"
+            f" | {100 * low:.1f} to {100 * high:.1f} | {n_of(row)} | {how(row)} |"
         )
     return "\n".join(lines)
 

@@ -32,6 +32,8 @@ def facts_of(
     shards: dict[str, Any] = {"batch": settings.batch_size, "rows": settings.rows}
     if settings.precision != "auto":  # what is found by auto counts, whatever machine found it: its rows say in what
         shards["precision"] = settings.precision
+    if settings.sample is not None:
+        shards["sample"] = settings.sample
     return {"defense": defense, "surrogate": surrogate, "data": data, "images": images, "seed": seed, **shards}
 
 

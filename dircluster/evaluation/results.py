@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +69,8 @@ class Result:
     """The same, on images with random noise of the same size."""
     marks: tuple[Mark, ...] = ()
     """What tells that the attack may have been weak, so that the accuracy flatters."""
+    sample: int | None = None
+    """Seed that drew the images from the test split; None where they are its first ones."""
 
     @property
     def luck(self) -> float | None:
@@ -84,3 +86,24 @@ def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [
         {**(plain := asdict(row)), **{name: list(plain[name]) for name in lists}, "luck": row.luck} for row in results
     ]
+
+
+def worst_attacked(rows: Sequence[Mapping[str, Any]], norm: str) -> Mapping[str, Any] | None:
+    """The row that leaves the defense least in the ball of ``norm``: its robust accuracy; None where no attack ran.
+
+    Rows with averaged logits or votes are of another defense, attacks on the restored image of another threat, and
+    Wor.Rob counts more than one draw.
+    """
+    attacked = [row for row in rows if row["defense"] != "none" and row["epsilon"] and row["norm"] == norm]
+    own = [row for row in attacked if row["average"] == 1 and not row["attack"].startswith("restored")]
+    own = [row for row in own if not row.get("protocol", "").startswith("Wor.Rob")]
+    return min(own, key=lambda row: row["accuracy"], default=None)
+
+
+def headline(rows: Sequence[Mapping[str, Any]], norm: str) -> dict[str, float]:
+    """What defenses are ranked by: accuracy on natural images, under the strongest attack, and that one's lower end."""
+    natural = next((row for row in rows if row["defense"] != "none" and row["attack"] == "natural"), None)
+    found = {} if natural is None else {"natural_accuracy": natural["accuracy"]}
+    if (worst := worst_attacked(rows, norm)) is not None:
+        found |= {"robust_accuracy": worst["accuracy"], "robust_accuracy_low": worst["interval"][0]}
+    return found

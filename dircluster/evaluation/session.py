@@ -18,6 +18,7 @@ from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number
 from dircluster.evaluation.results import Result, to_plain
+from dircluster.evaluation.sample import judged_rows
 from dircluster.evaluation.store import MemoryStore, ResultStore
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
@@ -92,6 +93,10 @@ class EvaluationReport:
     seed: int
     seconds: list[float]
     """One worker's time for each row."""
+    table: list[AttackSpec]
+    """The attack of each row."""
+    evaluation: Evaluation = field(repr=False, compare=False)
+    """What came of every image."""
     notes: list[str] = field(default_factory=list)
     """How the module and its images were taken, where that had to be guessed."""
 
@@ -127,11 +132,13 @@ def report(evaluation: Evaluation, planned: Plan, defense: str, settings: Evalua
     return EvaluationReport(
         defense,
         settings.suite,
-        [evaluation.result(spec, defense) for spec in planned.table],
+        [dataclasses.replace(evaluation.result(spec, defense), sample=settings.sample) for spec in planned.table],
         gradient_masking.checks(planned.checks, evaluation.shares, evaluation.seen) if planned.checks else [],
         gradient_masking.curves(planned.checks, evaluation.shares),
         evaluation.seed,
         [evaluation.seconds(spec) for spec in planned.table],
+        planned.table,
+        evaluation,
         list(evaluation.victim.notes),
     )
 
@@ -174,8 +181,9 @@ def evaluate(
     attack = AttackConfig(epsilon=as_number("epsilon", epsilon), step_size=step, norm=norm)
     with undisturbed():
         pixels, notes = as_images(images)
-        classes = as_labels(labels, len(pixels))[: chosen.images]
-        pixels = pixels[: chosen.images]
+        rows = judged_rows(len(pixels), chosen)
+        classes = as_labels(labels, len(pixels))[rows]
+        pixels = pixels[rows]
         judged = _taken(module, "the defense")
         other = None if surrogate is None else _taken(surrogate, "the surrogate")
         device = device_of(judged) if parts_of(judged) else pixels.device

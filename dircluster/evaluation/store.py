@@ -18,12 +18,17 @@ class ResultStore(Protocol):
     def put(self, name: str, outcome: dict[str, Any], images: Tensor) -> None:
         """Keep an outcome, and where asked its adversarial images (N, C, H, W)."""
 
+    def images(self, name: str) -> Tensor | None:
+        """The adversarial images that were kept under ``name``, (N, C, H, W) float32; None where none were."""
+
 
 class MemoryStore:
     """A store for one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_images: bool = False) -> None:
         self.kept: dict[str, dict[str, Any]] = {}
+        self.keep_images = keep_images
+        self.kept_images: dict[str, Tensor] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
         """What was put under ``name``."""
@@ -32,6 +37,12 @@ class MemoryStore:
     def put(self, name: str, outcome: dict[str, Any], images: Tensor) -> None:
         """Keep an outcome."""
         self.kept[name] = outcome
+        if self.keep_images:
+            self.kept_images[name] = images
+
+    def images(self, name: str) -> Tensor | None:
+        """The images that were kept."""
+        return self.kept_images.get(name)
 
 
 class FolderStore:
@@ -60,3 +71,10 @@ class FolderStore:
         if self.keep_images:
             write_whole(self.folder / f"{name}.safetensors", save({"images": images.contiguous()}))
         write_whole(self.folder / f"{name}.json", json.dumps(outcome).encode())
+
+    def images(self, name: str) -> Tensor | None:
+        """What the file beside the shard's holds."""
+        from safetensors.torch import load
+
+        file = self.folder / f"{name}.safetensors"
+        return load(file.read_bytes())["images"] if file.exists() else None

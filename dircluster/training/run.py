@@ -23,6 +23,7 @@ from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.results import to_plain
+from dircluster.evaluation.sample import judged_rows
 from dircluster.evaluation.session import plan, report
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
@@ -272,7 +273,7 @@ class Run:
         """The rows of the suite. Workers share its shards out; what is finished stays when a run is interrupted."""
         config, parallel, settings = self.config, self.parallel, self.config.evaluation
         say: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
-        began, test = time.monotonic(), self.data.test.take(slice(settings.images))
+        began, test = time.monotonic(), self.data.test.take(judged_rows(len(self.data.test), settings))
         defense = self.defense.defended(config, networks).to(parallel.device)
         victim = VictimModel(defense, defense.name)
         planned = plan(victim, config.attack, dataclasses.replace(settings, verdict=False))

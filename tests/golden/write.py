@@ -41,7 +41,7 @@ PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn")
 JOBS = ("train", "evaluate", "tune", "benchmark", "doctor")
 
 
-LATER_COLUMNS: dict[str, Any] = {"crafting": "fp32", "predictions": "fp32", "marks": []}
+LATER_COLUMNS: dict[str, Any] = {"crafting": "fp32", "predictions": "fp32", "marks": [], "sample": None}
 """Columns younger than the golden files, each with the value that rows without it have."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
-from dircluster.config import ConfigError, RunConfig, refuse_secret
+from dircluster.config import ConfigError, RunConfig, first_line, refuse_secret
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:
@@ -38,6 +38,15 @@ def _judge(job: cli.EvaluateJob) -> int:
     refuse_secret("--defense", job.defense)
     if job.verdict and job.no_verdict:
         raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
+    if job.export is not None:
+        from dircluster.evaluation.export import check_export
+
+        check_export(job.export)
+    other: tuple[str, dict[str, Any]] | None = None
+    if job.compare is not None:
+        from dircluster.evaluation.report_images import read_report
+
+        other = str(job.compare), read_report(job.compare)
     suite = job.suite or job.run.evaluation.suite
     asked = job.verdict or job.run.evaluation.verdict or suite != "quick"
     config = with_suite(job.run, suite, asked and not job.no_verdict)
@@ -45,7 +54,7 @@ def _judge(job: cli.EvaluateJob) -> int:
     storage.check(config)
     first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
     with Terminal() if first else Bystander() as terminal:
-        signal = _Judging(job, config, terminal, first).run()
+        signal = _Judging(job, config, terminal, first, other).run()
         if signal:
             terminal.say("stopped; what is finished is kept, and the same command goes on")
     return 128 + signal if signal else 0
@@ -54,8 +63,16 @@ def _judge(job: cli.EvaluateJob) -> int:
 class _Judging:
     """One evaluation, from the command line to its report."""
 
-    def __init__(self, job: cli.EvaluateJob, config: RunConfig, terminal: Terminal, first: bool) -> None:
-        self.job, self.config, self.terminal, self.first = job, config, terminal, first
+    def __init__(
+        self,
+        job: cli.EvaluateJob,
+        config: RunConfig,
+        terminal: Terminal,
+        first: bool,
+        other: tuple[str, dict[str, Any]] | None,
+    ) -> None:
+        """``other`` is the name and the JSON of the report to show beside this one."""
+        self.job, self.config, self.terminal, self.first, self.other = job, config, terminal, first, other
         self.workers = config.scaling.most if "scaling.workers" in job.given else None
         self.began, self.done = time.monotonic(), 0
         self.natural_target = ""
@@ -100,9 +117,8 @@ class _Judging:
         defense, surrogate, self.natural_target, target = found
         if target:
             self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
-        return JobSpec(
-            run_to_plain(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, self.job.keep_images
-        )
+        kept = self.job.keep_images or self.job.export is not None
+        return JobSpec(run_to_plain(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, kept)
 
     def _reachable(self, uri: str) -> str:
         from dircluster.cluster.loading import FACTORY
@@ -125,7 +141,12 @@ class _Judging:
 
         from dircluster.cluster.runtime.evaluation_job import EvaluationJob
 
-        return EvaluationJob(job_spec, torch.device("cpu") if self.job.launcher == "ray" else parallel.device)
+        made = EvaluationJob(job_spec, torch.device("cpu") if self.job.launcher == "ray" else parallel.device)
+        if self.other is not None:
+            from dircluster.evaluation.report_images import check_same_data
+
+            check_same_data(self.other[1], made.facts["data"], Path(self.other[0]))
+        return made
 
     def _open_indices(self, evaluation_job: EvaluationJob) -> list[int]:
         indices = [
@@ -183,7 +204,7 @@ class _Judging:
     def _tell(self, evaluation_job: EvaluationJob) -> None:
         from dircluster.cluster.loading import load_classifier
         from dircluster.cluster.version import commit
-        from dircluster.evaluation.html_report import write_report
+        from dircluster.evaluation.html_report import robustbench_entry, write_report
         from dircluster.evaluation.results import to_plain
         from dircluster.evaluation.session import report
 
@@ -204,17 +225,29 @@ class _Judging:
             evaluation_job.folder,
             natural,
             self.terminal.say,
+            evaluation_job.rows,
+            self.other,
         )
         for file in files:
             self.terminal.say(f"report    {file}")
-        run_id = self._record(found, facts, files) if self.config.tracking.enabled else None
+        if self.job.export is not None:
+            from dircluster.evaluation.export import exported, write_export
+
+            claim = robustbench_entry(found, self.config, evaluation_job.victim.passes)
+            tensors = exported(found, evaluation_job.test, evaluation_job.rows)
+            for file in write_export(tensors, claim, self.job.export):
+                self.terminal.say(f"export    {file}")
+        run_id = (
+            self._record(found, facts, files, evaluation_job.facts["defense"]) if self.config.tracking.enabled else None
+        )
         if run_id:
             self.terminal.say(f"MLflow    run {run_id}")
+            self._note(found, evaluation_job.facts)
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
         outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
         cli.write_summary(self.job, outcome)
 
-    def _record(self, found: Any, facts: dict[str, Any], files: list[Path]) -> str | None:
+    def _record(self, found: Any, facts: dict[str, Any], files: list[Path], sha: str) -> str | None:
         from dircluster.cluster.runtime import local
 
         if self.job.launcher == "local" and not local.has_mlflow():
@@ -222,7 +255,17 @@ class _Judging:
         from dircluster.cluster.tracking.jobs import record_evaluation
 
         try:
-            return record_evaluation(self.config, facts, found.to_plain(), files)
+            return record_evaluation(self.config, facts, found.to_plain(), files, sha)
         except ConfigError as error:  # the report is in its folder, whatever MLflow says
             self.terminal.say(str(error))
             return None
+
+    def _note(self, found: Any, facts: dict[str, Any]) -> None:
+        """Where the defense is registered, tell its versions what was found, and whether one is champion now."""
+        from dircluster.cluster.tracking.registry import judged
+
+        try:
+            for line in judged(self.config, facts["defense"], found.to_plain(), facts["data"]):
+                self.terminal.say(f"champion  {line}")
+        except Exception as error:  # the report and its run are there, whatever the registry says
+            self.terminal.say(f"MLflow could not note the evaluation with its model: {first_line(error)}")

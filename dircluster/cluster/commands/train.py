@@ -149,7 +149,9 @@ class Launch:
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
-            outcome["model"] = register(self.record, self.config, storage.local_copy(folder), card)
+            outcome["model"], outcome["champion"] = register(
+                self.record, self.config, storage.local_copy(folder), card, outcome
+            )
         except Exception as error:  # the defense is in its folder, whatever MLflow says
             terminal.say(f"MLflow could not register the model: {first_line(error)}; it is in {folder}")
 
@@ -160,6 +162,7 @@ class Launch:
             terminal.say(f"defense   {outcome['checkpoint']}")
             if outcome.get("model"):
                 terminal.say(f"model     {outcome['model']}")
+                terminal.say(f"champion  {outcome['champion']}")
         if self.record is not None:
             uri = self.record.uri
             look = f"make ui, or: mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
@@ -183,6 +186,7 @@ class Launch:
             "seconds": round(seconds, 1),
             "run_id": None if self.record is None else self.record.run_id,
             "model": outcome.get("model"),
+            "champion": outcome.get("champion"),
             "checkpoint": outcome.get("checkpoint"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "selection": outcome.get("selection", {}),

@@ -18,6 +18,7 @@ from dircluster.defenses.base import Defended
 from dircluster.distributed.launch import choose_kernels
 from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.provenance import facts_of, results_folder
+from dircluster.evaluation.sample import judged_rows, row_numbers
 from dircluster.evaluation.session import Plan, plan
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
@@ -37,7 +38,8 @@ class EvaluationJob:
         if isinstance(module, Defended) and device.type == "cuda":
             module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
-        self.test: Split = data.test.take(slice(self.settings.images))
+        self.rows = row_numbers(len(data.test), self.settings)
+        self.test: Split = data.test.take(judged_rows(len(data.test), self.settings))
         self.name = module.name if isinstance(module, Defended) else job_spec.defense
         surrogate = load_classifier(job_spec.surrogate, self.config).to(device) if job_spec.surrogate else None
         self.victim = VictimModel(module, self.name, surrogate)

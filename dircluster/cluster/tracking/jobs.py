@@ -7,18 +7,25 @@ import dataclasses
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, Metric, Param
+from mlflow.entities import DatasetInput, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from dircluster.cluster.storage import is_remote
+from dircluster.cluster.tracking.accuracies import (
+    accuracies,
+    dataset_of,
+    flags_of,
+    judged_on,
+    log_accuracies,
+    versions_with,
+)
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
 
 JOB_TAG, FOLDER_TAG = "dircluster.job", "dircluster.folder"
@@ -163,8 +170,12 @@ def refusals() -> Iterator[None]:
         raise
 
 
-def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str, Any], files: list[Path]) -> str:
+def record_evaluation(
+    config: RunConfig, facts: dict[str, Any], found: dict[str, Any], files: list[Path], sha: str = ""
+) -> str:
     """A run of its own for an evaluation: settings, accuracies, flags, and the report's files; -> its id.
+
+    The accuracies are those of the logged model too, where the defense with the digest ``sha`` is registered.
 
     Raises ConfigError where the tracking server does not answer.
     """
@@ -179,11 +190,10 @@ def record_evaluation(config: RunConfig, facts: dict[str, Any], found: dict[str,
             client.create_run(experiment, run_name=f"judge-{config.name}-{found['suite']}", tags=tags).info.run_id
         )
         log_params(client, run_id, settings)
-        now = int(time.time() * 1000)
-        values = {f"test/{r['defense']}/{r['attack']}/{r['randomness']}": r["accuracy"] for r in found["rows"]}
-        if found["verdict"]:
-            values["verdict/flags"] = float(sum(row["passed"] is False for row in found["verdict"]))
-        client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
+        values = accuracies(found["rows"], config.attack.norm, flags_of(found["verdict"]))
+        dataset, versions = judged_on(config.data, facts["data"], found["rows"]), versions_with(client, sha)
+        client.log_inputs(run_id, [DatasetInput(dataset, [])])
+        log_accuracies(client, run_id, values, dataset, versions[0].model_id if versions else None)
         for file in files:
             with tempfile.TemporaryDirectory() as folder:
                 copy = Path(folder) / file.name
@@ -204,8 +214,8 @@ def finish_job(job: JobRecord, status: str) -> None:
 def log_dataset(job: JobRecord, name: str, fingerprint: str, source: str) -> None:
     """Tell MLflow which data the job saw."""
     with contextlib.suppress(Exception):
-        dataset = Dataset(name, fingerprint[:32], "local", json.dumps({"uri": source}))
-        MlflowClient(job.uri).log_inputs(job.run_id, [DatasetInput(dataset, [])])
+        inputs = [DatasetInput(dataset_of(name, fingerprint, source), [])]
+        MlflowClient(job.uri).log_inputs(job.run_id, inputs)
 
 
 def log_files(job: JobRecord, texts: Mapping[str, str]) -> None:

@@ -10,33 +10,62 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from dircluster.cluster.storage import copy, open_path
+from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
+from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
 from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.evaluation.results import headline
 from dircluster.training import checkpoint
 
-ALIAS = "champion"
+DATASET_TAG, THREAT_TAG = "dircluster.dataset", "dircluster.threat"
+THREATS = {"linf": "Linf", "l2": "L2"}
+"""Threat models by the names that RobustBench has for them."""
 TRACKING = "MLFLOW_TRACKING_URI"
 REQUIREMENTS = ["dircluster", "torch", "timm", "safetensors", "numpy"]
 
 
-def register(job: JobRecord, config: RunConfig, folder: Path, card: str) -> str:
-    """Register the defense in ``folder`` as ``DEFENSE-NAME``, with ``card``, as champion; -> its models:/ URI."""
-    name, data = f"{config.defense}-{config.name}", config.data
+def register(job: JobRecord, config: RunConfig, folder: Path, card: str, outcome: dict[str, Any]) -> tuple[str, str]:
+    """Register the defense in ``folder`` as ``DEFENSE-NAME``, with ``card`` and the accuracies of ``outcome``.
+
+    -> its models:/ URI, and a line on whether it is champion. It is candidate in any case.
+    """
+    name = f"{config.defense}-{config.name}"
     client = MlflowClient(job.uri)
     sha = checkpoint.digest(folder) or ""
-    for version in _versions(client, name):
-        if version.tags.get("dircluster.sha256") == sha:
-            client.set_registered_model_alias(name, ALIAS, version.version)
-            return f"models:/{name}@{ALIAS}"
+    version = next((each for each in _versions(client, name) if each.tags.get(SHA_TAG) == sha), None)
+    if version is None:
+        version = _log(job, client, config, folder, card, sha, outcome)
+    if (found := evidence_of(outcome["results"], config.attack.norm, outcome["data"])) is not None:
+        version = note(client, version, found)
+    client.set_registered_model_alias(name, CANDIDATE, version.version)
+    line = crown(client, version)
+    champion = champion_of(client, name)
+    is_champion = champion is not None and champion.version == version.version
+    return f"models:/{name}@{CHAMPION if is_champion else CANDIDATE}", line
+
+
+def _log(
+    job: JobRecord,
+    client: MlflowClient,
+    config: RunConfig,
+    folder: Path,
+    card: str,
+    sha: str,
+    outcome: dict[str, Any],
+) -> ModelVersion:
+    """A new version, and its accuracies as metrics of the logged model."""
+    name, data = f"{config.defense}-{config.name}", config.data
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("float32"), (-1, data.channels, data.height, data.width))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, data.classes))]),
@@ -53,9 +82,25 @@ def register(job: JobRecord, config: RunConfig, folder: Path, card: str) -> str:
         )
     version = str(logged.registered_model_version)
     client.update_model_version(name, version, description=card)
-    client.set_model_version_tag(name, version, "dircluster.sha256", sha)
-    client.set_registered_model_alias(name, ALIAS, version)
-    return f"models:/{name}@{ALIAS}"
+    tags = {SHA_TAG: sha, DATASET_TAG: data.name, THREAT_TAG: THREATS[config.attack.norm]}
+    for tag, value in tags.items():
+        client.set_model_version_tag(name, version, tag, value)
+    values = headline(outcome["results"], config.attack.norm)  # those of the rows are in the run already
+    dataset = judged_on(data, outcome["data"], outcome["results"])
+    log_accuracies(client, job.run_id, values, dataset, logged.model_id)
+    return client.get_model_version(name, version)
+
+
+def judged(config: RunConfig, sha: str, found: dict[str, Any], data: str) -> list[str]:
+    """Note an evaluation with the registered versions of the defense whose folder has the digest ``sha``.
+
+    ``found`` is the report as plain data, ``data`` the digest of the data set. -> a line for each version: whether it
+    is champion now.
+    """
+    client = MlflowClient(default_uri(config))
+    evidence = evidence_of(found["rows"], config.attack.norm, data, flags_of(found["verdict"]))
+    versions = [] if evidence is None else versions_with(client, sha)
+    return [f"{each.name}: {crown(client, note(client, each, evidence))}" for each in versions if evidence is not None]
 
 
 @contextlib.contextmanager
@@ -89,7 +134,7 @@ def _tracking(uri: str | None) -> Iterator[None]:
             os.environ.pop(TRACKING, None)
 
 
-def _versions(client: MlflowClient, name: str) -> list[mlflow.entities.model_registry.ModelVersion]:
+def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     return list(client.search_model_versions(f"name='{name}'"))
 
 
@@ -98,11 +143,8 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
 
     Without ``tracking_uri`` and MLFLOW_TRACKING_URI, the store of the embedded default, runs/mlflow.db, is asked.
     """
-    embedded = Path("runs/mlflow.db").resolve()
-    if tracking_uri is None and TRACKING not in os.environ and embedded.exists():
-        tracking_uri = f"sqlite:///{embedded}"
     try:
-        with _quiet(), _tracking(tracking_uri):
+        with _quiet(), _tracking(_store(tracking_uri)):
             local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
     except (MlflowException, OSError) as error:
         raise ConfigError(f"{uri} cannot be fetched: {first_line(error)}") from error
@@ -110,6 +152,35 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     if not folders:
         raise ConfigError(f"{uri} is not a model that dircluster registered: it holds no checkpoint")
     return folders[0].parent
+
+
+def _store(tracking_uri: str | None) -> str | None:
+    """Where models are looked up: ``tracking_uri``, or the embedded default where nothing else is named."""
+    embedded = Path("runs/mlflow.db").resolve()
+    if tracking_uri is None and TRACKING not in os.environ and embedded.exists():
+        return f"sqlite:///{embedded}"
+    return tracking_uri
+
+
+def find_champion(names: list[str], dataset: str, threat: str, tracking_uri: str | None = None) -> str | None:
+    """URI of the first champion under one of ``names`` that is of this data set and threat; None where there is none.
+
+    Raises ConfigError where the tracking server does not answer.
+    """
+    try:
+        client = MlflowClient(_store(tracking_uri))
+        for name in names:
+            if not client.search_registered_models(f"name = '{name}'"):
+                continue
+            version = champion_of(client, name)
+            if version is not None and (version.tags.get(DATASET_TAG), version.tags.get(THREAT_TAG)) == (
+                dataset,
+                threat,
+            ):
+                return f"models:/{name}@{CHAMPION}"
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"the MLflow store cannot be used: {first_line(error)}") from error
+    return None
 
 
 def reachable(uri: str, config: RunConfig) -> str:

@@ -1,0 +1,90 @@
+"""The champion is earned: what moves the alias, and what the line says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+
+from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, crown, evidence_of, note
+
+
+class Registry:
+    """In place of MLflow's: versions of one name, with tags and aliases."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, Any] = {}
+        self.aliases: dict[str, str] = {}
+
+    def add(self) -> Any:
+        number = str(len(self.versions) + 1)
+        self.versions[number] = SimpleNamespace(name="dir-x", version=number, tags={})
+        self.aliases[CANDIDATE] = number
+        return self.versions[number]
+
+    def set_model_version_tag(self, name: str, number: str, tag: str, value: str) -> None:
+        self.versions[number].tags[tag] = value
+
+    def get_model_version(self, name: str, number: str) -> Any:
+        return self.versions[number]
+
+    def set_registered_model_alias(self, name: str, alias: str, number: str) -> None:
+        self.aliases[alias] = number
+
+    def get_model_version_by_alias(self, name: str, alias: str) -> Any:
+        if alias not in self.aliases:
+            raise MlflowException("no such alias")
+        return self.versions[self.aliases[alias]]
+
+
+def row(attack: str, accuracy: float, **more: Any) -> dict[str, Any]:
+    usual = {"defense": "dir", "attack": attack, "accuracy": accuracy, "interval": [accuracy - 0.05, accuracy + 0.05]}
+    return usual | {"epsilon": 0.1, "norm": "linf", "average": 1, "total": 100, "sample": None} | more
+
+
+def judged(registry: Registry, version: Any, robust: float, flags: int | None = None, **more: Any) -> str:
+    rows = [row("pgd20", robust + 0.1, **more), row("pgd20-eot8", robust, **more), row("natural", 0.9, epsilon=0.0)]
+    rows += [row("pgd20", 0.0, defense="none"), row("l2", 0.0, norm="l2"), row("restored20", 0.0)]
+    found = evidence_of(rows, "linf", "data", flags)
+    assert found is not None
+    return crown(registry, note(registry, version, found))  # type: ignore[arg-type]
+
+
+def test_the_first_is_champion_and_the_better_one_follows() -> None:
+    registry = Registry()
+    assert judged(registry, registry.add(), 0.5) == "version 1 is champion: there was none; no verdict was asked"
+    assert judged(registry, registry.add(), 0.55).startswith("version 2 stays candidate: its lower bound 50.0 %")
+    assert judged(registry, registry.add(), 0.56) == (
+        "version 3 is champion: its lower bound 51.0 % (pgd20-eot8) is above the 50.0 % (pgd20-eot8) of version 1,"
+        " on the same 100 images; no verdict was asked"
+    )
+    assert judged(registry, registry.versions["3"], 0.56).startswith("version 3 is champion already")
+    assert registry.aliases == {CHAMPION: "3", CANDIDATE: "3"}
+
+
+def test_a_flag_keeps_it_back() -> None:
+    registry = Registry()
+    line = judged(registry, registry.add(), 0.5, flags=2)
+    assert line == "version 1 stays candidate: the verdict flags 2 questions of it"
+    assert CHAMPION not in registry.aliases
+    judged(registry, registry.add(), 0.5, flags=0)
+    assert registry.aliases[CHAMPION] == "2"
+    assert judged(registry, registry.versions["2"], 0.5).endswith("already")  # the verdict of before stays
+    judged(registry, registry.add(), 0.9, flags=1)
+    assert judged(registry, registry.versions["3"], 0.9).startswith("version 3 stays candidate: the verdict flags 1 q")
+    assert registry.aliases[CHAMPION] == "2"
+
+
+def test_other_images_or_attacks_are_no_comparison() -> None:
+    registry = Registry()
+    judged(registry, registry.add(), 0.5)
+    for changed in ({"total": 50}, {"sample": 7}, {"steps": 5}):
+        line = judged(registry, registry.add(), 0.9, **changed)
+        assert "no evaluation has judged it and version 1, the champion, on the same images" in line
+    assert judged(registry, registry.versions["1"], 0.4, total=50).startswith("version 1 is champion already")
+    assert judged(registry, registry.versions["2"], 0.9, total=50).startswith("version 2 is champion")
+
+
+def test_no_attack_is_no_evidence() -> None:
+    assert evidence_of([row("natural", 0.9, epsilon=0.0)], "linf", "data") is None
