@@ -246,7 +246,8 @@ def check_labels(found: Sequence[int], config: DataConfig, source: Path | None =
     row = next(i for i, label in enumerate(found) if not 0 <= label < config.classes)
     hint = ""
     if low < 0:
-        hint = f"; {sum(label < 0 for label in found)} rows below 0 (often: unlabeled) must be left out"
+        below = sum(label < 0 for label in found)
+        hint = f"; {below} rows below 0 (often: unlabeled) must go, or the file must be called extra-*"
     elif high == config.classes and low > 0:
         hint = "; labels count from 0: subtract 1"
     where = f" ({source}, row {row}, has {found[row]})" if source else ""

@@ -63,7 +63,7 @@ def missing_shards(files: Iterable[Path]) -> list[str]:
 
 def _placed(file: Found) -> _Placed:
     """By its own name or that of a folder; names that say nothing but a split come first, then outer ones."""
-    parts = [*file.folders, re.sub(r"(\.\w+)+$", "", file.parts[-1])]
+    parts = [*file.folders, file.path.stem]
     said = [(i, found) for i, part in enumerate(parts) if not _is_value(part) and (found := split_name(part))]
     plain = [(i, found) for i, found in said if found.plain] or said
     if len({found.split for _, found in plain}) > 1:

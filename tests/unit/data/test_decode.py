@@ -22,7 +22,7 @@ PIXELS = torch.randint(256, (9, 7, 4), generator=torch.Generator().manual_seed(0
 
 
 def stored(mode: str, kind: str = "PNG", **options: Any) -> bytes:
-    made = Image.fromarray(PIXELS, "RGBA").convert(mode)
+    made = Image.fromarray(PIXELS, "RGBA").convert("RGB").convert(mode)
     buffer = io.BytesIO()
     made.save(buffer, format=kind, **options)
     return buffer.getvalue()
