@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,9 @@ def choose_all(files: Sequence[Path], config: DataConfig) -> dict[Path, Columns]
     chosen: dict[Path, Columns] = {}
     for file in files:
         with opened(file) as table:
-            if table.metadata.num_rows:
-                chosen[file] = choose(table.schema_arrow, file, config)
+            rows, schema = table.metadata.num_rows, table.schema_arrow
+        if rows:
+            chosen[file] = choose(schema, file, config)
     if not chosen:
         raise ConfigError(f"{files[0]} holds no rows")
     same_columns(chosen, config)
@@ -157,7 +158,7 @@ def _image_column(schema: Any, label: str, source: Path, wanted: str | None) -> 
 _NO_IMAGES = "no encoded images: write PNG or JPEG bytes, not pixels or paths (docs/extend.md shows how)"
 
 
-def _by_name(names: Iterator[str] | Any, known: Sequence[str]) -> list[str]:
+def _by_name(names: Collection[str], known: Sequence[str]) -> list[str]:
     """Those of ``names`` that are known: first as they are written, then in other letters."""
     exact = [name for name in known if name in names]
     other = [name for one in known for name in sorted(names) if name.lower() == one and name not in exact]

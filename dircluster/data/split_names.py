@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dircluster.config import ConfigError
 
@@ -16,7 +17,7 @@ SPLIT_WORDS = {
 """How splits are called. Without a test split, val is it; extra is left out."""
 _SPLIT = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _OBJECTS = ("set", "data", "split", "images", "imgs")
-_FILLERS = {*_OBJECTS, "of", "part", "shard", "partition", "subset"}
+_FILLERS = {*_OBJECTS, "of", "part", "shard", "partition", "subset", "parquet"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def words(name: str) -> tuple[str, ...]:
     return tuple(word for word in bare if word and not re.search(r"\d", word))
 
 
+@lru_cache(maxsize=4096)  # a name is that of a folder of many images
 def split_name(name: str) -> SplitName | None:
     """The split that ``name`` (a folder's, or a file's without its suffix) says; None where it says none.
 
