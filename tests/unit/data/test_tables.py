@@ -282,7 +282,7 @@ def test_no_damage_is_met_in_silence_or_with_a_traceback(tmp_path: Path, stream:
     wanted = config(tmp_path, stream=stream)
     whole, expected, refused = (tmp_path / "train.parquet").read_bytes(), everything(wanted), list[str]()
     generator = np.random.default_rng(0)
-    for place in generator.integers(0, len(whole), 100).tolist():
+    for place in generator.integers(0, len(whole), 50).tolist():
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(generator.integers(8))
         (tmp_path / "train.parquet").write_bytes(damaged)
@@ -290,5 +290,5 @@ def test_no_damage_is_met_in_silence_or_with_a_traceback(tmp_path: Path, stream:
             assert all(map(torch.equal, everything(wanted), expected)), f"byte {place}"
         except ConfigError as error:
             refused.append(str(error))
-    assert len(refused) > 30
+    assert len(refused) > 15
     assert all("train.parquet" in line and "\n" not in line for line in refused)
