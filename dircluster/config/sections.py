@@ -31,6 +31,10 @@ class DataConfig:
     uri is given; custom needs uri."""
     uri: str | None = None
     """A parquet file, a folder of parquet files (train*, test*), or train/CLASS/*.png folders."""
+    label_column: str | None = None
+    """Parquet column of the labels; label, labels, fine_label, ... when not given."""
+    image_column: str | None = None
+    """Parquet column of the encoded images; image, img, ..., or the only one of bytes when not given."""
     height: int = 8
     """Pixels."""
     width: int = 8
@@ -70,6 +74,11 @@ class DataConfig:
             not self.stream or self.uri is not None,
             "data.uri is missing: data.stream needs --data.uri PATH with parquet shards train* and test*",
         )
+        for name in ("label_column", "image_column"):
+            require(
+                self.uri is not None or getattr(self, name) is None,
+                f"data.{name} {getattr(self, name)!r} has no use without --data.uri PATH of parquet files",
+            )
         require(not self.stream or self.limit is None, f"data.limit has no use in a stream, got {self.limit}")
 
 
@@ -504,6 +513,8 @@ class RunConfig:
 
 
 LATER_FIELDS: dict[str, Any] = {
+    "data.label_column": None,
+    "data.image_column": None,
     "attack.norm": "linf",
     "attack.training_step_size": None,
     "attack.crafting": "pgd",

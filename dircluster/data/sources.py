@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,12 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig, first_line, local_path
-from dircluster.data.decode import columns, decode
+from dircluster.data import parquet
+from dircluster.data.class_folders import ClassFolders, class_folders
+from dircluster.data.decode import Blob, check_size, decode
+from dircluster.data.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, Found, listing
 from dircluster.data.split import Dataset, Split
+from dircluster.data.table_files import missing_shards, table_splits
 
 MOST_HELD_OUT = 10_000
 """Held-out images of a stream at the most: they lie in memory."""
@@ -28,16 +31,13 @@ KNOWN_SIZES = {
     "svhn": (73_257, 26_032),
 }
 """Training images of the named sets, before the held-out share is cut off, and test images."""
-SPLIT_NAME = re.compile(r"(train|test|val|extra)(?:id(?:ation)?)?(?![a-z])")
-"""How files and folders of a split begin. Without a test split, val is it; extra is left out."""
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Images as they are stored, and their labels (n,): what a run does not use is not decoded."""
 
-    images: Sequence[bytes | Path]
+    images: Sequence[Blob]
     labels: Tensor
 
     def __len__(self) -> int:
@@ -56,6 +56,16 @@ class Encoded:
 Stored = Split | Encoded
 
 
+@dataclass(frozen=True)
+class Source:
+    """Both splits as they are stored, None where there is no test split; class names and notes as Dataset has them."""
+
+    train: Stored
+    test: Stored | None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def load(
     config: DataConfig,
     seed: int,
@@ -70,10 +80,8 @@ def load(
     """
     if config.stream:
         return _streamed(config, seed, open_path)
-    stored: tuple[Stored, Stored | None] = (
-        DATASETS[config.name](cache) if config.uri is None else _from_path(config, open_path)
-    )
-    first, second = stored
+    source = Source(*DATASETS[config.name](cache)) if config.uri is None else _from_path(config, open_path)
+    first, second = source.train, source.test
     _check_labels(first, config)
     if second is None:
         first = _in_memory(first, config) if config.limit is None else first  # all is used: sizes are compared
@@ -90,51 +98,57 @@ def load(
     for part in (training, test):
         digest.update(part.images.numpy().tobytes())
         digest.update(part.labels.numpy().tobytes())
-    return Dataset(training.take(order[cut:]), training.take(order[:cut]), test, digest.hexdigest())
+    notes = (*source.notes, *_class_notes(source.train.labels, source.classes, config))
+    train, held_out = training.take(order[cut:]), training.take(order[:cut])
+    return Dataset(train, held_out, test, digest.hexdigest(), source.classes, notes)
 
 
 def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -> Dataset:
     """Training shards that stay where they are; held-out row groups and the test split in memory."""
     from dircluster.data.stream import open_shards, read_group
 
-    train, test = _files(config, open_path)
-    if train[0].suffix != ".parquet" or not test:
+    layout = _layout(config, open_path)
+    if layout.folders or not layout.test:
         raise ConfigError(f"data.stream needs parquet shards train* and test* in data.uri {config.uri!r}")
-    shards = open_shards(train, config)
+    shards = open_shards(layout.train, config)
+    test = parquet.choose_all(layout.test, config)
+    parquet.same_columns({group.shard: group.columns for group in shards.groups} | test, config)
     rest, off = shards.split_off(config.held_out, MOST_HELD_OUT, seed)
     read = [read_group(group) for group in off.groups]
     blobs, labels = [b for part in read for b in part[0]], [i for part in read for i in part[1]]
     held_out = Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
-    judged = _parquet(test).decoded(config)
+    judged = _read_tables(test, config).decoded(config)
     for split in (held_out, judged):
-        _check_size(split, config)
-        _check_labels(split, config)
+        check_size(split.images, config)
     digest = hashlib.sha256(shards.fingerprint().encode())
     digest.update(judged.images.numpy().tobytes())
-    return Dataset(rest, held_out, judged, digest.hexdigest())
+    notes = (*layout.notes, *shards.columns.notes, *_class_notes(None, shards.columns.classes, config))
+    return Dataset(rest, held_out, judged, digest.hexdigest(), shards.columns.classes, notes)
 
 
 def _in_memory(stored: Stored, config: DataConfig) -> Split:
     """The images that ``data.limit`` leaves of a split, decoded. Raises ConfigError."""
     some = stored if config.limit is None else stored.take(slice(config.limit))
     split = some.decoded(config) if isinstance(some, Encoded) else some
-    _check_size(split, config)
+    check_size(split.images, config)
     return split
 
 
-def _check_size(split: Split, config: DataConfig) -> None:
-    found, wanted = tuple(split.images.shape[1:]), (config.channels, config.height, config.width)
-    if found != wanted:
-        raise ConfigError(
-            f"the images are {'x'.join(map(str, found))} (channels x height x width), but data says"
-            f" {'x'.join(map(str, wanted))}; set data.channels, data.height and data.width"
-        )
-
-
 def _check_labels(split: Stored, config: DataConfig) -> None:
-    low, high = int(split.labels.min()), int(split.labels.max())
-    if low < 0 or high >= config.classes:
-        raise ConfigError(f"labels reach from {low} to {high}, but data.classes is {config.classes}")
+    parquet.check_labels(split.labels.tolist(), config)
+
+
+def _class_notes(labels: Tensor | None, names: tuple[str, ...], config: DataConfig) -> list[str]:
+    """What a reader of the log should see: how classes are called, and which of them no training image has."""
+    notes = []
+    if names:
+        notes.append(f"classes 0 to {len(names) - 1} are {', '.join(names[:10])}{', ...' * (len(names) > 10)}")
+    if labels is not None and config.limit is None:
+        empty = (torch.bincount(labels, minlength=config.classes) == 0).nonzero().flatten().tolist()
+        if empty:
+            some = ", ".join(map(str, empty[:5])) + ", ..." * (len(empty) > 5)
+            notes.append(f"{len(empty)} of {config.classes} classes have no training image: {some}")
+    return notes
 
 
 def _digits() -> Split:
@@ -185,32 +199,48 @@ DATASETS: dict[str, Callable[[Path], tuple[Split, Split | None]]] = {
 """How a set is loaded by its name: the folder of downloads -> training and test split, None where it has none."""
 
 
-def _files(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[list[Path], list[Path]]:
+@dataclass(frozen=True)
+class Layout:
     """Parquet files or images under ``data.uri``, of the training and of the test split."""
+
+    train: list[Path]
+    test: list[Path]
+    folders: ClassFolders | None = None
+    """Set for images in folders."""
+    notes: tuple[str, ...] = ()
+
+
+def _layout(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
     path = open_path(config.uri or "")
     try:
-        exists = path.exists()
+        exists, single = path.exists(), path.is_file()
     except OSError as error:
         raise ConfigError(f"data.uri {str(path)!r} cannot be read: {first_line(error)}") from error
     if not exists:
         hint = "; python infra/photo_shards.py FOLDER writes small shards to try it with" if config.stream else ""
         raise ConfigError(f"data.uri {str(path)!r} does not exist{hint}")
-    files = [path] if path.is_file() else sorted(path.glob("**/*.parquet"))
-    if not files:
-        files = sorted(f for f in path.glob("**/*") if f.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images")
-
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        parts = (file.name,) if path.is_file() else file.relative_to(path).parts
-        named = parts if file.suffix == ".parquet" else parts[:-2]  # the last two are class and image
-        found = [m[1] for part in named if (m := SPLIT_NAME.match(part.lower()))]
-        by_split.setdefault(found[-1] if found else "train", []).append(file)
-    train, test = by_split.get("train", []), by_split.get("test", by_split.get("val", []))
-    if not train:
+    if single and path.suffix.lower() not in PARQUET_SUFFIXES:
+        raise ConfigError(f"data.uri {str(path)!r} is neither a folder nor a parquet file (*.parquet)")
+    found = None if single else listing(path)
+    files = [Found((path.name,), path)] if found is None else found.files
+    tables = [file for file in files if file.suffix in PARQUET_SUFFIXES]
+    images = [file for file in files if file.suffix in IMAGE_SUFFIXES]
+    if tables:
+        train, test = table_splits(tables, str(path))
+        beside = [f"{len(images)} images beside the parquet files are not read"] if images else []
+        made = Layout(train, test, None, (*missing_shards([*train, *test]), *beside))
+    elif images and found is not None:
+        if config.label_column or config.image_column:
+            raise ConfigError(f"data.uri {str(path)!r} holds images in folders, not columns: see data.label_column")
+        folders = class_folders(found, str(path))
+        train, test = [file for file, _ in folders.train], [file for file, _ in folders.test]
+        made = Layout(train, test, folders, folders.notes)
+    else:
+        beside = [f" (but {files[0].path.name})"] if files else []
+        raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images{''.join(beside)}")
+    if not made.train:
         raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
-    return train, test
+    return made
 
 
 def split_sizes(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> tuple[int, int, int]:
@@ -221,9 +251,10 @@ def split_sizes(config: DataConfig, open_path: Callable[[str], Path] = local_pat
     if config.uri is None:
         whole, test = KNOWN_SIZES[config.name]
     else:
-        training, testing = _files(config, open_path)
-        whole, test = _rows(training), _rows(testing)
-        if not testing:
+        layout = _layout(config, open_path)
+        count = len if layout.folders else _rows
+        whole, test = count(layout.train), count(layout.test)
+        if not layout.test:
             test = max(1, round(config.test_share * whole))
             whole -= test
     if config.limit is not None:
@@ -233,45 +264,44 @@ def split_sizes(config: DataConfig, open_path: Callable[[str], Path] = local_pat
 
 
 def _rows(files: list[Path]) -> int:
-    """Images in files: rows of parquet, or the files themselves."""
-    if not files or files[0].suffix != ".parquet":
-        return len(files)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return sum(pq.ParquetFile(file.open("rb")).metadata.num_rows for file in files)
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
+    """Rows of parquet files."""
+    rows = 0
+    for file in files:
+        with parquet.opened(file) as table:
+            rows += table.metadata.num_rows
+    return rows
 
 
-def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> tuple[Encoded, Encoded | None]:
-    train, test = _files(config, open_path)
-    if train[0].suffix.lower() not in IMAGE_SUFFIXES:
-        return _parquet(train), (_parquet(test) if test else None)
-    names = sorted({f.parent.name for f in train})
-    return _folder(train, names, config), (_folder(test, names, config) if test else None)
+def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> Source:
+    layout = _layout(config, open_path)
+    if layout.folders:
+        return _read_folders(layout.folders, config)
+    train = parquet.choose_all(layout.train, config)
+    test = parquet.choose_all(layout.test, config) if layout.test else {}
+    chosen = parquet.same_columns(train | test, config)
+    first, second = _read_tables(train, config), _read_tables(test, config) if test else None
+    return Source(first, second, chosen.classes, (*layout.notes, *chosen.notes))
 
 
-def _parquet(files: list[Path]) -> Encoded:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pa.concat_tables([pq.read_table(f.open("rb")) for f in files])
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{files[0]} cannot be read as parquet: {first_line(error)}") from error
-    if table.num_rows == 0:
-        raise ConfigError(f"{files[0]} holds no rows")
-    blobs, labels = columns(table, files[0])
-    return Encoded(blobs, torch.tensor(labels, dtype=torch.int64))
+def _read_tables(chosen: Mapping[Path, parquet.Columns], config: DataConfig) -> Encoded:
+    cells: list[Blob] = []
+    labels: list[int] = []
+    for file, columns in chosen.items():
+        with parquet.opened(file) as table:
+            some, found = parquet.contents(table.read(columns=columns.stored), columns, file)
+        parquet.check_labels(found, config, file)
+        cells += some
+        labels += found
+    return Encoded(cells, torch.tensor(labels, dtype=torch.int64))
 
 
-def _folder(files: list[Path], names: list[str], config: DataConfig) -> Encoded:
+def _read_folders(folders: ClassFolders, config: DataConfig) -> Source:
+    names = folders.names
     if len(names) > config.classes:
         raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
-    unknown = sorted({f.parent.name for f in files} - set(names))
-    if unknown:
-        raise ConfigError(f"the test split has classes that the training split has not: {', '.join(unknown)}")
-    labels = torch.tensor([names.index(f.parent.name) for f in files])
-    return Encoded(files, labels)
+    label = {name: number for number, name in enumerate(names)}
+    splits = [
+        Encoded([file for file, _ in split], torch.tensor([label[name] for _, name in split], dtype=torch.int64))
+        for split in (folders.train, folders.test)
+    ]
+    return Source(splits[0], splits[1] if len(splits[1]) else None, names, folders.notes)

@@ -39,3 +39,7 @@ class Dataset:
     test: Split
     fingerprint: str
     """SHA-256 of the images and labels of all splits; of names, sizes and row counts of a split that is streamed."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes by label, where folders or the metadata of parquet files say them."""
+    notes: tuple[str, ...] = ()
+    """What was decided in reading, a line each: which of several columns was taken, what is not there."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import ConfigError, DataConfig, first_line
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data import parquet
 from dircluster.data.augment import augmented
-from dircluster.data.decode import columns, decode
+from dircluster.data.decode import Cell, check_size, decode
 
 MOST_LANES = 64
 """Workers up to which nothing is read twice."""
@@ -37,6 +38,9 @@ class RowGroup:
     shard: Path
     number: int
     rows: int
+    first: int
+    """Row of the shard that is its first."""
+    columns: parquet.Columns
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Shards:
 
     groups: tuple[RowGroup, ...]
     config: DataConfig
+    columns: parquet.Columns
+    """Those of the first shard that names its classes."""
 
     def __len__(self) -> int:
         return sum(group.rows for group in self.groups)
@@ -59,12 +65,13 @@ class Shards:
         if cut == len(order):
             raise ConfigError(f"data.held_out {share:g} leaves no row group of {len(order)}; write smaller row groups")
         parts = (sorted(order[cut:]), sorted(order[:cut]))
-        rest, off = (Shards(tuple(self.groups[i] for i in part), self.config) for part in parts)
+        rest, off = (replace(self, groups=tuple(self.groups[i] for i in part)) for part in parts)
         return rest, off
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes and row counts: the bytes of the images are not read for it."""
-        digest = hashlib.sha256()
+        """SHA-256 of names, sizes and row counts, and of columns that were asked for: no image is read for it."""
+        asked = (self.config.image_column, self.config.label_column)
+        digest = hashlib.sha256(repr(asked).encode() if any(asked) else b"")
         sizes = {shard: shard.stat().st_size for shard in {group.shard for group in self.groups}}
         for group in self.groups:
             digest.update(f"{group.shard.name}/{group.number}/{group.rows}/{sizes[group.shard]}\n".encode())
@@ -72,28 +79,33 @@ class Shards:
 
 
 def open_shards(files: list[Path], config: DataConfig) -> Shards:
-    """The row groups of parquet ``files``, from their footers. Raises ConfigError where one is no parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """The row groups of parquet ``files``: their footers and labels are read and checked, their images are not.
 
+    Raises ConfigError where one is no parquet file, has no images or labels, or has others than the rest.
+    """
+    chosen = parquet.choose_all(files, config)
     groups: list[RowGroup] = []
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                footer = pq.ParquetFile(opened).metadata
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"{file} cannot be read as parquet: {first_line(error)}") from error
-        groups += [RowGroup(file, i, footer.row_group(i).num_rows) for i in range(footer.num_row_groups)]
-    return Shards(tuple(groups), config)
+    for file, columns in chosen.items():
+        with parquet.opened(file) as table:
+            read = table.read(columns=columns.stored[1:])
+            parquet.check_labels(parquet.labels(read, columns, file), config, file)
+            sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+        first = itertools.accumulate(sizes, initial=0)
+        numbered = enumerate(zip(sizes, first, strict=False))
+        groups += [RowGroup(file, i, rows, start, columns) for i, (rows, start) in numbered if rows]
+    return Shards(tuple(groups), config, parquet.same_columns(chosen, config))
 
 
-def read_group(group: RowGroup) -> tuple[list[bytes], list[int]]:
-    """Encoded images and labels of a row group."""
-    import pyarrow.parquet as pq
-
-    with group.shard.open("rb") as opened:
-        table = pq.ParquetFile(opened).read_row_group(group.number)
-    return columns(table, group.shard)
+def read_group(group: RowGroup) -> tuple[list[Cell], list[int]]:
+    """Encoded images and labels of a row group. Raises ConfigError where it is damaged."""
+    try:
+        with parquet.opened(group.shard) as table:
+            read = table.read_row_group(group.number, columns=group.columns.stored)
+            return parquet.contents(read, group.columns, group.shard, group.first)
+    except ConfigError as error:
+        if isinstance(error.__cause__, TimeoutError | ConnectionError):  # storage is away: a restart may help
+            raise error.__cause__ from None
+        raise
 
 
 class StreamLoader:
@@ -142,9 +154,11 @@ class StreamLoader:
             blob, label = self._image(epoch, lane, step * self._lane_rows + offset)
             blobs.append(blob)
             labels.append(label)
-        return decode(blobs, self.shards.config), torch.tensor(labels, dtype=torch.int64)
+        images = decode(blobs, self.shards.config)
+        check_size(images, self.shards.config)
+        return images, torch.tensor(labels, dtype=torch.int64)
 
-    def _image(self, epoch: int, lane: int, position: int) -> tuple[bytes, int]:
+    def _image(self, epoch: int, lane: int, position: int) -> tuple[Cell, int]:
         """The image at ``position`` of a lane in an epoch."""
         ends, groups = self._lane(epoch, lane)
         position %= ends[-1]

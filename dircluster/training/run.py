@@ -116,6 +116,8 @@ class Run:
         self.parallel.first_does(self._load_data)
         if not self.parallel.first:
             self._load_data()
+        for note in self.data.notes if self.parallel.first else ():
+            self.console.say(f"data: {note}")
 
     def _load_data(self) -> None:
         config = self.config

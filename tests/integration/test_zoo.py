@@ -9,7 +9,8 @@ import torch
 
 import dircluster
 from dircluster.config import DataConfig
-from dircluster.data.decode import columns, decode
+from dircluster.data.decode import decode
+from dircluster.data.parquet import columns
 
 
 def test_the_first_cifar10_defense_classifies_as_it_was_measured(root: Path, real_data: Path) -> None:

@@ -1,0 +1,305 @@
+"""Files and folders as people have them: the right split and label of each image, or one line."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data.sources import load, split_sizes
+from dircluster.data.split import Dataset
+from dircluster.data.split_names import split_name
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grow(root: Path, tree: dict[str, int | str]) -> None:
+    """Files by their names: a number is the gray of four images (or of a parquet file of twenty), a text is written."""
+    for name, value in tree.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(value, str):
+            path.write_text(value)
+        elif path.suffix.lower() in (".parquet", ".pq"):
+            pq.write_table(pa.table({"image": [png(value)] * 20, "label": [value % 10] * 20}), path)
+        else:
+            for i in range(4):
+                path.with_stem(f"{path.stem}{i}").write_bytes(png(value))
+
+
+def read(root: Path, classes: int = 10, **changes: Any) -> Dataset:
+    wanted: dict[str, Any] = {"name": "custom", "uri": str(root), "height": 4, "width": 4, "classes": classes}
+    config = DataConfig(**wanted | changes)
+    data = load(config, 0)
+    if not config.stream:
+        assert split_sizes(config) == (len(data.train), len(data.held_out), len(data.test))
+    return data
+
+
+def seen(data: Dataset) -> tuple[dict[int, int], dict[int, int]]:
+    """Labels by gray, of what is trained on and of the test split."""
+    parts = [(data.train, data.held_out), (data.test,)]
+    train, test = (
+        {
+            gray: label
+            for s in part
+            for gray, label in zip(s.images[:, 0, 0, 0].tolist(), s.labels.tolist(), strict=True)
+        }
+        for part in parts
+    )
+    return train, test
+
+
+CLASSES: dict[str, int | str] = {
+    "train/cat/x.png": 10,
+    "train/dog/x.png": 20,
+    "test/cat/x.png": 11,
+    "test/dog/x.png": 21,
+}
+READ: dict[str, dict[str, int | str]] = {
+    "hidden and system files": {
+        ".trash/cat/x.png": 99,
+        ".old/train/ant/x.png": 99,
+        "train/.trash/x.png": 99,
+        "train/.ipynb_checkpoints/x.png": 99,
+        "train/cat/.ipynb_checkpoints/x.png": 99,
+        "__MACOSX/train/cat/._x.png": "",
+        "train/cat/._x.png": "",
+        "train/cat/.DS_Store": "",
+        "train/dog/Thumbs.db": "",
+        "test/dog/desktop.ini": "",
+    },
+    "other suffixes": {"train/cat/y.TIF": 10, "train/dog/y.gif": 20, "test/dog/y.ppm": 21},
+    "side files": {"README.md": "", "labels.csv": "", "train/labels.csv": "", "train/cat/boxes.txt": "", "LICENSE": ""},
+    "extra": {"extra/cat/x.png": 99, "unlabeled/x/x.png": 99},
+    "val beside test": {"val/cat/x.png": 99},
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_lies_beside_classes_moves_no_label(tmp_path: Path, name: str) -> None:
+    grow(tmp_path, CLASSES | READ[name])
+    data = read(tmp_path)
+    assert seen(data) == ({10: 0, 20: 1}, {11: 0, 21: 1})
+    assert data.classes == ("cat", "dog")
+
+
+LAYOUTS: dict[str, tuple[dict[str, int | str], dict[int, int], dict[int, int]]] = {
+    "no splits": ({"ant/x.png": 1, "bee/x.png": 2, "cat/x.gif": 3}, {1: 0, 2: 1, 3: 2}, {1: 0, 2: 1, 3: 2}),
+    "a folder above": ({"set/ant/x.png": 1, "set/bee/x.png": 2}, {1: 0, 2: 1}, {1: 0, 2: 1}),
+    "classes like splits": (
+        {"tests/x.png": 1, "trainers/x.png": 2, "trains/x.png": 3, "valley/x.png": 4},
+        {1: 0, 2: 1, 3: 2, 4: 3},
+        {1: 0, 2: 1, 3: 2, 4: 3},
+    ),
+    "a class called train": (
+        {"bus/x.png": 1, "car/x.png": 2, "train/x.png": 3},
+        {1: 0, 2: 1, 3: 2},
+        {1: 0, 2: 1, 3: 2},
+    ),
+    "classes called as splits, in splits": (
+        {f"{split}/{name}/x.png": value for split in ("train", "test") for name, value in (("test", 1), ("train", 2))},
+        {1: 0, 2: 1},
+        {1: 0, 2: 1},
+    ),
+    "words": ({"Training/a/x.png": 1, "Training/b/x.png": 2, "dev/a/x.png": 3}, {1: 0, 2: 1}, {3: 0}),
+    "words in names": (
+        {"my_train_set/a/x.png": 1, "my_train_set/b/x.png": 2, "my_test_set/b/x.png": 3},
+        {1: 0, 2: 1},
+        {3: 1},
+    ),
+    "tiny imagenet": (
+        {
+            "train/n01/images/n01_.JPEG": 1,
+            "train/n01/n01_boxes.txt": "",
+            "train/n02/images/n02_.JPEG": 2,
+            "val/images/v.JPEG": 3,
+            "val/val_annotations.txt": "".join(f"v{i}.JPEG\tn02\t0\t0\t4\t4\n" for i in range(4)),
+            "test/images/t.JPEG": 9,
+            "wnids.txt": "",
+        },
+        {1: 0, 2: 1},
+        {3: 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_folders(tmp_path: Path, name: str) -> None:
+    tree, train, test = LAYOUTS[name]
+    grow(tmp_path, tree)
+    found, tested = seen(read(tmp_path))
+    assert found == train
+    assert tested.items() <= test.items()
+    assert bool(tested)
+
+
+REFUSED: dict[str, tuple[dict[str, int | str], str]] = {
+    "two training splits": (
+        CLASSES | {"train_aug/cat/x.png": 9},
+        "several folders of one split ('train', 'train_aug')",
+    ),
+    "letters": (CLASSES | {"Train/cat/x.png": 9}, "several folders of one split"),
+    "two test splits": (CLASSES | {"test_hard/cat/x.png": 9}, "several folders of one split ('test', 'test_hard')"),
+    "two data sets": (
+        {f"{s}/train/{c}/x.png": 1 for s in ("one", "two") for c in "ab"},
+        "several folders of one split ('one/train', 'two/train')",
+    ),
+    "two data sets without splits": ({"one/a/x.png": 1, "two/b/x.png": 1}, "holds the folder 'a', and either could be"),
+    "superclasses": ({"train/pet/cat/x.png": 1, "train/wild/cat/x.png": 2}, "holds the folder 'cat'"),
+    "flat": ({"x.png": 1, "labels.csv": "x0.png,3"}, "lists of labels such as labels.csv are not read"),
+    "flat splits": ({"train/x.png": 1, "test/x.png": 2}, "lies in no class folder"),
+    "a loose image": (CLASSES | {"train/x.png": 1}, "x0.png lies in no class of a split"),
+    "a folder beside splits": (CLASSES | {"old/cat/x.png": 1}, "x0.png lies in no class of a split"),
+    "arrays": (CLASSES | {"train/cat/x.npy": ""}, "x.npy is no image that is read"),
+    "photos of a phone": (CLASSES | {"train/cat/x.HEIC": ""}, "x.HEIC is no image that is read"),
+    "a class of arrays": (CLASSES | {"train/elk/x.npy": ""}, "class folder 'elk' of train holds no image"),
+    "one class": ({"train/cat/x.png": 1}, "one class folder alone, 'cat'"),
+    "one class in two ways": (
+        {"train/cat/x.png": 1, "train/Cat/x.png": 2},
+        "'Cat' and 'cat' of train may be one class",
+    ),
+    "no annotation": (
+        {"train/a/x.png": 1, "train/b/x.png": 1, "val/images/v.png": 1, "val/val_annotations.txt": ""},
+        "val_annotations.txt has no line for v0.png",
+    ),
+    "only a test split": ({"test/a/x.png": 1, "test/b/x.png": 2}, "has no training split"),
+    "archives": ({"train.zip": ""}, "neither parquet files nor images (but train.zip)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_folders_that_say_two_things_are_refused(tmp_path: Path, name: str) -> None:
+    tree, words = REFUSED[name]
+    grow(tmp_path, tree)
+    with pytest.raises(ConfigError) as refusal:
+        read(tmp_path)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_empty_class_folder_is_refused(tmp_path: Path) -> None:
+    grow(tmp_path, CLASSES)
+    (tmp_path / "train" / "ape").mkdir()
+    with pytest.raises(ConfigError, match="'ape' of train holds no image"):
+        read(tmp_path)
+
+
+def test_links_are_followed_and_never_in_a_circle(tmp_path: Path) -> None:
+    disk, root = tmp_path / "disk", tmp_path / "root"
+    grow(disk, {"train/cat/x.png": 10, "d/x.png": 20, "test/cat/x.png": 11, "test/dog/x.png": 21})
+    root.mkdir()
+    (root / "train").symlink_to(disk / "train")
+    (root / "test").symlink_to(disk / "test")
+    (disk / "train" / "dog").symlink_to(disk / "d")
+    (disk / "train" / "cat" / "images").symlink_to(disk / "train")
+    assert seen(read(root)) == ({10: 0, 20: 1}, {11: 0, 21: 1})
+    (root / "val").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(ConfigError, match="val is a link to nothing"):
+        read(root)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    grow(tmp_path, CLASSES)
+    os.mkfifo(tmp_path / "train" / "cat" / "pipe.png")
+    with pytest.raises(ConfigError, match=r"pipe\.png is a link to nothing, or no regular file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.zip"])
+def test_one_file_that_is_no_table(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(png(1))
+    with pytest.raises(ConfigError, match="neither a folder nor a parquet file"):
+        read(tmp_path / name)
+
+
+TABLES: dict[str, dict[str, int | str]] = {
+    "hub": {"train-00000-of-00002.parquet": 1, "train-00001-of-00002.parquet": 2, "test-00000-of-00001.parquet": 3},
+    "named": {"cifar10-train.parquet": 1, "cifar10-test.parquet": 3},
+    "test alone is named": {"cifar10.parquet": 1, "cifar10-test.parquet": 3},
+    "partial": {"partial-train/0000.parquet": 1, "partial-test/0000.parquet": 3},
+    "testing": {"training-0.parquet": 1, "testing-0.parquet": 3},
+    "dev": {"train.parquet": 1, "dev.parquet": 3},
+    "letters": {"TRAIN.PARQUET": 1, "Test.Parquet": 3},
+    "camel": {"trainSet.parquet": 1, "testSet.parquet": 3},
+    "another suffix": {"train.pq": 1, "valid.pq": 3},
+    "dots": {"train.snappy.parquet": 1, "x.test.parquet": 3},
+    "hive": {"split=train/0.parquet": 1, "split=validation/0.parquet": 3},
+    "hidden": {".old/train.parquet": 9, "train.parquet": 1, "test.parquet": 3, "._test.parquet": ""},
+    "extra": {"train.parquet": 1, "test.parquet": 3, "extra.parquet": 9, "unsupervised-0.parquet": 9, "dev.parquet": 8},
+    "hashes": {"train/part-0-4f1c9.parquet": 1, "train/part-1-77ab0.parquet": 2, "test/part-0-1d.parquet": 3},
+    "beside text": {"train.parquet": 1, "test.parquet": 3, "README.md": "", "dataset_infos.json": ""},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_test_row_is_trained_on(tmp_path: Path, name: str) -> None:
+    grow(tmp_path, TABLES[name])
+    train, test = seen(read(tmp_path))
+    assert train.items() <= {1: 1, 2: 2}.items()
+    assert 1 in train
+    assert test == {3: 3}
+
+
+MIXED: dict[str, tuple[dict[str, int | str], str]] = {
+    "augmented": (
+        {"train.parquet": 1, "train_aug.parquet": 2, "test.parquet": 3},
+        "2 sets of files for one split: train, train aug",
+    ),
+    "two sets": ({"cifar.parquet": 1, "svhn.parquet": 2}, "2 sets of files for one split: cifar, svhn"),
+    "two configurations": ({"a/train/0.parquet": 1, "b/train/0.parquet": 2}, "holds several data sets ('a', 'b')"),
+    "a stranger": (
+        {"train.parquet": 1, "test.parquet": 3, "more.parquet": 2},
+        "more.parquet says by no name which split",
+    ),
+    "two words": ({"train_test.parquet": 1}, "names the splits test and train at once"),
+    "folder against file": (
+        {"train/test-0.parquet": 1, "train/train-0.parquet": 1},
+        "says another split than 'test-0'",
+    ),
+    "two test splits": (
+        {"train.parquet": 1, "test_easy.parquet": 2, "test_hard.parquet": 3},
+        "test easy, test hard",
+    ),
+    "test alone": ({"my-test.parquet": 1}, "has no training split"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_files_that_could_be_two_splits_are_refused(tmp_path: Path, name: str) -> None:
+    tree, words = MIXED[name]
+    grow(tmp_path, tree)
+    with pytest.raises(ConfigError) as refusal:
+        read(tmp_path)
+    assert words in str(refusal.value)
+
+
+def test_a_missing_shard_is_noted(tmp_path: Path) -> None:
+    grow(tmp_path, {"train-00000-of-00003.parquet": 1, "train-00002-of-00003.parquet": 2, "test.parquet": 3})
+    assert "2 of 3 shards of train are there" in read(tmp_path).notes
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("train2017", "train"), ("val_256", "val"), ("ILSVRC2012_val", "val"), ("trainval", "train")),
+        *(("testset", "test"), ("TestImages", "test"), ("tst", "test"), ("evaluation", "val")),
+        *(("tests", None), ("trainers", None), ("trains", None), ("valley", None), ("contest", None), ("latest", None)),
+        *(("retrained", None), ("devices", None), ("extract", None), ("data", None), ("set", None), ("2024", None)),
+    ],
+)
+def test_words_of_splits(name: str, split: str | None) -> None:
+    found = split_name(name)
+    assert (found.split if found else None) == split

@@ -1,0 +1,172 @@
+"""What is in a picture arrives, or one line says why not: bits, transparency, orientation, frames, damage."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data.decode import Cell, decode
+
+RAMP = np.arange(8, dtype=np.uint8).reshape(2, 4) * 36
+"""Gray values 0 to 252."""
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def read(blob: Any, channels: int = 1, height: int = 2, width: int = 4) -> np.ndarray[Any, Any]:
+    found = decode([blob], DataConfig(height=height, width=width, channels=channels))
+    return found[0].numpy()
+
+
+def sixteen(values: Any, mode: str = "I;16") -> Image.Image:
+    raw = np.asarray(values).astype(">u2" if mode == "I;16B" else "<u2")
+    return Image.frombytes(mode, raw.shape[::-1], raw.tobytes())
+
+
+def pgm(values: Any) -> bytes:
+    return b"P5 4 2 65535\n" + np.asarray(values).astype(">u2").tobytes()
+
+
+WIDE = RAMP.astype(int) * 257
+SAME = {
+    "png of 16 bits": encoded(sixteen(WIDE)),
+    "tiff of 16 bits": encoded(sixteen(WIDE), "TIFF"),
+    "tiff of 16 bits, big endian": encoded(sixteen(WIDE, "I;16B"), "TIFF"),
+    "tiff of 16 bits, white is zero": encoded(sixteen(65535 - WIDE), "TIFF", tiffinfo={262: 0}),
+    "pgm of 16 bits": pgm(WIDE),
+    "tiff of floats": encoded(Image.fromarray(RAMP.astype(np.float32) / 255), "TIFF"),
+    "palette": encoded(Image.fromarray(RAMP).convert("P")),
+    "gif": encoded(Image.fromarray(RAMP), "GIF"),
+    "opaque alpha": encoded(Image.fromarray(RAMP).convert("LA")),
+    "opaque color and alpha": encoded(Image.fromarray(RAMP).convert("RGBA")),
+    "a transparent gray that no pixel has": encoded(Image.fromarray(RAMP), transparency=5),
+    "webp": encoded(Image.fromarray(RAMP), "WEBP", lossless=True),
+    "tga": encoded(Image.fromarray(RAMP), "TGA"),
+    "jpeg 2000": encoded(Image.fromarray(RAMP), "JPEG2000"),
+    "one page of a tiff": encoded(Image.fromarray(RAMP), "TIFF", save_all=True),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", SAME)
+def test_gray_is_the_same_however_it_is_stored(name: str, channels: int) -> None:
+    assert np.array_equal(read(SAME[name], channels), np.stack([RAMP] * channels))
+
+
+def test_values_between_are_rounded() -> None:
+    values = np.array([[0, 128, 129, 32767, 32768, 65406, 65407, 65535]])
+    assert read(encoded(sixteen(values)), 1, 1, 8).flatten().tolist() == [0, 0, 1, 127, 128, 254, 255, 255]
+    floats = np.array([[0, 0.0019, 0.002, 0.5, 1]], np.float32)
+    assert read(encoded(Image.fromarray(floats), "TIFF"), 1, 1, 5).flatten().tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientation(orientation: int, kind: str) -> None:
+    upright = np.array([[255, 0, 0], [255, 255, 0]], np.uint8).repeat(8, 0).repeat(8, 1)  # 16 x 24
+    back = {  # what a camera stores, so that the orientation brings it upright
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }.get(orientation, upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    found = read(encoded(Image.fromarray(np.ascontiguousarray(back)), kind, exif=exif, **options), 1, 16, 24)[0]
+    assert np.abs(found.astype(int) - upright).max() <= 3
+
+
+def glyph(mode: str) -> Image.Image:
+    """Black ink of which the alpha channel alone knows where it is."""
+    ink = Image.fromarray(RAMP)
+    made = Image.new(mode[:-1], (4, 2))
+    made.putalpha(ink)
+    return made
+
+
+def transparent_palette() -> bytes:
+    return encoded(Image.fromarray(RAMP).convert("P"), transparency=0)
+
+
+def animation(kind: str) -> bytes:
+    frames = [Image.fromarray(RAMP), Image.fromarray(255 - RAMP)]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+HUGE = b"P5 20000 10000 255\n"
+REFUSED = {
+    "alpha": (encoded(glyph("RGBA")), "transparent pixels"),
+    "gray and alpha": (encoded(glyph("LA")), "transparent pixels"),
+    "transparent color": (encoded(Image.fromarray(RAMP).convert("RGB"), transparency=(36, 36, 36)), "transparent"),
+    "transparent gray": (encoded(Image.fromarray(RAMP), transparency=36), "transparent pixels"),
+    "transparent palette": (transparent_palette(), "transparent pixels"),
+    "transparent gif": (encoded(Image.fromarray(RAMP), "GIF", transparency=0), "transparent pixels"),
+    "animated gif": (animation("GIF"), "holds 2 frames"),
+    "animated png": (animation("PNG"), "holds 2 frames"),
+    "animated webp": (animation("WEBP"), "holds 2 frames"),
+    "pages": (animation("TIFF"), "holds 2 frames"),
+    "integers of 32 bits": (encoded(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), "32 bits"),
+    "floats to 255": (encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floats reach from 0 to 252"),
+    "floats below 0": (encoded(Image.fromarray(RAMP / np.float32(255) - 1), "TIFF"), "floats reach from -1"),
+    "no number": (encoded(Image.fromarray(RAMP * np.float32("nan")), "TIFF"), "floats reach from nan"),
+    "8 bits in 16": (encoded(sixteen(RAMP)), "values up to 252 alone"),
+    "200 megapixels": (HUGE, "pixels"),
+    "nothing": (b"", "no bytes"),
+    "null": (None, "no bytes"),
+    "text": (b"images/0001.png", "are no PNG, JPEG"),
+    "raw pixels": (RAMP.tobytes(), "its 8 bytes are no PNG"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_need_a_guess_is_one_line_with_its_row(name: str) -> None:
+    content, words = REFUSED[name]
+    with pytest.raises(ConfigError, match=words) as refusal:
+        read(Cell(content, Path("train.parquet"), 17))
+    assert str(refusal.value).startswith("train.parquet, row 17: an image cannot be read: ")
+    assert "\n" not in str(refusal.value)
+    assert " at 0x" not in str(refusal.value)
+
+
+def test_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(SAME["webp"][:30])
+    with pytest.raises(ConfigError, match=r"cut\.png: an image cannot be read"):
+        read(tmp_path / "cut.png")
+
+
+def test_no_flipped_byte_of_a_png_changes_a_pixel_in_silence() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise))
+    expected, refused = read(whole, 1, 8, 8), 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        try:
+            assert np.array_equal(read(bytes(damaged), 1, 8, 8), expected)
+        except ConfigError:
+            refused += 1
+    assert refused > 0.9 * len(whole)
+
+
+def test_resizing_comes_after_turning_and_scaling() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 8, 0).repeat(16, 1))  # black over white
+    config = DataConfig(height=4, width=4, channels=1, resize=True)
+    turned = decode([encoded(half, "PNG", exif=exif)], config)[0, 0]
+    assert (turned == turned[0]).all()  # white left of black
+    assert (turned[0, 0], turned[0, 3]) == (255, 0)

@@ -1,0 +1,294 @@
+"""Columns, labels and damage of parquet files: right, or one line; in memory and as a stream."""
+
+from __future__ import annotations
+
+import decimal
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data.sources import load
+from dircluster.data.split import Dataset
+from dircluster.data.stream import Shards, StreamLoader
+
+ROWS = 20
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNGS = [png(i) for i in range(ROWS)]
+LABELS = [i % 10 for i in range(ROWS)]
+OTHERS = [png(200)] * ROWS
+
+
+def config(root: Path, **changes: Any) -> DataConfig:
+    return DataConfig(**{"name": "custom", "uri": str(root), "height": 4, "width": 4} | changes)
+
+
+def write(path: Path, names: dict[str, list[str]] | None = None, **columns: Any) -> None:
+    """A table; ``names`` are those of classes by column, as Hugging Face's datasets stores them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(columns)
+    if names:
+        features = {name: {"names": of, "_type": "ClassLabel"} for name, of in names.items()}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=5)
+
+
+def right(data: Dataset) -> bool:
+    """Whether every image has the label that its gray says."""
+    parts = [data.held_out, data.test, *([data.train] if not isinstance(data.train, Shards) else [])]
+    return all(torch.equal(part.images[:, 0, 0, 0] % 10, part.labels) for part in parts)
+
+
+def struct(blobs: list[bytes]) -> list[dict[str, Any]]:
+    return [{"path": "a.png", "bytes": blob} for blob in blobs]
+
+
+IMAGES: dict[str, Any] = {
+    "binary": pa.array(PNGS, pa.binary()),
+    "large": pa.array(PNGS, pa.large_binary()),
+    "view": pa.array(PNGS, pa.binary_view()),
+    "fixed size": pa.array([blob.ljust(100, b"\0") for blob in PNGS], pa.binary(100)),
+    "struct": pa.array(struct(PNGS)),
+    "dictionary": pa.array(PNGS, pa.binary()).dictionary_encode(),
+    "chunks": pa.chunked_array([PNGS[:7], PNGS[7:]]),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_bytes_of_images(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "x.parquet", image=IMAGES[kind], label=LABELS)
+    assert right(load(config(tmp_path), 0))
+
+
+NUMBERS: dict[str, Any] = {
+    **{str(kind): pa.array(LABELS, kind) for kind in (pa.int8(), pa.uint8(), pa.uint16(), pa.int32(), pa.uint64())},
+    "whole floats": pa.array(LABELS, pa.float32()),
+    "decimals": pa.array([decimal.Decimal(label) for label in LABELS], pa.decimal128(5, 2)),
+    "categories": pa.array(LABELS).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_labels_that_are_integers_without_a_doubt(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "x.parquet", image=PNGS, label=NUMBERS[kind])
+    assert right(load(config(tmp_path), 0))
+
+
+def test_two_classes_as_truth_values(tmp_path: Path) -> None:
+    write(tmp_path / "x.parquet", image=[png(i % 2) for i in range(ROWS)], label=[i % 2 == 1 for i in range(ROWS)])
+    assert right(load(config(tmp_path, classes=2), 0))
+
+
+BAD_LABELS: dict[str, tuple[Any, str]] = {
+    "texts": ([str(label) for label in LABELS], "'label' holds string; write integers from 0"),
+    "lists": ([[label] for label in LABELS], "'label' holds list"),
+    "structs": ([{"id": label} for label in LABELS], "'label' holds struct"),
+    "halves": ([label + 0.5 for label in LABELS], "row 0: the label 0.5 is no whole number"),
+    "infinite": ([*map(float, LABELS[:-1]), float("inf")], "row 19: the label inf is no whole number"),
+    "no number": ([*map(float, LABELS[:-1]), float("nan")], "1 rows without a label in 'label', the first is row 19"),
+    "null": ([0, None, *LABELS[2:]], "1 rows without a label in 'label', the first is row 1"),
+    "from 1": ([label + 1 for label in LABELS], "labels count from 0: subtract 1"),
+    "unlabeled": ([-1, *LABELS[1:]], "row 0, has -1); 1 rows below 0 (often: unlabeled)"),
+    "too many": ([*LABELS[:-1], 255], "row 19, has 255)"),
+    "huge": (pa.array([*LABELS[:-1], 2**63], pa.uint64()), "labels reach from 0 to 9223372036854775808"),
+    "names": (["cat", "dog"] * 10, "has no integer column of labels: 'label' holds string"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_labels_are_one_line(tmp_path: Path, name: str, stream: bool) -> None:
+    labels, words = BAD_LABELS[name]
+    write(tmp_path / "train.parquet", image=PNGS, label=labels)
+    write(tmp_path / "test.parquet", image=PNGS, label=LABELS)
+    with pytest.raises(ConfigError) as refusal:
+        load(config(tmp_path, stream=stream), 0)
+    assert words in str(refusal.value)
+    assert "train.parquet" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+WRONG = [9 - label for label in LABELS]
+TAKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "mask first": ({"mask": OTHERS, "image": PNGS, "label": LABELS}, "column 'image', not from 'mask'"),
+    "a picture in a struct": ({"thumbnail": OTHERS, "img": struct(PNGS), "label": LABELS}, "column 'img', not from"),
+    "one column of any name": ({"glyph": PNGS, "label": LABELS}, ""),
+    "one mask": ({"mask": PNGS, "label": LABELS}, ""),
+    "fine beside label": ({"image": PNGS, "fine_label": WRONG, "label": LABELS}, "'label', not from 'fine_label'"),
+    "coarse beside fine": ({"image": PNGS, "coarse_label": WRONG, "fine_label": LABELS}, "not from 'coarse_label'"),
+    "coarse alone": ({"image": PNGS, "coarse_label": LABELS}, ""),
+    "cls": ({"image": PNGS, "id": WRONG, "cls": LABELS}, ""),
+    "y": ({"x": PNGS, "y": LABELS}, ""),
+    "capitals": ({"Image": PNGS, "LABEL": LABELS}, ""),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_columns_that_are_taken_and_what_is_said_of_it(tmp_path: Path, name: str) -> None:
+    columns, said = TAKEN[name]
+    write(tmp_path / "x.parquet", **columns)
+    data = load(config(tmp_path), 0)
+    assert right(data)
+    assert said in " ".join(data.notes)
+    assert bool(data.notes) == bool(said)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two of no known name": (
+        {"left": PNGS, "right": PNGS, "label": LABELS},
+        "2 columns of bytes, left, right: say which",
+    ),
+    "no labels": ({"image": PNGS, "id": LABELS}, "--data.label-column NAME"),
+    "pixels": ({"image": [[1, 2, 3]] * ROWS, "label": LABELS}, "no encoded images: write PNG or JPEG bytes"),
+    "paths": ({"image": ["a.png"] * ROWS, "label": LABELS}, "no column of image bytes"),
+    "pixels beside a thumbnail": ({"image": [[1]] * ROWS, "small": PNGS, "label": LABELS}, "'image' of"),
+    "raw bytes": ({"image": [bytes(16)] * ROWS, "label": LABELS}, "row 0: an image cannot be read: its 16 bytes"),
+    "only a path": ({"image": [{"bytes": None, "path": "a.png"}] * ROWS, "label": LABELS}, "no encoded images"),
+    "a path in one row": (
+        {"image": [*struct(PNGS[:-1]), {"bytes": None, "path": "a.png"}], "label": LABELS},
+        "row 19: ",
+    ),
+    "a list of images": ({"image": [[{"bytes": PNGS[0]}]] * ROWS, "label": LABELS}, "no encoded images"),
+    "a broken one": ({"image": [*PNGS[:13], b"x", *PNGS[14:]], "label": LABELS}, "x.parquet, row 13: an image"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_columns_that_need_a_guess_are_one_line(tmp_path: Path, name: str) -> None:
+    columns, words = REFUSED[name]
+    write(tmp_path / "x.parquet", **columns)
+    with pytest.raises(ConfigError) as refusal:
+        load(config(tmp_path), 0)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_that_are_asked_for(tmp_path: Path, stream: bool) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", image=OTHERS, photo=PNGS, label=WRONG, kind=LABELS)
+    wanted = config(tmp_path, label_column="kind", image_column="photo", stream=stream)
+    data = load(wanted, 0)
+    assert right(data)
+    assert not data.notes
+    assert data.fingerprint != load(config(tmp_path, stream=stream), 0).fingerprint
+    for name in ("label_column", "image_column"):
+        with pytest.raises(ConfigError, match=rf"data\.{name} 'none' is no column of .*train\.parquet; columns: "):
+            load(config(tmp_path, stream=stream, **{name: "none"}), 0)
+    with pytest.raises(ConfigError, match=r"data\.image_column 'kind' of .* holds int64"):
+        load(config(tmp_path, image_column="kind"), 0)
+
+
+def test_columns_have_no_use_without_tables(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.label_column 'x' has no use"):
+        DataConfig(label_column="x")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(PNGS[0])
+    with pytest.raises(ConfigError, match="holds images in folders, not columns"):
+        load(config(tmp_path, label_column="x"), 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_shards_whose_schemas_differ(tmp_path: Path, stream: bool) -> None:
+    write(tmp_path / "train-0.parquet", image=struct(PNGS), label=pa.array(LABELS, pa.int64()))
+    write(tmp_path / "train-1.parquet", label=pa.array(LABELS, pa.int8()), more=WRONG, image=PNGS)
+    write(tmp_path / "train-2.parquet", image=pa.array([], pa.null()), label=pa.array([], pa.null()))
+    write(tmp_path / "test.parquet", more=["x"] * ROWS, image=PNGS, label=pa.array(LABELS, pa.uint16()))
+    data = load(config(tmp_path, stream=stream), 0)
+    assert right(data)
+    assert len(data.train) + len(data.held_out) == 2 * ROWS
+    if isinstance(data.train, Shards):
+        images, labels, _ = StreamLoader(data.train, 10, 0, "t")(0, 0)
+        assert torch.equal((images[:, 0, 0, 0] * 255).round().long() % 10, labels)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("odd", ["train-1", "test"])
+def test_shards_that_mean_other_things(tmp_path: Path, odd: str, stream: bool) -> None:
+    for name in ("train-0", "train-1", "test"):
+        write(tmp_path / f"{name}.parquet", image=PNGS, **{"target" if name == odd else "label": LABELS})
+    with pytest.raises(ConfigError, match=rf"train-0.parquet has its labels in column 'label', .*{odd}.parquet in"):
+        load(config(tmp_path, stream=stream), 0)
+    names = [f"c{i}" for i in range(10)]
+    for name in ("train-0", "train-1", "test"):
+        shown = names[::-1] if name == odd else names
+        write(tmp_path / f"{name}.parquet", {"label": shown}, image=PNGS, label=LABELS)
+    with pytest.raises(ConfigError, match="name the classes of 'label' differently"):
+        load(config(tmp_path, stream=stream), 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_names_of_classes(tmp_path: Path, stream: bool) -> None:
+    names = [f"c{i}" for i in range(10)]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", {"kind": names}, image=PNGS, kind=LABELS)
+    data = load(config(tmp_path, stream=stream), 0)
+    assert right(data)
+    assert data.classes == tuple(names)
+    assert "classes 0 to 9 are c0, c1, c2" in data.notes[0]
+    with pytest.raises(ConfigError, match=r"'kind' has 10 classes .c0, c1, c2, ....*, but data.classes is 12"):
+        load(config(tmp_path, stream=stream, classes=12), 0)
+
+
+def test_classes_without_images_are_noted(tmp_path: Path) -> None:
+    write(tmp_path / "x.parquet", image=PNGS, label=[1 + i % 2 for i in range(ROWS)])
+    assert load(config(tmp_path, classes=3), 0).notes == ("1 of 3 classes have no training image: 0",)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_labels_in_the_names_of_folders(tmp_path: Path, stream: bool) -> None:
+    for split in ("train", "test"):
+        for label in (0, 3):
+            write(tmp_path / split / f"label={label}" / "0.parquet", image=[png(label)] * ROWS)
+    assert right(load(config(tmp_path, stream=stream), 0))
+    write(tmp_path / "train" / "label=cat" / "0.parquet", image=PNGS)
+    with pytest.raises(ConfigError, match="label=cat says no integer"):
+        load(config(tmp_path, stream=stream), 0)
+
+
+def everything(wanted: DataConfig) -> list[Any]:
+    """All images and labels that a run with ``wanted`` meets, in order."""
+    data = load(wanted, 0)
+    if not isinstance(data.train, Shards):
+        return [tensor for part in (data.train, data.held_out, data.test) for tensor in (part.images, part.labels)]
+    loader = StreamLoader(data.train, 5, 0, "t")
+    batches = [loader(0, step)[:2] for step in range(loader.steps_per_epoch)]
+    loader._pool.shutdown()
+    parts = [(part.images, part.labels) for part in (data.held_out, data.test)]
+    return [tensor for part in (*batches, *parts) for tensor in part]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_damage_is_met_in_silence_or_with_a_traceback(tmp_path: Path, stream: bool) -> None:
+    table = pa.table({"image": struct(PNGS), "label": LABELS})
+    for split in ("train", "test"):
+        file = tmp_path / f"{split}.parquet"
+        pq.write_table(table, file, row_group_size=5, write_page_checksum=True)
+    wanted = config(tmp_path, stream=stream)
+    whole, expected, refused = (tmp_path / "train.parquet").read_bytes(), everything(wanted), list[str]()
+    generator = np.random.default_rng(0)
+    for place in generator.integers(0, len(whole), 50).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        (tmp_path / "train.parquet").write_bytes(damaged)
+        try:
+            assert all(map(torch.equal, everything(wanted), expected)), f"byte {place}"
+        except ConfigError as error:
+            refused.append(str(error))
+    assert len(refused) > 15
+    assert all("train.parquet" in line and "\n" not in line for line in refused)
