@@ -17,7 +17,7 @@ from dircluster.config import AttackConfig, ConfigError, RunConfig
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.defenses.recipe import Batch, Recipe, freeze
 from dircluster.defenses.stage import Modules, Stage
-from dircluster.models.modules import under_attack
+from dircluster.models.modules import frozen, under_attack
 from dircluster.presets.compared import AdversarialConfig
 from dircluster.rng import Stream
 
@@ -123,7 +123,8 @@ class GanRecipe(DenoiserRecipe):
 
     def compare(self, batch: Batch, update: int) -> dict[str, Tensor]:
         if update > 0:
-            return self.teach_denoiser(batch, self.purifier(batch.attacked))
+            with frozen(self.discriminator):
+                return self.teach_denoiser(batch, self.purifier(batch.attacked))
         with torch.no_grad():
             restored = self.purifier(batch.attacked)
         loss = self.teach_discriminator(batch.images, restored)

@@ -81,19 +81,10 @@ def test_hgd_is_trained_on_through_the_pipeline(objective: Any, make_batch: Any)
     assert not torch.equal(recipe.attack(plain).attacked, batch.attacked)
 
 
-@pytest.mark.parametrize(
-    ("system", "stage", "gmac"),
-    [
-        ("apegan", "apegan", 6.0),
-        ("apegan_a", "apegan_a", 6.3),
-        ("hgd_a", "hgd_a", 17.5),
-        ("nrp", "nrp", 18.5),
-        ("nrp_a", "nrp_a", 55.0),
-        ("jatp", "jatp", 17.5),
-    ],
-)
-def test_a_step_costs_what_was_counted_by_hand(system: str, stage: str, gmac: float) -> None:
-    assert macs(f"cifar10_{system}", stage) == pytest.approx(gmac, rel=0.02)
+@pytest.mark.parametrize(("system", "gmac"), [("apegan", 6.0), ("jatp", 18.1)])
+def test_a_step_costs_what_was_counted_by_hand(system: str, gmac: float) -> None:
+    """APE-GAN: 10 F of h to craft, 0.48 to update. JATP: 10 F of h(g) to craft, 3 of g and 2 of h to update, 2 of h(x)."""
+    assert macs(f"cifar10_{system}", system) == pytest.approx(gmac, rel=0.01)
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])

@@ -45,7 +45,7 @@ def fill(network: nn.Module) -> nn.Module:
 
 
 def test_convolutions_are_padded_as_tensorflow_does() -> None:
-    """SAME at stride 2: output i reads inputs 2i - 1 to 2i + 3, zero where there are none; its transpose writes them."""
+    """SAME at stride 2: output i reads inputs 2i - 1 to 2i + 3, zero where there are none; so its transpose."""
     network = fill(Generator(1, features=2))
     pad, layer = network.layers[0], network.layers[1]
     up, drop = network.layers[-3], network.layers[-2]

@@ -24,7 +24,7 @@ KEYS = {  # computed at d27d5de, before there were other norms than linf
         "pretrain": "f069508def346c000a77579d5bc37af8f1772424680775e96023896f7da4e380",
         "dir": "b6943747a9de34c66579a239138b051415bdb466a5ba4b56796481b4ddf14a21",
     },
-    "digits_hgd": {"hgd": "HGD_KEY"},  # computed at f908ee0
+    "digits_hgd": {"hgd": "db537b4dc27b6c6b1e7dbaafbdf5a2912d71d4ca7a711222e6a6558364d8901f"},  # computed at f908ee0
     "cifar10_joint": {"dir": "d6412af9c087a0958f7239e54a6608752b86a3d3204ba378b602fcb90c329313"},
     "digits_smoke": {
         "target": "6bdb9a71dacfe5124ce13625d2ae65b0ec35034c34f83fac14d70861e73a9b26",
