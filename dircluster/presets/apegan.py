@@ -107,12 +107,15 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
 
 
 def digits_apegan() -> ApeganRun:
-    """APE-GAN on scikit-learn's 8x8 digits over the target of ``digits``, at a higher rate than on CIFAR-10.
+    """APE-GAN on scikit-learn's 8x8 digits over the target of ``digits``: half the channels, at a higher rate.
 
     ``python jobs/train.py digits_apegan``: minutes on two CPU cores.
     """
     return base.digits(
-        ApeganRun, name="digits_apegan", apegan=ApeganConfig(epochs=60, optimizer=replace(ADAM, lr=1e-3))
+        ApeganRun,
+        name="digits_apegan",
+        model=GanConfig(features=32),
+        apegan=ApeganConfig(epochs=60, optimizer=replace(ADAM, lr=1e-3)),
     )
 
 
@@ -143,6 +146,7 @@ def digits_apegan_a() -> ApeganAdversarialRun:
     return base.digits(
         ApeganAdversarialRun,
         name="digits_apegan_a",
+        model=run.model,
         apegan=run.apegan,
         adversarial=AdversarialConfig(epochs=20, optimizer=run.apegan.optimizer),
     )

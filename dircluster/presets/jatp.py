@@ -83,9 +83,9 @@ def digits_jatp() -> JatpRun:
 
     ``python jobs/train.py digits_jatp``: minutes on two CPU cores.
     """
-    optimizer = replace(JatpConfig().optimizer, milestones=(34, 43, 52))
+    optimizer = replace(JatpConfig().optimizer, milestones=(17, 21, 26))
     return base.digits(
-        JatpRun, name="digits_jatp", model=digits_hgd().model, jatp=JatpConfig(epochs=60, optimizer=optimizer)
+        JatpRun, name="digits_jatp", model=digits_hgd().model, jatp=JatpConfig(epochs=30, optimizer=optimizer)
     )
 
 

@@ -127,7 +127,7 @@ def digits_nrp() -> NrpRun:
         NrpRun,
         name="digits_nrp",
         model=NrpNetConfig(blocks=1, features=32, growth=16, critic_features=16),
-        nrp=NrpConfig(epochs=60, optimizer=replace(ADAM, lr=1e-3, milestones=(36, 54))),
+        nrp=NrpConfig(optimizer=replace(ADAM, lr=1e-3)),
     )
 
 

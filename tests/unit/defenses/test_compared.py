@@ -83,7 +83,7 @@ def test_hgd_is_trained_on_through_the_pipeline(objective: Any, make_batch: Any)
 
 @pytest.mark.parametrize(("system", "gmac"), [("apegan", 6.0), ("jatp", 18.1)])
 def test_a_step_costs_what_was_counted_by_hand(system: str, gmac: float) -> None:
-    """APE-GAN: 10 F of h to craft, 0.48 to update. JATP: 10 F of h(g) to craft, 3 of g and 2 of h to update, 2 of h(x)."""
+    """APE-GAN: 10 h to craft, 0.48 to update. JATP: 10 h(g) to craft, 3 g and 2 h to update, and twice h(x)."""
     assert macs(f"cifar10_{system}", system) == pytest.approx(gmac, rel=0.01)
 
 
