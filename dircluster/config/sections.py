@@ -159,7 +159,7 @@ class OptimizerConfig:
     milestones: tuple[int, ...] = (75, 90)
     """Epochs at which the step schedule multiplies the rate by gamma."""
     gamma: float = 0.1
-    """What it is multiplied by."""
+    """Factor of the rate at each milestone."""
     warmup_epochs: float = 0.0
     """Linear warm-up from zero."""
     clip: float | None = None

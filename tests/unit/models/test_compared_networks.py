@@ -21,9 +21,9 @@ from dircluster.models.nrp import RRDB, Critic, NRPNet, ResidualBlock
     [
         (Generator, 419_971, 28.7),
         (Discriminator, 1_034_113, 27.4),
-        (NRPNet, 3_600_643, 3682.5),
+        (NRPNet, 3_600_643, 3684.0),
         (lambda: NRPNet(blocks=23), 16_550_275, None),
-        (lambda: NRPNet(blocks=23, network="resg"), 1_702_211, None),
+        (lambda: NRPNet(blocks=23, network="resg"), 1_702_211, 1740.0),
         (Critic, 899_465, 26.4),
     ],
 )
