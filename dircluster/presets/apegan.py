@@ -109,7 +109,8 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
 def digits_apegan() -> ApeganRun:
     """APE-GAN on scikit-learn's 8x8 digits over the target of ``digits``: half the channels, at a higher rate.
 
-    ``python jobs/train.py digits_apegan``: minutes on two CPU cores.
+    ``python jobs/train.py digits_apegan``: minutes on two CPU cores. 97.5 % natural and 57.4 % under PGD-20, where the
+    target alone has 97.8 and 65.5; 80.2 % under PGD-20 from the target (n = 359, one seed).
     """
     return base.digits(
         ApeganRun,
@@ -140,7 +141,7 @@ def svhn_apegan() -> ApeganRun:
 def digits_apegan_a() -> ApeganAdversarialRun:
     """APE-GAN_A on digits: ``digits_apegan``, then 20 epochs on attacks on the whole pipeline.
 
-    ``python jobs/train.py digits_apegan_a``: minutes on two CPU cores.
+    ``python jobs/train.py digits_apegan_a``: minutes on two CPU cores. Its accuracy has not been measured yet.
     """
     run = digits_apegan()
     return base.digits(

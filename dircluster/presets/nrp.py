@@ -121,7 +121,8 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
 def digits_nrp() -> NrpRun:
     """NRP on scikit-learn's 8x8 digits over the target of ``digits``: one narrow block, at a higher rate.
 
-    ``python jobs/train.py digits_nrp``: minutes on two CPU cores.
+    ``python jobs/train.py digits_nrp``: minutes on two CPU cores. 97.8 % natural and 65.2 % under PGD-20, where the
+    target alone has 97.8 and 65.5 (n = 359, one seed).
     """
     return base.digits(
         NrpRun,
@@ -153,7 +154,7 @@ def svhn_nrp() -> NrpRun:
 def digits_nrp_a() -> NrpAdversarialRun:
     """NRP_A on digits: ``digits_nrp``, then 20 epochs on attacks on the whole pipeline.
 
-    ``python jobs/train.py digits_nrp_a``: minutes on two CPU cores.
+    ``python jobs/train.py digits_nrp_a``: minutes on two CPU cores. Its accuracy has not been measured yet.
     """
     run = digits_nrp()
     return base.digits(
