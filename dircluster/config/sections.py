@@ -176,9 +176,11 @@ class OptimizerConfig:
     weight_decay: float = 2e-4
     """L2 penalty (sgd) or decoupled decay (adamw)."""
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """step divides the rate by 10 at each milestone; cosine ends at zero."""
+    """step multiplies the rate by gamma at each milestone; cosine ends at zero."""
     milestones: tuple[int, ...] = (75, 90)
-    """Epochs at which the step schedule divides the rate by 10."""
+    """Epochs at which the step schedule multiplies the rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the rate at each milestone."""
     warmup_epochs: float = 0.0
     """Linear warm-up from zero."""
     clip: float | None = None
@@ -188,6 +190,7 @@ class OptimizerConfig:
         require_positive("optimizer", self, "lr")
         require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
         require(0 <= self.beta2 < 1, f"optimizer.beta2 must lie in [0, 1), got {self.beta2}")
+        require(0 < self.gamma <= 1, f"optimizer.gamma must lie in (0, 1], got {self.gamma}")
         require(self.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
         require(self.warmup_epochs >= 0, f"optimizer.warmup_epochs must be 0 or more, got {self.warmup_epochs}")
         require(self.clip is None or self.clip > 0, f"optimizer.clip must be positive, got {self.clip}")
@@ -197,7 +200,7 @@ class OptimizerConfig:
         if epoch < self.warmup_epochs:
             return self.lr * epoch / self.warmup_epochs
         if self.schedule == "step":
-            return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+            return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
         if self.schedule == "cosine":
             done = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
@@ -526,6 +529,11 @@ LATER_FIELDS: dict[str, Any] = {
     "dir.ema": None,
     "dir.perturb_step_size": None,
     "dir.keep": "best",
+    "target.optimizer.gamma": 0.1,
+    "pretrain.optimizer.gamma": 0.1,
+    "dir.optimizer.gamma": 0.1,
+    "dir.target_optimizer.gamma": 0.1,
+    "hgd.optimizer.gamma": 0.1,
 }
 """Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
 

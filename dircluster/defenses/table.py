@@ -12,15 +12,25 @@ from dircluster.presets import own_defense
 
 DEFENSES = {
     "dir": "dircluster.defenses.dir",
+    "apegan": "dircluster.defenses.apegan",
+    "apegan_a": "dircluster.defenses.apegan:ADVERSARIAL",
     "hgd": "dircluster.defenses.hgd",
+    "hgd_a": "dircluster.defenses.hgd:ADVERSARIAL",
+    "nrp": "dircluster.defenses.nrp",
+    "nrp_a": "dircluster.defenses.nrp:ADVERSARIAL",
+    "jatp": "dircluster.defenses.jatp",
+    "identity": "dircluster.defenses.identity",
+    "finetune": "dircluster.defenses.finetune",
 }
+"""The module that holds each as ``DEFENSE``, or under the name behind the colon."""
 COMPARED = {"dir": "dircluster.defenses.plain_dir"}
 """Modules whose ``compared`` says what a defense's step is timed against, by the defense's name."""
 
 
 def find_defense(name: str) -> Defense:
     """The ``DEFENSE`` of the module that the table, or the dotted path itself, names. Raises ConfigError."""
-    found = importlib.import_module(DEFENSES[name]).DEFENSE if name in DEFENSES else own_defense(name)
+    module, _, attribute = DEFENSES.get(name, "").partition(":")
+    found = getattr(importlib.import_module(module), attribute or "DEFENSE") if module else own_defense(name)
     if not isinstance(found, Defense):
         raise ConfigError(f"{name}.DEFENSE must be a dircluster.defenses.stage.Defense, got {type(found).__name__}")
     return found

@@ -224,18 +224,69 @@ def last_map(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
     (N, C, H, W) in [0, 1] -> (N, features, h, w), by the weights of ``classifier``; whatever ``forward_features`` gives
     for timm's networks. Raises ConfigError where the network does not say which map that is.
     """
-    network = classifier.network if isinstance(classifier, Normalized) else classifier
+    network = _bare(classifier)
     through: Callable[[Tensor], Tensor] | None = getattr(network, "forward_features", None)
     if through is None and isinstance(network, nn.Sequential):
-        parts = list(network)
-        ends = [i for i, part in enumerate(parts) if isinstance(part, nn.AdaptiveAvgPool2d | nn.Flatten)]
-        through = nn.Sequential(*parts[: ends[0]]) if ends else None
+        maps = _maps(network)
+        through = nn.Sequential(*maps) if len(maps) < len(network) else None
     if through is None:
         raise ConfigError(
             f"the target ({type(network).__name__}) does not say what its last feature map is: it is no nn.Sequential"
             " with a pooling or Flatten, and has no forward_features"
         )
-    features = through
+    return _of_images(classifier, through)
+
+
+def half_map(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The last feature map whose sides are at least half the image's: (N, C, H, W) -> (N, features, H/2, W/2).
+
+    Of a ResNet-18 that is layer2, (128, 16, 16) of 32x32 pixels. Raises ConfigError where the network is no
+    nn.Sequential.
+    """
+    network = _bare(classifier)
+    if not isinstance(network, nn.Sequential):
+        raise ConfigError(
+            f"the target ({type(network).__name__}) does not say what its maps of half size are: it is no nn.Sequential"
+        )
+    kept: list[nn.Module] = []
+    halved = 0
+    for part in _maps(network):
+        halved += any(getattr(layer, "stride", None) in (2, (2, 2)) for layer in part.modules())
+        if halved > 1:
+            break
+        kept.append(part)
+    return _of_images(classifier, nn.Sequential(*kept))
+
+
+def pooled(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the last linear layer of ``classifier`` is given, as a function of images: (N, C, H, W) -> (N, features).
+
+    Raises ConfigError where the network does not say which vector that is.
+    """
+    network: Any = _bare(classifier)
+    if isinstance(network, nn.Sequential) and isinstance(network[-1], nn.Linear):
+        return _of_images(classifier, nn.Sequential(*list(network)[:-1]))
+    if hasattr(network, "forward_features") and hasattr(network, "forward_head"):
+        return _of_images(classifier, lambda x: network.forward_head(network.forward_features(x), pre_logits=True))
+    raise ConfigError(
+        f"the target ({type(network).__name__}) does not say what its last linear layer is given: it is no"
+        " nn.Sequential that ends with one, and has no forward_features and forward_head"
+    )
+
+
+def _bare(classifier: nn.Module) -> nn.Module:
+    """The network without the normalization in front of it."""
+    return classifier.network if isinstance(classifier, Normalized) else classifier
+
+
+def _maps(network: nn.Sequential) -> list[nn.Module]:
+    """Parts before the first pooling or flattening."""
+    ends = [i for i, part in enumerate(network) if isinstance(part, nn.AdaptiveAvgPool2d | nn.Flatten)]
+    return list(network)[: ends[0]] if ends else list(network)
+
+
+def _of_images(classifier: nn.Module, features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``features`` of what the network is given, as a function of images in [0, 1]."""
 
     def mapped(images: Tensor) -> Tensor:
         return features(classifier.normalize(images) if isinstance(classifier, Normalized) else images)

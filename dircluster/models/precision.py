@@ -119,10 +119,15 @@ class WholeConv2d(OutsideAutocast, nn.Conv2d):
     """``nn.Conv2d`` in fp32."""
 
 
+class WholeConvTranspose2d(OutsideAutocast, nn.ConvTranspose2d):  # type: ignore[misc]  # of output sizes, unused
+    """``nn.ConvTranspose2d`` in fp32."""
+
+
 WHOLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: WholeLinear,
     nn.Conv1d: WholeConv1d,
     nn.Conv2d: WholeConv2d,
+    nn.ConvTranspose2d: WholeConvTranspose2d,
 }
 
 

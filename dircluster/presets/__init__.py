@@ -9,10 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, from_dict, named_line, to_dict
-from dircluster.presets import dir, hgd
+from dircluster.presets import apegan, dir, finetune, hgd, identity, jatp, nrp
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {**dir.PRESETS, **hgd.PRESETS}
-RUNS: dict[str, type[RunConfig]] = {run.defense: run for run in (dir.DirRun, hgd.HgdRun)}
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    **dir.PRESETS,
+    **apegan.PRESETS,
+    **hgd.PRESETS,
+    **nrp.PRESETS,
+    **jatp.PRESETS,
+    **identity.PRESETS,
+    **finetune.PRESETS,
+}
+RUNS: dict[str, type[RunConfig]] = {
+    run.defense: run
+    for run in (
+        dir.DirRun,
+        apegan.ApeganRun,
+        apegan.ApeganAdversarialRun,
+        hgd.HgdRun,
+        hgd.HgdAdversarialRun,
+        nrp.NrpRun,
+        nrp.NrpAdversarialRun,
+        jatp.JatpRun,
+        identity.IdentityRun,
+        finetune.FinetuneRun,
+    )
+}
 """The settings of each defense of this package."""
 
 

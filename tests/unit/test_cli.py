@@ -115,7 +115,11 @@ def test_flags_about_the_verdict_beat_the_file(
     assert seen == [asked]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+LAST = {preset(name).defense: name for name in PRESETS}
+"""A preset of each defense: reading settings takes a fifth of a second."""
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).defense == "dir" or name in LAST.values()])
 def test_printed_settings_can_be_read_back(name: str, tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(cli.to_yaml(preset(name)))
