@@ -35,6 +35,8 @@ class Stage:
     """Whether it ends on its best held-out weights (robust accuracy) or on its last."""
     ema: float | None = None
     """Decay of the running mean of weights and statistics that is validated and kept; none where not given."""
+    augments: bool = True
+    """Whether its training images are cropped and flipped as the data section says."""
     passes: int = 1
     """Forward passes of what it trains in an update: each gathers sharded weights."""
 

@@ -13,6 +13,8 @@ from dircluster.presets import own_defense
 DEFENSES = {
     "dir": "dircluster.defenses.dir",
     "hgd": "dircluster.defenses.hgd",
+    "menet": "dircluster.defenses.menet",
+    "ebm": "dircluster.defenses.ebm",
 }
 COMPARED = {"dir": "dircluster.defenses.plain_dir"}
 """Modules whose ``compared`` says what a defense's step is timed against, by the defense's name."""

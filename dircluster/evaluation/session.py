@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation import gradient_masking
+from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.results import Result, to_plain
@@ -48,6 +49,7 @@ def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) 
         transfers=transfers,
         masked=victim.masked,
     )
+    table = list(dict.fromkeys([*table, *adaptive_specs(victim, attack, settings)]))
     asked = (
         gradient_masking.check_specs(attack, settings, randomized=drawn, transfers=transfers)
         if settings.verdict

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, from_dict, named_line, to_dict
-from dircluster.presets import dir, hgd
+from dircluster.presets import dir, ebm, hgd, menet
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {**dir.PRESETS, **hgd.PRESETS}
-RUNS: dict[str, type[RunConfig]] = {run.defense: run for run in (dir.DirRun, hgd.HgdRun)}
+PRESETS: dict[str, Callable[[], RunConfig]] = {**dir.PRESETS, **hgd.PRESETS, **menet.PRESETS, **ebm.PRESETS}
+RUNS: dict[str, type[RunConfig]] = {run.defense: run for run in (dir.DirRun, hgd.HgdRun, menet.MenetRun, ebm.EbmRun)}
 """The settings of each defense of this package."""
 
 

@@ -196,7 +196,7 @@ class Run:
         guard: Callable[[], None],
     ) -> None:
         config, parallel = self.config, self.parallel
-        loader = self._loader(stage.name)
+        loader = self._loader(stage)
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
         recipe = stage.recipe(networks)
@@ -223,18 +223,18 @@ class Run:
         finally:
             record.end(status)
 
-    def _loader(self, purpose: str) -> Loader | StreamLoader:
+    def _loader(self, stage: Stage) -> Loader | StreamLoader:
         config, parallel, train = self.config, self.parallel, self.data.train
         share: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
         if isinstance(train, Shards):
-            return StreamLoader(train, config.training.batch_size, config.seed, purpose, **share)
+            return StreamLoader(train, config.training.batch_size, config.seed, stage.name, **share)
         return Loader(
             train,
             config.training.batch_size,
             config.seed,
-            purpose,
-            crop_padding=config.data.crop_padding,
-            flip=config.data.flip,
+            stage.name,
+            crop_padding=config.data.crop_padding if stage.augments else 0,
+            flip=config.data.flip and stage.augments,
             **share,
         )
 
