@@ -226,15 +226,17 @@ class Run:
     def _loader(self, stage: Stage) -> Loader | StreamLoader:
         config, parallel, train = self.config, self.parallel, self.data.train
         share: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
+        data = config.data if stage.augments else dataclasses.replace(config.data, crop_padding=0, flip=False)
         if isinstance(train, Shards):
-            return StreamLoader(train, config.training.batch_size, config.seed, stage.name, **share)
+            shards = dataclasses.replace(train, config=data)
+            return StreamLoader(shards, config.training.batch_size, config.seed, stage.name, **share)
         return Loader(
             train,
             config.training.batch_size,
             config.seed,
             stage.name,
-            crop_padding=config.data.crop_padding if stage.augments else 0,
-            flip=config.data.flip and stage.augments,
+            crop_padding=data.crop_padding,
+            flip=data.flip,
             **share,
         )
 

@@ -109,7 +109,7 @@ def test_another_process_finds_the_module_where_it_lies(place: Path, monkeypatch
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--defense", "ours.absent"], "there is no defense 'ours.absent': it is none of dir, hgd, and no module"),
+        (["--defense", "ours.absent"], "there is no defense 'ours.absent': it is none of dir, hgd"),
         (["--defense", "hgdd"], "there is no defense 'hgdd'"),
         (["--defense", "ours.none"], "ours.none has no DEFENSE"),
         (["--defense", "ours.wrong"], "ours.wrong.DEFENSE must be a dircluster.defenses.stage.Defense"),
