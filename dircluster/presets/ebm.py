@@ -194,7 +194,7 @@ def smaller(run: EbmRun) -> EbmRun:
         model=replace(run.model, widths=(4, 8), steps=3, replicates=2),
         ebm=replace(
             run.ebm,
-            chains=40,
+            chains=128,
             steps=2,
             epochs=2,
             last_epochs=min(run.ebm.last_epochs, 1),

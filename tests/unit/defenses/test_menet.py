@@ -17,7 +17,7 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.menet import DEFENSE, MatrixEstimation, MenetRecipe, entry_masks
 from dircluster.defenses.recipe import Batch
 from dircluster.models import classifiers
-from dircluster.presets import PRESETS, preset
+from dircluster.presets import preset
 from dircluster.presets.menet import EstimationConfig, MenetConfig, MenetRun
 from dircluster.rng import Stream
 from dircluster.training.costs import step_operations
@@ -140,8 +140,8 @@ def test_the_presets_settings() -> None:
     for run, keep in ((natural, "last"), (attacked, "best")):
         (stage,) = stages_of(run)
         assert (stage.name, stage.keep) == ("menet", keep)
-    counted = {run: step_operations(run, "menet") / 2 / run.training.batch_size for run in (natural, attacked)}
-    assert [round(macs / 1e9, 1) for macs in counted.values()] == [1.7, 9.4]  # GMAC an image
+    macs = step_operations(attacked, "menet") / 2 / attacked.training.batch_size
+    assert round(macs / 1e9, 1) == 9.4  # an image's: seven steps of crafting, one update
     assert sum(p.numel() for p in DEFENSE.build(natural, "classifier").parameters()) == 11_173_962
 
 
@@ -178,8 +178,3 @@ def test_each_method_gives_gradients_through_the_whole_defense(method: Any) -> N
     (slope,) = torch.autograd.grad(defense(asked).sum(), asked)
     assert slope.isfinite().all()
     assert bool((slope != 0).flatten(1).any(dim=1).all())
-
-
-def test_all_presets_are_of_this_defense() -> None:
-    names = [name for name in PRESETS if preset(name).defense == "menet"]
-    assert len(names) == 12
