@@ -37,7 +37,8 @@ COMMAND = "python -m tests.golden.write"
 QUIET = ("--launcher", "local", "--tracking.no-enabled", "--scaling.device", "cpu", "--scaling.threads", "1")
 SHORT = ("--pretrain.epochs", "1", "--dir.epochs", "1", "--target.epochs", "1", "--evaluation.images", "8")
 JOINT = ("--dir.joint", "--pretrain.epochs", "0", "--dir.crafting-masks", "fresh", "--dir.mse-weight", "0.1")
-PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn")
+DRAWN = ("cifar10_menet", "cifar10_menet_a", "cifar10_ebm", "cifar10_ebm_short")
+PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn", *DRAWN)
 JOBS = ("train", "evaluate", "tune", "benchmark", "doctor")
 
 
