@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dircluster.attacks.expectation import straight_through
+from dircluster.config import ConfigError
 from dircluster.defenses.base import AdaptiveAttack, Purifier
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.defenses.stage import Defense, Modules, Stage
@@ -100,6 +102,8 @@ class EbmRecipe(Recipe):
 
     def __init__(self, purifier: LangevinPurifier, chains: Chains, config: EbmConfig) -> None:
         super().__init__()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError("the persistent chains of ebm lie with one worker: start one process")
         self.purifier, self.chains, self.config = purifier, chains, config
 
     @property
