@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dircluster import rng
+from dircluster.attacks.expectation import straight_through
+
+
+@dataclass(frozen=True)
+class AdaptiveAttack:
+    """PGD that knows a purifier: a row of suites ``paper`` and ``rigorous``, beside those that every defense meets."""
+
+    name: str
+    """What tables call it, before its steps and draws."""
+    gradient: Literal["exact", "identity"]
+    """What passes back through the purifier: its own gradient, or the identity (BPDA)."""
+    steps: int
+    step: float | None = None
+    """Size of a step in parts of epsilon; that of the evaluation's other attacks when not given."""
+    eot: int | None = None
+    """Draws whose gradients are averaged at each step; the suite's when not given."""
 
 
 class Purifier(nn.Module):
@@ -17,6 +34,11 @@ class Purifier(nn.Module):
 
     forward_methods: tuple[str, ...] = ()
     """Methods besides ``forward`` that pass images through the weights."""
+    adaptive: tuple[AdaptiveAttack, ...] = ()
+    """Attacks that know it, which an evaluation adds to its suite."""
+    replicates: int | None = None
+    """Purifications of an image whose logits are averaged into one prediction, where there are several: a row of
+    :meth:`draw` is then (replicates, ...), and ``forward`` goes by the first of them."""
     recompute = False
     """Whether activations are computed again in the backward pass instead of being kept, where the network can."""
 
@@ -110,10 +132,23 @@ class Defended(nn.Module):
         restored: Tensor = self.purifier(images, _moved(self.draw(len(images)), images))
         return restored
 
-    def logits(self, images: Tensor, draws: Tensor | None) -> Tensor:
-        """Logits under given draws, one row an image: (N, C, H, W), (N, ...) -> (N, classes)."""
-        logits: Tensor = self.classifier(self.purifier(images, draws))
-        return logits
+    def logits(self, images: Tensor, draws: Tensor | None, *, bypassed: bool = False) -> Tensor:
+        """Logits under given draws, one row an image, averaged over the purifier's replicates.
+
+        (N, C, H, W), (N, ...) -> (N, classes). ``bypassed``: the identity is the purifier's backward pass (BPDA).
+        """
+        count = self.purifier.replicates
+        if count is not None:
+            assert draws is not None
+            images, draws = images.repeat_interleave(count, dim=0), draws.flatten(0, 1).unsqueeze(1)
+        if bypassed:
+            with torch.no_grad():
+                purified = self.purifier(images, draws)
+            purified = straight_through(images, purified)
+        else:
+            purified = self.purifier(images, draws)
+        logits: Tensor = self.classifier(purified)
+        return logits if count is None else logits.view(-1, count, logits.shape[1]).mean(dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> (N, classes), averaged over ``draws`` draws."""

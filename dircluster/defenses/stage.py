@@ -37,6 +37,8 @@ class Stage:
     """Decay of the running mean of weights and statistics that is validated and kept; none where not given."""
     on_pipeline: bool = True
     """Whether its samples are crafted on the whole pipeline: else ``attack.crafting`` decides nothing of it."""
+    augments: bool = True
+    """Whether its training images are cropped and flipped as the data section says."""
     passes: int = 1
     """Forward passes of what it trains in an update: each gathers sharded weights."""
 

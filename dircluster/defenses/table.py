@@ -21,6 +21,8 @@ DEFENSES = {
     "jatp": "dircluster.defenses.jatp",
     "identity": "dircluster.defenses.identity",
     "finetune": "dircluster.defenses.finetune",
+    "menet": "dircluster.defenses.menet",
+    "ebm": "dircluster.defenses.ebm",
 }
 """The module that holds each as ``DEFENSE``, or under the name behind the colon."""
 COMPARED = {"dir": "dircluster.defenses.plain_dir"}

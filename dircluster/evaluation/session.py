@@ -14,6 +14,7 @@ from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.adapter import Adapted, buffers_kept, undisturbed, without_inference
+from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number
@@ -53,6 +54,7 @@ def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) 
         transfers=transfers,
         masked=victim.masked,
     )
+    table = list(dict.fromkeys([*table, *adaptive_specs(victim, attack, settings)]))
     asked = (
         gradient_masking.check_specs(
             attack, settings, randomized=drawn, transfers=transfers, rows=victim.drawn or not drawn

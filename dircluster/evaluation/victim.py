@@ -15,7 +15,7 @@ from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model, cross_entropy, value_and_grad
 from dircluster.config import ConfigError, named_line
-from dircluster.defenses.base import Defended
+from dircluster.defenses.base import AdaptiveAttack, Defended
 from dircluster.evaluation.adapter import Adapted
 from dircluster.evaluation.marks import Unwatched, Watch
 from dircluster.models.modules import device_of, evaluating
@@ -232,9 +232,13 @@ class VictimModel:
     def bypassed(self, randomness: str, seed: int, images: int = 1) -> Model:
         """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
         run, classifier = self._runner(randomness, seed, images), self._classifier()
-        return self.watch.over(
-            lambda batch: run(lambda x, draws: classifier(straight_through(x, self._restore(x, draws))), batch)
-        )
+
+        def part(batch: Tensor, draws: Tensor | None) -> Tensor:
+            if draws is not None:
+                return self._defense.logits(batch, draws, bypassed=True)
+            return classifier(straight_through(batch, self._restore(batch, None)))
+
+        return self.watch.over(lambda batch: run(part, batch))
 
     def restorer(self, randomness: str, seed: int, images: int = 1) -> Callable[[Tensor], Tensor]:
         """Images -> restored images."""
@@ -267,6 +271,11 @@ class VictimModel:
     def passes(self) -> int:
         """Passes of an image through the purifier's network, as far as it is known; 1 for anybody's module."""
         return self.module.purifier.passes if isinstance(self.module, Defended) else 1
+
+    @property
+    def adaptive(self) -> tuple[AdaptiveAttack, ...]:
+        """Attacks that know its purifier; none for anybody's module."""
+        return self.module.purifier.adaptive if isinstance(self.module, Defended) else ()
 
     @property
     def _defense(self) -> Defended:

@@ -10,7 +10,7 @@ step. They cost less than a hundredth of the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -89,6 +89,12 @@ def _older_switch(read: Callable[[], Any]) -> Any:
         return read()
     except RuntimeError:
         return None
+
+
+def outside_autocast(device: torch.device) -> Any:
+    """Inside, what autocast surrounds is computed in the precision of its inputs; for devices without one too."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class OutsideAutocast(nn.Module):

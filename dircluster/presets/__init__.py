@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, from_dict, named_line, to_dict
-from dircluster.presets import apegan, dir, finetune, hgd, identity, jatp, nrp
+from dircluster.presets import apegan, dir, ebm, finetune, hgd, identity, jatp, menet, nrp
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     **dir.PRESETS,
@@ -17,6 +17,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     **hgd.PRESETS,
     **nrp.PRESETS,
     **jatp.PRESETS,
+    **menet.PRESETS,
+    **ebm.PRESETS,
     **identity.PRESETS,
     **finetune.PRESETS,
 }
@@ -31,6 +33,8 @@ RUNS: dict[str, type[RunConfig]] = {
         nrp.NrpRun,
         nrp.NrpAdversarialRun,
         jatp.JatpRun,
+        menet.MenetRun,
+        ebm.EbmRun,
         identity.IdentityRun,
         finetune.FinetuneRun,
     )

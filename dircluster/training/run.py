@@ -199,7 +199,7 @@ class Run:
         guard: Callable[[], None],
     ) -> None:
         config, parallel = self.config, self.parallel
-        loader = self._loader(stage.name)
+        loader = self._loader(stage)
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
         recipe = stage.recipe(networks)
@@ -226,18 +226,20 @@ class Run:
         finally:
             record.end(status)
 
-    def _loader(self, purpose: str) -> Loader | StreamLoader:
+    def _loader(self, stage: Stage) -> Loader | StreamLoader:
         config, parallel, train = self.config, self.parallel, self.data.train
         share: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
+        data = config.data if stage.augments else dataclasses.replace(config.data, crop_padding=0, flip=False)
         if isinstance(train, Shards):
-            return StreamLoader(train, config.training.batch_size, config.seed, purpose, **share)
+            shards = dataclasses.replace(train, config=data)
+            return StreamLoader(shards, config.training.batch_size, config.seed, stage.name, **share)
         return Loader(
             train,
             config.training.batch_size,
             config.seed,
-            purpose,
-            crop_padding=config.data.crop_padding,
-            flip=config.data.flip,
+            stage.name,
+            crop_padding=data.crop_padding,
+            flip=data.flip,
             **share,
         )
 

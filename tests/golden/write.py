@@ -37,7 +37,8 @@ COMMAND = "python -m tests.golden.write"
 QUIET = ("--launcher", "local", "--tracking.no-enabled", "--scaling.device", "cpu", "--scaling.threads", "1")
 SHORT = ("--pretrain.epochs", "1", "--dir.epochs", "1", "--target.epochs", "1", "--evaluation.images", "8")
 JOINT = ("--dir.joint", "--pretrain.epochs", "0", "--dir.crafting-masks", "fresh", "--dir.mse-weight", "0.1")
-COMPARED = ("apegan", "apegan_a", "hgd", "hgd_a", "nrp", "nrp_a", "jatp", "identity", "finetune")
+COMPARED = ("apegan", "apegan_a", "hgd", "hgd_a", "nrp", "nrp_a", "jatp", "menet", "menet_a", "identity", "finetune")
+COMPARED += ("ebm", "ebm_short")
 PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn", *(f"cifar10_{name}" for name in COMPARED))
 JOBS = ("train", "evaluate", "tune", "benchmark", "doctor")
 

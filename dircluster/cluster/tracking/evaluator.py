@@ -100,7 +100,14 @@ class DirclusterEvaluator(ModelEvaluator):
 
         numbers = row_numbers(len(images), settings)
         channels, height, width = shape
-        data = DataConfig("custom", str(dataset.name), height, width, channels, max(2, int(labels.max()) + 1))
+        data = DataConfig(
+            name="custom",
+            uri=str(dataset.name),
+            height=height,
+            width=width,
+            channels=channels,
+            classes=max(2, int(labels.max()) + 1),
+        )
         config = RunConfig(name, seed, data=data, attack=attack, evaluation=settings)
         test = Split((images[numbers] * 255).round().byte(), labels[numbers])
         logged = model_id or getattr(model, "model_id", None)  # MLflow knows no id where the URI is an alias
