@@ -45,8 +45,8 @@ def digits_finetune() -> FinetuneRun:
 
     ``python jobs/train.py digits_finetune``: minutes on two CPU cores. Its accuracy has not been measured yet.
     """
-    optimizer = OptimizerConfig(name="adamw", lr=5e-4, weight_decay=1e-4, schedule="cosine", clip=1.0)
-    return base.digits(FinetuneRun, name="digits_finetune", finetune=FinetuneConfig(274, optimizer))
+    optimizer = OptimizerConfig(name="adamw", lr=5e-4, weight_decay=5e-4, schedule="cosine", clip=1.0)
+    return base.digits(FinetuneRun, name="digits_finetune", finetune=FinetuneConfig(370, optimizer))
 
 
 def cifar10_finetune() -> FinetuneRun:

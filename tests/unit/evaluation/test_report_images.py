@@ -123,7 +123,8 @@ def test_the_page_shows_what_was_found(found: EvaluationReport, test: Split, smo
 def test_two_reports_side_by_side(found: EvaluationReport, test: Split, smoke: RunConfig, tmp_path: Path) -> None:
     _, plain = written(found, test, smoke, tmp_path)
     other = json.loads(json.dumps(plain))
-    labels, row = other["images"]["labels"], other["images"]["rows"][-1]
+    place = next(i for i, spec in enumerate(found.table) if spec.name == "transfer-pgd3")
+    labels, row = other["images"]["labels"], other["images"]["rows"][place]
     row["fresh"] = "-" * 4 * 5 + "".join(4 * label for label in labels[5:])  # the first five broken, all others right
     page, _ = written(found, test, smoke, tmp_path / "two", other=("other", other))
     seen = clicked(
@@ -131,10 +132,12 @@ def test_two_reports_side_by_side(found: EvaluationReport, test: Split, smoke: R
         """
         document.getElementById("changed").click();
         return [[...document.querySelectorAll("tr.image")].map((row) => Number(row.dataset.image)),
-                [...document.querySelectorAll(".other")].at(-1).textContent]""",
+                [...document.querySelectorAll(".other")].at(PLACE).textContent]""".replace(
+            "PLACE", str(place - len(found.table))
+        ),
         tmp_path,
     )
-    share = found.evaluation.shares(found.table[-1])
+    share = found.evaluation.shares(found.table[place])
     gained = [i for i in range(5) if share[i] >= 0.5]
     lost = [i for i in range(5, 24) if share[i] < 0.5]
     assert sorted(seen[0]) == gained + lost
@@ -207,12 +210,15 @@ def test_what_is_exported_loads_without_pickle(found: EvaluationReport, test: Sp
     claim = robustbench_entry(found, RunConfig())
     file, beside = write_export(tensors, claim, tmp_path / f"out{kind}")
     read = torch.load(file, weights_only=True) if kind == ".pt" else dict(np.load(file, allow_pickle=False))
+    attacks = ("pgd3/fixed", "pgd3-margin/fixed", "malt/fixed", "pgd3/fresh", "pgd3-wor4/fresh", "transfer-pgd3/fresh")
     assert read.keys() == {
-        "images", "labels", "rows", "none/pgd3/none", "mine/pgd3/fixed", "mine/pgd3/fresh", "mine/transfer-pgd3/fresh"
-    }  # fmt: skip
+        *("images", "labels", "rows", "none/pgd3/none", "none/malt/none"),
+        *(f"mine/{attack}" for attack in attacks),
+    }
     made = torch.as_tensor(read["none/pgd3/none"])
     assert 0 < (made - torch.as_tensor(read["images"])).abs().max() <= EPSILON + 1e-6
-    classifier = found.evaluation.victim.module.classifier
+    classifier = found.evaluation.victim.target
+    assert classifier is not None
     right = (classifier(made).argmax(dim=1) == torch.as_tensor(read["labels"])).double().mean().item()
     assert right == found.rows[1].accuracy
     assert json.loads(beside.read_text())["clean_acc"] == claim["clean_acc"]

@@ -60,6 +60,7 @@ SLOW: dict[str, object] = {
 """What ``digits`` was before it took fast crafting, in all of its sizes."""
 BEFORE: dict[str, dict[str, object]] = {
     "digits_smoke": SLOW,
+    "digits_hgd": {"attack.steps": 5, "attack.training_step_size": None},
     "digits": SLOW
     | {
         "attack.steps": 5,
