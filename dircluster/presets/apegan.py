@@ -141,7 +141,8 @@ def svhn_apegan() -> ApeganRun:
 def digits_apegan_a() -> ApeganAdversarialRun:
     """APE-GAN_A on digits: ``digits_apegan``, then 20 epochs on attacks on the whole pipeline.
 
-    ``python jobs/train.py digits_apegan_a``: minutes on two CPU cores. Its accuracy has not been measured yet.
+    ``python jobs/train.py digits_apegan_a``: minutes on two CPU cores. 97.8 % natural and 66.9 % under PGD-20, where
+    the target alone has 97.8 and 65.5 (n = 359, one seed).
     """
     run = digits_apegan()
     return base.digits(
