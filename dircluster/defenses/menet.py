@@ -106,7 +106,7 @@ class MenetRecipe(Recipe):
         super().__init__()
         self.purifier, self.classifier = purifier, classifier
         self.config, self.threat = config, attack
-        self.adversarial = self.attacks_deployed = adversarial
+        self.adversarial = adversarial  # not attacks_deployed: the gauge's PGD knows its masks, crafting does not
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """A mask for the update; for ME-Net-A the start of PGD and a mask for each of its steps."""

@@ -124,7 +124,7 @@ def digits_ebm() -> EbmRun:
             last_epochs=0,
             optimizer=replace(EbmConfig().optimizer, lr=1e-3),
         ),
-        evaluation=EvaluationConfig(images=100, eot=4, draws=4),
+        evaluation=EvaluationConfig(images=100, eot=2, draws=4),
     )
     return replace(run, target=replace(run.target, objective="natural", epochs=60))
 

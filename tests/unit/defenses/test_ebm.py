@@ -191,4 +191,4 @@ def test_what_cannot_be_is_refused(change: Any, message: str) -> None:
 
 
 def test_settings_for_evaluation_hold_as_given() -> None:
-    assert preset("digits_ebm").evaluation == EvaluationConfig(images=100, eot=4, draws=4)
+    assert preset("digits_ebm").evaluation == EvaluationConfig(images=100, eot=2, draws=4)
