@@ -114,6 +114,7 @@ def test_a_card_slower_than_its_like_is_a_warning() -> None:
     assert rates._rate("copy", 1e12, 1e9, "GB/s", {}).bound == ""
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {finding.name: finding for finding in devices.several(machine, 500)}
     assert failed(found.values()) == set()

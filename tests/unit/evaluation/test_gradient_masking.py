@@ -70,6 +70,7 @@ def test_an_honest_model_passes_every_row(at_model: nn.Module, digits: tuple[Ten
     assert natural > 0.9 > robust > 0.3
 
 
+@pytest.mark.slow  # with few images and steps these and more are in test_planted
 @pytest.mark.parametrize(
     ("cheat", "questions"),
     [

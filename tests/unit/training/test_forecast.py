@@ -29,7 +29,7 @@ from dircluster.training.validation import held_out_accuracy, overfitting
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
+@pytest.mark.parametrize("name", ["quick", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "rigorous"))])
 def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str) -> None:
     settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3, resubmissions=2, votes=3)  # type: ignore[arg-type]
     config = dataclasses.replace(smoke, evaluation=settings)
