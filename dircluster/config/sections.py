@@ -321,8 +321,8 @@ class EvaluationConfig:
     draws: int | None = None
     """Fresh mask draws on which every final image is judged again; 10 in quick, else 20, when not given."""
     resubmissions: int | None = None
-    """N of Wor.Rob(N), the draws of which any may break an image after each step; 4 in quick, else 10, when not given.
-    """
+    """N of Wor.Rob(N), the draws of which any may break an image after each step, in paper and rigorous; 10 when not
+    given."""
     votes: int | None = None
     """K of MV.Rob(K), the draws whose majority answers, in paper and rigorous; 11 when not given."""
     queries: int = 5000

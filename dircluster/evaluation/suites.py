@@ -47,7 +47,7 @@ def suite(
     fresh = replace(ball, randomness="fresh", eot=eot) if randomized else ball
     bare = replace(ball, on="target", judged="target", draws=1)
 
-    last = [_malt(fixed, settings)]
+    last = [_malt(fixed, settings, name)]
     if name == "quick":
         known, unknown = [replace(fixed, restarts=restarts), _margin(fixed)], [replace(fresh, restarts=restarts)]
         last = [*([replace(fresh, on="target", eot=1)] if transfers else []), *last]
@@ -78,26 +78,25 @@ def suite(
                 replace(_lasting(best, attack, steps), label=f"pgd{steps}-mean-of-{eot}"),
             ]
         last = [*([replace(long, on="target", eot=1)] if transfers else []), *last]
-    if randomized:
-        unknown += _protocols(fresh, settings, name)
-    specs = [bare.unattacked("natural"), bare, _malt(bare, settings)] if purifies else []
+    if randomized and name != "quick":
+        unknown += _protocols(fresh, settings)
+    specs = [bare.unattacked("natural"), bare, _malt(bare, settings, name)] if purifies else []
     specs += [fixed.unattacked("natural"), *known, fresh.unattacked("natural"), *unknown, *last]
     has = {name for name, there in (("purifier", purifies), ("masks", masked)) if there}
     return [spec for spec in dict.fromkeys(specs) if ATTACKS[spec.attack].needs <= has]
 
 
-def _malt(spec: AttackSpec, settings: EvaluationConfig) -> AttackSpec:
-    """MALT: as strong as AutoAttack, or nearly, at a part of its time."""
-    return replace(spec, attack="malt", steps=settings.steps or 100, step_size=0.0)
+def _malt(spec: AttackSpec, settings: EvaluationConfig, name: SuiteName) -> AttackSpec:
+    """MALT: as strong as AutoAttack, or nearly, at a part of its time; in ``quick`` with fewer steps a class."""
+    return replace(spec, attack="malt", steps=settings.steps or (30 if name == "quick" else 100), step_size=0.0)
 
 
-def _protocols(fresh: AttackSpec, settings: EvaluationConfig, name: SuiteName) -> list[AttackSpec]:
+def _protocols(fresh: AttackSpec, settings: EvaluationConfig) -> list[AttackSpec]:
     """DiffBreak's: resubmission, where an attacker may try all draws at every step, and the majority vote."""
-    tries = settings.resubmissions or (4 if name == "quick" else 10)
-    votes = settings.votes or 11
+    tries, votes = settings.resubmissions or 10, settings.votes or 11
     wor = replace(fresh, protocol="wor", eot=tries, draws=tries, label=f"{fresh.name}-wor{tries}")
     mv = replace(fresh, protocol="mv", eot=1, average=votes, draws=max(1, fresh.draws // 4))
-    return [wor] if name == "quick" else [wor, replace(mv, label=f"{fresh.name}-mv{votes}")]
+    return [wor, replace(mv, label=f"{fresh.name}-mv{votes}")]
 
 
 def _lasting(spec: AttackSpec, attack: AttackConfig, steps: int) -> AttackSpec:

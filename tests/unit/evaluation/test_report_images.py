@@ -210,7 +210,7 @@ def test_what_is_exported_loads_without_pickle(found: EvaluationReport, test: Sp
     claim = robustbench_entry(found, RunConfig())
     file, beside = write_export(tensors, claim, tmp_path / f"out{kind}")
     read = torch.load(file, weights_only=True) if kind == ".pt" else dict(np.load(file, allow_pickle=False))
-    attacks = ("pgd3/fixed", "pgd3-margin/fixed", "malt/fixed", "pgd3/fresh", "pgd3-wor4/fresh", "transfer-pgd3/fresh")
+    attacks = ("pgd3/fixed", "pgd3-margin/fixed", "malt/fixed", "pgd3/fresh", "transfer-pgd3/fresh")
     assert read.keys() == {
         *("images", "labels", "rows", "none/pgd3/none", "none/malt/none"),
         *(f"mine/{attack}" for attack in attacks),

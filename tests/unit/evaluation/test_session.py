@@ -65,8 +65,7 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
         (
             "quick",
             "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
-            " dir pgd3-margin fixed, dir natural fresh, dir pgd3 fresh, dir pgd3-wor2 fresh, dir transfer-pgd3 fresh,"
-            " dir malt fixed",
+            " dir pgd3-margin fixed, dir natural fresh, dir pgd3 fresh, dir transfer-pgd3 fresh, dir malt fixed",
         ),
         (
             "paper",

@@ -115,7 +115,7 @@ def test_an_evaluation_runs_uncompiled(run: DirRun, monkeypatch: pytest.MonkeyPa
     config = dataclasses.replace(config, pretrain=dataclasses.replace(run.pretrain, epochs=0))
     outcome = Run(config, ALONE, NoTracker(), Hears()).execute()
     assert asked == [torch.device("cpu")]
-    assert len(outcome["results"]) == 11
+    assert len(outcome["results"]) == 10
     assert 0 < before == graphs
 
 

@@ -267,7 +267,7 @@ def test_the_no_pretraining_ablation_and_bf16_run(smoke: RunConfig) -> None:
 @pytest.mark.parametrize("objective", ["natural", "trades", "mart"])
 def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> None:
     outcome = run(dataclasses.replace(smoke, target=dataclasses.replace(smoke.target, objective=objective)))
-    assert len(outcome["results"]) == 11
+    assert len(outcome["results"]) == 10
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
