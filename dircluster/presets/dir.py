@@ -273,10 +273,10 @@ def digits() -> DirRun:
             ),
             dir=DirConfig(
                 alpha=0.5,
-                epochs=45,
+                epochs=36,
                 keep="last",
                 optimizer=OptimizerConfig(
-                    name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=6, clip=1.0
+                    name="adamw", lr=2e-3, weight_decay=0.05, schedule="cosine", warmup_epochs=4, clip=1.0
                 ),
             ),
         )
