@@ -20,7 +20,7 @@ cluster-down: .venv/uv  ## end exactly what make cluster started
 	$(RUN) infra/local_cluster.py down $(ARGS)
 
 check: .venv/dev lint  ## what a person runs often: lint, types, unit and property tests, on two cores
-	$(RUN) -m pytest -n 2 tests/unit tests/property $(ARGS)
+	$(RUN) -m pytest -n 2 -m "not slow and not long" tests/unit tests/property $(ARGS)
 
 test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they cover
 	$(RUN) -m pytest -n 2 tests/unit tests/property tests/golden $(ARGS)

@@ -43,6 +43,7 @@ def test_fractions() -> None:
     assert parse("--attack.epsilon=8/255").run.attack.epsilon == 8 / 255
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["digits", "svhn"])
 @pytest.mark.parametrize("flag", ["--data.name", "--name", "--tracking.experiment", "--storage.uri", "--target.uri"])
 def test_the_name_of_a_preset_is_a_value_like_any_other(flag: str, name: str) -> None:

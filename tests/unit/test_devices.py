@@ -76,6 +76,7 @@ def cases() -> list[AttackSpec]:
     return [case for case in kinds.values() if case.attack not in LIBRARY]
 
 
+@pytest.mark.long
 def test_every_attack_and_judgment_stays_on_the_device_of_its_images() -> None:
     config = preset("digits_smoke")
     made = networks(config)

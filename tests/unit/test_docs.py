@@ -144,6 +144,7 @@ def test_commands_are_understood(
     assert ended.value.code == 0, f"{place}: {capsys.readouterr().err}"
 
 
+@pytest.mark.long
 def test_the_examples_of_extend_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs" / "extend.md"
     monkeypatch.chdir(tmp_path)
@@ -158,6 +159,7 @@ def test_the_examples_of_extend_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "myspace.py").is_file()
 
 
+@pytest.mark.long
 def test_the_examples_of_the_reference_run(monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs" / "api.md"
     monkeypatch.chdir(ROOT)

@@ -176,6 +176,7 @@ def test_square_averages_its_margin_over_draws() -> None:
     assert averaged(found[0]).sum() > averaged(IMAGES).sum()
 
 
+@pytest.mark.long
 def test_autoattack_speaks_and_leaves_the_global_stream_alone() -> None:
     state = torch.get_rng_state()
     _, quiet = autoattack(model, IMAGES[:4], LABELS[:4], LInf(EPSILON), "standard", 0, queries=5)

@@ -49,6 +49,7 @@ def test_what_may_lie_on_other_machines_is_for_them_to_say(monkeypatch: pytest.M
     must_exist(cli.parse(cli.TrainJob, ["digits", "--data.uri", "/nowhere"]).run)
 
 
+@pytest.mark.long
 def test_neither_driver_nor_worker_of_a_digits_run_imports_what_it_does_not_need(root: Path) -> None:
     code = (
         "from dircluster.cluster.runtime import driver, ray_train, ray_worker\n"

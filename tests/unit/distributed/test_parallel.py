@@ -128,6 +128,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_two_processes_share_what_the_first_one_finds(tmp_path: Path) -> None:
     begun = [
         subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE)

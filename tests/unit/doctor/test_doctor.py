@@ -20,6 +20,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.long
 def test_it_examines_a_small_run_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One check is broken: it is a failed line, and all others are there. Two processes have a test of their own."""
 

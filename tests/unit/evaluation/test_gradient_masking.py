@@ -61,6 +61,7 @@ class Detached(nn.Module):
         return made
 
 
+@pytest.mark.long
 def test_an_honest_model_passes_every_row(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     found = judged(at_model, digits)
     assert len(found.verdict) == 16

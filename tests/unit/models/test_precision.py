@@ -62,6 +62,7 @@ STATES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("state", STATES)
 def test_predictions_are_made_without_tf32_whoever_switched_it_and_the_switches_come_back(state: str) -> None:
     """In a process of its own: the older and the newer switches are parted for good once both were used."""

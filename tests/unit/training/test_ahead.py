@@ -69,6 +69,7 @@ def test_batches_are_the_same_for_every_worker_in_micro_batches_and_over_the_end
     assert not threads()
 
 
+@pytest.mark.long
 def test_a_run_that_draws_ahead_ends_in_the_same_bits_also_when_it_is_resumed(smoke: DirRun, tmp_path: Path) -> None:
     whole = run(elsewhere(smoke, tmp_path / "whole"))
     broken, stops = asked(elsewhere(smoke, tmp_path / "broken"), "on"), 0

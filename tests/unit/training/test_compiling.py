@@ -67,6 +67,7 @@ def test_after_the_first_step_and_validation_nothing_is_compiled_again(
             assert terms[name] == pytest.approx(value, rel=2e-3), (step, name)
 
 
+@pytest.mark.long
 def test_twins_in_bf16_are_graphs_of_their_own_that_are_made_once(run: DirRun, tmp_path: Path) -> None:
     half = dataclasses.replace(run, training=dataclasses.replace(run.training, precision="bf16"))
     made = compiled_trainer(half, tmp_path, "eager")
@@ -95,6 +96,7 @@ def test_hooks_and_names_stay_on_modules_that_are_not_compiled(run: DirRun, tmp_
     assert made.watched not in compiled
 
 
+@pytest.mark.long
 def test_an_evaluation_runs_uncompiled(run: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batches have many sizes."""
     asked, graphs, before = [], 0, 0

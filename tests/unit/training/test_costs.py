@@ -45,6 +45,7 @@ def test_a_backward_pass_of_attention_is_twice_its_forward() -> None:
     assert backward.total == 2 * forward.total
 
 
+@pytest.mark.long
 def test_the_papers_dir_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """13 L + 18 A + 24 h an image: linear layers and attention of g, and h. L and A by hand, from the sizes."""
     config = preset("cifar10")

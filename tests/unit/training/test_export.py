@@ -28,6 +28,7 @@ def given(config: RunConfig, uri: object, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, target=dataclasses.replace(config.target, uri=str(uri), **changes))
 
 
+@pytest.mark.long
 def test_a_finished_defense_loads_and_classifies(smoke: RunConfig) -> None:
     folder = Path(run(smoke)["checkpoint"])
     defense = dircluster.load_defense(folder)
@@ -41,6 +42,7 @@ def test_a_finished_defense_loads_and_classifies(smoke: RunConfig) -> None:
         dircluster.load_defense(folder.parent)
 
 
+@pytest.mark.long
 def test_given_targets(smoke: RunConfig, tmp_path: Path) -> None:
     classifier = find_defense("dir").build(dataclasses.replace(smoke, seed=5), "classifier")
     save_file(classifier.state_dict(), tmp_path / "whole.safetensors")

@@ -69,6 +69,7 @@ def _one(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, object]:
     return torch.rand(1, 1, 8, 8), torch.tensor([3]), Stream(0, 0, 0, 1, slice(0, 1), ALONE.device)
 
 
+@pytest.mark.long
 def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -> None:
     paces = {name: Pace(1e9, 16, 7) for name in ("target", "pretrain", "dir", EVALUATION)}
     sizes = split_sizes(smoke.data)
@@ -83,6 +84,7 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
         forecast(smoke, Calibration("card", {"target": paces["target"]}), *sizes)
 
 
+@pytest.mark.long
 def test_bytes_are_those_that_stay(smoke: DirRun) -> None:
     Run(smoke, ALONE, NoTracker(), Quiet()).execute()
     for stage in stages.stages_of(smoke):

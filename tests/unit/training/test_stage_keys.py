@@ -69,6 +69,7 @@ BEFORE: dict[str, dict[str, object]] = {
         "target.optimizer.warmup_epochs": 15,
         "pretrain.epochs": 20,
         "dir.epochs": 60,
+        "dir.optimizer.warmup_epochs": 6,
         "dir.perturb_steps": 5,
     },
 }

@@ -77,6 +77,7 @@ def test_a_run_interrupted_at_any_step_ends_in_the_same_bits(
     assert outcome["selection"] == whole["selection"]
 
 
+@pytest.mark.long
 def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -> None:
     lines: list[str] = []
 
@@ -96,6 +97,7 @@ def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -
     assert weights(other) != weights(first)
 
 
+@pytest.mark.long
 def test_fresh_starts_beside_what_is_there(smoke: RunConfig) -> None:
     first = run(smoke)
     anew = run(smoke, fresh="t1")
@@ -113,6 +115,7 @@ def test_a_damaged_result_is_made_again(smoke: RunConfig) -> None:
     assert weights(run(smoke)) == whole
 
 
+@pytest.mark.long
 def test_two_jobs_do_not_train_one_stage(smoke: RunConfig) -> None:
     class StartsAnother(Quiet):
         def show(self, status: Status) -> None:
@@ -180,6 +183,7 @@ def test_a_signal_while_crafting_or_judging_changes_nothing(smoke: RunConfig, tm
     assert outcome["selection"] == whole["selection"]
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_passed_over_on_resume(smoke: RunConfig, tmp_path: Path) -> None:
     whole = run(elsewhere(smoke, tmp_path / "whole"))
     broken = elsewhere(smoke, tmp_path / "broken")
@@ -264,12 +268,14 @@ def test_the_no_pretraining_ablation_and_bf16_run(smoke: RunConfig) -> None:
     assert not list(Path(config.storage.uri).glob("pretrain-*"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["natural", "trades", "mart"])
 def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> None:
     outcome = run(dataclasses.replace(smoke, target=dataclasses.replace(smoke.target, objective=objective)))
     assert len(outcome["results"]) == 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_dir_ends_on_its_best_weights_or_on_its_last(smoke: RunConfig, keep: str) -> None:
     config = with_values(smoke, {"dir.keep": keep})

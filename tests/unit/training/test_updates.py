@@ -113,6 +113,7 @@ def test_several_workers_refuse_several_updates(smoke: DirRun, tmp_path: Path) -
         trainer(smoke, Game(), tmp_path, Quiet(), Parallel(0, 2, torch.device("cpu")))
 
 
+@pytest.mark.long
 def test_a_run_with_means_is_another_stage_and_resumes(smoke: DirRun, tmp_path: Path) -> None:
     plain = Run(smoke, ALONE, NoTracker(), Quiet()).execute()
     config = dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, ema=0.8))

@@ -21,6 +21,7 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cifar10", "digits"])
 @pytest.mark.parametrize("file", sorted(SPACES.glob("*.py")), ids=lambda file: file.stem)
 def test_spaces_of_the_paper_fit_every_preset(file: Path, name: str) -> None:
