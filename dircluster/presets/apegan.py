@@ -109,8 +109,8 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
 def digits_apegan() -> ApeganRun:
     """APE-GAN on scikit-learn's 8x8 digits over the target of ``digits``: half the channels, at a higher rate.
 
-    ``python jobs/train.py digits_apegan``: minutes on two CPU cores. 97.5 % natural and 57.4 % under PGD-20, where the
-    target alone has 97.8 and 65.5; 80.2 % under PGD-20 from the target (n = 359, one seed).
+    ``python jobs/train.py digits_apegan``: minutes on two CPU cores. What it measured over an
+    earlier target stands in docs/results.md.
     """
     return base.digits(
         ApeganRun,
@@ -141,8 +141,8 @@ def svhn_apegan() -> ApeganRun:
 def digits_apegan_a() -> ApeganAdversarialRun:
     """APE-GAN_A on digits: ``digits_apegan``, then 20 epochs on attacks on the whole pipeline.
 
-    ``python jobs/train.py digits_apegan_a``: minutes on two CPU cores. 97.8 % natural and 66.9 % under PGD-20, where
-    the target alone has 97.8 and 65.5 (n = 359, one seed).
+    ``python jobs/train.py digits_apegan_a``: minutes on two CPU cores. What it measured over an
+    earlier target stands in docs/results.md.
     """
     run = digits_apegan()
     return base.digits(

@@ -43,8 +43,8 @@ class FinetuneRun(RunConfig):
 def digits_finetune() -> FinetuneRun:
     """The target of ``digits`` trained on for what ``digits_hgd`` costs.
 
-    ``python jobs/train.py digits_finetune``: minutes on two CPU cores. 98.3 % natural and 69.1 % under PGD-20, where
-    the target before had 97.8 and 65.5 (n = 359, one seed). Row none of its tables is the target trained on.
+    ``python jobs/train.py digits_finetune``: minutes on two CPU cores. What it measured over an
+    earlier target stands in docs/results.md. Row none of its tables is the target trained on.
     """
     optimizer = OptimizerConfig(name="adamw", lr=5e-4, weight_decay=5e-4, schedule="cosine", clip=1.0)
     return base.digits(FinetuneRun, name="digits_finetune", finetune=FinetuneConfig(370, optimizer))

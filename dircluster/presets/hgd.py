@@ -146,8 +146,8 @@ def svhn_hgd() -> HgdRun:
 def digits_hgd_a() -> HgdAdversarialRun:
     """HGD_A on digits: ``digits_hgd``, then 20 epochs on attacks on the whole pipeline.
 
-    ``python jobs/train.py digits_hgd_a``: minutes on two CPU cores. 97.8 % natural and 66.0 % under PGD-20, where the
-    target alone has 97.8 and 65.5 (n = 359, one seed).
+    ``python jobs/train.py digits_hgd_a``: minutes on two CPU cores. What it measured over an
+    earlier target stands in docs/results.md.
     """
     run = digits_hgd()
     return base.digits(

@@ -81,8 +81,8 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
 def digits_jatp() -> JatpRun:
     """JATP on scikit-learn's 8x8 digits, our reconstruction: the target of ``digits``, the U-net of ``digits_hgd``.
 
-    ``python jobs/train.py digits_jatp``: minutes on two CPU cores. 97.8 % natural and 66.3 % under PGD-20, where the
-    target alone has 97.8 and 65.5 (n = 359, one seed).
+    ``python jobs/train.py digits_jatp``: minutes on two CPU cores. What it measured over an
+    earlier target stands in docs/results.md.
     """
     optimizer = replace(JatpConfig().optimizer, milestones=(17, 21, 26))
     return base.digits(

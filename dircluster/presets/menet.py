@@ -114,7 +114,9 @@ def digits_menet_a() -> MenetRun:
     """
     run = digits_menet()
     target = _of_digits("at", epochs=100)
-    return replace(run, name="digits_menet_a", target=target, attack=replace(run.attack, steps=7))
+    return replace(
+        run, name="digits_menet_a", target=target, attack=replace(run.attack, steps=7, training_step_size=None)
+    )
 
 
 def cifar10_menet() -> MenetRun:

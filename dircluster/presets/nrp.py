@@ -121,8 +121,8 @@ PRINTED: dict[str, dict[str, dict[str, float]]] = {
 def digits_nrp() -> NrpRun:
     """NRP on scikit-learn's 8x8 digits over the target of ``digits``: one narrow block, at a higher rate.
 
-    ``python jobs/train.py digits_nrp``: minutes on two CPU cores. 97.8 % natural and 65.2 % under PGD-20, where the
-    target alone has 97.8 and 65.5 (n = 359, one seed).
+    ``python jobs/train.py digits_nrp``: minutes on two CPU cores. What it measured over an
+    earlier target stands in docs/results.md.
     """
     return base.digits(
         NrpRun,
