@@ -1,0 +1,99 @@
+"""A stored CIFAR-10 defense judged on one GPU: AutoAttack, PGD-20 with EOT, and the same of its target.
+
+    python infra/gpu/judge.py --data FOLDER --defense dircluster/zoo/cifar10-dir --out FOLDER --seconds 500
+
+``--data`` holds parquet files test*. Rows come in the order of what they cost, and each finished shard is kept in
+``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole.
+``--rehearse`` does it on a few images with a few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import dircluster
+from dircluster.config import AttackConfig, DataConfig, EvaluationConfig
+from dircluster.data.sources import load
+from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
+from dircluster.evaluation.results import to_plain
+from dircluster.evaluation.store import FolderStore
+from dircluster.evaluation.victim import VictimModel
+
+ATTACK = AttackConfig()
+"""8/255, steps of 2/255."""
+
+
+class OutOfTime(Exception):
+    """No error: the next shard would begin after the time given."""
+
+
+def specs(rehearse: bool) -> list[AttackSpec]:
+    """What is asked, cheapest first: of the target and of the defense with draws known, then with fresh ones."""
+    steps, eot = (2, 2) if rehearse else (20, 20)
+    ball = AttackSpec("pgd", "fixed", epsilon=ATTACK.epsilon, steps=steps, step_size=ATTACK.step_for(20), draws=eot)
+    bare = replace(ball, randomness="none", on="target", judged="target", draws=1)
+    fresh = replace(ball, randomness="fresh", eot=eot)
+    auto = {"attack": "autoattack", "label": "autoattack-standard", "steps": 10 if rehearse else 5000}
+    malt = {"attack": "malt", "steps": 3 if rehearse else 100, "step_size": 0.0}
+    plain = [bare.unattacked("natural"), bare, ball.unattacked("natural"), ball, fresh.unattacked("natural"), fresh]
+    strong = [replace(spec, **changes) for changes in (malt, auto) for spec in (bare, ball)]  # type: ignore[arg-type]
+    return [*plain, *strong]
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--defense", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args(argv)
+    began, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = DataConfig(name="cifar10", height=32, width=32, channels=3, uri=given.data)
+    test = load(replace(data, limit=300 if given.rehearse else None), seed=0).test
+    count = min(8 if given.rehearse else given.images, len(test))
+    defense = dircluster.load_defense(given.defense).to(device)
+    if device.type == "cuda":
+        defense.classifier.to(memory_format=torch.channels_last)
+    victim = VictimModel(defense, "dir")
+    asked, rows = specs(given.rehearse), EvaluationConfig(rows=2048).rows
+    images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
+    victim.meet(images[:8], int(labels.max()))
+    shards = 8 if given.rehearse else 250  # what an interruption can cost at the most
+    judged = Evaluation(asked, count, 0, shards, rows, FolderStore(given.out), victim)
+
+    def on_shard(shard: EvalShard, done: int, total: int) -> None:
+        spent = time.monotonic() - began
+        print(f"{spent:6.1f} s  {shard.name}, {done} of {total}", flush=True)
+        if spent > given.seconds:
+            raise OutOfTime
+
+    try:
+        run(judged, lambda a, b: (images[a:b], labels[a:b]), on_shard)
+    except OutOfTime:
+        print("out of time; the same command goes on", flush=True)
+    whole = [spec for spec in asked if all(judged.outcome(shard) is not None for shard in judged.shards(spec))]
+    found = to_plain([judged.result(spec, "dir") for spec in whole])
+    seconds = [judged.seconds(spec) for spec in whole]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    facts = {"device": name, "torch": torch.__version__, "images": count, "epsilon": ATTACK.epsilon}
+    (given.out / "judged.json").write_text(json.dumps(facts | {"rows": found, "seconds": seconds}, indent=1))
+    for row, taken in zip(found, seconds, strict=True):
+        print(
+            f"{row['defense']:5} {row['attack']:22} {row['protocol']:24} {100 * row['accuracy']:5.1f} %  {taken:6.1f} s"
+        )
+    return 0 if len(whole) == len(asked) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
