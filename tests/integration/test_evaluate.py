@@ -99,6 +99,7 @@ def test_somebodys_module_and_the_bare_target(place: Path, trained: Trained) -> 
     assert [(row["defense"], row["attack"]) for row in mine["rows"]] == [
         ("mine:make", "natural"),
         ("mine:make", "pgd2"),
+        ("mine:make", "pgd2-margin"),
         ("mine:make", "malt"),
     ]
     registered = ("--target.uri", "models:/dir-digits_smoke@champion", "--storage.uri", "runs")

@@ -52,7 +52,7 @@ def test_train_on_two_workers_then_again(train: Train, tmp_path: Path, monkeypat
         assert {"held_out/natural", "held_out/robust", "images_per_second"} <= set(child.data.metrics)
         assert child.data.params[f"{stage}.epochs"] == "2"
     assert {"loss/adversarial", "loss/representation", "lr/denoiser"} <= set(children["dir"].data.metrics)
-    assert (parent.data.params["masking.ratio"], parent.data.params["dir.alpha"]) == ("0.5", "2.0")
+    assert (parent.data.params["masking.ratio"], parent.data.params["dir.alpha"]) == ("0.5", "0.5")
     assert len(parent.data.tags["dircluster.commit"]) >= 7
     assert parent.inputs.dataset_inputs[0].dataset.name == "digits"
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
