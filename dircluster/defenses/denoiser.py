@@ -25,7 +25,7 @@ from dircluster.rng import Stream
 class DenoiserRecipe(Recipe):
     """Trains a denoiser on natural images and on attacks; the target is frozen in eval mode.
 
-    The attacks are on the target alone; with ``adversarial`` they are on the whole pipeline, crafted anew every batch,
+    The attacks are on the target alone; with ``adversarial`` they are on the whole pipeline, crafted again every batch,
     and the loss is the recipe's own or cross-entropy, as that says. A ``natural`` share of the images is not attacked.
     """
 
