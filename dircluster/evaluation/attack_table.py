@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.apgd import ascents, listening, malt, probability_margin_loss
+from dircluster.attacks.apgd import SURVIVORS, ascents, listening, malt, malt_gradients, probability_margin_loss
 from dircluster.attacks.autoattack import autoattack, square
 from dircluster.attacks.expectation import expected, in_parts, voting
 from dircluster.attacks.gradient import (
@@ -212,6 +212,10 @@ class Attack:
     """Whether it passes all images of a shard together: a purifier's known draws are then each image's own."""
     past_purifier: bool = False
     """Whether its images are made for the bare classifier, and judged by it."""
+    gradients: Callable[[AttackSpec, int], float] | None = None
+    """How many it takes for an image, by its spec and the number of classes, where its cost depends on what it finds:
+    so it can be foretold. None where its cost is that of its steps, or is not foretold.
+    """
 
 
 def _natural(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
@@ -364,8 +368,20 @@ ATTACKS: dict[str, Attack] = {
     "mifgsm": Attack(first_order(_momentum), labeled=True, code=FOLLOWED),
     "vnifgsm": Attack(first_order(_neighbors), labeled=True, code=FOLLOWED),
     "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED),
-    "malt": Attack(_malt, counts="steps of APGD a class", code=(malt,), together=False),
-    "pma": Attack(_pma, counts="steps of APGD", code=(ascents,), together=False),
+    "malt": Attack(
+        _malt,
+        counts="steps of APGD a class",
+        code=(malt,),
+        together=False,
+        gradients=lambda spec, classes: malt_gradients(spec.steps, classes),
+    ),
+    "pma": Attack(
+        _pma,
+        counts="steps of APGD",
+        code=(ascents,),
+        together=False,
+        gradients=lambda spec, classes: SURVIVORS * spec.restarts * (spec.steps + 1),
+    ),
     "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False),
     "square": Attack(_square, counts="queries of Square", code=(square,)),
     "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -89,14 +90,14 @@ def counting() -> Iterator[Operations]:
         yield found
 
 
-def forward_operations(module: nn.Module, *inputs: torch.Tensor | None) -> int:
+def forward_operations(module: nn.Module, *inputs: Tensor | None) -> int:
     """Operations of one forward pass, counted operator by operator."""
     with counting() as found, torch.no_grad():
         module(*inputs)
     return found.total
 
 
-def gradient_operations(module: nn.Module, images: torch.Tensor) -> int:
+def gradient_operations(module: nn.Module, images: Tensor) -> int:
     """Operations of a forward pass and the gradient with respect to images (N, C, H, W)."""
     asked = images.detach().requires_grad_(True)
     with counting() as found, under_attack(module):
@@ -104,11 +105,13 @@ def gradient_operations(module: nn.Module, images: torch.Tensor) -> int:
     return found.total
 
 
-def evaluation_operations(config: RunConfig) -> tuple[float, list[str]]:
+@cache
+def evaluation_operations(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     """Operations that the suite takes for an image, and the names of attacks that are not counted.
 
     Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
-    Attacks that look into values (AutoAttack, Square) cannot run there.
+    Attacks that look into values cannot run there: of some the number of gradients can be told, the others
+    (AutoAttack, Square) are not counted.
     """
     networks = meta_networks(config)
     victim = VictimModel(find_defense(config.defense).defended(config, networks), config.defense)
@@ -116,21 +119,33 @@ def evaluation_operations(config: RunConfig) -> tuple[float, list[str]]:
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
     total, left = 0.0, []
 
-    def operations(spec: AttackSpec) -> int:
+    def operations(work: Callable[[AttackRunner], object], spec: AttackSpec) -> int:
         with counting() as found, under_attack(*victim.modules):
-            made, _ = AttackRunner(victim, spec, 0, 0, settings.rows)(images, labels)
-            with torch.no_grad():
-                judge(victim, spec, 0, 0, settings.rows)(made, labels)
+            work(AttackRunner(victim, spec, 0, 0, settings.rows))
         return found.total
 
+    def whole(runner: AttackRunner) -> None:
+        judged(runner, runner(images, labels)[0])
+
+    def judged(runner: AttackRunner, made: Tensor = images) -> None:
+        with torch.no_grad():
+            judge(victim, runner.spec, 0, 0, settings.rows)(made, labels)
+
+    def gradient(runner: AttackRunner) -> None:
+        runner.value_and_grad(runner.model(IMAGES), labels)(images)
+
     for spec in plan(victim, config.attack, replace(settings, verdict=False)).specs:
-        if find_attack(spec.attack).counts != "steps":
+        attack = find_attack(spec.attack)
+        if attack.gradients is not None:
+            total += attack.gradients(spec, config.data.classes) * operations(gradient, spec)
+            total += operations(judged, spec)
+        elif attack.counts == "steps":
+            one = operations(whole, replace(spec, steps=min(spec.steps, 1)))
+            more = operations(whole, replace(spec, steps=2)) - one if spec.steps > 1 else 0
+            total += one + more * (spec.steps - 1 if spec.steps > 1 else 0)
+        else:
             left.append(spec.name)
-            continue
-        one = operations(replace(spec, steps=min(spec.steps, 1)))
-        more = operations(replace(spec, steps=2)) - one if spec.steps > 1 else 0
-        total += one + more * (spec.steps - 1 if spec.steps > 1 else 0)
-    return total / IMAGES, left
+    return total / IMAGES, tuple(left)
 
 
 def recipe_on_meta(config: RunConfig, stage: str) -> Recipe:
@@ -142,6 +157,7 @@ def recipe_on_meta(config: RunConfig, stage: str) -> Recipe:
     return find_stage(config, stage).recipe(networks).train()
 
 
+@cache
 def step_operations(config: RunConfig, stage: str) -> int:
     """Operations of one global batch in ``stage``, by its name: attack, forward and backward.
 
@@ -166,7 +182,7 @@ def meta_networks(config: RunConfig) -> dict[str, nn.Module]:
         return made | {"classifier": classifiers.build(architecture(config), config.data)}
 
 
-def _images(config: RunConfig, images: int) -> torch.Tensor:
+def _images(config: RunConfig, images: int) -> Tensor:
     data = config.data
     return torch.zeros(images, data.channels, data.height, data.width, device="meta")
 

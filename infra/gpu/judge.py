@@ -4,7 +4,7 @@
 
 ``--data`` holds parquet files test*. Rows come in the order of what they cost, and each finished shard is kept in
 ``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole.
-``--rehearse`` does it on a few images with a few steps.
+``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ class OutOfTime(Exception):
 def specs(rehearse: bool) -> list[AttackSpec]:
     """What is asked, cheapest first: of the target and of the defense with draws known, then with fresh ones."""
     steps, eot = (2, 2) if rehearse else (20, 20)
-    ball = AttackSpec("pgd", "fixed", epsilon=ATTACK.epsilon, steps=steps, step_size=ATTACK.step_for(20), draws=eot)
+    epsilon = 0.5 if rehearse else ATTACK.epsilon
+    ball = AttackSpec("pgd", "fixed", epsilon=epsilon, steps=steps, step_size=ATTACK.step_for(20), draws=eot)
     bare = replace(ball, randomness="none", on="target", judged="target", draws=1)
     fresh = replace(ball, randomness="fresh", eot=eot)
     auto = {"attack": "autoattack", "label": "autoattack-standard", "steps": 10 if rehearse else 5000}
+    auto |= {"first": 1} if rehearse else {}
     malt = {"attack": "malt", "steps": 3 if rehearse else 100, "step_size": 0.0}
     plain = [bare.unattacked("natural"), bare, ball.unattacked("natural"), ball, fresh.unattacked("natural"), fresh]
     strong = [replace(spec, **changes) for changes in (malt, auto) for spec in (bare, ball)]  # type: ignore[arg-type]

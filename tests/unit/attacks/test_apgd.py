@@ -11,11 +11,13 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
 from dircluster import rng
+from dircluster.attacks import apgd as apgd_module
 from dircluster.attacks.apgd import (
     apgd,
     ascents,
     dlr_loss,
     malt,
+    malt_gradients,
     nearest_classes,
     probability_margin_loss,
     targeted_loss,
@@ -104,6 +106,19 @@ def test_nothing_passes_once_all_are_fooled() -> None:
 
     apgd(counted, IMAGES, LABELS, LInf(0.5), lambda rows: cross_entropy_loss, 30)
     assert len(passed) < 31
+
+
+def test_malt_takes_the_gradients_that_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apgd_module, "SURVIVORS", 1.0)
+    passed: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        passed.append(len(images))
+        return model(images)
+
+    malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2)  # nothing is fooled
+    assert set(passed) == {len(IMAGES)}
+    assert len(passed) == malt_gradients(10, 4, targets=2)
 
 
 def test_losses_are_the_librarys() -> None:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dircluster.attacks.apgd import malt_gradients
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.sources import load, split_sizes
+from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
+from dircluster.evaluation.attack_table import ATTACKS, AttackSpec
 from dircluster.evaluation.evaluation import Evaluation, run
 from dircluster.evaluation.session import plan
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
+from dircluster.training import costs, stages
 from dircluster.training import forecast as module
-from dircluster.training import stages
-from dircluster.training.costs import counting, evaluation_operations, step_operations
+from dircluster.training.costs import (
+    counting,
+    evaluation_operations,
+    forward_operations,
+    gradient_operations,
+    meta_networks,
+    step_operations,
+)
 from dircluster.training.forecast import EVALUATION, Calibration, Pace, calibrate, forecast, from_summary
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
@@ -30,18 +41,31 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["quick", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "rigorous"))])
-def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str) -> None:
+def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for attack in ("malt", "pma"):  # what they take is told, not counted
+        monkeypatch.setitem(ATTACKS, attack, dataclasses.replace(ATTACKS[attack], gradients=None))
     settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3, resubmissions=2, votes=3)  # type: ignore[arg-type]
     config = dataclasses.replace(smoke, evaluation=settings)
     networks, images = stages.Networks(config, ALONE), torch.rand(2, 1, 8, 8)
     victim = VictimModel(networks.defense.defended(config, networks), "dir")
-    counted, left = evaluation_operations(config)
+    counted, left = evaluation_operations.__wrapped__(config)
     specs = [spec for spec in plan(victim, config.attack, settings).specs if spec.name not in left]
     judgment = Evaluation(specs, 2, 0, 2, settings.rows, MemoryStore(), victim)
     with counting() as found:
         run(judgment, lambda start, stop: (images, torch.tensor([3, 5])))
     assert 2 * counted == found.total
-    assert left == [name for name in left if name.startswith(("autoattack", "malt", "pma", "square"))]
+    assert all(name.startswith(("autoattack", "malt", "pma", "square")) for name in left)
+
+
+def test_malt_is_foretold_by_its_gradients(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = AttackSpec("malt", randomness="fixed", epsilon=0.1, steps=2)
+    monkeypatch.setattr(costs, "plan", lambda *_: SimpleNamespace(specs=[spec]))
+    told, left = evaluation_operations.__wrapped__(smoke)
+    defense = find_defense("dir").defended(smoke, meta_networks(smoke)).fixed(0)
+    image = torch.zeros(1, 1, 8, 8, device="meta")
+    judged = 2 * forward_operations(defense, image)  # under known draws and under fresh ones
+    assert told == pytest.approx(malt_gradients(2, 10) * gradient_operations(defense, image) + judged)
+    assert left == ()
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
