@@ -165,16 +165,16 @@ class AttackConfig:
 class OptimizerConfig:
     """An optimizer and its learning-rate schedule."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW."""
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """SGD with momentum, Adam, or AdamW."""
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
-    """SGD's momentum, or AdamW's first beta."""
+    """SGD's momentum, or Adam's first beta."""
     beta2: float = 0.95
-    """AdamW's second beta."""
+    """Adam's second beta."""
     weight_decay: float = 2e-4
-    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """step multiplies the rate by gamma at each milestone; cosine ends at zero."""
     milestones: tuple[int, ...] = (75, 90)

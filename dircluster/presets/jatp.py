@@ -33,10 +33,9 @@ class JatpConfig:
     epochs: int = 70
     """Passes over the training split."""
     optimizer: OptimizerConfig = OptimizerConfig(
-        name="adamw", lr=1e-3, beta2=0.999, weight_decay=2e-4, milestones=(40, 50, 60), gamma=0.3
+        name="adam", lr=1e-3, beta2=0.999, weight_decay=2e-4, milestones=(40, 50, 60), gamma=0.3
     )
-    """AdamW: a denoiser of the authors' (CAFD) has Adam with this decay as a penalty. Its rate falls to 0.3 at 57, 71
-    and 86 % of the epochs."""
+    """That of a denoiser of the authors' (CAFD). Its rate falls to 0.3 at 57, 71 and 86 % of the epochs."""
 
     def __post_init__(self) -> None:
         require_positive("jatp", self, "epochs")

@@ -233,7 +233,7 @@ def _stored(config: RunConfig, stage: Stage) -> int:
     size = {name: sum(4 * t.numel() for t in networks[name].state_dict().values()) for name in networks}
     result = sum(size[name] for name in stage.modules)
     trained = sum(size[name] for name in stage.optimizers)
-    moments = sum(size[name] * (2 if knobs.name == "adamw" else 1) for name, knobs in stage.optimizers.items())
+    moments = sum(size[name] * (1 if knobs.name == "sgd" else 2) for name, knobs in stage.optimizers.items())
     mean = trained if stage.ema is not None else 0
     best = trained if stage.keep == "best" else 0
     return int(result + Checkpoints.KEEP * (trained + moments + mean) + best)

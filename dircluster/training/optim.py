@@ -23,7 +23,8 @@ def make_optimizer(parameters: list[Tensor], knobs: OptimizerConfig, fused: bool
     if knobs.name == "sgd":
         return torch.optim.SGD(parameters, lr=rate, momentum=knobs.momentum, weight_decay=decay, fused=kind)
     betas = (knobs.momentum, knobs.beta2)
-    return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, fused=kind)
+    adam = torch.optim.Adam if knobs.name == "adam" else torch.optim.AdamW
+    return adam(parameters, lr=rate, betas=betas, weight_decay=decay, fused=kind)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

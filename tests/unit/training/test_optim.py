@@ -15,7 +15,7 @@ from dircluster.presets.dir import DirRun
 from dircluster.training.checkpoint import read, write
 from dircluster.training.optim import is_fused, make_optimizer, optimizer_tensors, restore_optimizer
 
-KNOBS = {name: OptimizerConfig(name=name, lr=0.05) for name in ("sgd", "adamw")}
+KNOBS = {name: OptimizerConfig(name=name, lr=0.05) for name in ("sgd", "adam", "adamw")}
 
 
 def gradients(step: int) -> list[Tensor]:
@@ -43,6 +43,21 @@ def test_a_gpu_gets_fused_optimizers_by_itself_and_a_cpu_where_asked() -> None:
     for knobs in KNOBS.values():
         assert make_optimizer([*fresh().values()], knobs, fused=True).defaults["fused"]
         assert not make_optimizer([*fresh().values()], knobs).defaults["fused"]  # bits of CPUs are those of before
+
+
+def test_adams_decay_is_a_penalty() -> None:
+    """It enters the moments, as the gradient of half the decay times the squared weights does."""
+    decayed, penalized = fresh(), fresh()
+    knobs = OptimizerConfig(name="adam", lr=0.05, weight_decay=0.1)
+    one = make_optimizer([*decayed.values()], knobs)
+    two = make_optimizer([*penalized.values()], dataclasses.replace(knobs, weight_decay=0.0))
+    for step in range(3):
+        train(decayed, one, range(step, step + 1))
+        for parameter, gradient in zip(penalized.values(), gradients(step), strict=True):
+            parameter.grad = gradient + 0.1 * parameter.detach()
+        two.step()
+    for name, parameter in decayed.items():
+        torch.testing.assert_close(parameter, penalized[name])
 
 
 @pytest.mark.parametrize("fused", [False, True])
