@@ -8,12 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dircluster.attacks.expectation import straight_through
-from dircluster.config import ConfigError
 from dircluster.defenses.base import AdaptiveAttack, Purifier
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.defenses.stage import Defense, Modules, Stage
@@ -99,11 +97,10 @@ class EbmRecipe(Recipe):
 
     trained = ("purifier", "chains")
     capturable = False  # the noise of a chain is counted in Python
+    alone = "keeps chains that lie with one worker"
 
     def __init__(self, purifier: LangevinPurifier, chains: Chains, config: EbmConfig) -> None:
         super().__init__()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ConfigError("the persistent chains of ebm lie with one worker: start one process")
         self.purifier, self.chains, self.config = purifier, chains, config
 
     @property

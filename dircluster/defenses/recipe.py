@@ -46,6 +46,11 @@ class Recipe(nn.Module):
     passes wait for the device, or depend on Python values that change from step to step."""
 
     @property
+    def alone(self) -> str | None:
+        """Why several workers cannot share a step, told of the stage; None where they can."""
+        return "has several updates a step, which one worker makes" if len(self.updates) > 1 else None
+
+    @property
     def updates(self) -> tuple[tuple[str, ...], ...]:
         """Submodules whose optimizers step in each update of a step, in order; a GAN has several updates."""
         return (self.trained,)

@@ -71,8 +71,8 @@ class Stepper:
         self.stage, self.recipe, self.loader = stage, recipe, loader
         self.config, self.parallel, self.console = config, parallel, console
         self.steps = stage.epochs * loader.steps_per_epoch
-        if parallel.world > 1 and len(recipe.updates) > 1:
-            raise ConfigError(f"{stage.name} has several updates a step, which one worker makes: use scaling.workers 1")
+        if parallel.world > 1 and recipe.alone:
+            raise ConfigError(f"{stage.name} {recipe.alone}: use scaling.workers 1")
         if parallel.world > 1 and stage.ema is not None and config.parallel.strategy == "fsdp":
             raise ConfigError(f"parallel.strategy must be ddp where {stage.name} keeps a mean of its weights (ema)")
         self.pending = PairwiseSum([])
