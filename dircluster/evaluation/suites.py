@@ -38,7 +38,7 @@ def suite(
     ``rigorous``: what a strong reviewer adds. Of a randomized defense the deterministic white box leads: the attacker
     knows the draws. All end with MALT.
     """
-    eot = (settings.eot or (8 if name == "quick" else 20)) if randomized else 1
+    eot = (settings.eot or (4 if name == "quick" else 20)) if randomized else 1
     draws = (settings.draws or (10 if name == "quick" else 20)) if randomized else 1
     ball = AttackSpec("pgd", norm=attack.norm, epsilon=attack.epsilon, draws=draws)
     ball = _lasting(ball, attack, settings.steps or 20)
@@ -88,7 +88,7 @@ def suite(
 
 def _malt(spec: AttackSpec, settings: EvaluationConfig, name: SuiteName) -> AttackSpec:
     """MALT: as strong as AutoAttack, or nearly, at a part of its time; in ``quick`` with fewer steps a class."""
-    return replace(spec, attack="malt", steps=settings.steps or (30 if name == "quick" else 100), step_size=0.0)
+    return replace(spec, attack="malt", steps=settings.steps or (20 if name == "quick" else 100), step_size=0.0)
 
 
 def _protocols(fresh: AttackSpec, settings: EvaluationConfig) -> list[AttackSpec]:

@@ -74,7 +74,7 @@ def test_a_raising_trial_a_killed_one_and_a_killed_driver(
     summary = json.loads(sweep.summary.read_text())
     assert sorted(found["status"] for found in summary["trials"]) == ["FAILED", "FINISHED", "FINISHED"]
     (paper,) = (t for t in summary["trials"] if t["settings"] == {"dir.alpha": 2.0, "dir.optimizer.lr": 1e-3})
-    assert weights_in(open_path(paper["checkpoint"], StorageConfig())) == unbroken(*often)
+    assert weights_in(open_path(paper["checkpoint"], StorageConfig())) == unbroken(*often, "--dir.alpha", "2")
     must_have_one_record_a_trial(sweep)
 
 
@@ -96,7 +96,7 @@ def test_a_lost_node_costs_no_trial(job: Make, unbroken: Make, cluster: Cluster,
     summary = json.loads(sweep.summary.read_text())
     assert [found["status"] for found in summary["trials"]] == ["FINISHED", "FINISHED"]
     (paper,) = (found for found in summary["trials"] if found["settings"] == {"dir.alpha": 2.0})
-    assert weights_in(open_path(paper["checkpoint"], StorageConfig())) == unbroken(*often)
+    assert weights_in(open_path(paper["checkpoint"], StorageConfig())) == unbroken(*often, "--dir.alpha", "2")
 
 
 def must_have_one_record_a_trial(sweep: Job) -> None:

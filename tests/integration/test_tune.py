@@ -107,7 +107,7 @@ def test_asha_stops_what_is_behind(train: Train, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("SEARCH = {'dir.optimizer.lr': [1e-3, 2e-3, 10.0]}\n")
     words = ("digits", "--space", "mine.py", "--search", "--points", "2", "--asha", "--max-concurrent", "1")
     words += ("--target.epochs", "20", "--pretrain.epochs", "4", "--dir.epochs", "8", "--training.select-every", "1")
-    words += ("--attack.epsilon", "0.02", "--evaluation.images", "64")
+    words += ("--attack.epsilon", "0.02", "--evaluation.images", "16")
     done = train(*words, script="tune")
     assert done.code == 0, done.out + done.err
     found = {trial["settings"]["dir.optimizer.lr"]: trial for trial in done.summary["trials"]}
