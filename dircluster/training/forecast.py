@@ -148,12 +148,17 @@ def _pace_of(found: Calibration, name: str) -> Pace:
 
 
 def _pace(step: Callable[[int], object], per_image: float, full: int, device: torch.device, budget: float) -> Pace:
-    """Time ``step`` on ever more images, up to ``full``, while one takes less than a part of the budget."""
-    images, taken = min(full, 2), 0.0
+    """Time ``step`` on ever more images, up to ``full``, while one takes less than a part of the budget.
+
+    What takes all of the budget at once is not done again.
+    """
+    images = min(full, 2)
     while True:
-        step(images)  # allocates, and chooses algorithms
         before = _resting(device)
-        taken = _timed(step, images, device)
+        taken = _timed(step, images, device)  # allocates, and chooses algorithms
+        if taken < budget:
+            before = _resting(device)
+            taken = _timed(step, images, device)
         longer = min(full, 4 * images)
         if images == full or taken * longer / images > budget / 3:
             break

@@ -16,7 +16,13 @@ def different(what: str, name: str) -> str:
     return f"{what} changed; where that is meant, write it again ({write.COMMAND} {name}) and say why in the commit"
 
 
-@pytest.mark.parametrize("name", write.RUNS)
+PROOFS = ("cifar10_joint_smoke", "imagenet_smoke")
+"""What the other runs are made of, in other company: with `make proofs`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in PROOFS else name for name in write.RUNS]
+)
 def test_a_run_computes_what_it_did(name: str, tmp_path: Path) -> None:
     file = write.FOLDER / f"{name}.json"
     if not file.is_file():

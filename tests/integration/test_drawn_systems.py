@@ -1,4 +1,4 @@
-"""Smoke twins of the comparison systems that draw, from training to a sweep over their own settings."""
+"""Smoke twins of the comparison systems that draw: trained, loaded, judged, and swept over their own settings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SYSTEMS: dict[str, tuple[str, list[Any], str]] = {
 @pytest.mark.parametrize(
     "system", [name if name == "ebm" else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
 )
-def test_a_system_from_training_to_a_sweep(system: str, train: Callable[..., Any], tmp_path: Path) -> None:
-    preset, (setting, values, known) = f"digits_{system}_smoke", SYSTEMS[system]
+def test_a_system_is_trained_loaded_and_judged(system: str, train: Callable[..., Any]) -> None:
+    preset, known = f"digits_{system}_smoke", SYSTEMS[system][2]
     done = train(preset, *LOCAL)
     assert done.code == 0, done.out + done.err
     rows = done.summary["results"]
@@ -54,7 +54,13 @@ def test_a_system_from_training_to_a_sweep(system: str, train: Callable[..., Any
     assert again.code == 0
     assert f"{name}: reused from" in again.out
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_is_swept_over_its_own_settings(system: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    setting, values, _ = SYSTEMS[system]
     (tmp_path / "space.py").write_text(f"GRID = {{{setting!r}: {values!r}}}\n")
-    swept = train(preset, "--space", "space.py", "--tracking.no-enabled", *LOCAL[2:], script="tune")
+    words = (f"digits_{system}_smoke", "--space", "space.py", "--tracking.no-enabled", *LOCAL[2:])
+    swept = train(*words, script="tune")
     assert swept.code == 0, swept.out + swept.err
     assert {trial["status"] for trial in swept.summary["trials"]} == {"FINISHED"}

@@ -1,4 +1,4 @@
-"""Every comparison system's smoke twin from training to a sweep over its own settings."""
+"""Every comparison system's smoke twin is trained, loaded and judged, and swept over its own settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUICK = ("nrp_a",)
 @pytest.mark.parametrize(
     "system", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in GRIDS]
 )
-def test_a_system_from_training_to_a_sweep(system: str, train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_system_is_trained_loaded_and_judged(system: str, train: Callable[..., Any]) -> None:
     preset = f"digits_{system}_smoke"
     done = train(preset, *LOCAL)
     assert done.code == 0, done.out + done.err
@@ -57,9 +57,14 @@ def test_a_system_from_training_to_a_sweep(system: str, train: Callable[..., Any
     assert again.code == 0
     assert f"{system}: reused from" in again.out
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", GRIDS)
+def test_a_system_is_swept_over_its_own_settings(system: str, train: Callable[..., Any], tmp_path: Path) -> None:
     setting, values = GRIDS[system]
     (tmp_path / "space.py").write_text(f"GRID = {{{setting!r}: {values!r}}}\n")
-    swept = train(preset, "--space", "space.py", "--tracking.no-enabled", *LOCAL[2:], script="tune")
+    words = (f"digits_{system}_smoke", "--space", "space.py", "--tracking.no-enabled", *LOCAL[2:])
+    swept = train(*words, script="tune")
     assert swept.code == 0, swept.out + swept.err
     assert [trial["settings"] for trial in swept.summary["trials"]] == [{setting: value} for value in values]
     assert {trial["status"] for trial in swept.summary["trials"]} == {"FINISHED"}

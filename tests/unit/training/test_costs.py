@@ -55,7 +55,8 @@ def test_the_papers_dir_step(monkeypatch: pytest.MonkeyPatch) -> None:
     linear += masks * 2 * tokens * width * 12  # head
     attention = masks * 4 * width * (8 * (kept + 1) ** 2 + 2 * (tokens + 1) ** 2)
     found = costs.count(config)
-    assert found.purifier_forward == linear + attention
+    assert found.purifier_forward == linear + attention == pytest.approx(3.147e9, rel=1e-3)
+    assert found.purifier_parameters == 4_553_292
     step = costs.step_operations(config, "dir") / config.training.batch_size
     assert step == pytest.approx(13 * linear + 18 * attention + 24 * found.target_forward, rel=1e-3)
     assert step / 1e9 == pytest.approx(69.6, abs=0.05)
