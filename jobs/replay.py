@@ -1,6 +1,6 @@
 """Compute a row of a report or a claim again, from its commit, settings and seed: the same images, the same accuracy?
 
-python jobs/replay.py REPORT.json ROW [--trust-code]
+python jobs/replay.py REPORT.json ROW [--data URI] [--defense URI] [--trust-code]
 """
 
 import sys

@@ -36,7 +36,7 @@ def claim_of(
         "reported": entry["reported"] if found is None else f"{100 * found['accuracy']:.2f}",
         "defense": report.defense,
         "suite": report.suite,
-        "facts": {**facts, "settings": {**settings, "run": run}},
+        "facts": {**facts, "settings": {"defense": settings["defense"], "run": run}},
         "costs": dict(costs),
         "rows": rows,
         "seconds": [round(each, 1) for each in report.seconds],

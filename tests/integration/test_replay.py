@@ -16,7 +16,11 @@ from tests.jobs import ROOT, run_job
 
 CLAIMS = ROOT / "docs" / "claims"
 DIGITS = [name for name in zoo.ZOO if name.startswith("digits-")]
-ROWS = [(name, number) for name in DIGITS for number in range(1, 1 + len(json.loads((CLAIMS / f"{name}.json").read_text())["rows"]))]
+ROWS = [
+    (name, number)
+    for name in DIGITS
+    for number in range(1, 1 + len(json.loads((CLAIMS / f"{name}.json").read_text())["rows"]))
+]
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -24,9 +28,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {line.partition(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
 
 
-def test_a_row_of_a_report_is_found_again(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_row_of_a_report_is_found_again(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--defense", trained.final, "--launcher", "local", "--storage.uri", str(trained.folder / "runs"))
     done = run_job("evaluate", "digits_smoke", *words, folder=tmp_path)
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""The weights that come with the package hold on real images what their claims say; robustbench's tools find the same."""
+"""The weights that come with the package keep on real images what they claim; RobustBench's tools find the same."""
 
 from __future__ import annotations
 

@@ -23,26 +23,28 @@ def main(argv: list[str]) -> int:
     parser = _Parser(prog="replay.py", description="Compute a row of a report or a claim again.")
     parser.add_argument("report", type=Path, help="the report-*.json of an evaluation, or a claim")
     parser.add_argument("row", help="its number in the table, from 1, or DEFENSE/ATTACK/RANDOMNESS")
+    parser.add_argument("--data", help="where data.uri lies now, on this machine or in object storage")
+    parser.add_argument("--defense", help="where the defense lies now; its digest must be the row's")
     parser.add_argument("--trust-code", action="store_true", help="import code that the report or the defense names")
     try:
         given = parser.parse_args(argv)
-        return _replay(given.report, given.row, given.trust_code)
+        return _replay(given)
     except ConfigError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
 
 
-def _replay(file: Path, which: str, trust_code: bool) -> int:
+def _replay(given: argparse.Namespace) -> int:
     from dircluster.evaluation.replay import choose, name_of, read_rows
 
-    facts, rows = read_rows(file)
-    row = choose(rows, which)
-    config, job_spec = _job_spec(facts, trust_code)
+    facts, rows = read_rows(given.report)
+    row = choose(rows, given.row)
+    config, job_spec = _job_spec(facts, given)
 
     from dircluster.cluster.runtime.evaluation_job import EvaluationJob
     from dircluster.cluster.version import commit
     from dircluster.distributed.launch import local_workers
-    from dircluster.evaluation.evaluation import Evaluation, run
+    from dircluster.evaluation.evaluation import run
     from dircluster.evaluation.provenance import machine
     from dircluster.evaluation.replay import Comparison, spec_of
     from dircluster.evaluation.store import MemoryStore
@@ -56,19 +58,9 @@ def _replay(file: Path, which: str, trust_code: bool) -> int:
         spec = spec_of(row, job.plan.table, job.name)
         kind = machine(parallel.device)
         print(f"machine  {_beside(kind, facts['machine'])}", flush=True)
-        settings, store = config.evaluation, MemoryStore()
-        evaluation = Evaluation(
-            [spec],
-            len(job.test),
-            config.seed,
-            settings.batch_size,
-            settings.rows,
-            store,
-            job.victim,
-            settings.precision,
-        )
-        run(evaluation, job.batch)
-    found = Comparison(row, evaluation.result(spec, job.name), here == facts["commit"], kind == facts["machine"])
+        job.evaluation.specs, job.evaluation.store = [spec], MemoryStore()  # what is stored is not asked
+        run(job.evaluation, job.batch)
+    found = Comparison(row, job.evaluation.result(spec, job.name), here == facts["commit"], kind == facts["machine"])
     images = {True: "the same to the bit", False: "others", None: "the row does not know its own"}[found.same_images]
     print(f"again    {_accuracy(dataclasses.asdict(found.again))}")
     print(f"images   {images} (SHA-256 {found.again.sha256[:12]})")
@@ -76,23 +68,26 @@ def _replay(file: Path, which: str, trust_code: bool) -> int:
     return 0 if found.holds else 1
 
 
-def _job_spec(facts: Mapping[str, Any], trust_code: bool) -> tuple[Any, Any]:
+def _job_spec(facts: Mapping[str, Any], given: argparse.Namespace) -> tuple[Any, Any]:
     """The run of a report, and what is judged in it. Raises ConfigError where it names code that is not trusted."""
     from dircluster.cluster.loading import FACTORY, JobSpec
-    from dircluster.presets import RUNS, run_from_plain
+    from dircluster.presets import RUNS, run_from_plain, run_to_plain
     from dircluster.zoo import is_shipped
 
-    settings, defense = facts["settings"], str(facts["defense"])
+    settings, defense = facts["settings"], str(given.defense or facts["defense"])
     try:
         own = settings["defense"] not in RUNS or (FACTORY.fullmatch(defense) and not is_shipped(defense))
-        if own and not trust_code:
+        if own and not given.trust_code:
             raise ConfigError("the report names code of its own: say that it is trusted (--trust-code)")
         config = run_from_plain(settings)
+        if given.data:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=given.data))
         if defense.startswith("models:/"):
             from dircluster.cluster.tracking.registry import reachable
 
             defense = reachable(defense, config)
-        spec = JobSpec(settings, defense, os.getcwd(), str(facts.get("surrogate_uri") or ""), trust_code)
+        surrogate, plain = str(facts.get("surrogate_uri") or ""), run_to_plain(config)
+        spec = JobSpec(plain, defense, os.getcwd(), surrogate, given.trust_code)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the settings of the report cannot be read: {error}") from error
     return config, spec
