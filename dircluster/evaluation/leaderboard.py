@@ -32,8 +32,8 @@ sorts: [leaderboard.html](leaderboard.html). [Add one of yours](extend.md#add-a-
 Accuracy on test images, % (95 % interval). *White box*: the strongest first-order attack that knows
 what the defense draws. *Fresh + EOT*: it draws again at every pass, the attack averages over draws.
 *Wor.Rob*, *vote*: [protocols](api.md#suites). *Strongest*: the row that leaves least, by which the
-table is ordered; *its target*: the same of the bare target. Empty: not run; !: marked as weak.
-Compare lines of the same data, ball and n alone, and their intervals before their numbers.
+table is ordered; *its target*: the same of the bare target. Empty: not run; `!`: marked as weak;
+flagged: by the verdict. Compare lines of the same n alone, and their intervals before their numbers.
 """
 
 
@@ -74,7 +74,9 @@ def line(claim: Claim) -> dict[str, Cell]:
     """A claim as the cells of a table, by title."""
     found, bare, costs = claim.strongest(), claim.strongest_of_target(), claim.plain["costs"]
     natural = claim.row("natural") or claim.rows[0]
-    cells = {"defense": Cell(claim.name, words=claim.plain["defense"]), "target": Cell(claim.target)}
+    flags = claim.plain.get("flags") or []
+    name = f"{claim.name} (flagged)" if flags else claim.name
+    cells = {"defense": Cell(name, words="; ".join(flags)), "target": Cell(claim.target)}
     cells["n"] = Cell(n_of(natural), natural["total"])
     cells |= {title: _share(claim.row(column)) for column, title in COLUMNS.items()}
     cells |= {"strongest": _share(found), "its target": _share(bare)}
@@ -92,9 +94,9 @@ def as_markdown(tables: Mapping[str, Sequence[Claim]]) -> str:
     for title, claims in tables.items():
         lines = [line(claim) for claim in claims]
         head = list(lines[0])
-        rows = ["| " + " | ".join(cells[name].text for name in head) + " |" for cells in lines]
-        flags = [f"- {c.name} is flagged: {question}" for c in claims for question in c.plain.get("flags") or []]
-        parts.append("\n".join([f"## {title}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows, *flags]))
+        rows = [" | ".join(cells[name].text.replace("|", "\\|") for name in head) for cells in lines]
+        parts.append("\n".join([f"## {title}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]))
+        parts[-1] += "".join(f"\n| {row} |" for row in rows)
     return "\n".join(f"{part.rstrip()}\n" for part in parts)
 
 

@@ -29,7 +29,7 @@ def read_rows(file: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     if not isinstance(facts, dict) or not isinstance(found.get("rows"), list):
         raise ConfigError(f"{file} is no report and no claim: it has no facts and rows")
     if missing := [name for name in FACTS if name not in facts]:
-        raise ConfigError(f"{file} does not say its {missing[0]}: evaluate again with this version")
+        raise ConfigError(f"{file} does not say its {missing[0]}, without which its rows cannot be computed again")
     return facts, found["rows"]
 
 
