@@ -26,14 +26,14 @@ COLUMNS = {
 NORMS = {"linf": "L-infinity", "l2": "L2"}
 INTRODUCTION = """# Leaderboard
 
-Written by `python jobs/leaderboard.py` from the claims in [claims/](claims); the same as a page that
-sorts: [leaderboard.html](leaderboard.html). [Add one of yours](extend.md#add-a-claim).
+Written by `python jobs/leaderboard.py` from the claims in [claims/](claims); the same as a page
+that sorts: [leaderboard.html](leaderboard.html). [Add one of yours](extend.md#add-a-claim).
 
 Accuracy on test images, % (95 % interval). *White box*: the strongest first-order attack that knows
 what the defense draws. *Fresh + EOT*: it draws again at every pass, the attack averages over draws.
 *Wor.Rob*, *vote*: [protocols](api.md#suites). *Strongest*: the row that leaves least, by which the
 table is ordered; *its target*: the same of the bare target. Empty: not run; `!`: marked as weak;
-flagged: by the verdict. Compare lines of the same n alone, and their intervals before their numbers.
+flagged: by the verdict. Compare lines of the same n alone, and intervals before numbers.
 """
 
 
