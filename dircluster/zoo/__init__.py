@@ -29,8 +29,11 @@ class Shipped:
     """Whether it is the target alone."""
 
 
+_DIGITS = "f1d3e369b6d2708f7ad3c4e33fdc0330396dc0decfe563502704c0baacec7225"
 _CIFAR10 = "355b099982df124d8a5cc0706f2ec0c4b87c05db7085772a82be5df7fb8f3b3b"
 ZOO = {
+    "digits-dir": Shipped("digits-dir", _DIGITS),
+    "digits-at": Shipped("digits-dir", _DIGITS, bare=True),
     "cifar10-dir": Shipped("cifar10-dir", _CIFAR10),
     "cifar10-at": Shipped("cifar10-dir", _CIFAR10, bare=True),
 }
