@@ -190,7 +190,7 @@ def _row_problems(row: Any) -> Iterable[str]:
         yield f"{name} has no n (total)"
     elif not _is_share(accuracy):
         yield f"{name} has no accuracy in [0, 1]"
-    elif not _is_interval(interval, float(accuracy)):
+    elif not _is_interval(interval, accuracy):
         yield f"{name} has no interval around its accuracy"
 
 
@@ -198,7 +198,7 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
 
 
-def _is_interval(value: Any, accuracy: float) -> bool:
+def _is_interval(value: Any, accuracy: Any) -> bool:
     if not isinstance(value, Sequence) or len(value) != 2 or not all(map(_is_share, value)):
         return False
     low, high = value
