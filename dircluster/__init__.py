@@ -32,10 +32,14 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code
     ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage
     (s3://..., read with the credentials of the environment), or an MLflow URI such as ``models:/dir-digits@champion``,
     looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not given). Only with ``trust_code`` a
-    target of one's own (package.module:factory) is imported. Raises dircluster.config.ConfigError where the defense
-    is missing, damaged, or none.
+    target of one's own (package.module:factory) is imported. ``zoo:NAME`` is one that comes with this package, see
+    dircluster.zoo. Raises dircluster.config.ConfigError where the defense is missing, damaged, or none.
     """
-    from dircluster.training.export import load_defense_folder
+    from dircluster.training.export import load_defense_folder, load_shipped
+    from dircluster.zoo import is_shipped
+
+    if is_shipped(str(uri)):
+        return load_shipped(str(uri))
 
     if str(uri).startswith("models:/"):
         from dircluster.cluster.tracking.registry import fetch
@@ -63,12 +67,12 @@ def load_model(
     of that data set and threat; the rest is as in :func:`load_defense`. Raises dircluster.config.ConfigError where
     there is none.
     """
-    from dircluster.training.zoo import in_zoo, no_model
+    from dircluster.zoo import model_of, no_model
 
     threat = {"linf": "Linf", "l2": "L2"}.get(threat_model.lower(), threat_model)
-    folder = in_zoo(model_name, dataset, threat)
-    if folder is not None:
-        return load_defense(folder, trust_code=trust_code)
+    shipped = model_of(model_name, dataset, threat)
+    if shipped is not None:
+        return load_defense(shipped)
     if find_spec("mlflow") is not None:
         from dircluster.cluster.tracking.registry import find_champion
 

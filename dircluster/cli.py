@@ -83,8 +83,9 @@ class EvaluateJob(Job):
     """Judge a defense, whoever trained it. What is finished is kept: the same command goes on, or shows it again."""
 
     defense: str = ""
-    """The folder of a checkpoint, its place in object storage, an MLflow URI (models:/dir-digits@champion),
-    package.module:factory (called without arguments, returns a torch.nn.Module), or none (the bare --target.uri)."""
+    """The folder of a checkpoint, its place in object storage, an MLflow URI (models:/dir-digits@champion), zoo:NAME
+    (comes with this package), package.module:factory (called without arguments, returns a torch.nn.Module), or none
+    (the bare --target.uri)."""
     suite: Literal["quick", "paper", "rigorous"] | None = None
     """Short for --evaluation.suite."""
     verdict: Switch = False

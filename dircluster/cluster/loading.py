@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ConfigError, RunConfig, named_line
 from dircluster.presets import search_folder
-from dircluster.training.export import load_defense_folder, load_target
+from dircluster.training.export import load_defense_folder, load_shipped, load_target
+from dircluster.zoo import is_shipped
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -29,7 +30,7 @@ class JobSpec:
     config: dict[str, Any]
     """A run, see presets.run_to_plain."""
     defense: str
-    """none, package.module:factory, or the folder of a checkpoint, here or in object storage."""
+    """none, zoo:NAME, package.module:factory, or the folder of a checkpoint, here or in object storage."""
     path: str
     """Folder that package.module is looked for in, before the installed ones."""
     surrogate: str = ""
@@ -47,13 +48,16 @@ def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
         if config.target.uri is None:
             raise ConfigError("--defense none judges the bare target: say which with --target.uri")
         return load_classifier(config.target.uri, config)
-    if FACTORY.fullmatch(job_spec.defense):
+    if is_shipped(job_spec.defense):
+        defense = load_shipped(job_spec.defense)
+    elif FACTORY.fullmatch(job_spec.defense):
         return _made(job_spec).eval()
-    if job_spec.trust_code:
-        search_folder(job_spec.path)
-    if is_remote(job_spec.defense):
-        check_bucket(job_spec.defense, storage)
-    defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
+    else:
+        if job_spec.trust_code:
+            search_folder(job_spec.path)
+        if is_remote(job_spec.defense):
+            check_bucket(job_spec.defense, storage)
+        defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
     found, wanted = defense.image_shape, (data.channels, data.height, data.width)
     if found is not None and found != wanted:
         raise ConfigError(

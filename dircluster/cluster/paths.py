@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dircluster import zoo
 from dircluster.config import ConfigError, RunConfig, local_path
 
 
@@ -31,6 +32,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def must_exist(config: RunConfig) -> None:
     """Raise ConfigError where the run is to read ``data.uri`` or ``target.uri`` on this machine and there is none."""
+    zoo.check(config.target.uri)
     if os.environ.get("RAY_ADDRESS") or "RANK" in os.environ:
         return  # workers on other machines may have what is not here
     for name, uri in (("data.uri", config.data.uri), ("target.uri", config.target.uri)):

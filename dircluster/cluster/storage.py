@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dircluster.config import ConfigError, RunConfig, StorageConfig, digest, first_line, local_path, refuse_secret
+from dircluster.zoo import find, is_shipped
 
 PATIENT, QUICK = 15, 1
 """Tries of a request: about two minutes with s3fs's pauses, or one."""
@@ -82,6 +83,8 @@ def version(uri: str, storage: StorageConfig) -> str:
 
     if uri.startswith("timm:"):
         return ""
+    if is_shipped(uri):
+        return find(uri).sha256
     if is_remote(uri):
         files = filesystem(storage)
         files.retries = QUICK

@@ -216,7 +216,7 @@ class TargetConfig:
     """Stage 0: the classifier h that the denoiser protects."""
 
     uri: str | None = None
-    """An existing target instead of training one: a safetensors file, a models:/ URI, or timm:NAME."""
+    """An existing target instead of training one: a safetensors file, a models:/ URI, zoo:NAME, or timm:NAME."""
     architecture: str = "resnet18"
     """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME, or
     package.module:factory (called with classes, channels)."""

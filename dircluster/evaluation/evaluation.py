@@ -23,7 +23,7 @@ from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
 from dircluster.evaluation.marks import Seen, Watch
 from dircluster.evaluation.pictures import kept_pictures, read_pictures
-from dircluster.evaluation.provenance import code_digest, modules_of
+from dircluster.evaluation.provenance import code_digest, machine, modules_of
 from dircluster.evaluation.results import Control, Result
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
@@ -129,6 +129,7 @@ class Evaluation:
             "sha256": hashlib.sha256(found.contiguous().numpy().tobytes()).hexdigest(),
             "warnings": warned,
             "crafting": crafted,
+            "machine": machine(images.device),
             "seen": watch.counts(),
             "seconds": round(time.monotonic() - began, 3),
         }
@@ -223,6 +224,12 @@ class Evaluation:
     def seconds(self, spec: AttackSpec) -> float:
         """One worker's time that a finished attack took."""
         return float(sum(outcome["seconds"] for outcome in self._outcomes(spec)))
+
+    @property
+    def machine(self) -> str:
+        """The kinds of machines that all attacks were finished on, see :func:`provenance.machine`."""
+        kinds = {o.get("machine", "not noted") for spec in self.specs for o in self._outcomes(spec)}
+        return " and ".join(sorted(kinds))
 
     def _outcomes(self, spec: AttackSpec) -> Iterator[dict[str, Any]]:
         for shard in self.shards(spec):

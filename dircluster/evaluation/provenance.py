@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -35,6 +37,14 @@ def facts_of(
     if settings.sample is not None:
         shards["sample"] = settings.sample
     return {"defense": defense, "surrogate": surrogate, "data": data, "images": images, "seed": seed, **shards}
+
+
+def machine(device: torch.device) -> str:
+    """What the bits of a result depend on besides its code, in words: instructions or GPU, PyTorch, threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{platform.machine()} {kind}, torch {torch.__version__}, threads {threads}"
 
 
 def results_folder(storage: Path, defense: str, facts: Mapping[str, Any]) -> Path:

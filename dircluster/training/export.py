@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from dircluster.config import ConfigError, RunConfig, local_path
 from dircluster.defenses.base import Defended
+from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.models import classifiers
 from dircluster.training import checkpoint
+from dircluster.zoo import find, folder_of, is_shipped
 
 
 def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
@@ -48,8 +50,21 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
     return defense.defended(run, networks).eval()
 
 
+def load_shipped(uri: str) -> Defended:
+    """The defense that comes with this package as ``uri``, zoo:NAME; a target alone stands behind nothing.
+
+    Raises ConfigError where there is none of that name, and CheckpointError where it is damaged.
+    """
+    made = load_defense_folder(folder_of(uri))
+    if not find(uri).bare:
+        return made
+    bare = Defended(Identity(), made.classifier, "identity")
+    bare.image_shape = made.image_shape
+    return bare.eval()
+
+
 def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> nn.Module:
-    """The classifier that ``target.uri`` names: timm:NAME, a safetensors file, or a folder that a run left.
+    """The classifier that ``target.uri`` names: timm:NAME, zoo:NAME, a safetensors file, or a folder that a run left.
 
     Raises ConfigError where it cannot be had or does not fit ``config.data``.
     """
@@ -59,7 +74,8 @@ def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path
         classifier = classifiers.build(uri, config.data, pretrained=True)
     else:
         classifier = find_defense(config.defense).build(config, "classifier")
-        _load(classifier, _target_tensors(open_path(uri)), uri)
+        place = folder_of(uri) if is_shipped(uri) else open_path(uri)
+        _load(classifier, _target_tensors(place), uri)
     classifiers.check_classes(classifier, config.data)
     return classifier
 

@@ -11,7 +11,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.attacks.expectation import expected
@@ -22,9 +22,10 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
-from dircluster.models.modules import frozen
+from dircluster.evaluation.provenance import machine
+from dircluster.models.modules import evaluating, frozen
 from dircluster.models.precision import autocast, is_half
-from dircluster.training.costs import count, step_operations
+from dircluster.training.costs import count, forward_operations, step_operations
 from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
 
@@ -50,6 +51,24 @@ def mean_seconds(work: Callable[[], object], device: torch.device, tries: int, w
     for _ in range(tries):
         work()
     return (now(device) - began) / tries
+
+
+def answer_costs(module: nn.Module, images: Tensor) -> dict[str, Any]:
+    """What an answer of a defense costs: its parameters, and of one image 1e9 multiply-adds and seconds.
+
+    Seconds are those of ``images`` (N, C, H, W) passed together, divided by N.
+    """
+    with evaluating(module), torch.no_grad():
+        operations = forward_operations(module, images[:1])
+        seconds = mean_seconds(lambda: module(images), images.device, tries=3, warm=1) / len(images)
+    parameters = sum(p.numel() for p in module.parameters())
+    return {
+        "parameters": parameters,
+        "gmac": operations / 2e9,
+        "seconds_per_image": seconds,
+        "images_together": len(images),
+        "machine": machine(images.device),
+    }
 
 
 def wait_for(device: torch.device) -> None:

@@ -53,13 +53,16 @@ def blocks(page: Path) -> list[str]:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every ``python jobs/NAME.py ...`` that stands on a line of code of its own: page and line, and the command."""
+    """Every ``python jobs/NAME.py ...`` that stands on a line of code of its own: page and line, and the command.
+
+    Not replay's, whose words are a file that a reader has and a row of it.
+    """
     for page in PAGES:
         waiting = ""
         for number, line, code in prose_and_code(page.read_text(encoding="utf-8")):
             whole = waiting + line.strip() if code else ""
             waiting = whole[:-1] if whole.endswith("\\") else ""
-            if not waiting and (found := re.match(r"(?:.*? -- )?python (jobs/\w+\.py .*)", whole)):
+            if not waiting and (found := re.match(r"(?:.*? -- )?python (jobs/(?!replay)\w+\.py .*)", whole)):
                 yield f"{name_of(page)}:{number}", found[1].rstrip("'")
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dircluster import cli
+from dircluster import cli, zoo
 from dircluster.config import ConfigError, RunConfig, first_line, refuse_secret
 from dircluster.presets import run_to_plain
 
@@ -36,6 +36,7 @@ def _judge(job: cli.EvaluateJob) -> int:
             " package.module:factory, or none"
         )
     refuse_secret("--defense", job.defense)
+    zoo.check(job.defense, job.surrogate, job.natural_target, job.run.target.uri)
     if job.verdict and job.no_verdict:
         raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
     if job.export is not None:
@@ -131,7 +132,8 @@ class _Judging:
             from dircluster.cluster.tracking.registry import reachable
 
             return reachable(uri, self.config)
-        if uri in ("", "none") or is_remote(uri) or uri.startswith("timm:") or FACTORY.fullmatch(uri):
+        given = is_remote(uri) or zoo.is_shipped(uri) or uri.startswith("timm:")
+        if uri in ("", "none") or given or FACTORY.fullmatch(uri):
             return uri
         return str(Path(uri.removeprefix("file://")).expanduser().resolve())  # workers live in other folders
 
@@ -204,7 +206,7 @@ class _Judging:
     def _tell(self, evaluation_job: EvaluationJob) -> None:
         from dircluster.cluster.loading import load_classifier
         from dircluster.cluster.version import commit
-        from dircluster.evaluation.html_report import robustbench_entry, write_report
+        from dircluster.evaluation.html_report import write_report
         from dircluster.evaluation.results import to_plain
         from dircluster.evaluation.session import report
 
@@ -214,7 +216,16 @@ class _Judging:
         self.terminal.table(to_plain(found.rows))
         for check in found.verdict:
             self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")
-        facts = {**evaluation_job.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
+        facts = {
+            **evaluation_job.facts,
+            "commit": commit(),
+            "name": self.config.name,
+            "digest": evaluation_job.facts["defense"],
+            "defense": self.job.defense,
+            "surrogate_uri": self.job.surrogate,
+            "machine": evaluation_job.evaluation.machine,
+            "settings": run_to_plain(self.config),
+        }
         natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
             found,
@@ -233,7 +244,7 @@ class _Judging:
         if self.job.export is not None:
             from dircluster.evaluation.export import exported, write_export
 
-            claim = robustbench_entry(found, self.config, evaluation_job.victim.passes)
+            claim = self._claim(found, facts, evaluation_job)
             tensors = exported(found, evaluation_job.test, evaluation_job.rows)
             for file in write_export(tensors, claim, self.job.export):
                 self.terminal.say(f"export    {file}")
@@ -246,6 +257,15 @@ class _Judging:
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
         outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
         cli.write_summary(self.job, outcome)
+
+    def _claim(self, found: Any, facts: dict[str, Any], evaluation_job: EvaluationJob) -> dict[str, Any]:
+        from dircluster.evaluation.claims import claim_of
+        from dircluster.evaluation.html_report import robustbench_entry
+        from dircluster.training.profiling import answer_costs
+
+        victim, images = evaluation_job.victim, evaluation_job.batch(0, min(64, len(evaluation_job.test)))[0]
+        entry = robustbench_entry(found, self.config, victim.passes)
+        return claim_of(entry, found, facts, answer_costs(victim.module, images))
 
     def _record(self, found: Any, facts: dict[str, Any], files: list[Path], sha: str) -> str | None:
         from dircluster.cluster.runtime import local

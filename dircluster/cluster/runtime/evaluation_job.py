@@ -25,6 +25,7 @@ from dircluster.evaluation.victim import VictimModel
 from dircluster.presets import run_from_plain
 from dircluster.training import checkpoint
 from dircluster.training.run import data_cache
+from dircluster.zoo import find, is_shipped
 
 
 class EvaluationJob:
@@ -92,6 +93,9 @@ class EvaluationJob:
 
 def committed(job_spec: JobSpec, config: RunConfig) -> str | None:
     """Digest of the committed folder that holds the defense, as the run that made it knows it; None where none does."""
+    if is_shipped(job_spec.defense):
+        found = find(job_spec.defense)
+        return None if found.bare else found.sha256
     if job_spec.defense == "none" or FACTORY.fullmatch(job_spec.defense):
         return None
     return checkpoint.digest(open_path(job_spec.defense, config.storage))

@@ -1,0 +1,212 @@
+"""Claims: what a defense was found to keep, in RobustBench's form, with the evidence that a number needs to count."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dircluster.config import ConfigError
+from dircluster.evaluation.results import to_plain, worst_attacked
+from dircluster.evaluation.session import EvaluationReport
+
+Row = Mapping[str, Any]
+PLACES = ("scaling", "parallel", "storage", "tracking")
+"""Sections that say where a run computes and what it keeps: they are none of a claim's settings."""
+ATTACK = ("attack", "protocol", "norm", "epsilon", "steps", "step_size", "restarts", "eot", "loss", "average", "draws")
+"""What a row says of its attack and of how it was judged."""
+
+
+def claim_of(
+    entry: Mapping[str, Any], report: EvaluationReport, facts: Mapping[str, Any], costs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """RobustBench's ``entry`` with every row of a report, the ``facts`` that decide them, and what an answer costs.
+
+    ``facts`` are those of a report's JSON. As there, rows can be computed again (jobs/replay.py).
+    """
+    settings = facts["settings"]
+    run = {name: section for name, section in settings["run"].items() if name not in PLACES}
+    rows = to_plain(report.rows)
+    found = strongest(own_rows(rows, report.defense), run["attack"]["norm"])
+    return {
+        **entry,
+        "reported": entry["reported"] if found is None else f"{100 * found['accuracy']:.2f}",
+        "defense": report.defense,
+        "suite": report.suite,
+        "facts": {**facts, "settings": {"defense": settings["defense"], "run": run}},
+        "costs": dict(costs),
+        "rows": rows,
+        "seconds": [round(each, 1) for each in report.seconds],
+        "flags": [flag.question for flag in report.flags],
+    }
+
+
+def own_rows(rows: Iterable[Row], defense: str) -> list[Row]:
+    """The rows of a defense among those of its report, which has its bare target's too."""
+    return [row for row in rows if row["defense"] == defense]
+
+
+def strongest(rows: Iterable[Row], norm: str) -> Row | None:
+    """The row of one defense, or of a bare target, that leaves least in the ball of ``norm``."""
+    return worst_attacked([{**row, "defense": row["defense"].replace("none", "target")} for row in rows], norm)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that was read and has its evidence."""
+
+    name: str
+    """Of its file."""
+    plain: Mapping[str, Any]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What decides its rows: seed, commit, machine, data, settings."""
+        facts: Mapping[str, Any] = self.plain["facts"]
+        return facts
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """The settings of the run by section."""
+        run: Mapping[str, Any] = self.facts["settings"]["run"]
+        return run
+
+    @property
+    def threat(self) -> tuple[str, float]:
+        """Norm and radius."""
+        attack = self.run["attack"]
+        return str(attack["norm"]), float(attack["epsilon"])
+
+    @property
+    def target(self) -> str:
+        """The classifier in words: its architecture and how it was trained."""
+        target = self.run["target"]
+        return f"{target['architecture']}, {target['objective']}"
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the defense."""
+        return own_rows(self.plain["rows"], self.plain["defense"])
+
+    def strongest(self) -> Row | None:
+        """The row that leaves it least in the ball of the claim."""
+        return strongest(self.rows, self.threat[0])
+
+    def strongest_of_target(self) -> Row | None:
+        """The same of its bare target; None where that is what the claim is of, or was not judged."""
+        bare = [] if self.plain["defense"] == "none" else own_rows(self.plain["rows"], "none")
+        return strongest(bare, self.threat[0])
+
+    def row(self, column: str) -> Row | None:
+        """The row behind a column of the leaderboard, the worst where there are several; None where it was not run."""
+        norm, _ = self.threat
+        if column == "natural":
+            return next((row for row in self.rows if row["attack"] == "natural"), None)
+        attacked = [row for row in self.rows if row["epsilon"] and row["norm"] == norm]
+        found = [row for row in attacked if _column(row) == column]
+        return min(found, key=lambda row: float(row["accuracy"]), default=None)
+
+
+def _column(row: Row) -> str:
+    """The column of the leaderboard that an attacked row belongs to; empty for one of another threat, or weaker."""
+    attack, protocol = str(row["attack"]), str(row["protocol"])
+    if attack.startswith(("transfer", "restored", "noise")):
+        return ""
+    if protocol.startswith("Wor.Rob"):
+        return "wor"
+    if protocol.startswith("MV.Rob"):
+        return "vote"
+    if protocol == "fresh draws":
+        return "fresh" if row["average"] == 1 else ""
+    return {"malt": "malt", "autoattack-standard": "autoattack"}.get(attack, "white box")
+
+
+def read_claim(file: Path) -> Claim:
+    """The claim in ``file``. Raises ConfigError, one line, where it lacks n, an interval, seed, commit or settings."""
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"claim {file} cannot be read: it must be the JSON that --export writes") from error
+    for problem in _problems(plain):
+        raise ConfigError(f"claim {file} is refused: {problem}; jobs/evaluate.py --export writes one that is whole")
+    return Claim(file.stem, plain)
+
+
+def read_claims(folder: Path) -> list[Claim]:
+    """All claims in ``folder``, by name. Raises ConfigError for one that is refused, and where there are none."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ConfigError(f"there are no claims (*.json) in {folder}")
+    return [read_claim(file) for file in files]
+
+
+def _problems(plain: Any) -> Iterable[str]:
+    """What a claim lacks, in words, the first thing first."""
+    if not isinstance(plain, dict) or not isinstance(plain.get("rows"), list) or not plain["rows"]:
+        yield "it has no rows"
+        return
+    facts = plain.get("facts")
+    if not isinstance(facts, dict):
+        yield "it has no facts (seed, commit, machine, settings)"
+        return
+    seed, commit = facts.get("seed"), facts.get("commit")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        yield "it has no seed"
+    if not isinstance(commit, str) or not commit:
+        yield "it has no commit"
+    elif commit.endswith("+"):
+        yield f"it was found by code that no commit holds ({commit[:9]} and changes)"
+    for name in ("machine", "data"):
+        if not isinstance(facts.get(name), str):
+            yield f"it does not say its {name}"
+    for section, name in (("attack", "norm"), ("attack", "epsilon"), ("target", "architecture"), ("data", "name")):
+        if name not in _inside(facts, "settings", "run", section):
+            yield f"its settings have no {section}.{name}"
+    for name in ("defense", "dataset"):
+        if not isinstance(plain.get(name), str):
+            yield f"it does not say its {name}"
+    if not isinstance(plain.get("costs"), dict):
+        yield "it does not say its costs (each may be null)"
+    for row in plain["rows"]:
+        yield from _row_problems(row)
+    if not own_rows(plain["rows"], str(plain.get("defense"))):
+        yield f"no row is of {plain.get('defense')}, which it is a claim of"
+
+
+def _row_problems(row: Any) -> Iterable[str]:
+    if not isinstance(row, dict) or not isinstance(row.get("defense"), str):
+        yield "a row does not say of what it is"
+        return
+    name = f"row {row.get('attack')} of {row['defense']}"
+    missing = [each for each in ATTACK if row.get(each) is None]
+    if missing:
+        yield f"{name} does not say its attack's {missing[0]}"
+        return
+    total, accuracy, interval = row.get("total"), row.get("accuracy"), row.get("interval")
+    if not isinstance(total, int) or total < 1:
+        yield f"{name} has no n (total)"
+    elif not _is_share(accuracy):
+        yield f"{name} has no accuracy in [0, 1]"
+    elif not _is_interval(interval, accuracy):
+        yield f"{name} has no interval around its accuracy"
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
+
+
+def _is_interval(value: Any, accuracy: Any) -> bool:
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(map(_is_share, value)):
+        return False
+    low, high = value
+    return bool(low < high and low - 1e-9 <= accuracy <= high + 1e-9)
+
+
+def _inside(plain: Any, *names: str) -> Mapping[str, Any]:
+    """A dictionary inside dictionaries; an empty one where there is none."""
+    for name in names:
+        plain = plain.get(name) if isinstance(plain, dict) else None
+    return plain if isinstance(plain, dict) else {}

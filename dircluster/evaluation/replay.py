@@ -1,0 +1,92 @@
+"""A row of a report or a claim found again: which one is meant, how it is computed anew, and whether it is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dircluster.config import ConfigError
+from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.results import Result
+
+TOLERANCE = 0.02
+"""Share of images by which an accuracy may differ on another kind of machine or by other code; two at the least."""
+FACTS = ("defense", "digest", "data", "seed", "commit", "machine", "settings")
+
+
+def read_rows(file: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """The facts and the rows of a report or a claim. Raises ConfigError where ``file`` is none, or lacks what decides
+    the rows, as a report of an earlier version does.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read: give the report-*.json of an evaluation, or a claim") from error
+    facts = found.get("facts") if isinstance(found, dict) else None
+    if not isinstance(facts, dict) or not isinstance(found.get("rows"), list):
+        raise ConfigError(f"{file} is no report and no claim: it has no facts and rows")
+    if missing := [name for name in FACTS if name not in facts]:
+        raise ConfigError(f"{file} does not say its {missing[0]}, without which its rows cannot be computed again")
+    return facts, found["rows"]
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """What a row is called: DEFENSE/ATTACK/RANDOMNESS, as in an export."""
+    return f"{row['defense']}/{row['attack']}/{row['randomness']}"
+
+
+def choose(rows: Sequence[Mapping[str, Any]], which: str) -> Mapping[str, Any]:
+    """The row that ``which`` says: its number in the table, from 1, or its name. Raises ConfigError."""
+    names = [name_of(row) for row in rows]
+    if which.isdecimal() and 1 <= int(which) <= len(rows):
+        return rows[int(which) - 1]
+    if which in names:
+        return rows[names.index(which)]
+    there = ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
+    raise ConfigError(f"there is no row {which!r}; there are {there}")
+
+
+def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -> AttackSpec:
+    """The attack of ``table`` behind a row. Raises ConfigError where this code plans another, or none of that name."""
+    for spec in table:
+        bare = spec.judged == "target"
+        named = ("none" if bare else defense, spec.name, "none" if bare else spec.randomness)
+        if named == (row["defense"], row["attack"], row["randomness"]):
+            for name in ("norm", "epsilon", "steps", "restarts", "eot", "loss", "average"):
+                if getattr(spec, name) != row[name]:
+                    raise ConfigError(
+                        f"row {name_of(row)} has {name} {row[name]}, and this code's has {getattr(spec, name)}: check"
+                        " out the commit of the row"
+                    )
+            return spec
+    raise ConfigError(f"this code's suite has no row {name_of(row)}: check out the commit of the row")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row and what came of it again."""
+
+    row: Mapping[str, Any]
+    again: Result
+    same_code: bool
+    same_machine: bool
+
+    @property
+    def same_images(self) -> bool | None:
+        """Whether the adversarial images are the same to the bit; None where the row does not know its own."""
+        return None if self.row.get("sha256") is None else self.row["sha256"] == self.again.sha256
+
+    @property
+    def difference(self) -> float:
+        """Of the accuracies, a share of the images."""
+        return self.again.accuracy - float(self.row["accuracy"])
+
+    @property
+    def holds(self) -> bool:
+        """By the same code on the same kind of machine: the same images and accuracy. Else one within the tolerance."""
+        if self.same_code and self.same_machine:
+            return self.same_images is not False and self.difference == 0
+        return abs(self.difference) <= max(TOLERANCE, 2 / self.again.total) + 1e-9

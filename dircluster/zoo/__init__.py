@@ -1,0 +1,95 @@
+"""The finished defenses that come with this package: ``zoo:NAME``, wherever a defense or a target is named.
+
+A folder beside this file holds a defense and its target, in the bf16 in which they were judged, a card (README.md), and
+the claim of each: what it was found to keep, with the evidence. ``infra/write_zoo.py`` makes such a folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dircluster.config import ConfigError
+
+PREFIX = "zoo:"
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A finished defense, or the target of one."""
+
+    folder: str
+    """Beside this file."""
+    sha256: str
+    """Of the folder's manifest, which lists those of the weights."""
+    threat: str = "Linf"
+    """As RobustBench names it."""
+    bare: bool = False
+    """Whether it is the target alone."""
+
+
+_DIGITS = "f1d3e369b6d2708f7ad3c4e33fdc0330396dc0decfe563502704c0baacec7225"
+_CIFAR10 = "355b099982df124d8a5cc0706f2ec0c4b87c05db7085772a82be5df7fb8f3b3b"
+ZOO = {
+    "digits-dir": Shipped("digits-dir", _DIGITS),
+    "digits-at": Shipped("digits-dir", _DIGITS, bare=True),
+    "cifar10-dir": Shipped("cifar10-dir", _CIFAR10),
+    "cifar10-at": Shipped("cifar10-dir", _CIFAR10, bare=True),
+}
+"""By DATASET-MODEL, the names of RobustBench's signature."""
+
+
+def is_shipped(uri: str) -> bool:
+    """Whether ``uri`` names a defense of this package."""
+    return uri.startswith(PREFIX)
+
+
+def find(uri: str) -> Shipped:
+    """What zoo:NAME names. Raises ConfigError, which lists the names, where there is none of that name."""
+    name = uri.removeprefix(PREFIX)
+    if name not in ZOO:
+        raise ConfigError(f"there is no {PREFIX}{name}; there are {', '.join(PREFIX + each for each in ZOO)}")
+    return ZOO[name]
+
+
+def check(*uris: str | None) -> None:
+    """Raise ConfigError where one of ``uris`` names a defense of this package that there is not."""
+    for uri in uris:
+        if uri is not None and is_shipped(uri):
+            find(uri)
+
+
+def folder_of(uri: str) -> Path:
+    """The folder that holds zoo:NAME. Raises ConfigError where it is missing, or is not the one of the table."""
+    found = find(uri)
+    folder = HERE / found.folder
+    try:
+        marker = (folder / "COMMIT").read_text(errors="replace")
+    except OSError as error:
+        raise ConfigError(
+            f"the weights of {uri} are not in this copy of the package: install it on every node, or give a folder"
+        ) from error
+    if marker != found.sha256:
+        raise ConfigError(f"{uri} is damaged: {folder} is not the one that came with this package")
+    return folder
+
+
+def claim_of(uri: str) -> Path:
+    """The file that says what zoo:NAME was found to keep. Raises ConfigError for an unknown name."""
+    return HERE / find(uri).folder / f"{uri.removeprefix(PREFIX)}.json"
+
+
+def model_of(name: str, dataset: str, threat: str) -> str | None:
+    """The URI of a defense by RobustBench's signature; None where there is none here."""
+    found = ZOO.get(f"{dataset}-{name}")
+    return None if found is None or found.threat != threat else f"{PREFIX}{dataset}-{name}"
+
+
+def no_model(name: str, dataset: str, threat: str) -> ConfigError:
+    """The error that says what there is instead."""
+    there = ", ".join(f"{each} ({found.threat})" for each, found in ZOO.items())
+    return ConfigError(
+        f"there is no model {name!r} for {dataset}, {threat}: the zoo has DATASET-MODEL {there}, and MLflow's registry"
+        f" has no champion of that data set and threat named {name}-{dataset} or {name}"
+    )

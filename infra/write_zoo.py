@@ -1,0 +1,131 @@
+"""A finished defense as one of the zoo: rounded to bf16, judged as it is stored, with its card and claims.
+
+    python infra/write_zoo.py digits-dir RUNS/dir-.../final --preset digits --target digits-at [--suite quick]
+
+It writes dircluster/zoo/NAME: weights, README.md, and the claims NAME.json and, with ``--target``, that of the target
+which the defense protects. The claims go to docs/claims too, and the line of the table in dircluster/zoo is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dircluster import zoo
+from dircluster.cluster.commands import evaluate
+from dircluster.cluster.version import commit
+from dircluster.config import ConfigError
+from dircluster.defenses.table import find_defense
+from dircluster.evaluation.model_card import markdown_table
+from dircluster.presets import preset
+from dircluster.training import checkpoint
+
+CLAIMS = Path(__file__).parents[1] / "docs" / "claims"
+CARD = """# zoo:{name}
+
+{description}
+
+- preset `{preset}`, seed {seed}; trained by code {trained}, judged by code {judged} on {machine}
+- threat: {norm}, epsilon {epsilon:.4g}; weights in bf16, rounded before they were judged; the target is `zoo:{target}`
+
+{table}
+
+```python
+import dircluster
+defense = dircluster.load_defense("zoo:{name}")
+logits = defense(images)  # (N, C, H, W) in [0, 1] -> (N, classes)
+```
+
+It protects against noise of that size on images like those it was trained on, and against nothing else. A stronger
+attack than those of suite `{suite}` may bring these accuracies further down, none can bring them up.
+"""
+
+
+def rounded(folder: Path, into: Path, made: dict[str, Any]) -> str:
+    """The defense in ``folder``, rounded to bf16, committed ``into`` a folder: -> the SHA-256 of its manifest."""
+    found = checkpoint.read(folder)
+    if "defense" not in found.state:
+        raise ConfigError(f"{folder} holds no finished defense")
+    groups = {
+        group: {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in tensors.items()}
+        for group, tensors in found.tensors.items()
+    }
+    kept = {name: found.state[name] for name in ("defense", "stage")}
+    return checkpoint.write(into, groups, kept | {"made": made}, "zoo")
+
+
+def judged(words: list[str], uri: str) -> dict[str, Any]:
+    """The claim of jobs/evaluate.py with ``words``, about ``uri`` instead of the folder that it was given."""
+    with tempfile.TemporaryDirectory(prefix="write-zoo-") as folder:
+        place = Path(folder)
+        quiet = ["--launcher", "local", "--tracking.no-enabled", "--storage.uri", str(place / "runs")]
+        code = evaluate.main([*words, *quiet, "--export", str(place / "claim.pt")])
+        if code:
+            sys.exit(code)
+        claim: dict[str, Any] = json.loads((place / "claim.json").read_text())
+    facts = claim["facts"]
+    if facts["defense"] == "none":
+        facts["settings"]["run"]["target"]["uri"] = uri
+    else:
+        facts["defense"] = uri
+    return claim
+
+
+def main(argv: list[str]) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trained", default=commit(), help="the commit that trained it; this one when not given")
+    parser.add_argument("--target", help="the name of its target alone in the zoo; one that is there when not given")
+    parser.add_argument("--suite", default="quick")
+    given = parser.parse_args(argv)
+    run, into = preset(given.preset), zoo.HERE / given.name
+    command = f"python jobs/train.py {given.preset} --seed {given.seed}"
+    made = {"command": command, "commit": given.trained, "seed": given.seed, "precision": "weights rounded to bf16"}
+    try:
+        sha = rounded(given.folder, into, made)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    words = [given.preset, "--seed", str(given.seed), "--suite", given.suite]
+    claims = {given.name: judged([*words, "--defense", str(into)], f"zoo:{given.name}")}
+    if given.target:
+        bare = [*words, "--defense", "none", "--target.uri", str(into)]
+        claims[given.target] = judged(bare, f"zoo:{given.target}")
+    for name, claim in claims.items():
+        for folder in (into, CLAIMS):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(claim, indent=1) + "\n")
+    claim = claims[given.name]
+    card = CARD.format(
+        name=given.name,
+        description=find_defense(run.defense).describe(run),
+        preset=given.preset,
+        seed=given.seed,
+        trained=given.trained,
+        judged=claim["facts"]["commit"],
+        machine=claim["facts"]["machine"],
+        norm=run.attack.norm,
+        epsilon=run.attack.epsilon,
+        target=given.target or "digits-at",
+        table=markdown_table(claim["rows"]),
+        suite=given.suite,
+    )
+    (into / "README.md").write_text(card)
+    print(f'"{given.name}": Shipped("{given.name}", "{sha}"),')
+    if given.target:
+        print(f'"{given.target}": Shipped("{given.name}", "{sha}", bare=True),')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

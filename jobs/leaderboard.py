@@ -1,0 +1,11 @@
+"""Write docs/leaderboard.md and .html from the claims in docs/claims; one without evidence is refused in a line.
+
+python jobs/leaderboard.py [FOLDER_OF_CLAIMS [FOLDER_TO_WRITE_INTO]]
+"""
+
+import sys
+
+from dircluster.cluster.commands.leaderboard import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

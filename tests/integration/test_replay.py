@@ -1,0 +1,72 @@
+"""jobs/replay.py: a row of a report, and the claims of the zoo, computed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dircluster import zoo
+from dircluster.cluster.commands import replay
+from dircluster.cluster.version import commit
+from tests.conftest import Trained
+from tests.jobs import ROOT, run_job
+
+CLAIMS = ROOT / "docs" / "claims"
+DIGITS = [name for name in zoo.ZOO if name.startswith("digits-")]
+ROWS = [
+    (name, number)
+    for name in DIGITS
+    for number in range(1, 1 + len(json.loads((CLAIMS / f"{name}.json").read_text())["rows"]))
+]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What a replay printed, by the first word of each line."""
+    return {line.partition(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
+
+
+def test_a_row_of_a_report_is_found_again(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--defense", trained.final, "--launcher", "local", "--storage.uri", str(trained.folder / "runs"))
+    done = run_job("evaluate", "digits_smoke", *words, folder=tmp_path)
+    assert done.code == 0, done.err
+    file = Path(next(line for line in done.out.splitlines() if line.endswith(".json") and "report" in line).split()[-1])
+    report: dict[str, Any] = json.loads(file.read_text())
+    assert report["facts"]["commit"] == commit()
+    names = [f"{row['defense']}/{row['attack']}/{row['randomness']}" for row in report["rows"]]
+    for number, name in enumerate(names, 1):
+        assert replay.main([str(file), str(number)]) == 0
+        lines = said(capsys)
+        assert name in lines["row"]
+        assert "holds" in lines
+        assert "the same to the bit" in lines["images"]
+        assert lines["code"].endswith("as the row's")
+        assert lines["machine"].endswith("as the row's")
+
+    changed = tmp_path / "changed.json"
+    report["rows"][1]["sha256"] = "0" * 64
+    changed.write_text(json.dumps(report))
+    assert replay.main([str(changed), names[1]]) == 1
+    lines = said(capsys)
+    assert "DIFFERS" in lines
+    assert "others" in lines["images"]
+    report["facts"]["commit"] = "f" * 40  # other code is held to the accuracy alone
+    changed.write_text(json.dumps(report))
+    assert replay.main([str(changed), names[1]]) == 0
+    assert said(capsys)["code"].endswith(f"the row is of {'f' * 40}")
+
+    for name, value, message in (("digest", "0", "is not the defense"), ("data", "0", "is of other images")):
+        other = json.loads(file.read_text())
+        other["facts"][name] = value
+        changed.write_text(json.dumps(other))
+        assert replay.main([str(changed), "1"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "number"), ROWS)
+def test_what_the_zoo_claims_is_found_again(name: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row of every small defense that comes with this package, as it is stored."""
+    assert replay.main([str(CLAIMS / f"{name}.json"), str(number)]) == 0, capsys.readouterr().out

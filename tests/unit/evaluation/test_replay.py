@@ -1,0 +1,95 @@
+"""A row that is to be computed again: which one is meant, by which attack, and when it counts as the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from dircluster.cluster.commands import replay as command
+from dircluster.config import ConfigError
+from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.replay import Comparison, choose, name_of, read_rows, spec_of
+from dircluster.evaluation.results import Result
+
+BALL = AttackSpec("pgd", "fixed", epsilon=0.1, steps=20, step_size=0.01)
+TABLE = [BALL, dataclasses.replace(BALL, randomness="none", on="target", judged="target")]
+RESULT = Result(
+    defense="dir",
+    attack="pgd20",
+    randomness="fixed",
+    accuracy=0.5,
+    correct=50,
+    judged=100,
+    total=100,
+    interval=(0.4, 0.6),
+    draws=1,
+    mean=0.5,
+    worst=0.5,
+    always=0.5,
+    norm="linf",
+    epsilon=0.1,
+    steps=20,
+    step_size=0.01,
+    restarts=1,
+    eot=1,
+    loss="ce",
+    average=1,
+    sha256="a",
+)
+ROW = dataclasses.asdict(RESULT)
+
+
+def test_a_row_is_named_or_numbered() -> None:
+    rows = [ROW | {"attack": "natural"}, ROW]
+    assert name_of(ROW) == "dir/pgd20/fixed"
+    assert choose(rows, "2") is choose(rows, "dir/pgd20/fixed") is rows[1]
+    for wrong in ("0", "3", "-1", "pgd20", ""):
+        with pytest.raises(ConfigError, match="there are 1 dir/natural/fixed, 2 dir/pgd20/fixed"):
+            choose(rows, wrong)
+
+
+def test_its_attack_is_that_of_the_plan() -> None:
+    assert spec_of(ROW, TABLE, "dir") == BALL
+    assert spec_of(ROW | {"defense": "none", "randomness": "none"}, TABLE, "dir") == TABLE[1]
+    with pytest.raises(ConfigError, match=r"has epsilon 0\.2, and this code's has 0\.1"):
+        spec_of(ROW | {"epsilon": 0.2}, TABLE, "dir")
+    with pytest.raises(ConfigError, match="has no row dir/malt/fixed"):
+        spec_of(ROW | {"attack": "malt"}, TABLE, "dir")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "machine", "holds"),
+    [
+        ({}, True, True, True),
+        ({"sha256": "b"}, True, True, False),  # the same machine and code make the same images
+        ({"sha256": "b"}, True, False, True),
+        ({"sha256": "b"}, False, True, True),
+        ({"accuracy": 0.52}, False, False, True),
+        ({"accuracy": 0.53}, False, False, False),
+        ({"sha256": None}, True, True, True),  # of which no row was kept: the accuracy decides
+        ({"sha256": None, "accuracy": 0.51}, True, True, False),
+    ],
+)
+def test_when_it_holds(changes: dict[str, object], code: bool, machine: bool, holds: bool) -> None:
+    assert Comparison(ROW | changes, RESULT, code, machine).holds == holds
+
+
+def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    for text in ("{", "[]", '{"rows": [], "facts": {}}', '{"rows": 3, "facts": {}}'):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as refusal:
+            read_rows(file)
+        assert "\n" not in str(refusal.value)
+    facts = dict.fromkeys(("defense", "digest", "data", "seed", "commit", "machine"), "x")
+    own = {"defense": "mine", "run": {}}
+    file.write_text(json.dumps({"rows": [ROW], "facts": facts | {"settings": own}}))
+    for words in ([], [str(file)], [str(file), "1", "--no"], [str(tmp_path / "no.json"), "1"], [str(file), "7"]):
+        assert command.main(words) == 2
+    assert command.main([str(file), "1"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert "--trust-code" in lines[-1]
