@@ -10,6 +10,7 @@ train: .venv/product  ## train and judge a DIR defense on scikit-learn's digits
 	$(RUN) jobs/train.py $(ARGS)
 
 ui: .venv/product  ## open the MLflow UI on what was trained
+	$(RUN) -m dircluster.cluster.tracking.owners sqlite:///$(CURDIR)/runs/mlflow.db
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow ui \
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 

@@ -14,6 +14,7 @@ from dircluster.config import ConfigError, RunConfig, local_path
 from dircluster.defenses.base import Defended
 from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.models import classifiers
+from dircluster.models.weights import check_weights
 from dircluster.training import checkpoint
 
 
@@ -60,6 +61,7 @@ def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path
     else:
         classifier = find_defense(config.defense).build(config, "classifier")
         _load(classifier, _target_tensors(open_path(uri)), uri)
+    check_weights(classifier, f"target.uri {uri!r}")
     classifiers.check_classes(classifier, config.data)
     return classifier
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from dircluster import cli
 from dircluster.cli import command
-from dircluster.cluster import storage
-from dircluster.cluster.paths import must_exist, with_absolute_paths, with_reachable_target
+from dircluster.cluster import preflight, storage
+from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
 
@@ -49,7 +49,8 @@ class Launch:
         from dircluster.cluster.console import Bystander, Terminal
 
         job = self.job
-        must_exist(self.config)
+        storage.to_environment(self.config.storage)
+        preflight.check(self.config, on_ray=job.launcher == "ray")
         self.foretold: list[Any] = []
         if job.calibration is not None:  # before anything is trained: it may be another preset's
             from dircluster.cluster.commands.plan import foretold
@@ -86,16 +87,17 @@ class Launch:
         if self.job.launcher == "local":
             from dircluster.cluster.runtime import local
 
+            config = with_reachable_target(config)
             self._open_record(terminal)
-            outcome = local.train(with_reachable_target(config), owner, self.job.fresh, self.record, terminal)
+            outcome = local.train(config, owner, self.job.fresh, self.record, terminal)
             self._register(outcome, terminal)
             return outcome
         from dircluster.cluster.runtime import driver
 
-        opening, registering = aside.submit(self._open_record, terminal), list[Future[None]]()
+        config, registering = with_reachable_target(config), list[Future[None]]()
+        opening = aside.submit(self._open_record, terminal)
         if self._may_be_refused():
             opening.result()
-            config = with_reachable_target(config)
         aside.submit(importlib.import_module, "dircluster.cluster.runtime.ray_train")
         outcome = driver.train(
             config,
@@ -110,10 +112,10 @@ class Launch:
         return outcome
 
     def _may_be_refused(self) -> bool:
-        """Whether MLflow has the last word: on a server that may not answer, or on a model that may not be there."""
-        tracking, target = self.config.tracking, self.config.target.uri or ""
+        """Whether MLflow is a server, which may not answer."""
+        tracking = self.config.tracking
         named = tracking.enabled and (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
-        return bool(named) or storage.is_remote(self.config.storage.uri) or target.startswith("models:/")
+        return bool(named) or storage.is_remote(self.config.storage.uri)
 
     def _open_record(self, terminal: Any) -> Any:
         """The JobRecord, kept as ``self.record``; None where none is wanted, or where MLflow is not installed."""

@@ -18,6 +18,7 @@ from ray import tune
 from dircluster.cluster.runtime.channel import POLL
 from dircluster.cluster.runtime.driver import forget
 from dircluster.cluster.runtime.ray_train import Job
+from dircluster.cluster.storage import to_environment
 from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
@@ -134,6 +135,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         return replace(found, settings=dict(task.settings), seed=task.seed)
     if post.stop_signal():
         raise Stopped
+    to_environment(run.storage)
     owner, began, status = uuid.uuid4().hex, time.monotonic(), "KILLED"
     record = _open_record(plan, task, run, post)
     try:

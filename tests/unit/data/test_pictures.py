@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.decode import Cell, decode
+from dircluster.data.decode import decode
+from dircluster.data.picture import Cell
 
 RAMP = np.arange(8, dtype=np.uint8).reshape(2, 4) * 36
 """Gray values 0 to 252."""

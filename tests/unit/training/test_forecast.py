@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.sources import load, split_sizes
+from dircluster.data.layout import split_sizes
+from dircluster.data.sources import load
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.evaluation import Evaluation, run
 from dircluster.evaluation.session import plan
