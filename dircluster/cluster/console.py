@@ -37,19 +37,14 @@ class _Output(Rich):
     """Standard output. Where its reader is gone (``| head``) a run goes on without it."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
-        _let_go(sys.stdout.fileno())
+        _lead_nowhere(sys.stdout.fileno())
 
 
-def _let_go(*outputs: int) -> None:
-    """Lead those of the file descriptors nowhere that can no longer be written to: the terminal may be closed."""
-    for output in outputs:
-        try:
-            os.write(output, b"")
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, output)
-            os.close(nowhere)
+def _lead_nowhere(output: int) -> None:
+    """What is written to a file descriptor is lost from now on, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
 
 
 class Terminal:
@@ -154,14 +149,22 @@ class Terminal:
 
     def _hear(self, number: int, frame: object) -> None:
         if number == signal.SIGHUP:
-            _let_go(1, 2)
+            for output in (1, 2):
+                try:
+                    os.write(output, b"")
+                except OSError:  # its terminal is closed
+                    _lead_nowhere(output)
         elif self.signal:  # asked twice: leave at once, but end what was started
             sys.exit(128 + number)
         self.signal = self.signal or number
 
     def _flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             sys.stdout.flush()
+        except BrokenPipeError:
+            _lead_nowhere(sys.stdout.fileno())
+        except (OSError, ValueError):  # a full disk may have room again
+            pass
 
 
 class Bystander(Terminal):
