@@ -94,7 +94,7 @@ def main(uri: str) -> int:
     if file is not None and file.exists():
         client = MlflowClient(uri)
         for name in close_abandoned(client, [found.experiment_id for found in client.search_experiments()]):
-            sys.stdout.write(f"closed as KILLED: {name}, whose process is gone\n")
+            print(f"closed as KILLED: {name}, whose process is gone")
     return 0
 
 
