@@ -11,7 +11,6 @@ VERBS = {
     "tune": "train a defense at every point of a space",
     "benchmark": "time the phases of a training step",
     "doctor": "tell whether this machine trains correctly and fast",
-    "submit": "send the working directory and a command to a Ray cluster, unless it holds secrets",
 }
 
 
