@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
@@ -42,6 +43,8 @@ class Launch:
         self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
         self.commit = commit()
         self.record: Any = None
+        self.held = contextlib.ExitStack()
+        """What lasts as long as the record is RUNNING."""
         self.began = time.monotonic()
 
     def run(self) -> int:
@@ -68,6 +71,7 @@ class Launch:
                 status = outcome["status"]
             finally:
                 aside.shutdown(cancel_futures=True)  # what has begun ends, and only that
+                self.held.close()
                 if self.record is not None:
                     from dircluster.cluster.tracking.jobs import finish_job
 
@@ -128,6 +132,7 @@ class Launch:
                 terminal.say("MLflow is not installed: no record is kept")
                 return None
         from dircluster.cluster.tracking.jobs import open_job
+        from dircluster.cluster.tracking.owners import beating
 
         tags = {
             "dircluster.commit": self.commit,
@@ -136,12 +141,13 @@ class Launch:
             "dircluster.command": command(self.job),
         }
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
+        self.held.enter_context(beating(self.record.uri, self.record.run_id))
         return self.record
 
     def _register(self, outcome: dict[str, Any], terminal: Any) -> None:
         if outcome["status"] != "FINISHED" or self.record is None:
             return
-        from dircluster.cluster.tracking.jobs import log_dataset, log_files
+        from dircluster.cluster.tracking.jobs import describe_run, log_dataset, log_files
         from dircluster.cluster.tracking.registry import register
         from dircluster.evaluation.model_card import model_card
 
@@ -151,6 +157,7 @@ class Launch:
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
+            describe_run(self.record, card)
             outcome["model"], outcome["champion"] = register(
                 self.record, self.config, storage.local_copy(folder), card, outcome
             )

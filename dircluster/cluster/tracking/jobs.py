@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mlflow.entities import DatasetInput, Param
 from mlflow.exceptions import MlflowException
@@ -21,6 +22,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
     MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NOTE,
     MLFLOW_SOURCE_NAME,
     MLFLOW_SOURCE_TYPE,
     MLFLOW_USER,
@@ -251,6 +253,18 @@ def finish_job(job: JobRecord, status: str) -> None:
     """Mark the parent run FINISHED, FAILED or KILLED, as far as the server answers."""
     with contextlib.suppress(Exception):
         MlflowClient(job.uri).set_terminated(job.run_id, status)
+
+
+def describe_run(job: JobRecord, text: str) -> None:
+    """Show ``text``, Markdown, on the page of the parent run, and below it the newest picture of its stages."""
+    client = MlflowClient(job.uri)
+    for stage in search_runs(client, job.experiment_id, MLFLOW_PARENT_RUN_ID, job.run_id):
+        files = [file.path for file in client.list_artifacts(stage, "images") if file.path.endswith(".png")]
+        if files:
+            newest = max(files, key=lambda path: int((re.findall(r"\+step\+(\d+)\+", path) or ["-1"])[0]))
+            text += f"\n![restored images](get-artifact?path={quote(newest)}&run_uuid={stage})\n"
+            break
+    client.set_tag(job.run_id, MLFLOW_RUN_NOTE, text)
 
 
 def log_dataset(job: JobRecord, name: str, fingerprint: str, source: str) -> None:
