@@ -228,6 +228,7 @@ class _Judging:
         for check in found.verdict:
             self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")
         facts = {**evaluation_job.facts, "commit": commit(), "name": self.config.name, "defense": self.job.defense}
+        facts["classes"] = evaluation_job.classes
         natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
             found,
