@@ -144,8 +144,8 @@ def test_cifar100_is_cifar10_with_other_data() -> None:
     assert dataclasses.replace(run.data, name="cifar10", classes=10) == usual.data
     smoke = preset("cifar100_smoke")
     assert (smoke.name, smoke.data.classes, smoke.data.limit) == ("cifar100_smoke", 100, 48)
-    assert dataclasses.replace(smoke, name="", data=usual.data) == dataclasses.replace(
-        preset("cifar10_smoke"), name="", data=usual.data
+    assert dataclasses.replace(smoke, name="x", data=usual.data) == dataclasses.replace(
+        preset("cifar10_smoke"), name="x", data=usual.data
     )
 
 

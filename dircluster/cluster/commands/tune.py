@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dircluster import cli
-from dircluster.cluster.sweeps.space import Settings, fitted, load_space, mapped
+from dircluster.cluster.sweeps.space import Settings, corners, fitted, load_space, mapped
 from dircluster.config import ConfigError, RunConfig, flatten, to_dict, with_values
 
 
@@ -37,6 +37,9 @@ def _tune(job: cli.TuneJob) -> int:
     config = with_absolute_paths(job.run)
     storage.to_environment(config.storage)
     preflight.check(config)
+    for settings in corners(space.ranges) or space.points:
+        if any(name.startswith(("data.", "target.uri", "target.architecture")) for name in settings):
+            preflight.check(with_absolute_paths(with_values(job.run, settings)))
     storage.check(config)
     with Terminal() as terminal:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
+from dircluster.data import picture
 from dircluster.data.decode import decode
 from dircluster.data.picture import Cell
 
@@ -188,6 +189,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 )
 @pytest.mark.filterwarnings("error")
 def test_a_picture_of_many_megapixels_is_read_or_named(side: int, message: str) -> None:
+    picture._quiet_of_size.cache_clear()  # what it has set is undone after each test
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
     content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9)))
     with pytest.raises(ConfigError, match=message):
