@@ -7,6 +7,7 @@ the nodes of a cluster may have are left to its workers.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import os
 import re
 import socket
@@ -91,9 +92,12 @@ def check_code(name: str, factory: str, folder: str) -> None:
     installed; it is not imported.
     """
     package = factory.partition(":")[0].partition(".")[0]
-    if package in sys.builtin_module_names or package in sys.modules:
+    if package in sys.modules:
         return
-    if importlib.machinery.PathFinder.find_spec(package, [folder, *sys.path]) is None:
+    known = package.isidentifier() and (
+        importlib.util.find_spec(package) or importlib.machinery.PathFinder.find_spec(package, [folder])
+    )
+    if not known:
         raise ConfigError(f"{name} {factory!r}: there is no module {package!r} in {folder} or installed")
 
 
@@ -135,7 +139,7 @@ def _check_file(name: str, path: Path) -> None:
 
 def _check_timm(uri: str) -> None:
     """Raise ConfigError where no file of timm mentions the network: importing timm takes seconds."""
-    spec, name = importlib.machinery.PathFinder.find_spec("timm"), uri.removeprefix("timm:").partition(".")[0]
+    spec, name = importlib.util.find_spec("timm"), uri.removeprefix("timm:").partition(".")[0]
     if spec is None or spec.origin is None:
         raise ConfigError(f"{uri} needs timm, which is not installed")
     mention = re.compile(rf"\b{re.escape(name)}\b")

@@ -118,16 +118,15 @@ class _Judging:
         """What is judged, with every model where all workers can read it."""
         from dircluster.cluster.loading import FACTORY, JobSpec, finished, located
 
-        defense, path = located(self.job.defense)
-        named = [defense, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
-
         def reachable() -> list[str]:
+            given, path = located(self.job.defense)
+            named = [given, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
             defense, *models = [self._reachable(uri) for uri in named]
-            is_folder = defense != "none" and not FACTORY.fullmatch(defense)
-            return [finished(defense, self.config) if is_folder else defense, *models]
+            if defense != "none" and not FACTORY.fullmatch(defense):
+                defense = finished(defense, self.config)
+            return [path, defense, *models]
 
-        found: list[str] = parallel.first_does(reachable)
-        defense, surrogate, self.natural_target, target = found
+        path, defense, surrogate, self.natural_target, target = parallel.first_does(reachable)
         if target:
             self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
         kept = self.job.keep_images or self.job.export is not None

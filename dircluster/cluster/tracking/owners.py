@@ -94,11 +94,12 @@ def _name(run: Run) -> str:
 
 def main(uri: str) -> int:
     """Close what is abandoned in the record at ``uri``, before somebody looks at it; -> 0."""
-    from dircluster.cluster.tracking.sqlite_record import file_of
+    from dircluster.cluster.tracking.sqlite_record import file_of, opening
 
     file = file_of(uri)
     if file is not None and file.exists():
-        client = MlflowClient(uri)
+        with opening(uri, str(file.resolve().parent)):
+            client = MlflowClient(uri)
         for name in close_abandoned(client, [found.experiment_id for found in client.search_experiments()]):
             print(f"closed as KILLED: {name}, whose process is gone")
     return 0

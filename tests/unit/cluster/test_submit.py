@@ -69,3 +69,10 @@ def test_a_checkout_holds_nothing_that_looks_like_a_secret_and_is_small(root: Pa
 def test_a_command_that_is_missing() -> None:
     with pytest.raises(ConfigError, match="the command is missing"):
         checked(["--address", "http://127.0.0.1:8265"])
+
+
+def test_ray_takes_the_locked_dependencies_as_a_runtime_environment(root: Path) -> None:
+    from ray._private.runtime_env.validation import parse_and_validate_uv
+
+    lock = root / "requirements.lock"
+    assert "\n".join(parse_and_validate_uv(str(lock))["packages"]) == lock.read_text().strip()
