@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import urllib.request
 from pathlib import Path
 
 from dircluster.cluster import storage
@@ -24,10 +25,19 @@ NEITHER = ("", "auto", "local")
 """RAY_ADDRESS without an address."""
 
 
-def check(config: RunConfig, on_ray: bool = True) -> None:
+DOWNLOADS = {
+    "cifar10": ("cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "svhn": ("test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/test_32x32.mat"),
+}
+"""What torchvision makes of a named set in its folder, and where it fetches it."""
+
+
+def check(config: RunConfig, on_ray: bool = True, download: bool = True) -> None:
     """Raise ConfigError, one line, where cluster, data or target of a run with absolute paths cannot be as they are.
 
-    ``on_ray``: whether the run will join the cluster that RAY_ADDRESS names.
+    ``on_ray``: whether the run will join the cluster that RAY_ADDRESS names; ``download``: whether it will fetch what
+    is not there yet.
     """
     storage.check_name(config.storage.uri)
     if on_ray:
@@ -35,6 +45,24 @@ def check(config: RunConfig, on_ray: bool = True) -> None:
     check_target(config)
     if "RANK" not in os.environ:  # of torchrun's processes the first one reads, and says for all what is wrong
         _check_data(config)
+        if download and config.data.uri is None and not elsewhere():
+            check_download(config.data.name, config.storage.uri)
+
+
+def check_download(name: str, storage_uri: str) -> None:
+    """Raise ConfigError where a named set is not there yet and the server that has it does not answer."""
+    folder, url = DOWNLOADS.get(name, ("", ""))
+    cache = (
+        Path.home() / ".cache" / "dircluster" if storage.is_remote(storage_uri) else local_path(storage_uri) / "data"
+    )
+    if not url or (cache / folder).exists():
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER).close()
+    except OSError as error:
+        if getattr(error, "code", 0) not in (405, 501):  # servers that want to be asked otherwise
+            reason = first_line(error)
+            raise ConfigError(f"torchvision could not fetch {name}: {reason}; give --data.uri PATH instead") from error
 
 
 def check_address(address: str) -> None:

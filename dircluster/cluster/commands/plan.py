@@ -77,7 +77,7 @@ def _check_inputs(job: cli.TrainJob) -> None:
     """Read data and target as the run will: what is only downloaded then is left out. Raises ConfigError."""
     config = with_absolute_paths(job.run)
     storage.to_environment(config.storage)
-    preflight.check(config, on_ray=job.launcher == "ray")
+    preflight.check(config, on_ray=job.launcher == "ray", download=False)
     if config.data.uri is not None:
         load(config.data, config.seed, data_cache(config), opener(config.storage))
     config = with_reachable_target(config)

@@ -223,3 +223,14 @@ def test_workers_are_told_the_endpoint_that_this_process_knows_from_its_environm
     kept = run_of("storage.uri s3://bucket/runs").storage
     assert (kept.endpoint, kept.region) == ("http://127.0.0.1:9000", "here-1")
     assert run_of().storage.endpoint is None
+
+
+def test_a_named_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # closed at once: nothing listens there
+    monkeypatch.setitem(preflight.DOWNLOADS, "svhn", ("test_32x32.mat", f"http://127.0.0.1:{port}/test_32x32.mat"))
+    with pytest.raises(ConfigError, match=r"torchvision could not fetch svhn: .*; give --data.uri PATH instead"):
+        preflight.check_download("svhn", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test_32x32.mat").touch()
+    preflight.check_download("svhn", str(tmp_path))
+    preflight.check_download("digits", str(tmp_path))
