@@ -47,7 +47,7 @@ def _follow(file: Path, here: str) -> None:
         places = base.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall()
         for experiment, place in places:
             before = str(place or "").removesuffix("/artifacts")
-            if f"{before}/artifacts" != place or before == here or "://" in before or _is_here(before, file):
+            if f"{before}/artifacts" != place or before == here or "://" in before or _is_there(before, here, file):
                 continue
             for table in tables:
                 if table not in POINTS:
@@ -63,10 +63,12 @@ def _follow(file: Path, here: str) -> None:
             )
 
 
-def _is_here(before: str, file: Path) -> bool:
-    """Whether the folder ``before`` is that of ``file`` by another name."""
+def _is_there(before: str, here: str, file: Path) -> bool:
+    """Whether artifacts lie in the folder ``before`` still: it is that of ``file`` by another name, or was meant."""
     other = Path(before) / file.name
-    return other.exists() and other.samefile(file)
+    if other.exists():
+        return other.samefile(file)
+    return (Path(before) / "artifacts").is_dir() and not (Path(here) / "artifacts").is_dir()
 
 
 def _replace(base: sqlite3.Connection, table: str, before: str, here: str) -> None:

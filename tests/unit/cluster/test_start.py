@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -128,3 +129,11 @@ def test_a_signal_while_ray_starts_ends_the_run_before_workers_do(
     outcome = driver.train(config, "owner", False, lambda: None, terminal, lambda outcome: None)  # type: ignore[arg-type]
     assert outcome == {"status": "KILLED", "signal": 2}
     assert terminal.said == ["Ray is gone"]
+
+
+def test_what_ray_starts_does_not_end_by_a_terminal_that_is_closed() -> None:
+    words = ["sh", "-c", "kill -HUP $$; echo lives"]
+    with driver._children_do_not_hear(signal.SIGHUP):
+        inside = subprocess.run(words, capture_output=True, text=True, check=False)
+    outside = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (inside.stdout, outside.stdout) == ("lives\n", "")

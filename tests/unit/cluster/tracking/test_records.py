@@ -120,6 +120,14 @@ def test_a_record_elsewhere_and_one_by_another_name_are_left_alone(tmp_path: Pat
     assert rows(folder, "SELECT value FROM tags") == [str(tmp_path / "link"), "a word"]
 
 
+def test_artifacts_that_were_meant_to_lie_elsewhere_stay_there(tmp_path: Path) -> None:
+    (tmp_path / "other" / "artifacts").mkdir(parents=True)
+    folder = written(tmp_path / "record", str(tmp_path / "other"))
+    with opening(f"sqlite:///{folder}/mlflow.db", str(folder)):
+        pass
+    assert rows(folder, "SELECT value FROM tags") == [str(tmp_path / "other"), "a word"]
+
+
 def wrapped(inner: Exception) -> Exception:
     try:
         raise MlflowException("INTERNAL_ERROR") from inner
