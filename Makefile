@@ -3,13 +3,14 @@ PYTHON ?= python3
 PORT ?= 5000
 RUN := .venv/bin/python
 
-.PHONY: train check test proofs lint ui cluster cluster-down lock clean
+.PHONY: train check test proofs fuzz lint ui cluster cluster-down lock clean
 .DEFAULT_GOAL := train
 
 train: .venv/product  ## train and judge a DIR defense on scikit-learn's digits
 	$(RUN) jobs/train.py $(ARGS)
 
 ui: .venv/product  ## open the MLflow UI on what was trained
+	$(RUN) -m dircluster.cluster.tracking.owners sqlite:///$(CURDIR)/runs/mlflow.db
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow ui \
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
@@ -28,6 +29,9 @@ test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they co
 
 proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (80 minutes)
 	$(RUN) -m pytest -m slow $(ARGS)
+
+fuzz: .venv/dev  ## 1,000 random command lines and 200 damaged files of each kind: no traceback, no hang (10 minutes)
+	$(RUN) -m tests.fuzz $(ARGS)
 
 lint: .venv/dev
 	.venv/bin/ruff check .

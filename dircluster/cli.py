@@ -173,7 +173,7 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     words = list(argv)
     name = _take_preset(words)
     of_own = issubclass(kind, DefenseJob)
-    defense = (_value_of("--defense", words) or name.rpartition(":")[0]) if of_own else ""
+    defense = (value_of("--defense", words) or name.rpartition(":")[0]) if of_own else ""
     if ":" in name or defense not in ("", *RUNS):
         search_folder(os.getcwd())
     if defense and ":" in name:
@@ -185,7 +185,7 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     base = kind(name, run)
     if isinstance(base, DefenseJob):
         base = dataclasses.replace(base, defense=run.defense)
-    if file := _value_of("--config", words):
+    if file := value_of("--config", words):
         switches = {*_flags(kind, bool), *_flags(type(run), bool)}
         words = [*_words_of(Path(file), switches), *words]
     with _one_line_errors():
@@ -233,7 +233,7 @@ def _take_preset(words: list[str]) -> str:
     return words.pop(0) if words and not words[0].startswith("-") else ""
 
 
-def _value_of(flag: str, words: Sequence[str]) -> str:
+def value_of(flag: str, words: Sequence[str]) -> str:
     """The value that ``words`` give last to ``flag``; empty where they give none."""
     pairs = zip(words, [*words, ""][1:], strict=True)
     found = [b if a == flag else a.partition("=")[2] for a, b in pairs if a.partition("=")[0] == flag]

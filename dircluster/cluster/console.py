@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,8 @@ from rich.text import Text
 
 from dircluster.training.protocols import Status
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals after which a run commits a checkpoint and ends: Ctrl-C, a job that is stopped, a terminal that is closed."""
 EVERY = 10.0
 """Seconds between two progress lines in a log."""
 
@@ -30,17 +33,32 @@ def progress_line(status: Status) -> str:
     )
 
 
+class _Output(Rich):
+    """Standard output. Where its reader is gone (``| head``) a run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        _lead_nowhere(sys.stdout.fileno())
+
+
+def _lead_nowhere(output: int) -> None:
+    """What is written to a file descriptor is lost from now on, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+
+
 class Terminal:
     """The console of the process that the person started. Use it in a ``with`` block, where it catches signals."""
 
     def __init__(self) -> None:
-        self.rich = Rich(highlight=False, soft_wrap=True)
+        self.rich = _Output(highlight=False, soft_wrap=True)
         self.signal = 0
         self._live: Live | None = None
         self._last: tuple[str, float] = ("", 0.0)
 
     def say(self, line: str) -> None:
-        self.rich.print(line, markup=False)
+        with contextlib.suppress(OSError):
+            self.rich.print(line, markup=False)
         self._flush()
 
     def show(self, status: Status) -> None:
@@ -100,12 +118,13 @@ class Terminal:
         self._print(table)
 
     def _print(self, table: Table) -> None:
-        wide = Rich(highlight=False, width=max(self.rich.width, 118)) if not self.rich.is_terminal else self.rich
-        wide.print(table)
+        wide = _Output(highlight=False, width=max(self.rich.width, 118)) if not self.rich.is_terminal else self.rich
+        with contextlib.suppress(OSError):
+            wide.print(table)
         self._flush()
 
     def __enter__(self) -> Terminal:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in STOPPING}
         self.listen()
         if self.rich.is_terminal:
             self._live = Live(console=self.rich, refresh_per_second=4, transient=True)
@@ -120,18 +139,32 @@ class Terminal:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Hear SIGINT and SIGTERM (again, after a library has put its own handlers in place)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._hear)
+        """Hear signals that end a run (again, after a library has put its own handlers in place).
+
+        A hangup that nohup ignores stays ignored.
+        """
+        for number in STOPPING:
+            if number != signal.SIGHUP or self._before[number] is not signal.SIG_IGN:
+                signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: object) -> None:
-        if self.signal:  # asked twice: leave at once, but end what was started
+        if number == signal.SIGHUP:
+            for output in (1, 2):
+                try:
+                    os.write(output, b"")
+                except OSError:  # its terminal is closed
+                    _lead_nowhere(output)
+        elif self.signal:  # asked twice: leave at once, but end what was started
             sys.exit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def _flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             sys.stdout.flush()
+        except BrokenPipeError:
+            _lead_nowhere(sys.stdout.fileno())
+        except (OSError, ValueError):  # a full disk may have room again
+            pass
 
 
 class Bystander(Terminal):

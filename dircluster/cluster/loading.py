@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -17,10 +18,50 @@ from torch import Tensor, nn
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ConfigError, RunConfig, named_line
 from dircluster.presets import search_folder
+from dircluster.training.checkpoint import digest
 from dircluster.training.export import load_defense_folder, load_shipped, load_target
 from dircluster.zoo import is_shipped
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+FILE_FACTORY = re.compile(r"(.*\.py):([A-Za-z_]\w*)")
+
+
+def located(defense: str) -> tuple[str, str]:
+    """A factory in a file, ``some/mine.py:make``, as package.module:factory and the folder that holds the module.
+
+    Any other ``defense`` comes back with the current folder. Raises ConfigError where there is no such module.
+    """
+    found = FILE_FACTORY.fullmatch(defense)
+    if found is None:
+        return defense, os.getcwd()
+    file = Path(found[1]).expanduser().resolve()
+    if not file.is_file():
+        raise ConfigError(f"--defense {defense}: {file} does not exist")
+    if not file.stem.isidentifier():
+        raise ConfigError(f"--defense {defense}: {file.stem!r} cannot be imported; rename the file")
+    return f"{file.stem}:{found[2]}", str(file.parent)
+
+
+def finished(uri: str, config: RunConfig) -> str:
+    """The folder of the committed checkpoint that ``uri`` means: itself, or ``final`` in a stage's folder.
+
+    Raises ConfigError, with the way out, where it is a file or holds neither.
+    """
+    folder = open_path(uri, config.storage)
+    if digest(folder) is not None:
+        return uri
+    if digest(folder / "final") is not None:
+        return f"{uri.rstrip('/')}/final"
+    if folder.is_file():
+        raise ConfigError(
+            f"--defense {uri} is a file: give the folder of a checkpoint, or package.module:factory (some/mine.py:make)"
+            " that makes the network and loads its weights; a bare classifier is --defense none --target.uri FILE"
+        )
+    below = sorted(str(found.parent) for found in folder.glob("*/final/COMMIT")) if isinstance(folder, Path) else []
+    hint = f"; give one of the stages in it: {', '.join(below[:3])}{', ...' * (len(below) > 3)}" if below else ""
+    raise ConfigError(f"--defense {uri} holds no committed checkpoint{hint}")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dircluster import zoo
-from dircluster.config import ConfigError, RunConfig, local_path
+from dircluster.cluster.storage import endpoint, is_remote
+from dircluster.config import ConfigError, RunConfig
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -27,17 +27,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             " give s3://BUCKET/PREFIX, or the absolute path of a folder that all nodes share"
         )
     kept = dataclasses.replace(config.storage, uri=absolute(uri))
+    if any(is_remote(uri or "") for uri in (kept.uri, config.data.uri, config.target.uri)):
+        region = kept.region or os.environ.get("AWS_DEFAULT_REGION")  # as this process sees them: workers may not
+        kept = dataclasses.replace(kept, endpoint=endpoint(kept), region=region)
     return dataclasses.replace(config, storage=kept, data=replaced(config.data), target=replaced(config.target))
-
-
-def must_exist(config: RunConfig) -> None:
-    """Raise ConfigError where the run is to read ``data.uri`` or ``target.uri`` on this machine and there is none."""
-    zoo.check(config.target.uri)
-    if os.environ.get("RAY_ADDRESS") or "RANK" in os.environ:
-        return  # workers on other machines may have what is not here
-    for name, uri in (("data.uri", config.data.uri), ("target.uri", config.target.uri)):
-        if uri is not None and ":" not in uri.removeprefix("file://") and not local_path(uri).exists():
-            raise ConfigError(f"{name} {uri!r} does not exist")
 
 
 def with_reachable_target(config: RunConfig) -> RunConfig:

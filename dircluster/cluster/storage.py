@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,18 @@ def endpoint(storage: StorageConfig) -> str | None:
     found = storage.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     refuse_secret("AWS_ENDPOINT_URL_S3", found or "")
     return found
+
+
+def to_environment(storage: StorageConfig) -> None:
+    """Let everything of this process that speaks S3 by itself (MLflow's artifacts) find the server and region.
+
+    MLFLOW_S3_ENDPOINT_URL, where it is set, stays: MLflow may keep its artifacts on a server of their own.
+    """
+    if storage.endpoint:
+        os.environ["AWS_ENDPOINT_URL_S3"] = storage.endpoint
+        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", storage.endpoint)
+    if storage.region:
+        os.environ["AWS_DEFAULT_REGION"] = storage.region
 
 
 def _options(storage: StorageConfig) -> dict[str, Any]:
@@ -104,6 +117,16 @@ def version(uri: str, storage: StorageConfig) -> str:
     return digest(facts) if facts else ""
 
 
+def check_name(uri: str) -> None:
+    """Raise ConfigError where ``storage.uri`` holds what MLflow, SQLite or S3 take for something else in an address."""
+    bent = sorted(set(re.findall(r"[%?#\\\x00-\x1f\x7f]", uri)))
+    if bent:
+        raise ConfigError(
+            f"storage.uri {uri!r} holds {' and '.join(map(repr, bent))}, which mean something else in an address:"
+            " give a folder without (--storage.uri)"
+        )
+
+
 def check(config: RunConfig) -> None:
     """Prove within seconds that ``storage.uri`` can be written. Raises ConfigError, one line, where it cannot."""
     storage = config.storage
@@ -119,8 +142,11 @@ def check(config: RunConfig) -> None:
         )
 
 
-def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
-    """Prove within seconds that ``uri`` can be read, or written. Raises ConfigError, one line, where it cannot."""
+def check_bucket(uri: str, storage: StorageConfig, write: bool = False, name: str = "storage.uri") -> None:
+    """Prove within seconds that ``uri`` can be read, or written. Raises ConfigError, one line, where it cannot.
+
+    ``name`` is the setting that gives ``uri``.
+    """
     import boto3
     from botocore.exceptions import NoCredentialsError
 
@@ -144,20 +170,18 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
             files.ls(uri, refresh=True)
     except FileNotFoundError as error:
         missing = f"there is no bucket {bucket!r} at {server}; make it first" if write else f"{uri} does not exist"
-        raise ConfigError(f"storage.uri: {missing}") from error
+        raise ConfigError(f"{name}: {missing}") from error
     except PermissionError as error:
         raise ConfigError(
-            f"storage.uri: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)})"
+            f"{name}: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)})"
         ) from error
     except NoCredentialsError as error:
         raise ConfigError(
-            "storage.uri: no credentials for S3; set AWS_SHARED_CREDENTIALS_FILE, or AWS_ACCESS_KEY_ID and"
+            f"{name}: no credentials for S3; set AWS_SHARED_CREDENTIALS_FILE, or AWS_ACCESS_KEY_ID and"
             " AWS_SECRET_ACCESS_KEY, or run with an instance role"
         ) from error
     except Exception as error:  # whatever a network that is not there says
-        raise ConfigError(
-            f"storage.uri: {server} does not answer ({first_line(error)}); see storage.endpoint"
-        ) from error
+        raise ConfigError(f"{name}: {server} does not answer ({first_line(error)}); see storage.endpoint") from error
     finally:
         files.retries = PATIENT
 
@@ -167,7 +191,7 @@ def _check_folder(folder: Path, uri: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-probe"
-        probe.write_text("")
+        probe.write_bytes(bytes(4096))  # a full disk takes an empty file
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"storage.uri {uri!r} cannot be written: {error.strerror or error}") from error

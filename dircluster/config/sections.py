@@ -64,7 +64,11 @@ class DataConfig:
         for name in ("held_out", "test_share"):
             value = getattr(self, name)
             require(0 < value < 1, f"data.{name} must lie in (0, 1), got {value}")
-        require(self.crop_padding >= 0, f"data.crop_padding must be 0 or more, got {self.crop_padding}")
+        most = min(self.height, self.width)
+        require(
+            0 <= self.crop_padding < most,
+            f"data.crop_padding must lie in [0, {most}), the images' shorter side, got {self.crop_padding}",
+        )
         require(self.limit is None or self.limit >= 10, f"data.limit must be at least 10, got {self.limit}")
         require(
             self.name != "custom" or self.uri is not None,
@@ -342,6 +346,10 @@ class EvaluationConfig:
         )
 
 
+MOST_THREADS = 1024
+"""Threads of a worker; no machine has more cores, and libraries end without a word where they cannot start them."""
+
+
 @dataclass(frozen=True)
 class ScalingConfig:
     """How many processes share a step, and on what."""
@@ -368,7 +376,10 @@ class ScalingConfig:
         )
         require_positive("scaling", self, "resize_every", "stall")
         require(self.wait >= 0, f"scaling.wait must be 0 or more, got {self.wait}")
-        require(self.threads is None or self.threads > 0, f"scaling.threads must be positive, got {self.threads}")
+        require(
+            self.threads is None or 0 < self.threads <= MOST_THREADS,
+            f"scaling.threads must lie in [1, {MOST_THREADS}], got {self.threads}",
+        )
         require(self.max_failures >= 0, f"scaling.max_failures must be 0 or more, got {self.max_failures}")
 
     @property
@@ -472,6 +483,11 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"\w[\w .+=@~-]*", self.name) is not None and len(self.name) <= 100,
+            "name must be of letters, digits and any of _ . + = @ ~ - and spaces, and begin with one of the first three"
+            f" (models and folders are called so), got {self.name!r}",
+        )
         batch, workers = self.training.batch_size, self.scaling.most
         require(batch >= workers, f"training.batch_size must be at least scaling.workers {workers}, got {batch}")
         require(

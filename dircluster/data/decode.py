@@ -1,44 +1,17 @@
-"""Encoded images as tensors: their right pixels, or one line that names the file or row."""
+"""Encoded images as tensors, decoded by all cores."""
 
 from __future__ import annotations
 
-import io
 import os
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, DataConfig, first_line
-
-
-class Cell(NamedTuple):
-    """An encoded image in a row of a parquet file."""
-
-    content: bytes | None
-    file: Path
-    row: int
-
-
-Blob = bytes | Path | Cell | None
-"""An encoded image, or the file that holds it."""
-Pixels = np.ndarray[Any, Any]
-
-TURNED = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
-"""What brings an image upright, by the orientation that its EXIF says."""
+from dircluster.config import ConfigError, DataConfig
+from dircluster.data.picture import Blob, check_shape, pixels
 
 
 def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
@@ -50,7 +23,7 @@ def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
     size = max(1, min(256, len(given) // (4 * threads)))  # a task costs Python as much as a small image does
     parts = [given[start : start + size] for start in range(0, len(given), size)]
     with ThreadPoolExecutor(threads) as pool:
-        decoded = pool.map(lambda part: [_pixels(blob, config) for blob in part], parts)
+        decoded = pool.map(lambda part: [pixels(blob, config) for blob in part], parts)
         images = [image for part in decoded for image in part]
     sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
@@ -63,107 +36,4 @@ def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
 
 def check_size(images: Tensor, config: DataConfig) -> None:
     """Raise ConfigError where images (n, C, H, W) are not of the size that ``config`` says."""
-    found, wanted = tuple(images.shape[1:]), (config.channels, config.height, config.width)
-    if found != wanted:
-        raise ConfigError(
-            f"the images are {'x'.join(map(str, found))} (channels x height x width), but data says"
-            f" {'x'.join(map(str, wanted))}; set data.channels, data.height and data.width"
-        )
-
-
-def _pixels(blob: Blob, config: DataConfig) -> Pixels:
-    """An image as (H, W, C) uint8. Raises ConfigError where it cannot be read, or not without a guess."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    mode, size = "L" if config.channels == 1 else "RGB", (config.width, config.height)
-    try:
-        encoded = _encoded(blob)
-        _check_png(encoded)
-        with Image.open(io.BytesIO(encoded)) as image:
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # a photo's MPO holds previews of it
-                raise ConfigError(f"it holds {frames} frames or pages; store the one that counts")
-            image.load()
-            made = _upright(_in_eight_bits(image), image)
-            if made.mode != mode:
-                made = (made.convert("RGB") if made.mode == "LAB" else made).convert(mode)
-            made = ImageOps.fit(made, size, Image.Resampling.BILINEAR) if config.resize else made
-            return np.frombuffer(made.tobytes(), np.uint8).reshape(made.height, made.width, -1)
-    except UnidentifiedImageError as error:
-        raise ConfigError(
-            f"{_where(blob)}an image cannot be read: its {len(encoded)} bytes are no PNG, JPEG or other image format"
-        ) from error
-    except Exception as error:  # damaged bytes make Pillow raise nearly anything
-        raise ConfigError(f"{_where(blob)}an image cannot be read: {first_line(error)}") from error
-
-
-def _where(blob: Blob) -> str:
-    if isinstance(blob, Cell):
-        return f"{blob.file}, row {blob.row}: "
-    return f"{blob}: " if isinstance(blob, Path) else ""
-
-
-def _encoded(blob: Blob) -> bytes:
-    content = blob.content if isinstance(blob, Cell) else blob
-    encoded = content.read_bytes() if isinstance(content, Path) else content
-    if not encoded:
-        raise ConfigError("there are no bytes of it" + (" in the table" if isinstance(blob, Cell) else ""))
-    return encoded
-
-
-def _check_png(encoded: bytes) -> None:
-    """Raise ConfigError where a chunk of a PNG is not what its checksum says: Pillow ignores that of pixels."""
-    start = 8
-    while encoded[:4] == b"\x89PNG" and start + 12 <= len(encoded):
-        end = start + 8 + int.from_bytes(encoded[start : start + 4], "big")
-        kind = encoded[start + 4 : start + 8]
-        if end + 4 <= len(encoded) and zlib.crc32(encoded[start + 4 : end]) != int.from_bytes(
-            encoded[end : end + 4], "big"
-        ):
-            raise ConfigError("it is damaged: a checksum is wrong")
-        start = len(encoded) if kind == b"IEND" else end + 4
-
-
-def _in_eight_bits(image: Any) -> Any:
-    """The image in a mode of 8 bits without transparency. Raises ConfigError where that needs a guess."""
-    from PIL import Image
-
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_scaled(image))
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-        raise ConfigError("it has transparent pixels; put it on the background that it is to have")
-    return image
-
-
-def _scaled(image: Any) -> Pixels:
-    """Gray of 16 bits, or floats from 0 to 1, as (H, W) uint8."""
-    pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})
-    inverted = tags.get(262) == 0  # white is zero
-    if "transparency" in image.info:
-        raise ConfigError("it has a transparent color in more than 8 bits; save it with 8")
-    if image.mode == "F":
-        if not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN is neither
-            raise ConfigError(
-                f"its floats reach from {pixels.min():g} to {pixels.max():g}, not 0 to 1; save it with 8 bits"
-            )
-        return np.round(255 * (1 - pixels if inverted else pixels)).astype(np.uint8)
-    if image.mode == "I" and image.format != "PPM":
-        raise ConfigError("its integers are signed or of 32 bits, and nothing says which is white; save it with 8 bits")
-    white = 4095 if tags.get(258) == (12,) else 65535
-    if 0 < pixels.max() <= 255 and white > 4095:
-        raise ConfigError(f"its 16 bits hold values up to {pixels.max()} alone, nearly black; save it with 8 bits")
-    levels = pixels.astype(np.int64)
-    levels = white - levels if inverted else levels
-    return ((levels * 255 + white // 2) // white).astype(np.uint8)
-
-
-def _upright(made: Any, image: Any) -> Any:
-    """``made`` turned as the EXIF of ``image`` says; Pillow has turned a TIFF already."""
-    from PIL import Image
-
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # an EXIF that cannot be read says nothing, to any viewer
-        return made
-    turn = TURNED.get(orientation)
-    return made.transpose(Image.Transpose[turn]) if turn else made
+    check_shape(tuple(images.shape[1:]), config)

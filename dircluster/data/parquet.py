@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError, DataConfig, first_line
-from dircluster.data.decode import Cell
+from dircluster.data.picture import Cell
 
 LABEL_COLUMNS = (
     *("label", "labels", "fine_label", "target", "class", "targets", "cls", "class_id", "class_idx", "class_label"),
@@ -71,6 +71,23 @@ def contents(table: Any, chosen: Columns, source: Path, first: int = 0) -> tuple
     """The same of chosen columns; the table's first row is row ``first`` of ``source``."""
     found = labels(table, chosen, source)
     return _cells(table, chosen, source, first), found
+
+
+def labels_of(file: Path, chosen: Columns) -> list[int]:
+    """All labels of a file; of its images nothing is read. Raises ConfigError."""
+    with opened(file) as table:
+        if chosen.label_value is not None:
+            return labels(table.read(columns=[]), chosen, file)
+        return labels(table.read(columns=[chosen.label]), chosen, file)
+
+
+def first_image(file: Path, chosen: Columns) -> Cell:
+    """The image in the first row of a file that has rows. Raises ConfigError."""
+    import pyarrow as pa
+
+    with opened(file) as table:
+        batch = next(table.iter_batches(batch_size=1, columns=[chosen.image]))
+        return _cells(pa.Table.from_batches([batch]), chosen, file, 0)[0]
 
 
 def choose_all(files: Sequence[Path], config: DataConfig) -> dict[Path, Columns]:

@@ -16,21 +16,14 @@ from torch import Tensor
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig, first_line, local_path
 from dircluster.data import parquet
-from dircluster.data.class_folders import ClassFolders, class_folders
-from dircluster.data.decode import Blob, check_size, decode
-from dircluster.data.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, Found, listing
+from dircluster.data.class_folders import ClassFolders
+from dircluster.data.decode import check_size, decode
+from dircluster.data.layout import check_names, layout_of
+from dircluster.data.picture import Blob
 from dircluster.data.split import Dataset, Split
-from dircluster.data.table_files import missing_shards, table_splits
 
 MOST_HELD_OUT = 10_000
 """Held-out images of a stream at the most: they lie in memory."""
-KNOWN_SIZES = {
-    "digits": (1438, 359),
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "svhn": (73_257, 26_032),
-}
-"""Training images of the named sets, before the held-out share is cut off, and test images."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
     """Training shards that stay where they are; held-out row groups and the test split in memory."""
     from dircluster.data.stream import open_shards, read_group
 
-    layout = _layout(config, open_path)
+    layout = layout_of(config, open_path)
     if layout.folders or not layout.test:
         raise ConfigError(f"data.stream needs parquet shards train* and test* in data.uri {config.uri!r}")
     shards = open_shards(layout.train, config)
@@ -199,81 +192,8 @@ DATASETS: dict[str, Callable[[Path], tuple[Split, Split | None]]] = {
 """How a set is loaded by its name: the folder of downloads -> training and test split, None where it has none."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Parquet files or images under ``data.uri``, of the training and of the test split."""
-
-    train: list[Path]
-    test: list[Path]
-    folders: ClassFolders | None = None
-    """Set for images in folders."""
-    notes: tuple[str, ...] = ()
-
-
-def _layout(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
-    path = open_path(config.uri or "")
-    try:
-        exists, single = path.exists(), path.is_file()
-    except OSError as error:
-        raise ConfigError(f"data.uri {str(path)!r} cannot be read: {first_line(error)}") from error
-    if not exists:
-        hint = "; python infra/photo_shards.py FOLDER writes small shards to try it with" if config.stream else ""
-        raise ConfigError(f"data.uri {str(path)!r} does not exist{hint}")
-    if single and path.suffix.lower() not in PARQUET_SUFFIXES:
-        raise ConfigError(f"data.uri {str(path)!r} is neither a folder nor a parquet file (*.parquet)")
-    found = None if single else listing(path)
-    files = [Found((path.name,), path)] if found is None else found.files
-    tables = [file for file in files if file.suffix in PARQUET_SUFFIXES]
-    images = [file for file in files if file.suffix in IMAGE_SUFFIXES]
-    if tables:
-        train, test = table_splits(tables, str(path))
-        beside = [f"{len(images)} images beside the parquet files are not read"] if images else []
-        made = Layout(train, test, None, (*missing_shards([*train, *test]), *beside))
-    elif images and found is not None:
-        if config.label_column or config.image_column:
-            raise ConfigError(f"data.uri {str(path)!r} holds images in folders, not columns: see data.label_column")
-        folders = class_folders(found, str(path))
-        train, test = [file for file, _ in folders.train], [file for file, _ in folders.test]
-        made = Layout(train, test, folders, folders.notes)
-    else:
-        beside = [f" (but {files[0].path.name})"] if files else []
-        raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images{''.join(beside)}")
-    if not made.train:
-        raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
-    return made
-
-
-def split_sizes(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> tuple[int, int, int]:
-    """How many images are trained on, held out and tested on, without reading them.
-
-    Raises ConfigError where ``data.uri`` is unusable.
-    """
-    if config.uri is None:
-        whole, test = KNOWN_SIZES[config.name]
-    else:
-        layout = _layout(config, open_path)
-        count = len if layout.folders else _rows
-        whole, test = count(layout.train), count(layout.test)
-        if not layout.test:
-            test = max(1, round(config.test_share * whole))
-            whole -= test
-    if config.limit is not None:
-        whole, test = min(whole, config.limit), min(test, config.limit)
-    held_out = max(1, round(config.held_out * whole))
-    return whole - held_out, held_out, test
-
-
-def _rows(files: list[Path]) -> int:
-    """Rows of parquet files."""
-    rows = 0
-    for file in files:
-        with parquet.opened(file) as table:
-            rows += table.metadata.num_rows
-    return rows
-
-
 def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> Source:
-    layout = _layout(config, open_path)
+    layout = layout_of(config, open_path)
     if layout.folders:
         return _read_folders(layout.folders, config)
     train = parquet.choose_all(layout.train, config)
@@ -297,8 +217,7 @@ def _read_tables(chosen: Mapping[Path, parquet.Columns], config: DataConfig) -> 
 
 def _read_folders(folders: ClassFolders, config: DataConfig) -> Source:
     names = folders.names
-    if len(names) > config.classes:
-        raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
+    check_names(names, config)
     label = {name: number for number, name in enumerate(names)}
     splits = [
         Encoded([file for file, _ in split], torch.tensor([label[name] for _, name in split], dtype=torch.int64))

@@ -25,7 +25,8 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data import parquet
 from dircluster.data.augment import augmented
-from dircluster.data.decode import Cell, check_size, decode
+from dircluster.data.decode import check_size, decode
+from dircluster.data.picture import Cell
 
 MOST_LANES = 64
 """Workers up to which nothing is read twice."""

@@ -134,7 +134,8 @@ function start({ images, curves, sheets, other }) {
   const one = prepared(images), pair = other && beside(one, prepared(other.images));
   const option = (select, value, text) => get(select).append(Object.assign(element("option", text), { value }));
   const classes = [...new Set(Array.from({ length: one.n }, (_, image) => classAt(one.labels, image, one.width)))];
-  classes.sort((a, b) => a - b).forEach((label) => option("class", label, label));
+  const called = (label) => images.classes?.[label] ?? label;
+  classes.sort((a, b) => a - b).forEach((label) => option("class", label, called(label)));
   one.rows.forEach((row, r) => { option("broken", r, row.name); option("drawn", r, row.name); });
   const drawn = one.attacked.filter((row) => row.fresh).sort((a, b) => average(a) - average(b))[0];
   get("drawn").value = String(Math.max(0, one.rows.indexOf(drawn)));
@@ -157,7 +158,7 @@ function start({ images, curves, sheets, other }) {
   const line = (image) => {
     const made = element("tr", "", "image");
     made.dataset.image = image;
-    made.append(element("td", one.number(image), "n"), element("td", classAt(one.labels, image, one.width), "n"));
+    made.append(element("td", one.number(image), "n"), element("td", called(classAt(one.labels, image, one.width)), "n"));
     const pictures = element("td");
     if (sheets && image < sheets.count)
       pictures.append(...Object.keys(sheets.sheets).map((name) => picture(name, image)));
@@ -167,7 +168,7 @@ function start({ images, curves, sheets, other }) {
       const counts = new Map();
       answers.forEach((answer) => counts.set(answer, (counts.get(answer) ?? 0) + 1));
       const text = [...counts].sort((a, b) => b[1] - a[1])
-        .map(([name, count]) => (answers.length > 1 ? `${name}×${count}` : name));
+        .map(([name, count]) => (answers.length > 1 ? `${called(name)}×${count}` : called(name)));
       const cell = element("td", text.join(" "), isBroken(row, image) ? "flag" : "fine");
       const turned = pair ? change(one, pair, r, image) : 0;
       if (turned) cell.append(element("b", turned > 0 ? " ▼" : " ▲"));
@@ -186,7 +187,7 @@ function start({ images, curves, sheets, other }) {
       const draws = Math.round(row[form].length / one.width / row.share.length);
       const told = element("p", `${row.name}${row.fresh && row.fixed ? `; judged on ${form} draws` : ""}: `);
       answersOf(row[form], draws, image).forEach((answer) =>
-        told.append(element("span", `${answer} `, answer === label ? "fine" : "flag")));
+        told.append(element("span", `${called(answer)} `, answer === label ? "fine" : "flag")));
       cell.append(told);
     }));
     made.append(cell);

@@ -56,6 +56,7 @@ def write_report(
     drawn, measured = _figures(report, victim, test, config, natural_target, say)
     judged = report.evaluation.images
     images = image_table(report, test.labels[:judged], numbers or range(judged), facts["data"])
+    images["classes"] = list(facts.get("classes", ()))  # their names by label, where the data says them
     shown = sheets(report, victim, test.pixels(slice(judged)), config.seed)
     inside = {"images": images, "curves": plain["curves"], "sheets": shown}
     if other is not None:

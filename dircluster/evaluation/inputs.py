@@ -67,5 +67,8 @@ def _tensor(name: str, given: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"{name} must be a tensor, an array or a list of numbers: {line}") from None
-    found = found.detach()
+    if found.is_meta or found.is_nested or found.is_quantized:
+        kind = "meta" if found.is_meta else "nested" if found.is_nested else "quantized"
+        raise ConfigError(f"{name} must be a plain tensor of numbers, got a {kind} one")
+    found = found.detach() if found.layout is torch.strided else found.detach().to_dense()
     return found.clone() if found.is_inference() else found  # what was made in inference mode passes no gradient

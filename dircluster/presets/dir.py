@@ -223,7 +223,7 @@ def with_fast_crafting(run: DirRun) -> DirRun:
 
 def _decisive(run: DirRun) -> dict[str, Any]:
     """What must be the preset's where a number of the paper is to stand beside the run's."""
-    free = ("seed", "data.uri", "data.stream")
+    free = ("seed", "data.uri", "data.stream", "data.label_column", "data.image_column")
     return {n: v for n, v in flatten(run.identity).items() if n not in free and not n.startswith("evaluation.")}
 
 

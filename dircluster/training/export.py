@@ -15,6 +15,7 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.models import classifiers
+from dircluster.models.weights import check_weights
 from dircluster.training import checkpoint
 from dircluster.zoo import find, folder_of, is_shipped
 
@@ -76,6 +77,7 @@ def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path
         classifier = find_defense(config.defense).build(config, "classifier")
         place = folder_of(uri) if is_shipped(uri) else open_path(uri)
         _load(classifier, _target_tensors(place), uri)
+    check_weights(classifier, f"target.uri {uri!r}")
     classifiers.check_classes(classifier, config.data)
     return classifier
 

@@ -53,13 +53,6 @@ def find(uri: str) -> Shipped:
     return ZOO[name]
 
 
-def check(*uris: str | None) -> None:
-    """Raise ConfigError where one of ``uris`` names a defense of this package that there is not."""
-    for uri in uris:
-        if uri is not None and is_shipped(uri):
-            find(uri)
-
-
 def folder_of(uri: str) -> Path:
     """The folder that holds zoo:NAME. Raises ConfigError where it is missing, or is not the one of the table."""
     found = find(uri)

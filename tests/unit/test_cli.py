@@ -56,9 +56,9 @@ def test_the_name_of_a_preset_is_a_value_like_any_other(flag: str, name: str) ->
 def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("storage: {uri: 1/2}\nmasking: {ratio: 3/10}\n")
-    words = ("--name", "2024/11", "--storage.uri=1/2", "--summary", "3/4", "--dir.alpha", "1/2")
+    words = ("--tracking.experiment", "2024/11", "--storage.uri=1/2", "--summary", "3/4", "--dir.alpha", "1/2")
     for job in (parse(*words), parse("--config", str(file), *words[:2], *words[3:])):
-        assert (job.run.name, job.run.storage.uri, str(job.summary)) == ("2024/11", "1/2", "3/4")
+        assert (job.run.tracking.experiment, job.run.storage.uri, str(job.summary)) == ("2024/11", "1/2", "3/4")
         assert job.run.dir.alpha == 0.5
     again = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
     assert parse(*again).run == job.run

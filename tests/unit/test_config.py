@@ -26,6 +26,12 @@ from dircluster.presets import dir as d
         (lambda: c.TargetConfig(architecture="resnet19"), "target.architecture must be"),
         (lambda: c.StorageConfig(uri="gs://bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
         (lambda: c.OptimizerConfig(lr=0), "optimizer.lr must be positive"),
+        (lambda: c.ScalingConfig(threads=100_000), "scaling.threads must lie in [1, 1024], got 100000"),
+        (lambda: c.DataConfig(crop_padding=100_000), "data.crop_padding must lie in [0, 8), the images' shorter side"),
+        *(
+            (lambda name=name: c.RunConfig(name=name), "name must be of letters, digits and any of _ . + = @ ~ - and")
+            for name in ("", "a/b", "a:b", "it's", 'a"b', "a`b", "a\nb", "..", "-a", "a" * 101)
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(make: Any, message: str) -> None:
@@ -138,8 +144,8 @@ def test_cifar100_is_cifar10_with_other_data() -> None:
     assert dataclasses.replace(run.data, name="cifar10", classes=10) == usual.data
     smoke = preset("cifar100_smoke")
     assert (smoke.name, smoke.data.classes, smoke.data.limit) == ("cifar100_smoke", 100, 48)
-    assert dataclasses.replace(smoke, name="", data=usual.data) == dataclasses.replace(
-        preset("cifar10_smoke"), name="", data=usual.data
+    assert dataclasses.replace(smoke, name="x", data=usual.data) == dataclasses.replace(
+        preset("cifar10_smoke"), name="x", data=usual.data
     )
 
 

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
 
 def _judge(job: cli.EvaluateJob) -> int:
-    from dircluster.cluster import storage
+    from dircluster.cluster import preflight, storage
     from dircluster.cluster.console import Bystander, Terminal
     from dircluster.cluster.paths import with_absolute_paths
     from dircluster.cluster.runtime.evaluation_job import with_suite
@@ -36,7 +36,6 @@ def _judge(job: cli.EvaluateJob) -> int:
             " package.module:factory, or none"
         )
     refuse_secret("--defense", job.defense)
-    zoo.check(job.defense, job.surrogate, job.natural_target, job.run.target.uri)
     if job.verdict and job.no_verdict:
         raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
     if job.export is not None:
@@ -52,6 +51,12 @@ def _judge(job: cli.EvaluateJob) -> int:
     asked = job.verdict or job.run.evaluation.verdict or suite != "quick"
     config = with_suite(job.run, suite, asked and not job.no_verdict)
     config = with_absolute_paths(config)
+    storage.to_environment(config.storage)
+    preflight.check(config, on_ray=job.launcher == "ray")
+    named = {"--defense": job.defense, "--surrogate": job.surrogate, "--natural-target": job.natural_target}
+    for name, uri in named.items():
+        if uri not in ("", "none"):
+            preflight.check_model(name, uri, config)
     storage.check(config)
     first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
     with Terminal() if first else Bystander() as terminal:
@@ -111,15 +116,21 @@ class _Judging:
 
     def _make_job_spec(self, parallel: Any) -> JobSpec:
         """What is judged, with every model where all workers can read it."""
-        from dircluster.cluster.loading import JobSpec
+        from dircluster.cluster.loading import FACTORY, JobSpec, finished, located
 
-        named = [self.job.defense, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
-        found: list[str] = parallel.first_does(lambda: [self._reachable(uri) for uri in named])
-        defense, surrogate, self.natural_target, target = found
+        def reachable() -> list[str]:
+            given, path = located(self.job.defense)
+            named = [given, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
+            defense, *models = [self._reachable(uri) for uri in named]
+            if defense != "none" and not FACTORY.fullmatch(defense):
+                defense = finished(defense, self.config)
+            return [path, defense, *models]
+
+        path, defense, surrogate, self.natural_target, target = parallel.first_does(reachable)
         if target:
             self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
         kept = self.job.keep_images or self.job.export is not None
-        return JobSpec(run_to_plain(self.config), defense, os.getcwd(), surrogate, self.job.trust_code, kept)
+        return JobSpec(run_to_plain(self.config), defense, path, surrogate, self.job.trust_code, kept)
 
     def _reachable(self, uri: str) -> str:
         from dircluster.cluster.loading import FACTORY
@@ -225,6 +236,7 @@ class _Judging:
             "surrogate_uri": self.job.surrogate,
             "machine": evaluation_job.evaluation.machine,
             "settings": run_to_plain(self.config),
+            "classes": evaluation_job.classes,
         }
         natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(

@@ -7,13 +7,18 @@ from datetime import timedelta
 from typing import Any
 
 from dircluster import cli
+from dircluster.cluster import preflight, storage
+from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.storage import opener
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.sources import split_sizes
+from dircluster.data.layout import split_sizes
+from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers
 from dircluster.training.costs import count, evaluation_operations, step_operations
+from dircluster.training.export import load_target
 from dircluster.training.forecast import Calibration, Forecast, calibrate, forecast, from_summary, planned_stages
+from dircluster.training.run import data_cache
 
 
 def plan(job: cli.TrainJob) -> str:
@@ -22,6 +27,7 @@ def plan(job: cli.TrainJob) -> str:
     Raises ConfigError where the data, the target or the calibration cannot be used.
     """
     config = job.run
+    _check_inputs(job)
     defense = find_defense(config.defense)
     sizes, costs = split_sizes(config.data, opener(config.storage)), count(config)
     images = sizes[0]
@@ -65,6 +71,18 @@ def plan(job: cli.TrainJob) -> str:
         lines.append(f"not foretold: {', '.join(left)}")
     cli.write_summary(job, {"calibration": asdict(found), "foretold": [asdict(one) for one in made]})
     return "\n".join(lines)
+
+
+def _check_inputs(job: cli.TrainJob) -> None:
+    """Read data and target as the run will: what is only downloaded then is left out. Raises ConfigError."""
+    config = with_absolute_paths(job.run)
+    storage.to_environment(config.storage)
+    preflight.check(config, on_ray=job.launcher == "ray", download=False)
+    if config.data.uri is not None:
+        load(config.data, config.seed, data_cache(config), opener(config.storage))
+    config = with_reachable_target(config)
+    if config.target.uri is not None:
+        load_target(config, opener(config.storage))
 
 
 def foretold(job: cli.TrainJob) -> list[Forecast]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
@@ -13,8 +14,8 @@ from typing import Any
 
 from dircluster import cli
 from dircluster.cli import command
-from dircluster.cluster import storage
-from dircluster.cluster.paths import must_exist, with_absolute_paths, with_reachable_target
+from dircluster.cluster import preflight, storage
+from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
 
@@ -42,6 +43,8 @@ class Launch:
         self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
         self.commit = commit()
         self.record: Any = None
+        self.held = contextlib.ExitStack()
+        """What lasts as long as the record is RUNNING."""
         self.began = time.monotonic()
 
     def run(self) -> int:
@@ -49,7 +52,8 @@ class Launch:
         from dircluster.cluster.console import Bystander, Terminal
 
         job = self.job
-        must_exist(self.config)
+        storage.to_environment(self.config.storage)
+        preflight.check(self.config, on_ray=job.launcher == "ray")
         self.foretold: list[Any] = []
         if job.calibration is not None:  # before anything is trained: it may be another preset's
             from dircluster.cluster.commands.plan import foretold
@@ -67,6 +71,7 @@ class Launch:
                 status = outcome["status"]
             finally:
                 aside.shutdown(cancel_futures=True)  # what has begun ends, and only that
+                self.held.close()
                 if self.record is not None:
                     from dircluster.cluster.tracking.jobs import finish_job
 
@@ -86,16 +91,17 @@ class Launch:
         if self.job.launcher == "local":
             from dircluster.cluster.runtime import local
 
+            config = with_reachable_target(config)
             self._open_record(terminal)
-            outcome = local.train(with_reachable_target(config), owner, self.job.fresh, self.record, terminal)
+            outcome = local.train(config, owner, self.job.fresh, self.record, terminal)
             self._register(outcome, terminal)
             return outcome
         from dircluster.cluster.runtime import driver
 
-        opening, registering = aside.submit(self._open_record, terminal), list[Future[None]]()
+        config, registering = with_reachable_target(config), list[Future[None]]()
+        opening = aside.submit(self._open_record, terminal)
         if self._may_be_refused():
             opening.result()
-            config = with_reachable_target(config)
         aside.submit(importlib.import_module, "dircluster.cluster.runtime.ray_train")
         outcome = driver.train(
             config,
@@ -110,10 +116,10 @@ class Launch:
         return outcome
 
     def _may_be_refused(self) -> bool:
-        """Whether MLflow has the last word: on a server that may not answer, or on a model that may not be there."""
-        tracking, target = self.config.tracking, self.config.target.uri or ""
+        """Whether MLflow is a server, which may not answer."""
+        tracking = self.config.tracking
         named = tracking.enabled and (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
-        return bool(named) or storage.is_remote(self.config.storage.uri) or target.startswith("models:/")
+        return bool(named) or storage.is_remote(self.config.storage.uri)
 
     def _open_record(self, terminal: Any) -> Any:
         """The JobRecord, kept as ``self.record``; None where none is wanted, or where MLflow is not installed."""
@@ -126,6 +132,7 @@ class Launch:
                 terminal.say("MLflow is not installed: no record is kept")
                 return None
         from dircluster.cluster.tracking.jobs import open_job
+        from dircluster.cluster.tracking.owners import beating
 
         tags = {
             "dircluster.commit": self.commit,
@@ -134,12 +141,13 @@ class Launch:
             "dircluster.command": command(self.job),
         }
         self.record = open_job(self.config, tags, fresh=self.job.fresh)
+        self.held.enter_context(beating(self.record.uri, self.record.run_id))
         return self.record
 
     def _register(self, outcome: dict[str, Any], terminal: Any) -> None:
         if outcome["status"] != "FINISHED" or self.record is None:
             return
-        from dircluster.cluster.tracking.jobs import log_dataset, log_files
+        from dircluster.cluster.tracking.jobs import describe_run, log_dataset, log_files
         from dircluster.cluster.tracking.registry import register
         from dircluster.evaluation.model_card import model_card
 
@@ -149,6 +157,7 @@ class Launch:
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
             log_files(self.record, texts)
+            describe_run(self.record, card)
             outcome["model"], outcome["champion"] = register(
                 self.record, self.config, storage.local_copy(folder), card, outcome
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dircluster import cli
-from dircluster.cluster.sweeps.space import Settings, fitted, load_space, mapped
+from dircluster.cluster.sweeps.space import Settings, corners, fitted, load_space, mapped
 from dircluster.config import ConfigError, RunConfig, flatten, to_dict, with_values
 
 
@@ -23,9 +23,9 @@ def _tune(job: cli.TuneJob) -> int:
         raise ConfigError("--asha compares trials of one seed each: leave out --seeds, or --asha")
     space = fitted(load_space(job.space), job.run, job.search)
 
-    from dircluster.cluster import storage
+    from dircluster.cluster import preflight, storage
     from dircluster.cluster.console import Terminal
-    from dircluster.cluster.paths import must_exist, with_absolute_paths, with_reachable_target
+    from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 
     def reachable(run: RunConfig) -> RunConfig:
         return with_reachable_target(with_absolute_paths(run))
@@ -34,8 +34,13 @@ def _tune(job: cli.TuneJob) -> int:
         found = flatten(to_dict(reachable(with_values(job.run, settings))))
         return {name: found[name] for name in settings}
 
-    must_exist(with_absolute_paths(job.run))
-    storage.check(with_absolute_paths(job.run))
+    config = with_absolute_paths(job.run)
+    storage.to_environment(config.storage)
+    preflight.check(config)
+    for settings in corners(space.ranges) or space.points:
+        if any(name.startswith(("data.", "target.uri", "target.architecture")) for name in settings):
+            preflight.check(with_absolute_paths(with_values(job.run, settings)))
+    storage.check(config)
     with Terminal() as terminal:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught
 

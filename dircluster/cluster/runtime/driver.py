@@ -7,8 +7,9 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -94,10 +95,23 @@ def _start_ray(config: RunConfig) -> None:
         for name, value in OWN_CLUSTER.items():
             os.environ.setdefault(name, value)
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if address else own))
+        with _children_do_not_hear(signal.SIGHUP):
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **({} if address else own))
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         what = f"no Ray cluster answers at RAY_ADDRESS {address}" if address else "Ray cannot start on this machine"
         raise ConfigError(f"{what}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _children_do_not_hear(number: int) -> Iterator[None]:
+    """Processes that are started meanwhile inherit that a signal is held back: a closed terminal sends it to all, and
+    workers must live until they have stored a checkpoint. This process hears it afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def forget(config: RunConfig, owner: str) -> None:

@@ -39,6 +39,7 @@ class EvaluationJob:
         if isinstance(module, Defended) and device.type == "cuda":
             module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
+        self.classes = data.classes
         self.rows = row_numbers(len(data.test), self.settings)
         self.test: Split = data.test.take(judged_rows(len(data.test), self.settings))
         self.name = module.name if isinstance(module, Defended) else job_spec.defense

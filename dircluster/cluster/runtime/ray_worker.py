@@ -12,7 +12,7 @@ import ray.train.torch
 
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.runtime.channel import LAST_WORD, RemoteConsole
-from dircluster.cluster.storage import opener
+from dircluster.cluster.storage import opener, to_environment
 from dircluster.config import RunConfig
 from dircluster.distributed.launch import joined_workers
 from dircluster.presets import run_from_plain
@@ -30,6 +30,7 @@ def work(
     """
     run_config: RunConfig = run_from_plain(config)
     here = ray.train.get_context().get_local_world_size()
+    to_environment(run_config.storage)
     parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
     node = ray.get_runtime_context().get_node_id()
     ray.get(channel.enter.remote(parallel.rank, parallel.world, node, os.getpid()))

@@ -13,8 +13,10 @@ from dircluster import cli
 from dircluster.config import ConfigError, RunConfig, digest, flatten, named_line, short, to_dict
 
 Settings = Mapping[str, Any]
-Range = tuple[float, float] | list[Any]
-"""Two ends, both included, of whole numbers where both are; or the values to choose from."""
+Range = tuple[float, float] | tuple[float, float, str] | list[Any]
+"""Two ends, both included, of whole numbers where both are, and "log" after them where each order of magnitude is as
+likely as the others; or the values to choose from."""
+LOG = "log"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Space:
 
 def load_space(path: Path) -> Space:
     """The space in a Python file: ``GRID``, a list of points or lists of values whose product they are, ``SEARCH``,
-    ranges (low, high) or lists of values, or both. Raises ConfigError where it holds none.
+    ranges (low, high), (low, high, "log") or lists of values, or both. Raises ConfigError where it holds none.
     """
     if not path.is_file():
         raise ConfigError(f"--space {path} does not exist")
@@ -58,7 +60,9 @@ def load_space(path: Path) -> Space:
     if not isinstance(grid, Sequence) or not all(isinstance(point, Mapping) and point for point in grid):
         raise ConfigError(f"--space {path}: GRID must be a list of points, or lists of values by name")
     if not isinstance(ranges, Mapping) or not all(_is_range(values) for values in ranges.values()):
-        raise ConfigError(f"--space {path}: SEARCH must give (low, high) or a list of values by name")
+        raise ConfigError(
+            f"--space {path}: SEARCH must give (low, high), (low, high, 'log') above 0, or a list of values by name"
+        )
     names = [name for settings in (*grid, ranges) for name in settings]
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(f"--space {path}: names of settings must be texts")
@@ -69,7 +73,9 @@ def load_space(path: Path) -> Space:
 
 def _is_range(values: Any) -> bool:
     if isinstance(values, tuple):
-        return len(values) == 2 and all(isinstance(v, int | float) for v in values) and values[0] < values[1]
+        ends, log = values[:2], values[2:]
+        numbers = len(ends) == 2 and all(isinstance(v, int | float) for v in ends) and ends[0] < ends[1]
+        return numbers and (log == () or (log == (LOG,) and ends[0] > 0))
     return isinstance(values, list) and bool(values)
 
 
@@ -105,14 +111,18 @@ def mapped(space: Space, held: Callable[[Settings], Settings]) -> Space:
     points = {digest(point): point for point in map(held, space.points)}
     ranges: dict[str, Range] = {}
     for name, values in space.ranges.items():
-        made = [held({name: value})[name] for value in values]
-        ranges[name] = made if isinstance(values, list) else (made[0], made[1])
+        made = [held(point)[name] for point in corners({name: values})]
+        ranges[name] = made if isinstance(values, list) else (made[0], made[1], *values[2:])
     return Space(space.name, tuple(points.values()), ranges)
 
 
 def corners(ranges: Mapping[str, Range]) -> list[Settings]:
     """Every end or value of every range, one setting at a time."""
-    return [{name: value} for name, values in ranges.items() for value in values]
+    return [
+        {name: value}
+        for name, values in ranges.items()
+        for value in (values if isinstance(values, list) else values[:2])
+    ]
 
 
 def settings_text(settings: Settings) -> str:

@@ -24,6 +24,7 @@ from dircluster.cluster.sweeps.store import Notes, files_of, key_of, name_of, re
 from dircluster.cluster.sweeps.trial import Plan, Task
 from dircluster.cluster.sweeps.tuner import Tuning
 from dircluster.cluster.tracking.jobs import finish_job, open_job
+from dircluster.cluster.tracking.owners import beating
 from dircluster.cluster.tracking.tracker import MlflowTracker
 from dircluster.cluster.version import commit
 from dircluster.config import ConfigError, RunConfig, digest, first_line, with_values
@@ -50,6 +51,8 @@ class Sweep:
         self.trained = 0
         self.plan: Plan
         self.tracker: MlflowTracker | None = None
+        self.held = contextlib.ExitStack()
+        """What lasts as long as the record is RUNNING."""
         files = files_of(*(with_values(config, point) for point in corners(space.ranges) or space.points))
         decides = {**config.identity, **files, "space": space.plain, "asha": job.asha}
         self.key = digest(decides)[:12]
@@ -75,6 +78,7 @@ class Sweep:
             raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
         finally:
             ray.shutdown()
+            self.held.close()
             if self.tracker is not None:
                 self.tracker.close(hurry=not whole)
                 finish_job(self.tracker.job, status)
@@ -105,6 +109,7 @@ class Sweep:
             return None
         sweep = {"space": self.space.name, "varied": self.space.varied, "seeds": len(self.seeds), "key": self.key}
         record = open_job(self.config, tags, sweep=sweep)
+        self.held.enter_context(beating(record.uri, record.run_id))
         self.tracker = MlflowTracker(record, self.terminal.say)
         tracking = dataclasses.replace(self.config.tracking, uri=record.uri)  # trials have another environment
         self.config = dataclasses.replace(self.config, tracking=tracking)

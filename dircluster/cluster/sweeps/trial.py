@@ -18,9 +18,11 @@ from ray import tune
 from dircluster.cluster.runtime.channel import POLL
 from dircluster.cluster.runtime.driver import forget
 from dircluster.cluster.runtime.ray_train import Job
+from dircluster.cluster.storage import to_environment
 from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
+from dircluster.cluster.tracking.owners import beating
 from dircluster.config import ConfigError, RunConfig, first_line, flatten, with_values
 from dircluster.evaluation.sweep_table import Trial, accuracies
 from dircluster.presets import run_from_plain
@@ -134,8 +136,12 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         return replace(found, settings=dict(task.settings), seed=task.seed)
     if post.stop_signal():
         raise Stopped
+    to_environment(run.storage)
     owner, began, status = uuid.uuid4().hex, time.monotonic(), "KILLED"
     record = _open_record(plan, task, run, post)
+    held = contextlib.ExitStack()
+    if record is not None:
+        held.enter_context(beating(record.uri, record.run_id))
     try:
         outcome = Job(run, owner, False, record, post, task.until).follow()
         while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
@@ -143,6 +149,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
             outcome = Job(run, owner, False, record, post, task.until).follow()
         status = outcome["status"]
     finally:
+        held.close()
         if record is not None:
             finish_job(record, status)
         forget(run, owner)

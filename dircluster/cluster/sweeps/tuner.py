@@ -229,5 +229,7 @@ class Tuning:
 def _distribution(values: Range) -> Any:
     if isinstance(values, list):
         return tune.choice(values)
-    low, high = values
-    return tune.randint(low, high + 1) if isinstance(low, int) and isinstance(high, int) else tune.uniform(low, high)
+    low, high, *log = values
+    if isinstance(low, int) and isinstance(high, int):
+        return tune.lograndint(low, high + 1) if log else tune.randint(low, high + 1)
+    return tune.loguniform(low, high) if log else tune.uniform(low, high)

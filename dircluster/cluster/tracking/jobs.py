@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import getpass
 import json
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mlflow.entities import DatasetInput, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_SOURCE_NAME,
+    MLFLOW_SOURCE_TYPE,
+    MLFLOW_USER,
+)
 
 from dircluster.cluster.storage import is_remote
 from dircluster.cluster.tracking.accuracies import (
@@ -26,6 +37,8 @@ from dircluster.cluster.tracking.accuracies import (
     log_accuracies,
     versions_with,
 )
+from dircluster.cluster.tracking.owners import OWNER_TAG, close_abandoned, this_process
+from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
 
 JOB_TAG, FOLDER_TAG = "dircluster.job", "dircluster.folder"
@@ -80,6 +93,8 @@ class JobRecord:
     run_id: str
     storage: str
     patience: float
+    owner: str = ""
+    """The process that the job is, see owners."""
 
 
 def open_job(
@@ -96,8 +111,8 @@ def open_job(
     the tracking server does not answer.
     """
     uri = default_uri(config)
-    job = _job(config, sweep, child)
-    tags = {**tags, JOB_TAG: job}
+    job, owner = _job(config, sweep, child), this_process()
+    tags = {**_mlflow_tags(tags), **tags, JOB_TAG: job, OWNER_TAG: owner}
     if child is not None:
         tags[SWEEP_TAG if child.shared else MLFLOW_PARENT_RUN_ID] = child.sweep
     params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
@@ -107,11 +122,10 @@ def open_job(
     if child is not None:
         params, name = dict(child.params), child.name
     try:
-        client = MlflowClient(uri)
-        experiment = experiment_of(client, config, uri)
-        runs = [] if fresh else search_runs(client, experiment, JOB_TAG, job)
-        if runs:
-            run_id = runs[0]
+        client, experiment = connect(config, uri)
+        close_abandoned(client, [experiment])
+        run_id = "" if fresh else _known(client, experiment, config, sweep, child)
+        if run_id:
             client.update_run(run_id, status="RUNNING")
         else:
             run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
@@ -121,17 +135,47 @@ def open_job(
             client.set_tag(run_id, tag, value)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
-    return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience)
+    return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience, owner)
 
 
-def _job(config: RunConfig, sweep: Mapping[str, Any] | None = None, child: Child | None = None) -> str:
-    """What tells a job from others, so that it is found again."""
-    plain = {**config.identity, "name": config.name, "storage": storage_name(config)}
+def _mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """What MLflow's own pages show of a run: who started what, and from which commit."""
+    own = {MLFLOW_SOURCE_NAME: tags.get("dircluster.command", sys.argv[0]), MLFLOW_SOURCE_TYPE: "LOCAL"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        own[MLFLOW_USER] = getpass.getuser()
+    if sha := re.match("[0-9a-f]{40}", tags.get("dircluster.commit", "")):
+        own[MLFLOW_GIT_COMMIT] = sha[0]
+    return own
+
+
+def _known(
+    client: MlflowClient, experiment: str, config: RunConfig, sweep: Mapping[str, Any] | None, child: Child | None
+) -> str:
+    """The newest run of a job, also of the time before its storage folder was moved; empty where there is none."""
+    former = json.loads(client.get_experiment(experiment).tags.get(MOVED_TAG, "[]"))
+    for storage in (storage_name(config), *former):
+        if runs := search_runs(client, experiment, JOB_TAG, _job(config, sweep, child, storage)):
+            return runs[0]
+    return ""
+
+
+def _job(
+    config: RunConfig, sweep: Mapping[str, Any] | None = None, child: Child | None = None, storage: str = ""
+) -> str:
+    """What tells a job from others, so that it is found again; ``storage`` is where its record lay before."""
+    plain = {**config.identity, "name": config.name, "storage": storage or storage_name(config)}
     if sweep is not None:
         plain["sweep"] = sweep
     if child is not None:
         plain["child"] = dataclasses.asdict(child)
     return digest(plain)[:16]
+
+
+def connect(config: RunConfig, uri: str) -> tuple[MlflowClient, str]:
+    """A client of the record at ``uri``, made where there is none yet, and the id of the run's experiment."""
+    with opening(uri, storage_name(config)):
+        client = MlflowClient(uri)
+        return client, experiment_of(client, config, uri)
 
 
 def experiment_of(client: MlflowClient, config: RunConfig, uri: str) -> str:
@@ -183,9 +227,9 @@ def record_evaluation(
     settings |= flatten({"attack": to_dict(config.attack), "seed": config.seed})
     uri = default_uri(config)
     tags = {"dircluster.commit": facts["commit"], "dircluster.data": facts["data"]}
+    tags |= _mlflow_tags(tags)
     try:
-        client = MlflowClient(uri)
-        experiment = experiment_of(client, config, uri)
+        client, experiment = connect(config, uri)
         run_id = str(
             client.create_run(experiment, run_name=f"judge-{config.name}-{found['suite']}", tags=tags).info.run_id
         )
@@ -209,6 +253,18 @@ def finish_job(job: JobRecord, status: str) -> None:
     """Mark the parent run FINISHED, FAILED or KILLED, as far as the server answers."""
     with contextlib.suppress(Exception):
         MlflowClient(job.uri).set_terminated(job.run_id, status)
+
+
+def describe_run(job: JobRecord, text: str) -> None:
+    """Show ``text``, Markdown, on the page of the parent run, and below it the newest picture of its stages."""
+    client = MlflowClient(job.uri)
+    for stage in search_runs(client, job.experiment_id, MLFLOW_PARENT_RUN_ID, job.run_id):
+        files = [file.path for file in client.list_artifacts(stage, "images") if file.path.endswith(".png")]
+        if files:
+            newest = max(files, key=lambda path: int((re.findall(r"\+step\+(\d+)\+", path) or ["-1"])[0]))
+            text += f"\n![restored images](get-artifact?path={quote(newest)}&run_uuid={stage})\n"
+            break
+    client.set_tag(job.run_id, MLFLOW_RUN_NOTE, text)
 
 
 def log_dataset(job: JobRecord, name: str, fingerprint: str, source: str) -> None:

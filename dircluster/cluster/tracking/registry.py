@@ -24,6 +24,7 @@ from dircluster.cluster.storage import copy, open_path
 from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
+from dircluster.cluster.tracking.sqlite_record import file_of
 from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.evaluation.results import headline
 from dircluster.training import checkpoint
@@ -143,8 +144,12 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
 
     Without ``tracking_uri`` and MLFLOW_TRACKING_URI, the store of the embedded default, runs/mlflow.db, is asked.
     """
+    store = _store(tracking_uri)
+    file = file_of(store or "")
+    if file is not None and not file.exists():
+        raise ConfigError(f"{uri} cannot be fetched: there is no record {file} that could know it")
     try:
-        with _quiet(), _tracking(_store(tracking_uri)):
+        with _quiet(), _tracking(store):
             local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
     except (MlflowException, OSError) as error:
         raise ConfigError(f"{uri} cannot be fetched: {first_line(error)}") from error

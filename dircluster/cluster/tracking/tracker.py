@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import tempfile
@@ -36,6 +37,7 @@ from dircluster.cluster.tracking.jobs import (
     refusals,
     search_runs,
 )
+from dircluster.cluster.tracking.owners import OWNER_TAG
 from dircluster.config import RunConfig, first_line
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.training.retry import RetryQueue
@@ -51,7 +53,7 @@ class MlflowTracker:
         self.queue: RetryQueue[Callable[[], None]] = RetryQueue(
             self._deliver,
             say,
-            complaint=lambda _, error: f"MLflow does not answer ({type(error).__name__}); {KEPT}",
+            complaint=lambda _, error: _complaint(error),
             recovery=lambda _: "MLflow answers again",
             longest_pause=10.0,
         )
@@ -140,11 +142,27 @@ class MlflowTracker:
             self.say(f"MLflow refused a record: {first_line(refusal)}")
 
     def close(self, hurry: bool = False) -> None:
-        """Deliver what is left, for up to ``tracking.patience`` seconds, or ten in a ``hurry``."""
+        """Deliver what is left, for up to ``tracking.patience`` seconds, or ten in a ``hurry`` or on a full disk."""
+        hurry = hurry or is_full(self.queue.trouble)
         patience = min(self.job.patience, 10.0) if hurry else self.job.patience
         left = self.queue.close(patience)
         if left:
             self.say(f"MLflow did not come back within {patience:.0f} s: {left} records are lost")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it comes from, says that a disk or its quota is full: waiting does not mend that."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _complaint(error: Exception) -> str:
+    if is_full(error):
+        return "the disk under MLflow's record is full: training goes on, and records wait for room until its end"
+    return f"MLflow does not answer ({type(error).__name__}); {KEPT}"
 
 
 def newest_picture(client: MlflowClient, run_id: str) -> int:
@@ -219,12 +237,16 @@ class StageRun:
                 self.run_id = runs[0]
                 client.update_run(self.run_id, status="RUNNING")
                 known = client.get_run(self.run_id).data
-                for name in known.metrics:
-                    if not name.startswith("system/"):
-                        self.until[name] = max(m.step for m in client.get_metric_history(self.run_id, name))
+                self.until = {point.key: point.step for point in known._metric_objs}  # the newest of each
                 self.pictures_until = newest_picture(client, self.run_id)
+                client.set_tag(self.run_id, OWNER_TAG, job.owner)
             else:
-                tags = {MLFLOW_PARENT_RUN_ID: job.run_id, MLFLOW_RUN_NAME: self.name, FOLDER_TAG: self.folder}
+                tags = {
+                    OWNER_TAG: job.owner,
+                    MLFLOW_PARENT_RUN_ID: job.run_id,
+                    MLFLOW_RUN_NAME: self.name,
+                    FOLDER_TAG: self.folder,
+                }
                 tags["dircluster.stage"] = self.name
                 self.run_id = client.create_run(job.experiment_id, run_name=self.name, tags=tags).info.run_id
             log_params(client, self.run_id, self.facts)

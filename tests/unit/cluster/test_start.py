@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 from dircluster import cli
+from dircluster.cluster import preflight
 from dircluster.cluster.commands.train import Launch
-from dircluster.cluster.paths import must_exist, with_absolute_paths
+from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.runtime import driver
 from dircluster.config import ConfigError
 from tests.unit.cluster.conftest import Terminal
@@ -39,14 +41,7 @@ def test_a_path_that_does_not_exist_is_refused_before_anything_is_imported(where
     assert imported(code, HEAVY, tmp_path) == "[]"
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=rf"{where}.uri '.*nowhere' does not exist"):
-        must_exist(with_absolute_paths(cli.parse(cli.TrainJob, words).run))
-
-
-def test_what_may_lie_on_other_machines_is_for_them_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    for uri in ("s3://bucket/data", "models:/dir-digits@champion", "timm:resnet18"):
-        must_exist(cli.parse(cli.TrainJob, ["digits", "--target.uri", uri]).run)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    must_exist(cli.parse(cli.TrainJob, ["digits", "--data.uri", "/nowhere"]).run)
+        preflight.check(with_absolute_paths(cli.parse(cli.TrainJob, words).run))
 
 
 @pytest.mark.long
@@ -100,13 +95,11 @@ def test_mlflow_works_while_ray_starts_and_ends(
     assert ray.asked == ["start"]
 
 
-@pytest.mark.parametrize(
-    "words", [("--tracking.uri", "http://127.0.0.1:9"), ("--target.uri", "models:/dir-digits@champion")]
-)
 def test_ray_does_not_start_while_mlflow_may_still_refuse(
-    words: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal
 ) -> None:
-    ray, job = Ray(monkeypatch, threading.Event(), threading.Event()), launch("--storage.uri", str(tmp_path), *words)
+    words = ("--storage.uri", str(tmp_path), "--tracking.uri", "http://127.0.0.1:9")
+    ray, job = Ray(monkeypatch, threading.Event(), threading.Event()), launch(*words)
 
     def refuse(terminal: Any) -> None:
         raise ConfigError("refused")
@@ -115,6 +108,16 @@ def test_ray_does_not_start_while_mlflow_may_still_refuse(
     with ThreadPoolExecutor(1) as aside, pytest.raises(ConfigError, match="refused"):
         job._train(terminal, aside)
     assert ray.asked == []
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, terminal: Terminal
+) -> None:
+    words = ("--storage.uri", str(tmp_path), "--target.uri", "models:/dir-digits@champion")
+    ray, job = Ray(monkeypatch, threading.Event(), threading.Event()), launch(*words)
+    with ThreadPoolExecutor(1) as aside, pytest.raises(ConfigError, match=r"there is no record .*mlflow.db"):
+        job._train(terminal, aside)
+    assert (ray.asked, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_a_signal_while_ray_starts_ends_the_run_before_workers_do(
@@ -126,3 +129,11 @@ def test_a_signal_while_ray_starts_ends_the_run_before_workers_do(
     outcome = driver.train(config, "owner", False, lambda: None, terminal, lambda outcome: None)  # type: ignore[arg-type]
     assert outcome == {"status": "KILLED", "signal": 2}
     assert terminal.said == ["Ray is gone"]
+
+
+def test_what_ray_starts_does_not_end_by_a_terminal_that_is_closed() -> None:
+    words = ["sh", "-c", "kill -HUP $$; echo lives"]
+    with driver._children_do_not_hear(signal.SIGHUP):
+        inside = subprocess.run(words, capture_output=True, text=True, check=False)
+    outside = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (inside.stdout, outside.stdout) == ("lives\n", "")

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.sources import load, split_sizes
+from dircluster.data.layout import split_sizes
+from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.split_names import split_name
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.decode import Cell, decode
+from dircluster.data import picture
+from dircluster.data.decode import decode
+from dircluster.data.picture import Cell
 
 RAMP = np.arange(8, dtype=np.uint8).reshape(2, 4) * 36
 """Gray values 0 to 252."""
@@ -170,3 +174,23 @@ def test_resizing_comes_after_turning_and_scaling() -> None:
     turned = decode([encoded(half, "PNG", exif=exif)], config)[0, 0]
     assert (turned == turned[0]).all()  # white left of black
     assert (turned[0, 0], turned[0, 3]) == (255, 0)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (14_500, r"a.parquet, row 3: an image cannot be read: it has more than 178,956,970 pixels"),
+        (10_000, r"a.parquet, row 3: an image cannot be read: .*truncated"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_many_megapixels_is_read_or_named(side: int, message: str) -> None:
+    picture._quiet_of_size.cache_clear()  # what it has set is undone after each test
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9)))
+    with pytest.raises(ConfigError, match=message):
+        read(Cell(content, Path("a.parquet"), 3))

@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.sources import DATASETS, KNOWN_SIZES, load, split_sizes
+from dircluster.data.layout import KNOWN_SIZES, split_sizes
+from dircluster.data.sources import DATASETS, load
 
 
 def png(side: int = 4, value: int = 7, mode: str = "L") -> bytes:

@@ -178,6 +178,8 @@ def test_half_modules_are_judged(dtype: torch.dtype) -> None:
         {"images": IMAGES.double()},
         {"images": IMAGES.numpy()},
         {"images": IMAGES.clone().requires_grad_(True)},
+        {"images": IMAGES.to_sparse()},
+        {"labels": LABELS.to_sparse()},
         {"labels": LABELS.numpy()},
         {"labels": LABELS.tolist()},
         {"labels": LABELS.to(torch.int8)},
@@ -209,6 +211,21 @@ def test_pixels_that_rounding_left_outside_are_clamped_and_said() -> None:
     images[0, 0, 0, 0] = -1e-5
     with pytest.raises(ConfigError, match="must lie in"):
         judged(images=images)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": IMAGES.to("meta")}, "images must be a plain tensor of numbers, got a meta one"),
+        ({"labels": LABELS.to("meta")}, "labels must be a plain tensor of numbers, got a meta one"),
+        ({"images": torch.nested.nested_tensor([IMAGES[0]])}, "got a nested one"),
+        ({"images": torch.quantize_per_tensor(IMAGES, 0.1, 0, torch.quint8)}, "got a quantized one"),
+    ],
+    ids=str,
+)
+def test_tensors_without_plain_numbers_are_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        judged(**given)
 
 
 @contextmanager

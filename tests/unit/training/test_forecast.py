@@ -12,7 +12,8 @@ import torch
 
 from dircluster.attacks.apgd import malt_gradients
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.sources import load, split_sizes
+from dircluster.data.layout import split_sizes
+from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.attack_table import ATTACKS, AttackSpec

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dircluster.cluster.sweeps.space import Space, fitted, load_space, settings_text
+from dircluster.cluster.sweeps.space import Space, corners, fitted, load_space, settings_text
 from dircluster.config import ConfigError
 from dircluster.presets import preset, run_to_plain
 
@@ -117,3 +117,18 @@ def test_two_ends_are_another_space_than_two_values() -> None:
 
 def test_settings_are_told_in_a_few_words() -> None:
     assert settings_text({"dir.alpha": 2.0, "masking.ratio": 0.123456}) == "alpha 2, ratio 0.1235"
+
+
+def test_a_range_may_be_one_of_orders_of_magnitude(tmp_path: Path) -> None:
+    text = "SEARCH = {'dir.optimizer.lr': (1e-4, 1e-2, 'log'), 'model.encoder_depth': (1, 12, 'log')}"
+    space = fitted(load_space(written(tmp_path, text)), preset("digits"), search=True)
+    assert space.ranges == {"dir.optimizer.lr": (1e-4, 1e-2, "log"), "model.encoder_depth": (1, 12, "log")}
+    assert corners(space.ranges)[:2] == [{"dir.optimizer.lr": 1e-4}, {"dir.optimizer.lr": 1e-2}]
+    plain = Space("mine", (), {"dir.optimizer.lr": (1e-4, 1e-2)})
+    assert plain.plain != Space("mine", (), {"dir.optimizer.lr": (1e-4, 1e-2, "log")}).plain
+
+
+@pytest.mark.parametrize("ends", ["(0, 1, 'log')", "(-1.0, 1.0, 'log')", "(1, 2, 'lin')", "(2, 1, 'log')", "('log',)"])
+def test_ranges_that_have_no_orders_of_magnitude(ends: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"SEARCH must give \(low, high\), \(low, high, 'log'\) above 0"):
+        load_space(written(tmp_path, f"SEARCH = {{'dir.alpha': {ends}}}"))

@@ -1,0 +1,179 @@
+"""What can be known of a run before Ray and MLflow start: in about a second, without torch, and without a trace.
+
+What lies on this machine is looked at; of what lies in object storage it is asked whether it exists. Paths that only
+the nodes of a cluster may have are left to its workers.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import re
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+
+from dircluster import zoo
+from dircluster.cluster import storage
+from dircluster.config import ConfigError, RunConfig, first_line, local_path, without_secrets
+from dircluster.data import layout
+
+ANSWER = 3.0
+"""Seconds that the head of a cluster has to accept a connection."""
+NEITHER = ("", "auto", "local")
+"""RAY_ADDRESS without an address."""
+
+
+DOWNLOADS = {
+    "cifar10": ("cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "svhn": ("test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/test_32x32.mat"),
+}
+"""What torchvision makes of a named set in its folder, and where it fetches it."""
+
+
+def check(config: RunConfig, on_ray: bool = True, download: bool = True) -> None:
+    """Raise ConfigError, one line, where cluster, data or target of a run with absolute paths cannot be as they are.
+
+    ``on_ray``: whether the run will join the cluster that RAY_ADDRESS names; ``download``: whether it will fetch what
+    is not there yet.
+    """
+    storage.check_name(config.storage.uri)
+    if on_ray:
+        check_address(os.environ.get("RAY_ADDRESS", "").strip())
+    check_target(config)
+    if "RANK" not in os.environ:  # of torchrun's processes the first one reads, and says for all what is wrong
+        _check_data(config)
+        if download and config.data.uri is None and not elsewhere():
+            check_download(config.data.name, config.storage.uri)
+
+
+def check_download(name: str, storage_uri: str) -> None:
+    """Raise ConfigError where a named set is not there yet and the server that has it does not answer."""
+    folder, url = DOWNLOADS.get(name, ("", ""))
+    cache = (
+        Path.home() / ".cache" / "dircluster" if storage.is_remote(storage_uri) else local_path(storage_uri) / "data"
+    )
+    if not url or (cache / folder).exists():
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER).close()
+    except OSError as error:
+        if getattr(error, "code", 0) not in (405, 501):  # servers that want to be asked otherwise
+            reason = first_line(error)
+            raise ConfigError(f"torchvision could not fetch {name}: {reason}; give --data.uri PATH instead") from error
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError where a value of RAY_ADDRESS is no address of a cluster, or nothing listens there."""
+    if address in NEITHER:
+        return
+    shown = f"RAY_ADDRESS {without_secrets(address)}"
+    form = re.fullmatch(r"(?:(ray)://)?(\[[0-9A-Fa-f:]+\]|[^\s:/@\[\]]+)(?::(\d{1,5}))?/?", address)
+    if form is None or (form[1] is None and form[3] is None):
+        dashboard = " (an http:// address is the dashboard's, for ray job submit)" if "://" in address else ""
+        raise ConfigError(f"{shown} is no address of a Ray cluster: give HOST:PORT of its head, port 6379{dashboard}")
+    host, port = form[2].strip("[]"), int(form[3] or 10001)
+    try:
+        with socket.create_connection((host, port), timeout=ANSWER) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(connection):
+                raise OSError("what listens there is something else")
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise ConfigError(
+            f"no Ray cluster answers at {shown} ({reason}): start it, or unset RAY_ADDRESS to run on this machine"
+        ) from error
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether the other end answers the greeting of HTTP/2 with its settings, frame type 4, as gRPC does."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    return connection.recv(9)[3:4] == b"\4"
+
+
+def check_target(config: RunConfig) -> None:
+    """Raise ConfigError where ``target.uri`` names nothing, or ``target.architecture`` code that is not there."""
+    uri, architecture = config.target.uri, config.target.architecture
+    if uri is not None:
+        check_model("target.uri", uri, config)
+    elif architecture.startswith("timm:"):
+        _check_timm(architecture)
+    elif ":" in architecture and not elsewhere():
+        check_code("target.architecture", architecture, os.getcwd())
+
+
+def check_model(name: str, uri: str, config: RunConfig) -> None:
+    """Raise ConfigError where the classifier or defense that the setting ``name`` names by ``uri`` is not there."""
+    if zoo.is_shipped(uri):
+        zoo.find(uri)
+    elif storage.is_remote(uri):
+        storage.check_bucket(uri, config.storage, name=name)
+    elif uri.startswith("timm:"):
+        _check_timm(uri)
+    elif ":" not in uri.removeprefix("file://"):
+        _check_file(name, local_path(uri))
+    elif name == "--defense" and "/" not in uri and ".py:" not in uri:
+        check_code(name, uri, os.getcwd())
+
+
+def check_code(name: str, factory: str, folder: str) -> None:
+    """Raise ConfigError where the package of ``factory`` (package.module:factory) is neither in ``folder`` nor
+    installed; it is not imported.
+    """
+    package = factory.partition(":")[0].partition(".")[0]
+    if package in sys.modules:
+        return
+    known = package.isidentifier() and (
+        importlib.util.find_spec(package) or importlib.machinery.PathFinder.find_spec(package, [folder])
+    )
+    if not known:
+        raise ConfigError(f"{name} {factory!r}: there is no module {package!r} in {folder} or installed")
+
+
+def elsewhere() -> bool:
+    """Whether what the run reads may lie on other machines alone."""
+    return "RANK" in os.environ or os.environ.get("RAY_ADDRESS", "").strip() not in NEITHER
+
+
+def _check_data(config: RunConfig) -> None:
+    uri = config.data.uri
+    if uri is not None and storage.is_remote(uri):
+        storage.check_bucket(uri, config.storage, name="data.uri")
+        return
+    if uri is not None and elsewhere() and not local_path(uri).exists():
+        return
+    images, batch = layout.check(config.data)[0], config.training.batch_size
+    if images < batch:
+        raise ConfigError(f"training.batch_size {batch} is more than the {images:,} training images")
+
+
+def _check_file(name: str, path: Path) -> None:
+    if not path.exists():
+        if elsewhere():
+            return
+        raise ConfigError(f"{name} {str(path)!r} does not exist")
+    if path.is_file() and path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np"):  # type: ignore[no-untyped-call]
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{name} {str(path)!r} is not a sound safetensors file: {first_line(error)}") from error
+    elif path.is_file() and path.stat().st_size == 0:
+        raise ConfigError(f"{name} {str(path)!r} is empty")
+    elif path.is_dir() and not any(path.iterdir()):
+        raise ConfigError(f"{name} {str(path)!r} is an empty folder")
+
+
+def _check_timm(uri: str) -> None:
+    """Raise ConfigError where no file of timm mentions the network: importing timm takes seconds."""
+    spec, name = importlib.util.find_spec("timm"), uri.removeprefix("timm:").partition(".")[0]
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{uri} needs timm, which is not installed")
+    mention = re.compile(rf"\b{re.escape(name)}\b")
+    files = (Path(spec.origin).parent / "models").glob("*.py")
+    if not name or not any(mention.search(file.read_text(errors="replace")) for file in files):
+        raise ConfigError(f"timm has no model {name!r}; timm.list_models() names those that it has")

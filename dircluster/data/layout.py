@@ -1,0 +1,137 @@
+"""Which files under ``data.uri`` are the training and the test split, and how many images they hold, unread.
+
+It knows no torch: what it can refuse is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dircluster.config import ConfigError, DataConfig, first_line, local_path
+from dircluster.data import parquet
+from dircluster.data.class_folders import ClassFolders, class_folders
+from dircluster.data.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, Found, listing
+from dircluster.data.picture import Blob, check_shape, pixels
+from dircluster.data.table_files import missing_shards, table_splits
+
+KNOWN_SIZES = {
+    "digits": (1438, 359),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "svhn": (73_257, 26_032),
+}
+"""Training images of the named sets, before the held-out share is cut off, and test images."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parquet files or images under ``data.uri``, of the training and of the test split."""
+
+    train: list[Path]
+    test: list[Path]
+    folders: ClassFolders | None = None
+    """Set for images in folders."""
+    notes: tuple[str, ...] = ()
+
+
+def layout_of(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
+    """The files of both splits. Raises ConfigError where ``data.uri`` is missing, or it is not plain which they are."""
+    path = open_path(config.uri or "")
+    try:
+        exists, single = path.exists(), path.is_file()
+    except OSError as error:
+        raise ConfigError(f"data.uri {str(path)!r} cannot be read: {first_line(error)}") from error
+    if not exists:
+        hint = "; python infra/photo_shards.py FOLDER writes small shards to try it with" if config.stream else ""
+        raise ConfigError(f"data.uri {str(path)!r} does not exist{hint}")
+    if single and path.suffix.lower() not in PARQUET_SUFFIXES:
+        raise ConfigError(f"data.uri {str(path)!r} is neither a folder nor a parquet file (*.parquet)")
+    found = None if single else listing(path)
+    files = [Found((path.name,), path)] if found is None else found.files
+    tables = [file for file in files if file.suffix in PARQUET_SUFFIXES]
+    images = [file for file in files if file.suffix in IMAGE_SUFFIXES]
+    if tables:
+        train, test = table_splits(tables, str(path))
+        beside = [f"{len(images)} images beside the parquet files are not read"] if images else []
+        made = Layout(train, test, None, (*missing_shards([*train, *test]), *beside))
+    elif images and found is not None:
+        if config.label_column or config.image_column:
+            raise ConfigError(f"data.uri {str(path)!r} holds images in folders, not columns: see data.label_column")
+        folders = class_folders(found, str(path))
+        train, test = [file for file, _ in folders.train], [file for file, _ in folders.test]
+        made = Layout(train, test, folders, folders.notes)
+    else:
+        beside = [f" (but {files[0].path.name})"] if files else []
+        raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images{''.join(beside)}")
+    if not made.train:
+        raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
+    return made
+
+
+def split_sizes(
+    config: DataConfig, open_path: Callable[[str], Path] = local_path, layout: Layout | None = None
+) -> tuple[int, int, int]:
+    """How many images are trained on, held out and tested on, without reading them.
+
+    ``layout`` is that of ``data.uri`` where it is known. Raises ConfigError where ``data.uri`` is unusable.
+    """
+    if config.uri is None:
+        whole, test = KNOWN_SIZES[config.name]
+    else:
+        layout = layout or layout_of(config, open_path)
+        count = len if layout.folders else _rows
+        whole, test = count(layout.train), count(layout.test)
+        if not layout.test:
+            test = max(1, round(config.test_share * whole))
+            whole -= test
+    if config.limit is not None:
+        whole, test = min(whole, config.limit), min(test, config.limit)
+    held_out = max(1, round(config.held_out * whole))
+    return whole - held_out, held_out, test
+
+
+def check(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> tuple[int, int, int]:
+    """The sizes of the splits. Raises ConfigError for what names, footers, labels and first images show to be wrong.
+
+    No other image is read.
+    """
+    if config.uri is None:
+        return split_sizes(config, open_path)
+    layout = layout_of(config, open_path)
+    if config.stream and (layout.folders or not layout.test):
+        raise ConfigError(f"data.stream needs parquet shards train* and test* in data.uri {config.uri!r}")
+    for blob in _first_images(layout, config):
+        height, width, channels = pixels(blob, config).shape
+        check_shape((channels, height, width), config)
+    return split_sizes(config, open_path, layout)
+
+
+def check_names(names: Sequence[str], config: DataConfig) -> None:
+    """Raise ConfigError where there are more class folders than ``data.classes``."""
+    if len(names) > config.classes:
+        raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
+
+
+def _first_images(layout: Layout, config: DataConfig) -> list[Blob]:
+    """The first image of each split, once names and labels are checked."""
+    if layout.folders:
+        check_names(layout.folders.names, config)
+        return [*layout.train[:1], *layout.test[:1]]
+    train = parquet.choose_all(layout.train, config)
+    test = parquet.choose_all(layout.test, config) if layout.test else {}
+    parquet.same_columns(train | test, config)
+    for file, columns in (train | test).items():
+        if not config.stream:  # whose labels are many
+            parquet.check_labels(parquet.labels_of(file, columns), config, file)
+    return [parquet.first_image(*next(iter(chosen.items()))) for chosen in (train, test) if chosen]
+
+
+def _rows(files: list[Path]) -> int:
+    """Rows of parquet files."""
+    rows = 0
+    for file in files:
+        with parquet.opened(file) as table:
+            rows += table.metadata.num_rows
+    return rows

@@ -1,0 +1,75 @@
+"""The terminal of a run: closed, hung up, piped away. The run goes on until it has stored what it must."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dircluster.cluster.console import Terminal
+
+RUN = """
+import signal, sys, time
+from dircluster.cluster.console import Terminal
+with Terminal() as terminal:
+    terminal.say("ready")
+    until = time.monotonic() + 20
+    while not terminal.stop_signal() and time.monotonic() < until:
+        time.sleep(0.02)
+    terminal.say("storing")
+    print("storing", file=sys.stderr)
+with open(sys.argv[1], "w") as file:
+    file.write(f"stored after {terminal.stop_signal()}")
+"""
+
+
+def test_a_run_whose_terminal_is_closed_ends_as_by_sigterm(root: Path, tmp_path: Path) -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", RUN, str(tmp_path / "end")], {"PYTHONPATH": str(root)})
+    said = b""
+    while b"ready" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert (tmp_path / "end").read_text() == f"stored after {signal.SIGHUP:d}"
+
+
+@pytest.mark.parametrize(("before", "heard"), [(signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)])
+def test_a_hangup_that_nohup_ignores_stays_ignored(before: signal.Handlers, heard: int) -> None:
+    usual = signal.signal(signal.SIGHUP, before)
+    try:
+        with Terminal() as terminal:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # a shell passes on what the kernel sends too
+            assert terminal.stop_signal() == heard
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_says(root: Path) -> None:
+    code = (
+        "import os\nos.close(int(__import__('sys').argv[1]))\n"
+        "from dircluster.cluster.console import Terminal\n"
+        "with Terminal() as terminal:\n    [terminal.say('line') for _ in range(9)]\n"
+        "os.write(2, b'went on')\n"
+    )
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(reader)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={"PYTHONPATH": str(root)},
+        pass_fds=[reader],
+    )
+    os.close(reader)
+    os.close(writer)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (0, b"went on")

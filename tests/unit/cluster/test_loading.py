@@ -1,0 +1,53 @@
+"""What --defense may be: a folder, its stage's, a factory in a module or a file, or a line with the way out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dircluster.cluster.loading import JobSpec, finished, load_module, located
+from dircluster.config import ConfigError
+from dircluster.presets import run_to_plain
+from dircluster.presets.dir import DirRun
+from dircluster.training import checkpoint
+
+
+def test_a_factory_in_a_file_is_made(smoke: DirRun, tmp_path: Path) -> None:
+    (tmp_path / "my_defense_file.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    name, folder = located(f"{tmp_path}/my_defense_file.py:make")
+    assert (name, folder) == ("my_defense_file:make", str(tmp_path))
+    assert not load_module(JobSpec(run_to_plain(smoke), name, folder), smoke).training
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("nowhere.py:make", "nowhere.py does not exist"), ("not-a-name.py:make", "'not-a-name' cannot be imported")],
+)
+def test_files_that_hold_no_factory(given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("not-a-name.py").touch()
+    with pytest.raises(ConfigError, match=message):
+        located(given)
+
+
+def test_other_names_stay_as_they_are() -> None:
+    for given in ("none", "runs/dir-1/final", "package.module:make", "models:/dir-digits@champion"):
+        assert located(given) == (given, os.getcwd())
+
+
+def test_a_stage_means_what_it_ended_in(smoke: DirRun, tmp_path: Path) -> None:
+    final = tmp_path / "dir-1" / "final"
+    checkpoint.write(final, {}, {}, "key")
+    (tmp_path / "weights.pt").touch()
+    assert finished(str(final), smoke) == str(final)
+    assert finished(str(tmp_path / "dir-1"), smoke) == str(final)
+    with pytest.raises(ConfigError, match=r"no committed checkpoint; give one of the stages in it: .*dir-1/final"):
+        finished(str(tmp_path), smoke)
+    with pytest.raises(ConfigError, match=r"weights.pt is a file: give the folder of a checkpoint, or package.module"):
+        finished(str(tmp_path / "weights.pt"), smoke)
+    with pytest.raises(ConfigError, match=r"holds no committed checkpoint$"):
+        finished(str(tmp_path / "nowhere"), smoke)

@@ -1,0 +1,236 @@
+"""What is refused before Ray and MLflow start: what names, footers and first images can tell, in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from dircluster.cluster import preflight, storage
+from dircluster.cluster.paths import with_absolute_paths
+from dircluster.config import ConfigError, RunConfig, StorageConfig, with_values
+from dircluster.presets import preset
+
+
+def run_of(words: str = "") -> RunConfig:
+    """digits_smoke with settings: ``data.uri PATH target.uri PATH``."""
+    names = words.split()
+    return with_absolute_paths(with_values(preset("digits_smoke"), dict(zip(names[::2], names[1::2], strict=True))))
+
+
+def check(words: str = "") -> None:
+    preflight.check(run_of(words))
+
+
+def picture(size: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (size, size), 9).save(file, "PNG")
+    return file.getvalue()
+
+
+def table(file: Path, labels: list[int], cell: bytes) -> None:
+    pq.write_table(pa.table({"image": [cell] * len(labels), "label": labels}), file)
+
+
+def folders(root: Path, classes: int) -> None:
+    for number in range(classes):
+        folder = root / "train" / f"{number:02}"
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(picture())
+
+
+def data_of(make: Callable[[Path], None], folder: Path) -> str:
+    place = folder / "data"
+    place.mkdir()
+    make(place)
+    return f"data.uri {place}"
+
+
+LABELS = [i % 10 for i in range(90)]
+WRONG_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (lambda place: None, "holds neither parquet files nor images"),
+    "a text": (lambda place: (place / "train.txt").write_text("x") and None, r"holds neither .* \(but train.txt\)"),
+    "labels": (lambda place: table(place / "train.parquet", [*LABELS, 12], picture()), "labels reach from 0 to 12"),
+    "size": (lambda place: table(place / "train.parquet", LABELS, picture(9)), "the images are 1x9x9"),
+    "damage": (lambda place: table(place / "train.parquet", LABELS, b"\x89PNG"), r"train.parquet, row 0: an image can"),
+    "footer": (lambda place: (place / "train.parquet").write_bytes(b"PAR1") and None, "cannot be read as parquet"),
+    "classes": (lambda place: folders(place, 11), "there are 11 class folders, but data.classes is 10"),
+    "few": (lambda place: folders(place, 10), "training.batch_size 16 is more than the 7 training images"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DATA)
+def test_data_that_cannot_be_used(name: str, tmp_path: Path) -> None:
+    make, message = WRONG_DATA[name]
+    with pytest.raises(ConfigError, match=message) as refusal:
+        check(data_of(make, tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_data_that_can_be_used(tmp_path: Path) -> None:
+    check(data_of(lambda place: table(place / "train.parquet", LABELS, picture()), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("target.uri nowhere", "target.uri '.*nowhere' does not exist"),
+        ("target.uri file:///nowhere/h.safetensors", "target.uri '/nowhere/h.safetensors' does not exist"),
+        ("target.uri damaged.safetensors", "damaged.safetensors' is not a sound safetensors file"),
+        ("target.uri empty.pt", "empty.pt' is empty"),
+        ("target.uri folder", "folder' is an empty folder"),
+        ("target.uri timm:resnet18x", "timm has no model 'resnet18x'"),
+        ("target.uri timm:", "timm has no model ''"),
+        ("target.architecture timm:vit_huge_patch1", "timm has no model 'vit_huge_patch1'"),
+        ("target.architecture no_such_package.nets:make", "there is no module 'no_such_package'"),
+        ("storage.uri runs%20a", "storage.uri .* holds '%'"),
+        ("storage.uri s3://bucket/a?b#c", "holds '#' and '[?]'"),
+    ],
+)
+def test_targets_and_names_that_cannot_be(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        check(words)
+
+
+def test_targets_that_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": np.zeros(2)}, tmp_path / "h.safetensors")
+    (tmp_path / "mine.py").touch()
+    for words in (
+        *(
+            "target.uri h.safetensors",
+            "target.uri timm:resnet18.a1_in1k",
+            "target.uri models:/dir-digits@champion",
+        ),
+        *(
+            "target.architecture mine:make",
+            "target.architecture os.path:join",
+            "target.architecture timm:resnet18",
+        ),
+    ):
+        check(words)
+
+
+def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
+    monkeypatch: pytest.MonkeyPatch, listener: Callable[[bytes], int]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener(SETTINGS)}")
+    check("data.uri /nowhere target.uri /nowhere/h.safetensors")
+
+
+SETTINGS = b"\0\0\6\4\0\0\0\0\0\0\3\0\0\0\x64"
+
+
+@pytest.fixture
+def listener(request: pytest.FixtureRequest) -> Iterator[Callable[[bytes], int]]:
+    """A server that says so many bytes to whoever connects: -> its port."""
+    servers: list[socket.socket] = []
+
+    def serve(server: socket.socket, answer: bytes) -> None:
+        try:
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(64)
+                    connection.sendall(answer)
+        except OSError:
+            pass
+
+    def listen(answer: bytes) -> int:
+        servers.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=serve, args=(servers[-1], answer), daemon=True).start()
+        return int(servers[-1].getsockname()[1])
+
+    yield listen
+    for server in servers:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1:8265", r"no address of a Ray cluster: .* \(an http:// address is the dashboard's"),
+        ("https://user:secret@host", r"RAY_ADDRESS https://\.\.\.@host is no address"),
+        ("head", "is no address of a Ray cluster: give HOST:PORT"),
+        ("head:port", "is no address of a Ray cluster"),
+        ("127.0.0.1:0", "no Ray cluster answers at RAY_ADDRESS 127.0.0.1:0"),
+        ("127.0.0.1:99999", "no Ray cluster answers"),
+        ("[::1]:1", "no Ray cluster answers"),
+        ("ray://127.0.0.1:1", "no Ray cluster answers"),
+    ],
+)
+def test_addresses_without_a_cluster(address: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        preflight.check_address(address)
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local"])
+def test_addresses_that_are_none(address: str) -> None:
+    preflight.check_address(address)
+
+
+def test_a_port_of_something_else_is_no_cluster(listener: Callable[[bytes], int]) -> None:
+    preflight.check_address(f"127.0.0.1:{listener(SETTINGS)}")
+    for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""):
+        with pytest.raises(ConfigError, match="what listens there is something else"):
+            preflight.check_address(f"127.0.0.1:{listener(answer)}")
+
+
+@pytest.mark.parametrize("section", ["data", "target"])
+def test_what_lies_in_object_storage_is_asked_for(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(uri: str, storage: StorageConfig, write: bool = False, name: str = "storage.uri") -> None:
+        raise ConfigError(f"{name}: {uri} does not exist")
+
+    monkeypatch.setattr(storage, "check_bucket", refuse)
+    with pytest.raises(ConfigError, match=re.escape(f"{section}.uri: s3://bucket/nowhere does not exist")):
+        check(f"{section}.uri s3://bucket/nowhere")
+
+
+def test_endpoint_and_region_reach_what_speaks_s3_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    given = StorageConfig("s3://bucket/runs", endpoint="http://127.0.0.1:9000", region="here-1")
+    storage.to_environment(given)
+    for name in ("AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
+        assert os.environ[name] == given.endpoint
+    assert os.environ["AWS_DEFAULT_REGION"] == "here-1"
+
+
+def test_workers_are_told_the_endpoint_that_this_process_knows_from_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9000")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "here-1")
+    kept = run_of("storage.uri s3://bucket/runs").storage
+    assert (kept.endpoint, kept.region) == ("http://127.0.0.1:9000", "here-1")
+    assert run_of().storage.endpoint is None
+
+
+def test_a_named_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # closed at once: nothing listens there
+    monkeypatch.setitem(preflight.DOWNLOADS, "svhn", ("test_32x32.mat", f"http://127.0.0.1:{port}/test_32x32.mat"))
+    with pytest.raises(ConfigError, match=r"torchvision could not fetch svhn: .*; give --data.uri PATH instead"):
+        preflight.check_download("svhn", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test_32x32.mat").touch()
+    preflight.check_download("svhn", str(tmp_path))
+    preflight.check_download("digits", str(tmp_path))

@@ -1,0 +1,202 @@
+"""Records whose process is gone, whose folder was moved, whose disk is full, and which two jobs begin at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from dircluster.cluster.tracking.jobs import JobRecord, finish_job, log_files, open_job
+from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
+from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
+from dircluster.cluster.tracking.tracker import MlflowTracker, is_full
+from dircluster.presets.dir import DirRun
+
+ELSEWHERE = "another-boot/pid:[1] 7 1234"
+
+
+def test_a_process_is_known_by_its_start_and_by_its_signs_of_life() -> None:
+    place, pid, start = this_process().split(" ")
+    assert not is_gone(this_process(), "", 0.0)
+    assert is_gone(f"{place} {pid} {int(start) - 1}", "", 0.0)  # another one of that number
+    other = subprocess.Popen(["sleep", "60"])
+    owner = f"{place} {other.pid} {_start(other.pid)}"
+    assert not is_gone(owner, "", 0.0)
+    other.kill()
+    time.sleep(0.05)
+    assert is_gone(owner, "", 0.0)  # nobody has waited for it yet
+    other.wait()
+    assert is_gone(owner, "", 0.0)
+    assert not is_gone(ELSEWHERE, "", 1e9)  # nothing is known of it
+    assert not is_gone(ELSEWHERE, "1000", 1000 + DEAD - 1)
+    assert is_gone(ELSEWHERE, "1000", 1000 + DEAD + 1)
+
+
+class Client:
+    """In place of MLflow's: runs that are RUNNING, by name."""
+
+    def __init__(self, **tags: dict[str, str]) -> None:
+        self.tags, self.ended = tags, dict[str, str]()
+
+    def search_runs(self, experiments: list[str], query: str) -> list[Any]:
+        return [
+            SimpleNamespace(info=SimpleNamespace(run_id=name, run_name=name), data=SimpleNamespace(tags=tags))
+            for name, tags in self.tags.items()
+        ]
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self.ended[run_id] = status
+
+
+def test_runs_without_a_process_are_closed_and_others_are_not() -> None:
+    mine, now = this_process(), time.time()
+    client = Client(
+        mine={OWNER_TAG: mine},
+        gone={OWNER_TAG: f"{mine}0"},
+        silent={OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 2 * DEAD}"},
+        busy={OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 60}"},
+        unknown={OWNER_TAG: ELSEWHERE},
+        foreign={OWNER_TAG: "somebody else's"},
+    )
+    assert close_abandoned(client, ["0"]) == ["gone", "silent"]  # type: ignore[arg-type]
+    assert client.ended == {"gone": "KILLED", "silent": "KILLED"}
+
+
+def written(folder: Path, said: str) -> Path:
+    """A record in ``folder`` that speaks of the folder ``said``."""
+    folder.mkdir()
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as base, base:
+        base.executescript(
+            "CREATE TABLE experiments (experiment_id INTEGER, artifact_location VARCHAR(256));"
+            "CREATE TABLE experiment_tags (key VARCHAR(250), value VARCHAR(5000), experiment_id INTEGER,"
+            " PRIMARY KEY (key, experiment_id));"
+            "CREATE TABLE runs (artifact_uri VARCHAR(200)); CREATE TABLE tags (value VARCHAR(8000));"
+        )
+        base.execute("INSERT INTO experiments VALUES (0, 'mlflow-artifacts:/0'), (1, ?)", (f"{said}/artifacts",))
+        base.execute("INSERT INTO runs VALUES (?), (?)", (f"{said}/artifacts/1", f"{said}-other/artifacts/1"))
+        base.execute("INSERT INTO tags VALUES (?), ('a word')", (said,))
+    return folder
+
+
+def rows(folder: Path, query: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as base:
+        return [row[0] for row in base.execute(query)]
+
+
+def test_a_record_follows_its_folder(tmp_path: Path) -> None:
+    folder = written(tmp_path / "new", "/gone/it's 100%/old")
+    for _ in range(2):
+        with opening(f"sqlite:///{folder}/mlflow.db", str(folder)):
+            pass
+    assert rows(folder, "SELECT artifact_location FROM experiments") == ["mlflow-artifacts:/0", f"{folder}/artifacts"]
+    artifacts = [f"{folder}/artifacts/1", "/gone/it's 100%/old-other/artifacts/1"]
+    assert rows(folder, "SELECT artifact_uri FROM runs") == artifacts
+    assert rows(folder, "SELECT value FROM tags") == [str(folder), "a word"]
+    tags = rows(folder, f"SELECT value FROM experiment_tags WHERE key = '{MOVED_TAG}'")
+    assert [json.loads(value) for value in tags] == [["/gone/it's 100%/old"]]
+
+
+def test_a_record_elsewhere_and_one_by_another_name_are_left_alone(tmp_path: Path) -> None:
+    folder = written(tmp_path / "real", str(tmp_path / "link"))
+    (tmp_path / "link").symlink_to(folder)
+    with opening(f"sqlite:///{folder}/mlflow.db", str(folder)):
+        pass
+    with opening(f"sqlite:///{folder}/mlflow.db", str(tmp_path)), opening("http://127.0.0.1:9", "s3://bucket"):
+        pass
+    assert rows(folder, "SELECT value FROM tags") == [str(tmp_path / "link"), "a word"]
+
+
+def test_artifacts_that_were_meant_to_lie_elsewhere_stay_there(tmp_path: Path) -> None:
+    (tmp_path / "other" / "artifacts").mkdir(parents=True)
+    folder = written(tmp_path / "record", str(tmp_path / "other"))
+    with opening(f"sqlite:///{folder}/mlflow.db", str(folder)):
+        pass
+    assert rows(folder, "SELECT value FROM tags") == [str(tmp_path / "other"), "a word"]
+
+
+def wrapped(inner: Exception) -> Exception:
+    try:
+        raise MlflowException("INTERNAL_ERROR") from inner
+    except MlflowException as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (wrapped(sqlite3.OperationalError("database or disk is full")), True),
+        (MlflowException("(sqlite3.OperationalError) database or disk is full [SQL: ...]"), True),
+        (wrapped(ConnectionError("no server")), False),
+        (None, False),
+    ],
+)
+def test_a_full_disk_is_known_and_not_waited_for(error: Exception | None, full: bool, tmp_path: Path) -> None:
+    assert is_full(error) == full
+    lines: list[str] = []
+    tracker = MlflowTracker(JobRecord("sqlite:///none", "0", "run", "runs", 600.0), lines.append)
+    waited: list[float] = []
+    tracker.queue.close = lambda patience: waited.append(patience) or 0  # type: ignore[func-returns-value]
+    if error is not None:
+        tracker.queue._items.append(print)
+        tracker.queue._complain(error)
+        assert ("is full: training goes on" in lines[0]) == full
+    tracker.close()
+    assert waited == [10.0 if full else 600.0]
+
+
+BEGIN = """
+import dataclasses, sys, time
+from dircluster.presets import preset
+from dircluster.cluster.tracking.jobs import open_job
+run = preset("digits_smoke")
+run = dataclasses.replace(run, seed=int(sys.argv[2]), storage=dataclasses.replace(run.storage, uri=sys.argv[1]))
+while time.time() < float(sys.argv[3]):
+    time.sleep(0.001)
+print(open_job(run, {"dircluster.commit": 40 * "a"}).run_id)
+"""
+
+
+@pytest.mark.long
+def test_two_jobs_begin_at_once_are_gone_and_are_found_again_where_their_folder_was_moved(
+    smoke: DirRun, root: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    words = [sys.executable, "-c", BEGIN, str(old)]
+    both = [
+        subprocess.Popen([*words, seed, str(time.time() + 4)], stdout=subprocess.PIPE, cwd=root, text=True)
+        for seed in ("0", "1")
+    ]
+    runs = [process.communicate(timeout=100)[0].strip() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(set(runs)) == 2
+    shutil.move(old, new)
+    moved = dataclasses.replace(smoke, storage=dataclasses.replace(smoke.storage, uri=str(new)))
+    record = open_job(moved, {"dircluster.commit": "unknown"})
+    log_files(record, {"note.md": "here"})
+    client = MlflowClient(record.uri)
+    assert record.run_id == runs[0]
+    assert client.get_run(runs[1]).info.status == "KILLED"
+    tags = client.get_run(runs[1]).data.tags
+    assert tags["mlflow.source.git.commit"] == 40 * "a"
+    assert {"mlflow.user", "mlflow.source.name"} <= set(tags)
+    finish_job(record, "FINISHED")
+    assert [file.name for file in new.rglob("note.md")] == ["note.md"]
+    assert not old.exists()
+    assert os.getpid() == int(client.get_run(record.run_id).data.tags[OWNER_TAG].split(" ")[1])
