@@ -12,8 +12,8 @@ import torch
 
 import dircluster
 from dircluster import zoo
+from dircluster.cluster import preflight
 from dircluster.cluster.commands import evaluate
-from dircluster.cluster.paths import must_exist
 from dircluster.config import ConfigError
 from dircluster.evaluation.claims import read_claim
 from dircluster.presets import preset
@@ -81,7 +81,7 @@ def test_an_unknown_name_is_one_line_that_lists_them(capsys: pytest.CaptureFixtu
     assert len(lines) == 2
     assert all(there in line and SMALL in line for line in lines)
     with pytest.raises(ConfigError, match=there):  # before a run or a sweep starts anything
-        must_exist(given(preset("digits"), "zoo:nothing"))
+        preflight.check_target(given(preset("digits"), "zoo:nothing"))
     with pytest.raises(ConfigError, match="there is no model 'none' for digits"):
         dircluster.load_model("none", "digits")
 
