@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console as Rich
 from rich.live import Live
@@ -104,7 +104,7 @@ class Terminal:
         wide.print(table)
         self._flush()
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.listen()
         if self.rich.is_terminal:

@@ -1,4 +1,4 @@
-"""What a plan takes, told before it is paid for, and what is timed instead of attacked."""
+"""What the trainings of a plan take, told before they are paid for, and what is timed instead of attacked."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import RunConfig, digest
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
-from dircluster.training.costs import step_operations
-from dircluster.training.forecast import EVALUATION, Calibration, calibrate, forecast
-from dircluster.training.stages import stages_of
+from dircluster.training.forecast import Calibration, calibrate, stage_seconds
+from dircluster.training.stages import stage_settings, stages_of
 
 TIMED = 0.5
-"""Seconds for which a stage, or a gradient of the evaluation, is timed."""
+"""Seconds for which a stage is timed."""
 Sizes = Callable[[RunConfig], tuple[int, int, int]]
 """A run -> its training, held-out and test images."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training or a transfer adds to those before it, in seconds."""
+    """What a training adds to those before it."""
 
     name: str
-    training: float
-    judging: float
+    seconds: float
     shared: tuple[str, ...] = ()
     """Stages that an earlier one trains."""
 
 
 def calibrated(plan: Plan, parallel: Parallel, budget: float) -> dict[str, Calibration]:
-    """What this machine is seen to do, by preset: ``budget`` seconds for each stage and each evaluation."""
+    """What this machine is seen to do, by preset: ``budget`` seconds for each stage."""
     longest: dict[str, Training] = {}
     for training in plan.trainings.values():
         found = longest.setdefault(training.preset, training)
@@ -41,24 +39,29 @@ def calibrated(plan: Plan, parallel: Parallel, budget: float) -> dict[str, Calib
 
 
 def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Cost]:
-    """What each training and transfer of the plan takes; a stage that several share counts for the first."""
-    made, seen = list[Cost](), set[str]()
-    judging: dict[str, float] = {}
+    """What each training of the plan takes; a stage that several share counts for the first.
+
+    Judging is not foretold: AutoAttack and MALT, most of it, end as soon as an image is broken.
+    """
+    made, seen, met = list[Cost](), set[str](), dict[str, float]()
     for training in plan.trainings.values():
-        foretold = forecast(training.run, known[training.preset], *sizes(training.run))
-        seconds = {one.name: one.seconds for one in foretold}
-        judging[training.key] = seconds.pop(EVALUATION)
-        shared = tuple(name for name, key in training.stages.items() if key in seen)
-        own = sum(second for name, second in seconds.items() if name not in shared)
-        seen |= set(training.stages.values())
-        made.append(Cost(training.name, own, judging[training.key], shared))
-    return [*made, *(Cost(each.name, 0.0, judging[each.purifier]) for each in plan.transfers.values())]
+        run, total, shared = training.run, 0.0, []
+        for stage in stages_of(run):
+            if training.stages[stage.name] in seen:
+                shared.append(stage.name)
+                continue
+            seen.add(training.stages[stage.name])
+            alike = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
+            if alike not in met:
+                met[alike] = stage_seconds(run, stage, known[training.preset], *sizes(run)[:2])
+            total += met[alike]
+        made.append(Cost(training.name, total, tuple(shared)))
+    return made
 
 
 def factor_for(minutes: float, found: list[Cost]) -> float:
     """What all schedules are multiplied by for the trainings to take so many minutes: at most 1, of two digits."""
-    whole = sum(cost.training for cost in found) / 60
-    share = minutes / whole
+    share = 60 * minutes / sum(cost.seconds for cost in found)
     if share >= 1:
         return 1.0
     step = 10.0 ** (math.floor(math.log10(share)) - 1)
@@ -66,22 +69,12 @@ def factor_for(minutes: float, found: list[Cost]) -> float:
 
 
 def epoch_seconds(run: RunConfig, found: Calibration, images: int) -> float:
-    """Seconds of one epoch of the last stage at the pace that was timed, on one worker."""
+    """Seconds of an epoch of the last stage at the pace that was timed, without selection on held-out images."""
     last = stages_of(run)[-1]
-    return step_operations(run, last.name) * (images // run.training.batch_size) / _pace(found, last.name)
+    return stage_seconds(run, last, found, images, 0) / last.epochs
 
 
-def training_seconds(run: RunConfig, found: Calibration, images: int) -> float:
-    """Seconds of all epochs of all stages but the target's."""
-    steps = images // run.training.batch_size
-    return sum(
-        stage.epochs * steps * step_operations(run, stage.name) / _pace(found, stage.name)
-        for stage in stages_of(run)
-        if stage.name != "target"
-    )
-
-
-def _pace(found: Calibration, stage: str) -> float:
-    if stage not in found.paces:
-        raise ConfigError(f"stage {stage} was not timed")
-    return found.paces[stage].operations_per_second
+def own_seconds(run: RunConfig, found: Calibration, images: int) -> float:
+    """Seconds of all stages but the target's, without selection."""
+    own = (stage for stage in stages_of(run) if stage.name != "target")
+    return sum(stage_seconds(run, stage, found, images, 0) for stage in own)

@@ -84,7 +84,7 @@ def restored(scene: Scene) -> bytes:
 def gallery(scene: Scene) -> bytes:
     """Figure 7: adversarial images against DIR and against HGD, and what DIR, HGD and HGD_A restore of them."""
     _need(scene, "dir", "hgd")
-    rows = {}
+    rows: dict[str, Tensor] = {}
     for name, word in (("dir", "DIR"), ("hgd", "HGD")):
         own = scene.restored(name, SHOWN)
         rows |= {f"against {word}": own["adversarial"], f"by {word}": own["restored"]}

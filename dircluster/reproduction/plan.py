@@ -100,14 +100,18 @@ def make_plan(
     suites: dict[str, set[str]] = {}
     served: dict[tuple[str, str], tuple[str, ...]] = {}
 
+    met: dict[str, str] = {}
+
     def trained(system: System, seed: int, suite: str) -> str:
-        name = preset_of(family, system.name)
-        run = shortened(with_settings(preset(name), {**given, **system.settings, "seed": seed}), factor)
-        stages = {stage.name: key_of(run, stage.name) for stage in stages_of(run)}
-        key = list(stages.values())[-1]
-        made.setdefault(key, Training(key, system, seed, name, run, stages))
-        suites.setdefault(key, set()).add(suite)
-        return key
+        name, settings = preset_of(family, system.name), {**given, **system.settings, "seed": seed}
+        called = digest([name, settings])
+        if called not in met:  # keys take a while to make
+            run = shortened(with_settings(preset(name), settings), factor)
+            stages = {stage.name: key_of(run, stage.name) for stage in stages_of(run)}
+            met[called] = key = list(stages.values())[-1]
+            made.setdefault(key, Training(key, system, seed, name, run, stages))
+        suites.setdefault(met[called], set()).add(suite)
+        return met[called]
 
     def judged(system: System, seed: int, suite: str) -> str:
         if not system.onto:

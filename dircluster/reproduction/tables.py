@@ -29,6 +29,21 @@ TRANSFER = (
     "The text transfers a denoiser trained for the AT target. Scripts that the authors deleted train target and"
     " denoiser together for TRADES and MART instead (MART with weight 6, where 5 is usual and used here)."
 )
+GRID = "The figure prints no numbers but those of alpha 2, which are Table 1's; its grid is not said."
+ORDER = (
+    "The figure prints no numbers; None and DIR are Table 1's. The order to check is None above the adversarially"
+    " trained baselines, and DIR above None (Section 3.2)."
+)
+LOSSES = (
+    "Which loss the baselines were trained on by is not said: their own here (adversarial.objective ce is the other"
+    " choice)."
+)
+LONGER = (
+    "The paper asks 1.1 times the time without pre-training, so it must have trained longer than with it; how long is"
+    " not said. Here the second stage is as long in both."
+)
+HALF = "The paper says in words alone that noise loses its effect where more than half of it is discarded."
+FEATURES = "The features that the paper embeds are not named: those before the target's last layer here."
 
 
 def exhibits(data: str) -> dict[str, Exhibit]:
@@ -124,45 +139,30 @@ def _ablations(data: str) -> Iterable[Exhibit]:
     points = [
         Line(f"alpha {alpha}", System("dir", {"dir.alpha": float(alpha)}), alphas.get(alpha, {})) for alpha in range(6)
     ]
-    notes = ("The figure prints no numbers but those of alpha 2, which are Table 1's; its grid is not said.",)
     title = "Figure 6a: weight of the robust representation term"
-    yield Exhibit("fig6a", title, BOTH, (*_controls(data), *points), picture="sweep", notes=notes)
+    yield Exhibit("fig6a", title, BOTH, (*_controls(data), *points), picture="sweep", notes=(GRID,))
 
-    names, columns = ("identity", "finetune", "apegan_a", "hgd_a", "nrp_a", "dir"), BOTH
-    notes = (
-        "The figure prints no numbers; None and DIR are Table 1's. The order to check is None above the adversarially"
-        " trained baselines, and DIR above None (Section 3.2).",
-        "Which loss the baselines were trained on by is not said: their own here (adversarial.objective ce is the"
-        " other choice).",
-    )
-    lines = _lines(names, {n: _table_1_row(data, n, columns) for n in ("identity", "dir")} if own else {})
+    names = ("identity", "finetune", "apegan_a", "hgd_a", "nrp_a", "dir")
+    lines = _lines(names, {n: _table_1_row(data, n, BOTH) for n in ("identity", "dir")} if own else {})
     title = "Figure 6b: denoisers trained against attacks on the whole pipeline"
-    yield Exhibit("fig6b", title, columns, lines, picture="sweep", notes=notes)
+    yield Exhibit("fig6b", title, BOTH, lines, picture="sweep", notes=(ORDER, LOSSES))
 
     without = System("dir", {"pretrain.epochs": 0, "dir.mse_weight": 1.0})
-    columns, where = (PGD, "training time"), "Section 4.3, CIFAR-10, no pre-training"
-    with_it = Line("with pre-training", System("dir"), {PGD: usual[PGD]} if own else {})
-    left_out = Line("without, squared error added", without, _row(columns, NO_PRETRAINING, where) if own else {})
-    notes = (
-        "The paper asks 1.1 times the time without pre-training, so it must have trained longer than with it; how long"
-        " is not said. Here the second stage is as long in both.",
-    )
+    timed, where = (PGD, "training time"), "Section 4.3, CIFAR-10, no pre-training"
+    with_it = Line("with pre-training", System("dir"), usual)
+    left_out = Line("without, squared error added", without, _row(timed, NO_PRETRAINING, where) if own else {})
     title = "Section 4.3: no pre-training"
-    yield Exhibit("no-pretrain", title, columns, (*_controls(data), with_it, left_out), notes=notes)
+    lines = (*_controls(data), with_it, left_out)
+    yield Exhibit("no-pretrain", title, (*BOTH, "training time"), lines, notes=(LONGER,))
 
 
 def _figures(data: str) -> Iterable[Exhibit]:
     at, natural = System("identity"), System("identity", {"target.objective": "natural"})
-    lines = (Line("standard AT", at), Line("natural", natural))
-    notes = ("The paper says in words alone that noise loses its effect where more than half of it is discarded.",)
-    yield Exhibit("fig2", "Figure 2: noise of which a share is discarded", BOTH, lines, picture="noise", notes=notes)
+    lines: tuple[Line, ...] = (Line("standard AT", at), Line("natural", natural))
+    yield Exhibit("fig2", "Figure 2: noise of which a share is discarded", BOTH, lines, picture="noise", notes=(HALF,))
     pair = _lines(("identity", "hgd", "dir"), {})
     yield Exhibit("fig4", "Figure 4: restored images", BOTH, pair, picture="restored")
-    notes = (
-        "The features that the paper embeds are not named: those before the target's last layer here.",
-        "UMAP needs the package umap-learn; without it the figure is left out.",
-    )
-    yield Exhibit("fig5", "Figure 5: restored images, embedded", BOTH, pair, picture="embedded", notes=notes)
+    yield Exhibit("fig5", "Figure 5: restored images, embedded", BOTH, pair, picture="embedded", notes=(FEATURES,))
     lines = _lines(("identity", "dir", "hgd", "hgd_a"), {})
     yield Exhibit("fig7", "Figure 7: more restored images", BOTH, lines, picture="gallery")
 

@@ -41,9 +41,9 @@ def _reproduce(job: cli.ReproduceJob) -> int:
     must_exist(with_absolute_paths(job.run))
     asked = Asked(job, tuple(chosen), only, given)
     with Listening() as terminal:
+        made = Reproduction(asked, terminal)
         if not job.dry_run:
             storage.check(with_absolute_paths(job.run))
-        made = Reproduction(asked, terminal)
         code = made.run()
     for name, error in made.failed.items():
         print(f"error: {name} failed: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from dircluster.data.sources import load, split_sizes
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.cells import Outcome, cells_of
-from dircluster.reproduction.costs import TIMED, epoch_seconds, training_seconds
+from dircluster.reproduction.costs import TIMED, epoch_seconds, own_seconds
 from dircluster.reproduction.exhibits import MEASURED, Exhibit, Line
 from dircluster.reproduction.page import Section, to_html, to_markdown
 from dircluster.reproduction.pictures import PICTURES, Scene, swept
@@ -78,7 +78,7 @@ class Result:
             if "training time" in exhibit.columns and line.system.name == "dir":
                 first = first or (run, calibrate(run, parallel, TIMED))
                 usual, known = first
-                found["training time"] = training_seconds(run, known, images) / training_seconds(usual, known, images)
+                found["training time"] = own_seconds(run, known, images) / own_seconds(usual, known, images)
             self.outcomes[key] = replace(self.outcomes[key], measured=found)
 
     @cached_property

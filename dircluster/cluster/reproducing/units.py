@@ -78,8 +78,8 @@ class Units:
         if ended["status"] == "KILLED":
             return int(ended["signal"])
         if ended["status"] == "FAILED":
-            error = str(ended["error"])
-            return Outcome(error=self.terminal.last if error.endswith("stands above") else error.splitlines()[0])
+            reason = str(ended["error"])
+            return Outcome(error=self.terminal.last if reason.endswith("stands above") else reason.splitlines()[0])
         return _keep(kept, name, ended["results"], ended["checkpoint"])
 
     def _follow(self, run: RunConfig, training: Training) -> dict[str, Any]:
@@ -144,7 +144,9 @@ class Units:
         from dircluster.evaluation.session import report
 
         on_ray, spec = self.launcher == "ray", JobSpec(run_to_plain(run), folder, os.getcwd(), trust_code=True)
-        scaling = replace(run.scaling, threads=run.scaling.threads or 1, **({"device": "cpu"} if on_ray else {}))
+        scaling = replace(run.scaling, threads=run.scaling.threads or 1)
+        if on_ray:  # the workers have devices of their own
+            scaling = replace(scaling, device="cpu")
         with local_workers(scaling) as parallel:
             judged = EvaluationJob(spec, parallel.device)
             left = [i for i, shard in enumerate(judged.shards) if judged.evaluation.outcome(shard) is None]

@@ -43,7 +43,7 @@ def test_a_column_finds_its_row(column: str, expected: float | None) -> None:
     assert (None if found is None else found["accuracy"]) == expected
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan() -> Plan:
     return make_plan([exhibits("cifar10")["ratio"]], "digits", {}, (0, 1), ("identity", "dir"), key_of)
 
