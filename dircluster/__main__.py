@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a defense and evaluate it",
     "evaluate": "evaluate a defense, whoever trained it",
     "tune": "train a defense at every point of a space",
+    "reproduce": "make tables and figures of the DIR paper again",
     "benchmark": "time the phases of a training step",
     "doctor": "tell whether this machine trains correctly and fast",
 }

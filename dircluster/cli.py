@@ -139,6 +139,36 @@ class TuneJob(DefenseJob):
 
 
 @dataclass(frozen=True)
+class ReproduceJob(Job):
+    """Make tables and figures of the DIR paper again: every system that they compare, trained and judged alike.
+
+    The first word says what: table1 to table5, ratio, fig2, fig4, fig5, fig6a, fig6b, fig7, no-pretrain, or all; the
+    preset after it is digits, cifar10, svhn, or NAME_smoke of one. What cells share is trained once, what is finished
+    is kept, and the same command goes on. Settings are those of all systems: --evaluation.images 1000, --storage.uri.
+    """
+
+    what: str = ""
+    """The table or figure, when it is not the first word."""
+    only: str = ""
+    """Systems, with commas between: hgd,dir; all that the table has when not given."""
+    seeds: int = 1
+    """Trainings of each system: --seed and those after it."""
+    budget: float | None = None
+    """Minutes that all trainings may take together, as foretold from some seconds of their own steps: the schedules of
+    all systems are shortened by one factor, which stands in every cell. Judging comes on top."""
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: Ray Train workers; local: this process."""
+    dry_run: Switch = False
+    """Show what would be trained, what of it is shared, and what it would take, and stop."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.budget is not None and not 0 < self.budget < math.inf:
+            raise ConfigError(f"--budget must be positive, got {self.budget:g}")
+
+
+@dataclass(frozen=True)
 class BenchmarkJob(DefenseJob):
     """Time the phases of a training step on real images; for DIR: craft, restore, perturb, update."""
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console as Rich
 from rich.live import Live
@@ -123,7 +123,7 @@ class Terminal:
             wide.print(table)
         self._flush()
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in STOPPING}
         self.listen()
         if self.rich.is_terminal:

@@ -108,20 +108,25 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
 
     Raises ConfigError where the calibration knows nothing of a stage.
     """
-    made, batch = [], config.training.batch_size
+    made = []
     for stage in planned_stages(config):
-        pace = _pace_of(found, stage.name)
-        steps = stage.epochs * (train // batch)
-        step = step_operations(config, stage.name)
-        judged = -(-stage.epochs // config.training.select_every)
-        judging = judged * _selection(config, stage, min(held_out, config.training.select_images), step / batch)
-        seconds = (steps * step + judging) / (pace.operations_per_second * config.scaling.most)
-        made.append(Forecast(stage.name, seconds, pace.memory, _stored(config, stage)))
+        seconds = stage_seconds(config, stage, found, train, held_out)
+        made.append(Forecast(stage.name, seconds, _pace_of(found, stage.name).memory, _stored(config, stage)))
     pace = _pace_of(found, EVALUATION)
     images = min(test, config.evaluation.images or test)
     operations = evaluation_operations(config)[0] * images
     seconds = operations / (pace.operations_per_second * config.scaling.most)
     return [*made, Forecast(EVALUATION, seconds, pace.memory, 0)]
+
+
+def stage_seconds(config: RunConfig, stage: Stage, found: Calibration, train: int, held_out: int) -> float:
+    """What a stage will take. Raises ConfigError where the calibration knows nothing of it."""
+    pace, batch = _pace_of(found, stage.name), config.training.batch_size
+    steps = stage.epochs * (train // batch)
+    step = step_operations(config, stage.name)
+    judged = -(-stage.epochs // config.training.select_every)
+    judging = judged * _selection(config, stage, min(held_out, config.training.select_images), step / batch)
+    return (steps * step + judging) / (pace.operations_per_second * config.scaling.most)
 
 
 def to_plain(found: Calibration) -> dict[str, Any]:

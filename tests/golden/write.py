@@ -40,7 +40,9 @@ JOINT = ("--dir.joint", "--pretrain.epochs", "0", "--dir.crafting-masks", "fresh
 COMPARED = ("apegan", "apegan_a", "hgd", "hgd_a", "nrp", "nrp_a", "jatp", "menet", "menet_a", "identity", "finetune")
 COMPARED += ("ebm", "ebm_short")
 PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn", *(f"cifar10_{name}" for name in COMPARED))
-JOBS = ("train", "evaluate", "tune", "benchmark", "doctor")
+JOBS = ("train", "evaluate", "tune", "benchmark", "doctor", "reproduce")
+FIRST = {"reproduce": ("table1",)}
+"""Words before the preset, by job."""
 
 
 LATER_COLUMNS: dict[str, Any] = {"crafting": "fp32", "predictions": "fp32", "marks": [], "sample": None}
@@ -184,7 +186,7 @@ def texts(folder: Path) -> dict[str, str]:
     whole = plain(job("train", "digits_smoke", "--help", folder=folder))
     made["train_digits_smoke_help.txt"] = whole
     for name, preset in (("train", "imagenet_smoke"), *((name, "digits_smoke") for name in JOBS[1:])):
-        other = plain(job(name, preset, "--help", folder=folder))
+        other = plain(job(name, *FIRST.get(name, ()), preset, "--help", folder=folder))
         changed = unified_diff(
             whole.splitlines(), other.splitlines(), "train digits_smoke", f"{name} {preset}", "", "", 0
         )

@@ -1,0 +1,67 @@
+"""One call behind jobs/reproduce.py: plan, train and judge what tables of the paper need, and show it beside theirs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from dircluster import cli
+from dircluster.config import ConfigError
+from dircluster.reproduction.exhibits import LABELS, Exhibit
+from dircluster.reproduction.tables import NAMES, exhibits
+
+FAMILIES = {"digits": "cifar10", "cifar10": "cifar10", "svhn": "svhn"}
+"""What all systems have presets for, and the data set whose printed numbers stand beside."""
+DECIDED = ("name", "target.objective", "target.uri", "evaluation.suite")
+"""Settings that the tables decide."""
+
+
+def main(argv: list[str]) -> int:
+    """Reproduce what the first word of ``argv`` names; -> exit code. Errors are one line on stderr."""
+    words = list(argv)
+    what = ["--what", words.pop(0)] if words and not words[0].startswith("-") else []
+    return cli.execute(cli.ReproduceJob, [*words, *what], _reproduce)
+
+
+def _reproduce(job: cli.ReproduceJob) -> int:
+    only = tuple(word.strip() for word in job.only.split(",") if word.strip())
+    chosen = _chosen(job, only)
+    given = {name: value for name, value in cli.describe(job).items() if name != "seed"}
+    for name in given:
+        if name in DECIDED:
+            raise ConfigError(f"--{name} is decided by what is reproduced: leave it out")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("reproduce is one process: leave out torchrun, and give --scaling.workers to --launcher ray")
+
+    from dircluster.cluster import preflight, storage
+    from dircluster.cluster.paths import with_absolute_paths
+    from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
+    from dircluster.cluster.reproducing.units import Listening
+
+    preflight.check(with_absolute_paths(job.run), on_ray=job.launcher == "ray")
+    asked = Asked(job, tuple(chosen), only, given)
+    with Listening() as terminal:
+        made = Reproduction(asked, terminal)
+        if not job.dry_run:
+            storage.check(with_absolute_paths(job.run))
+        code = made.run()
+    for name, error in made.failed.items():
+        print(f"error: {name} failed: {error}", file=sys.stderr)
+    return code
+
+
+def _chosen(job: cli.ReproduceJob, only: tuple[str, ...]) -> list[Exhibit]:
+    """What is to be reproduced. Raises ConfigError where there is no such table, preset or system."""
+    if job.what not in (*NAMES, "all"):
+        missing = f"there is no table or figure {job.what!r}" if job.what else "say first what to reproduce"
+        raise ConfigError(f"{missing}; there are {', '.join(NAMES)}, all")
+    family = job.preset.removesuffix("_smoke")
+    if family not in FAMILIES:
+        raise ConfigError(f"not all systems have a preset like {job.preset}: give {', '.join(FAMILIES)}, or NAME_smoke")
+    for name in only:
+        if name not in LABELS:
+            raise ConfigError(f"--only {name} is no system; there are {', '.join(LABELS)}")
+    there = exhibits(FAMILIES[family])
+    if job.what != "all":
+        return [there[job.what]]
+    return [each for each in there.values() if not only or any(line.system.name in only for line in each.lines)]

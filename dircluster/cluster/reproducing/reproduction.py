@@ -1,0 +1,193 @@
+"""What is asked, on its way from the command line through the plan and its units to the page."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dircluster import cli
+from dircluster.cluster.paths import with_absolute_paths
+from dircluster.cluster.reproducing.result import Result
+from dircluster.cluster.reproducing.units import Listening, Units
+from dircluster.cluster.storage import open_path, opener
+from dircluster.cluster.sweeps.store import key_of
+from dircluster.cluster.version import commit
+from dircluster.config import digest
+from dircluster.data.layout import split_sizes
+from dircluster.distributed.launch import local_workers
+from dircluster.reproduction.costs import TIMED, Cost, calibrated, costs, factor_for
+from dircluster.reproduction.exhibits import Exhibit, Settings
+from dircluster.reproduction.plan import Plan, Unit, make_plan
+from dircluster.reproduction.store import Store
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for."""
+
+    job: cli.ReproduceJob
+    exhibits: tuple[Exhibit, ...]
+    only: tuple[str, ...]
+    """Systems, all where it is empty."""
+    given: Settings
+    """To all systems."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(range(self.job.run.seed, self.job.run.seed + self.job.seeds))
+
+    def plan(self, factor: float) -> Plan:
+        """The cheapest trainings for it, their schedules ``factor`` times the presets'."""
+        return make_plan(
+            self.exhibits,
+            self.job.preset,
+            self.given,
+            self.seeds,
+            self.only,
+            lambda run, until: key_of(with_absolute_paths(run), until),
+            factor,
+        )
+
+    def command(self) -> str:
+        """What goes on, or shows the result again."""
+        job = self.job
+        words = ["python", "jobs/reproduce.py", job.what, job.preset]
+        for name, value in cli.describe(job).items():
+            words += cli.as_words(name, value)
+        words += ["--seeds", str(job.seeds)] if job.seeds > 1 else []
+        words += ["--only", ",".join(self.only)] if self.only else []
+        words += ["--budget", f"{job.budget:g}"] if job.budget is not None else []
+        words += ["--launcher", job.launcher] if job.launcher != "ray" else []
+        return shlex.join(words)
+
+    def command_of(self, plan: Plan, unit: Unit) -> str:
+        """What makes a unit again: jobs/train.py, or for a purifier in front of another target this job."""
+        training = plan.trainings.get(unit.key)
+        if training is None:
+            return self.command()
+        run = training.run
+        return cli.command(cli.TrainJob(training.preset, run, launcher=self.job.launcher, defense=run.defense))
+
+
+class Reproduction:
+    """One call of jobs/reproduce.py."""
+
+    def __init__(self, asked: Asked, terminal: Listening) -> None:
+        """Raises ConfigError where the plan cannot be made."""
+        self.asked, self.terminal, self.job = asked, terminal, asked.job
+        self.config = with_absolute_paths(asked.job.run)
+        self.commit = commit()
+        self.record: Any = None
+        words = {"what": self.job.what, "only": asked.only, "seeds": asked.seeds, "budget": self.job.budget}
+        name = f"{self.config.name}-{self.job.what}-{digest({**self.config.identity, **words})[:12]}"
+        self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
+        self.plan = asked.plan(1.0)
+        self.failed: dict[str, str] = {}
+        """Why units failed, by their names."""
+
+    def run(self) -> int:
+        """Plan, train, judge, show; -> exit code. A system that fails leaves the others alone."""
+        began, status = time.monotonic(), "FAILED"
+        self._show(self._costed())
+        if self.job.dry_run:
+            return 0
+        self._open_record()
+        try:
+            tags = {"dircluster.commit": self.commit}
+            units = Units(self.plan, self.job.launcher, self.terminal, self.record, tags)
+            signal = units.run()
+            ended = [(unit.name, units.outcomes[unit.key]) for unit in self.plan.all if unit.key in units.outcomes]
+            self.failed = {name: outcome.error for name, outcome in ended if outcome.error}
+            status = "KILLED" if signal else "FAILED" if self.failed else "FINISHED"
+            if not signal:
+                self._tell(units, time.monotonic() - began)
+        finally:
+            if self.record is not None:
+                from dircluster.cluster.tracking.jobs import finish_job
+
+                finish_job(self.record, status)
+        if signal:
+            self.terminal.say(f"stopped; what is finished is kept, and this goes on: {self.asked.command()}")
+            return 128 + signal
+        return 1 if self.failed else 0
+
+    def _costed(self) -> list[Cost]:
+        """Fit the plan to the budget; -> what it takes, where that is asked or has to be known."""
+        budget, stored = self.job.budget, self.store.get("factor")
+        known = budget is not None and stored is not None  # a command that goes on must not choose another
+        if known and stored is not None:
+            self.plan = self.asked.plan(stored["factor"])
+        if not self.job.dry_run and (known or budget is None):
+            return []
+        self.terminal.say("timing some steps of each system, to foretell what it takes")
+        with local_workers(self.config.scaling) as parallel:
+            found = calibrated(self.plan, parallel, TIMED)
+        if budget is not None and not known:
+            factor = factor_for(budget, self._costs(found))
+            self.plan = self.asked.plan(factor)
+            if not self.job.dry_run:
+                self.store.put("factor", {"factor": factor})
+        return self._costs(found)
+
+    def _costs(self, known: Mapping[str, Any]) -> list[Cost]:
+        return costs(self.plan, known, lambda run: split_sizes(run.data, opener(run.storage)))
+
+    def _show(self, found: list[Cost]) -> None:
+        """The plan as a table, a row a unit, with minutes where they are known."""
+        plan, seen, rows = self.plan, set[str](), list[dict[str, str]]()
+        for training in plan.trainings.values():
+            words = [name if key not in seen else f"({name})" for name, key in training.stages.items()]
+            seen |= set(training.stages.values())
+            rows.append({"system": training.name, "stages": ", ".join(words), "suite": training.run.evaluation.suite})
+        rows += [{"system": each.name, "stages": "", "suite": each.suite} for each in plan.transfers.values()]
+        if found:
+            minutes = {cost.name: f"{cost.seconds / 60:.1f}" for cost in found}
+            rows.append({"system": "in all", "stages": "", "suite": ""})
+            minutes["in all"] = f"{sum(cost.seconds for cost in found) / 60:.1f}"
+            rows = [{**row, "training, min": minutes.get(row["system"], "")} for row in rows]
+        shorter = "" if plan.factor == 1 else f", schedules times {plan.factor:g}"
+        counted = f"{len(plan.trainings)} trainings, {len(plan.transfers)} transfers{shorter}"
+        self.terminal.lines(f"{self.job.what} of {self.job.preset}: {counted}", rows)
+        self.terminal.say("stages in brackets are trained by a row above them")
+        if found:
+            self.terminal.say("not foretold: judging, storage, the start and end of each job")
+
+    def _open_record(self) -> None:
+        from dircluster.cluster.runtime import local
+
+        if not self.config.tracking.enabled:
+            return
+        if self.job.launcher == "local" and not local.has_mlflow():
+            self.terminal.say("MLflow is not installed: no record is kept")
+            return
+        from dircluster.cluster.tracking.jobs import open_job
+
+        made = {"space": f"reproduce-{self.job.what}", "varied": [], "seeds": self.job.seeds}
+        made |= {"only": ",".join(self.asked.only), "factor": self.plan.factor}
+        tags = {"dircluster.commit": self.commit, "dircluster.command": self.asked.command()}
+        self.record = open_job(self.config, tags, sweep=made)
+        self.terminal.say(f"MLflow    run {self.record.run_id}")
+
+    def _tell(self, units: Units, seconds: float) -> None:
+        """Tables on the terminal, the page and its data in storage and MLflow."""
+        commands = {unit.key: self.asked.command_of(self.plan, unit) for unit in self.plan.all}
+        result = Result(self.plan, units.outcomes, commands, self.job.preset, self.config, self.terminal)
+        facts = {"command": self.asked.command(), "commit": self.commit, "seeds": ", ".join(map(str, self.asked.seeds))}
+        files = result.files(f"{self.job.what} on {self.job.preset}", facts)
+        for section in result.sections:
+            rows = [dict(zip(section.head, row, strict=True)) for row in section.grid]
+            self.terminal.lines(section.exhibit.title, rows)
+        self.store.add_files(files)
+        for name in files:
+            self.terminal.say(f"kept      {self.store.folder / name}")
+        if self.record is not None:
+            from dircluster.cluster.tracking.tracker import MlflowTracker
+
+            tracker = MlflowTracker(self.record, self.terminal.say)
+            tracker.sweep(result.evidence, files, "")
+            tracker.close()
+        self.terminal.say(f"took      {seconds:.0f} s")
+        cli.write_summary(self.job, {**result.plain, "folder": str(self.store.folder)})

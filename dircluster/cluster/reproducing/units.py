@@ -1,0 +1,193 @@
+"""The units of a plan, each trained or judged once: what is stored is found again, what fails is told in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dircluster.cluster.console import Terminal
+from dircluster.cluster.loading import JobSpec
+from dircluster.cluster.paths import with_absolute_paths
+from dircluster.cluster.storage import open_path
+from dircluster.cluster.sweeps.store import key_of
+from dircluster.cluster.version import source_version
+from dircluster.config import ConfigError, RunConfig, digest, first_line, named_line, with_values
+from dircluster.presets import run_to_plain
+from dircluster.reproduction.cells import Outcome
+from dircluster.reproduction.plan import Plan, Training, Transfer
+from dircluster.reproduction.store import Store
+from dircluster.reproduction.transfer import transferred
+from dircluster.training import checkpoint
+from dircluster.training.retry import retry
+
+WAIT = 10.0
+"""Seconds until a stage that another job trains is looked at again."""
+
+
+class Listening(Terminal):
+    """A terminal that knows the last line that it showed."""
+
+    last = ""
+
+    def say(self, line: str) -> None:
+        lines = line.strip().splitlines()
+        self.last = lines[-1] if lines else self.last
+        super().say(line)
+
+
+class Units:
+    """Brings units of a plan to their ends."""
+
+    def __init__(self, plan: Plan, launcher: str, terminal: Listening, record: Any, tags: Mapping[str, str]) -> None:
+        """``record`` is the JobRecord that theirs are children of, None where none is kept; ``tags`` are theirs."""
+        self.plan, self.launcher, self.terminal, self.record, self.tags = plan, launcher, terminal, record, tags
+        self.outcomes: dict[str, Outcome] = {}
+        """Of what is over, by key."""
+
+    def run(self) -> int:
+        """All units; -> the signal that stopped it, or 0. Raises ConfigError where the cluster cannot be used."""
+        units = self.plan.all
+        for number, unit in enumerate(units, 1):
+            self.terminal.say(f"{number} of {len(units)}: {unit.name}")
+            ended = self._trained(unit) if isinstance(unit, Training) else self._judged(unit)
+            if isinstance(ended, int):
+                return ended
+            if ended.error:
+                self.terminal.say(f"failed: {unit.name}: {ended.error}")
+            self.outcomes[unit.key] = ended
+        return 0
+
+    def _trained(self, training: Training) -> Outcome | int:
+        run = with_absolute_paths(training.run)
+        kept, name = _kept(run), digest([key_of(run), source_version()])[:24]
+        found = _found(kept, name, run)
+        if found is not None:
+            self.terminal.say(f"reused: {found.checkpoint}")
+            return found
+        try:
+            ended = self._follow(run, training)
+        except ConfigError:
+            raise  # of the cluster or the records: no other system would fare better
+        except Exception as error:  # whatever a system raises is its own
+            return Outcome(error=named_line(error))
+        if ended["status"] == "KILLED":
+            return int(ended["signal"])
+        if ended["status"] == "FAILED":
+            reason = str(ended["error"])
+            return Outcome(error=self.terminal.last if reason.endswith("stands above") else reason.splitlines()[0])
+        return _keep(kept, name, ended["results"], ended["checkpoint"])
+
+    def _follow(self, run: RunConfig, training: Training) -> dict[str, Any]:
+        """The outcome of a run, once no other job trains one of its stages."""
+        from dircluster.cluster.runtime import local
+
+        record, owner, status = self._child(run, training), uuid.uuid4().hex, "FAILED"
+        try:
+            while True:
+                if self.launcher == "local":
+                    ended = local.train(run, owner, False, record, self.terminal)
+                else:
+                    from dircluster.cluster.runtime import driver
+
+                    ended = driver.train(run, owner, False, lambda: record, self.terminal, lambda outcome: None)
+                if not ended.get("busy") or self.terminal.stop_signal():
+                    status = ended["status"]
+                    return ended
+                time.sleep(WAIT)
+        finally:
+            if record is not None:
+                from dircluster.cluster.tracking.jobs import finish_job
+
+                finish_job(record, status)
+
+    def _child(self, run: RunConfig, training: Training) -> Any:
+        if self.record is None:
+            return None
+        from dircluster.cluster.tracking.jobs import Child, open_job
+
+        params = {"system": training.system.name, **training.system.settings, "seed": training.seed}
+        child = Child(self.record.run_id, training.name, params)
+        with contextlib.suppress(ConfigError):  # a server that stays away must not end a night's work
+            return retry(
+                lambda: open_job(run, self.tags, child=child),
+                patience=run.tracking.patience,
+                longest_pause=WAIT,
+                stopped=lambda: bool(self.terminal.stop_signal()),
+            )
+        return None
+
+    def _judged(self, transfer: Transfer) -> Outcome | int:
+        """A purifier in front of another target: judged alone."""
+        purifier, target = (self.outcomes[key] for key in (transfer.purifier, transfer.target))
+        if not purifier.checkpoint or not target.checkpoint:
+            return Outcome(error=purifier.error or target.error)
+        run = with_absolute_paths(self.plan.trainings[transfer.purifier].run)
+        run = with_values(run, {"evaluation.suite": transfer.suite})
+        try:
+            places = [open_path(each.checkpoint, run.storage) for each in (purifier, target)]
+            folder = str(transferred(open_path(run.storage.uri, run.storage), *places).absolute())
+            rows = self._rows(run, folder)
+        except Exception as error:  # whatever a system raises is its own
+            return Outcome(error=first_line(error) if isinstance(error, ConfigError) else named_line(error))
+        return rows if isinstance(rows, int) else Outcome(tuple(rows), folder)
+
+    def _rows(self, run: RunConfig, folder: str) -> list[dict[str, Any]] | int:
+        """The suite's rows of a finished defense, as jobs/evaluate.py finds them; or the signal that stopped it."""
+        from dircluster.cluster.runtime.evaluation_job import EvaluationJob
+        from dircluster.distributed.launch import local_workers
+        from dircluster.evaluation.results import to_plain
+        from dircluster.evaluation.session import report
+
+        on_ray, spec = self.launcher == "ray", JobSpec(run_to_plain(run), folder, os.getcwd(), trust_code=True)
+        scaling = replace(run.scaling, threads=run.scaling.threads or 1)
+        if on_ray:  # the workers have devices of their own
+            scaling = replace(scaling, device="cpu")
+        with local_workers(scaling) as parallel:
+            judged = EvaluationJob(spec, parallel.device)
+            left = [i for i, shard in enumerate(judged.shards) if judged.evaluation.outcome(shard) is None]
+            if signal := (self._on_ray if on_ray else self._here)(judged, spec, left):
+                return signal
+            return to_plain(report(judged.evaluation, judged.plan, judged.name, judged.settings).rows)
+
+    def _on_ray(self, judged: Any, spec: JobSpec, left: list[int]) -> int:
+        from dircluster.cluster.runtime import ray_evaluate
+
+        if not left:
+            return 0
+        return ray_evaluate.work(
+            replace(spec, key=judged.key), judged.config, None, left, self.terminal, lambda index: None
+        )
+
+    def _here(self, judged: Any, spec: JobSpec, left: list[int]) -> int:
+        from dircluster.training.interrupt import Interrupted, interruptible
+
+        try:
+            with interruptible(judged.victim.module.classifier, self.terminal):
+                for index in left:
+                    judged.work(index)
+        except Interrupted as stop:
+            return stop.signal
+        return 0
+
+
+def _kept(run: RunConfig) -> Store:
+    """What trainings have given, for any table to find."""
+    return Store(open_path(run.storage.uri, run.storage) / "reproductions" / "outcomes")
+
+
+def _keep(kept: Store, name: str, rows: list[dict[str, Any]], folder: str) -> Outcome:
+    kept.put(name, {"rows": rows, "checkpoint": folder})
+    return Outcome(tuple(rows), folder)
+
+
+def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:
+    """What was kept, while the defense is there too."""
+    found = kept.get(name)
+    if found is None or checkpoint.digest(open_path(found["checkpoint"], run.storage)) is None:
+        return None
+    return Outcome(tuple(found["rows"]), found["checkpoint"])

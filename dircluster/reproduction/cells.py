@@ -1,0 +1,159 @@
+"""Cells: what came out of the seeds of a line, beside what the paper prints."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dircluster.evaluation.results import worst_attacked
+from dircluster.evaluation.statistics import wilson_interval
+from dircluster.evaluation.suites import how
+from dircluster.reproduction.exhibits import MEASURED, OWN_TARGET, Exhibit, Line, Printed
+from dircluster.reproduction.plan import Plan
+
+Row = Mapping[str, Any]
+STRONGEST = "strongest"
+"""The column of the row that leaves a defense least."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured at each seed: shares of images, or in the unit of the column."""
+
+    values: tuple[float, ...]
+    images: int = 0
+    """Test images at each seed; 0 where none were judged."""
+    attack: str = ""
+    """As rows of results call it, with what the attacker knows."""
+    how: str = ""
+    """Its settings."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Over seeds (n - 1); NaN of one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %, of the mean as a share of the images of one seed: the test split is the same for all."""
+        return wilson_interval(self.mean * self.images, self.images) if self.images else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A line under a column."""
+
+    line: str
+    column: str
+    found: Found | None = None
+    error: str = ""
+    """Why nothing was found, or not at all seeds."""
+    printed: Printed | None = None
+    difference: float | None = None
+    """Found less printed, where both are of the same data, in the unit of the printed number."""
+    gain: float | None = None
+    """Over the bare target, points."""
+    printed_gain: float | None = None
+    commands: tuple[str, ...] = ()
+    """That make it again, one a seed."""
+    factor: float = 1.0
+    """Of the schedules that it was trained by."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        plain = asdict(self)
+        if self.found is not None:
+            low_high = self.found.interval
+            plain["found"] |= {
+                "mean": self.found.mean,
+                "sd": None if math.isnan(self.found.deviation) else self.found.deviation,
+                "interval": None if low_high is None else list(low_high),
+            }
+        return plain
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training or a transfer ended."""
+
+    rows: tuple[Row, ...] = ()
+    checkpoint: str = ""
+    """The folder of the finished defense; empty where there is none."""
+    error: str = ""
+    commands: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """By column of MEASURED."""
+
+
+def row_of(rows: Sequence[Row], column: str) -> Row | None:
+    """The defense's row that ``column`` names, with any steps and EOT: of attacks the one that knows the draws, of
+    natural images that of fresh draws, where there are several.
+    """
+    pattern = re.compile(re.sub(r"\d+", r"\\d+", column) + r"(-eot\d+)?")
+    own = [row for row in rows if row["defense"] != "none" and pattern.fullmatch(row["attack"])]
+    last = "fixed" if column == "natural" else "fresh"
+    return min(own, key=lambda row: row["randomness"] == last, default=None)
+
+
+def cells_of(
+    plan: Plan, exhibit: Exhibit, outcomes: Mapping[str, Outcome], norm: str, same_data: bool
+) -> list[list[Cell]]:
+    """The cells of an exhibit, a list a line: its columns, then the strongest attack.
+
+    ``outcomes`` by key; ``same_data`` says whether the printed numbers are of the data that was judged.
+    """
+    made = []
+    for line in exhibit.lines:
+        ended = [outcomes[unit.key] for unit in plan.units(exhibit, line)]
+        bare = next((other for other in exhibit.lines if _is_bare_of(other, line)), None)
+        below = [] if bare is None else [outcomes[unit.key] for unit in plan.units(exhibit, bare)]
+        columns = []
+        for column in (*exhibit.columns, STRONGEST):
+            found = _found(ended, column, norm)
+            under = _found(below, column, norm) if column not in MEASURED else None
+            printed, at_bare = line.printed.get(column), bare.printed.get(column) if bare else None
+            scale = 1 if column in MEASURED else 100
+            columns.append(
+                Cell(
+                    line.label,
+                    column,
+                    found,
+                    "; ".join(dict.fromkeys(each.error for each in ended if each.error)),
+                    printed,
+                    scale * found.mean - printed.value if found and printed and same_data else None,
+                    100 * (found.mean - under.mean) if found and under else None,
+                    printed.value - at_bare.value if printed and at_bare else None,
+                    tuple(command for each in ended for command in each.commands),
+                    plan.factor,
+                )
+            )
+        made.append(columns)
+    return made
+
+
+def _is_bare_of(other: Line, line: Line) -> bool:
+    mine = other is line or line.system.name in OWN_TARGET
+    return other.system.name == "identity" and not mine and other.system.target == line.system.target
+
+
+def _found(ended: Sequence[Outcome], column: str, norm: str) -> Found | None:
+    """What the seeds that ended well give for a column; None where they give nothing."""
+    if column in MEASURED:
+        values = tuple(each.measured[column] for each in ended if column in each.measured)
+        return Found(values) if values else None
+    chosen: Callable[[Sequence[Row]], Row | None]
+    chosen = (lambda rows: worst_attacked(rows, norm)) if column == STRONGEST else (lambda rows: row_of(rows, column))
+    rows = [row for each in ended if (row := chosen(each.rows)) is not None]
+    if not rows:
+        return None
+    names = (f"{row['attack']}, {row['randomness']}".removesuffix(", none") for row in rows)
+    values = tuple(row["accuracy"] for row in rows)
+    return Found(values, rows[0]["total"], " / ".join(dict.fromkeys(names)), how(rows[0], draws=False))

@@ -1,0 +1,80 @@
+"""What the trainings of a plan take, told before they are paid for, and what is timed instead of attacked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dircluster.config import RunConfig, digest
+from dircluster.distributed.parallel import Parallel
+from dircluster.reproduction.plan import Plan, Training
+from dircluster.training.forecast import Calibration, calibrate, stage_seconds
+from dircluster.training.stages import stage_settings, stages_of
+
+TIMED = 0.5
+"""Seconds for which a stage is timed."""
+Sizes = Callable[[RunConfig], tuple[int, int, int]]
+"""A run -> its training, held-out and test images."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training adds to those before it."""
+
+    name: str
+    seconds: float
+    shared: tuple[str, ...] = ()
+    """Stages that an earlier one trains."""
+
+
+def calibrated(plan: Plan, parallel: Parallel, budget: float) -> dict[str, Calibration]:
+    """What this machine is seen to do, by preset: ``budget`` seconds for each stage."""
+    longest: dict[str, Training] = {}
+    for training in plan.trainings.values():
+        found = longest.setdefault(training.preset, training)
+        if len(training.stages) > len(found.stages):
+            longest[training.preset] = training
+    return {name: calibrate(training.run, parallel, budget) for name, training in longest.items()}
+
+
+def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Cost]:
+    """What each training of the plan takes; a stage that several share counts for the first.
+
+    Judging is not foretold: AutoAttack and MALT, most of it, end as soon as an image is broken.
+    """
+    made, seen, met = list[Cost](), set[str](), dict[str, float]()
+    for training in plan.trainings.values():
+        run, total, shared = training.run, 0.0, []
+        for stage in stages_of(run):
+            if training.stages[stage.name] in seen:
+                shared.append(stage.name)
+                continue
+            seen.add(training.stages[stage.name])
+            alike = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
+            if alike not in met:
+                met[alike] = stage_seconds(run, stage, known[training.preset], *sizes(run)[:2])
+            total += met[alike]
+        made.append(Cost(training.name, total, tuple(shared)))
+    return made
+
+
+def factor_for(minutes: float, found: list[Cost]) -> float:
+    """What all schedules are multiplied by for the trainings to take so many minutes: at most 1, of two digits."""
+    share = 60 * minutes / sum(cost.seconds for cost in found)
+    if share >= 1:
+        return 1.0
+    step = 10.0 ** (math.floor(math.log10(share)) - 1)
+    return round(math.floor(share / step) * step, 12)
+
+
+def epoch_seconds(run: RunConfig, found: Calibration, images: int) -> float:
+    """Seconds of an epoch of the last stage at the pace that was timed, without selection on held-out images."""
+    last = stages_of(run)[-1]
+    return stage_seconds(run, last, found, images, 0) / last.epochs
+
+
+def own_seconds(run: RunConfig, found: Calibration, images: int) -> float:
+    """Seconds of all stages but the target's, without selection."""
+    own = (stage for stage in stages_of(run) if stage.name != "target")
+    return sum(stage_seconds(run, stage, found, images, 0) for stage in own)

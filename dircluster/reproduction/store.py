@@ -1,0 +1,35 @@
+"""What has come out, kept in storage for the same command to go on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Store:
+    """Plain data by name, and the files of a page."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What was put under ``name``; None where nothing was, or nothing whole."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found
+
+    def put(self, name: str, plain: Mapping[str, Any]) -> None:
+        """Keep plain data."""
+        file = self.folder / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(plain))
+
+    def add_files(self, files: Mapping[str, bytes]) -> None:
+        """Keep files of any kind, by their whole names."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (self.folder / name).write_bytes(content)

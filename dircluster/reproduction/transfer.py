@@ -1,0 +1,23 @@
+"""A finished purifier put in front of another target, as a defense of its own in storage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dircluster.config import digest
+from dircluster.training import checkpoint
+from dircluster.training.stage_folder import StageFolder, find_stage_folder
+
+
+def transferred(storage: Path, purifier: Path, target: Path) -> Path:
+    """The folder of the defense with the purifier of one finished defense and the classifier of another.
+
+    It is written unless it is there. Raises CheckpointError where one of them is damaged.
+    """
+    key = digest([checkpoint.digest(purifier), checkpoint.digest(target)])
+    made: StageFolder = find_stage_folder(storage, "transfer", key)
+    if made.digest is None:
+        given, other = checkpoint.read(purifier), checkpoint.read(target)
+        tensors = {**given.tensors, "classifier": other.tensors["classifier"]}
+        checkpoint.write(made.final, tensors, {"stage": "transfer", "defense": given.state["defense"]}, key)
+    return made.final

@@ -1,0 +1,160 @@
+"""jobs/reproduce.py: a table whole, then again, with a system that fails, killed and gone on with; bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tests.jobs import Outcome, run_job
+
+FEW = ("--evaluation.images", "4", "--evaluation.queries", "10", "--scaling.threads", "1")
+LOCAL = ("--launcher", "local", *FEW)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of this module leave what they train, for the next one."""
+    return tmp_path_factory.mktemp("reproduced")
+
+
+@pytest.fixture(scope="module")
+def reproduced(folder: Path) -> Outcome:
+    """Table 1 of two systems."""
+    done = run_job("reproduce", "table1", "digits_smoke", "--only", "identity,dir", *LOCAL, folder=folder)
+    assert done.code == 0, done.out + done.err
+    return done
+
+
+def cells(done: Outcome, exhibit: int = 0) -> dict[tuple[str, str], Any]:
+    return {(cell["line"], cell["column"]): cell for cell in done.summary["exhibits"][exhibit]["cells"]}
+
+
+def test_a_table(reproduced: Outcome, folder: Path) -> None:
+    assert "2 trainings, 0 transfers" in reproduced.out
+    assert "(target)" in reproduced.out  # DIR finds that of None
+    assert len(list((folder / "runs").glob("target-*/final"))) == 1
+    found = cells(reproduced)
+    for column in ("natural", "pgd20", "autoattack-standard", "mifgsm20", "vnifgsm20", "strongest"):
+        for line in ("None", "DIR"):
+            assert found[line, column]["found"]["images"] == 4, column
+    assert found["DIR", "pgd20"]["printed"] == {"value": 54.27, "where": "Table 1, CIFAR-10, row DIR, column pgd20"}
+    assert found["DIR", "pgd20"]["difference"] is None  # digits are not CIFAR-10
+    (command,) = found["DIR", "pgd20"]["commands"]
+    assert command.startswith("python jobs/train.py digits_smoke --evaluation.suite paper")
+    kept = Path(reproduced.summary["folder"])
+    assert {file.name for file in kept.iterdir()} == {f"reproduction.{kind}" for kind in ("html", "md", "json")}
+    assert json.loads((kept / "reproduction.json").read_text())["exhibits"] == reproduced.summary["exhibits"]
+
+
+def test_it_is_one_run_with_children(reproduced: Outcome, folder: Path) -> None:
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
+    found = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-reproduce-table1")
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} == {"identity, seed 0", "dir, seed 0"}
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"reproduction.html", "results_table.json"} <= files
+
+
+def test_again_nothing_is_trained(reproduced: Outcome, folder: Path) -> None:
+    words = ("table1", "digits_smoke", "--only", "identity,dir", *LOCAL)
+    again = run_job("reproduce", *words, folder=folder)
+    assert again.code == 0, again.err
+    assert again.out.count("reused: ") == 2
+    assert again.summary["exhibits"] == reproduced.summary["exhibits"]
+
+
+def test_a_system_that_fails_leaves_the_others(
+    reproduced: Outcome, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("planted\nand more of it")
+
+    words = ("table2", "digits_smoke", "--only", "identity,hgd", *LOCAL, "--tracking.no-enabled")
+    with monkeypatch.context() as planted:
+        planted.setattr("dircluster.defenses.hgd.HgdRecipe.compare", fail)
+        done = run_job("reproduce", *words, folder=folder)
+    assert done.code == 1
+    told = ["hgd, seed 0", "hgd onto trades, seed 0", "hgd onto mart, seed 0"]
+    assert done.error == [f"error: {name} failed: RuntimeError: planted" for name in told]
+    found = cells(done)
+    assert found["TRADES: None", "pgd20"]["found"]["images"] == 4
+    assert found["TRADES: HGD", "pgd20"]["found"] is None
+    assert found["TRADES: HGD", "pgd20"]["error"] == "RuntimeError: planted"
+    mended = run_job("reproduce", *words, folder=folder)
+    assert mended.code == 0, mended.err
+    assert mended.out.count("reused: ") == 2  # TRADES' and MART's targets
+    found = cells(mended)
+    assert found["MART: HGD", "pgd20"]["found"]["attack"] == "pgd2"
+    assert found["MART: HGD", "pgd20"]["commands"][0].startswith("python jobs/reproduce.py table2 digits_smoke")
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    words = ("table1", "digits_smoke", "--only", "identity,dir", *LOCAL, "--tracking.no-enabled")
+    process = start(*words, script="reproduce")
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "runs").glob("pretrain-*/final/COMMIT")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run_job("reproduce", *words, folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "pretrain: reused from" in done.out
+    assert done.out.count("reused: ") == 1  # None was over
+
+
+@pytest.mark.slow
+def test_on_ray_with_pictures(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    words = ("all", "digits_smoke", "--only", "identity,hgd", *FEW, "--tracking.no-enabled")
+    done = train(*words, script="reproduce", here=True)
+    assert done.code == 0, done.err
+    kept = {file.name for file in Path(done.summary["folder"]).iterdir()}
+    assert {"fig2.png", "table2.png"} & kept == {"fig2.png"}
+
+
+def test_what_it_would_take(tmp_path: Path) -> None:
+    words = ("table1", "digits_smoke", "--only", "identity", "--budget", "0.0001", "--dry-run", *LOCAL)
+    done = run_job("reproduce", *words, folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "training, min" in done.out
+    assert "schedules times 0." in done.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("table9",), "there is no table or figure 'table9'; there are table1, table2, "),
+        ((), "say first what to reproduce; there are table1"),
+        (
+            ("table1", "cifar100"),
+            "not all systems have a preset like cifar100: give digits, ",
+        ),
+        (("table1", "--only", "hdg"), "--only hdg is no system; there are identity, "),
+        (("fig6b", "--only", "menet"), "--only menet leaves nothing of fig6b, which has identity, finetune, apegan_a"),
+        (("table1", "--dir.alpha", "1"), "dir.alpha is no setting of identity: "),
+        (
+            ("table1", "--evaluation.suite", "quick"),
+            "--evaluation.suite is decided by what is reproduced: ",
+        ),
+        (("table1", "--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("table1", "--budget", "-1"), "--budget must be positive, got -1"),
+    ],
+)
+def test_bad_input_is_one_line(words: tuple[str, ...], line: str, tmp_path: Path) -> None:
+    done = run_job("reproduce", *words, folder=tmp_path)
+    assert done.code == 2
+    (error,) = done.error
+    assert error.startswith(f"error: {line}")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,107 @@
+"""Cells and their page: means over seeds beside the paper's numbers, failures as they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dircluster.cluster.sweeps.store import key_of
+from dircluster.reproduction.cells import STRONGEST, Cell, Outcome, cells_of, row_of
+from dircluster.reproduction.page import Section, to_html, to_markdown
+from dircluster.reproduction.plan import Plan, make_plan
+from dircluster.reproduction.tables import exhibits
+
+
+def row(attack: str, accuracy: float, randomness: str = "none", **more: Any) -> dict[str, Any]:
+    plain = {"defense": "dir", "attack": attack, "randomness": randomness, "accuracy": accuracy, "total": 100}
+    plain |= {"norm": "linf", "epsilon": 0.0 if attack == "natural" else 0.1, "steps": 20, "step_size": 0.01}
+    return {**plain, "restarts": 1, "eot": 1, "average": 1, "draws": 1, "protocol": "", **more}
+
+
+ROWS = [
+    row("natural", 0.99, defense="none"),
+    row("natural", 0.90, "fixed"),
+    row("pgd20", 0.60, "fixed"),
+    row("natural", 0.91, "fresh"),
+    row("pgd20", 0.62, "fresh", eot=8),
+    row("bpda40-eot20", 0.64, "fresh", eot=20),
+    row("bpda200-eot41", 0.40, "fresh", eot=41),
+    row("malt30", 0.55, "fixed"),
+    row("restored20-from-natural", 0.30, "fixed"),
+    row("pgd20-wor10", 0.10, "fresh", protocol="Wor.Rob(10)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [("natural", 0.91), ("pgd20", 0.60), ("bpda40", 0.64), ("restored20-from-natural", 0.30), ("mifgsm20", None)],
+)
+def test_a_column_finds_its_row(column: str, expected: float | None) -> None:
+    found = row_of(ROWS, column)
+    assert (None if found is None else found["accuracy"]) == expected
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan([exhibits("cifar10")["ratio"]], "digits", {}, (0, 1), ("identity", "dir"), key_of)
+
+
+def outcomes(plan: Plan) -> dict[str, Outcome]:
+    """None 0.40 and 0.44 under PGD, ratio 0.3 fails at seed 1, ratio 0.5 at both, ratio 0.7 is ROWS."""
+    made = {}
+    for training in plan.trainings.values():
+        ratio = training.run.masking.ratio if training.system.name == "dir" else 0.0  # type: ignore[attr-defined]
+        rows = [row("natural", 0.80), row("pgd20", 0.40 + 0.04 * training.seed)] if ratio == 0 else ROWS
+        fails = ratio == 0.5 or (ratio == 0.3 and training.seed == 1)
+        made[training.key] = Outcome(error="no luck") if fails else Outcome(tuple(rows), commands=(training.name,))
+    return made
+
+
+def test_cells_are_means_beside_the_paper(plan: Plan) -> None:
+    none, low, usual, high = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", same_data=True)
+    assert [cell.column for cell in none] == ["natural", "pgd20", STRONGEST]
+    pgd = none[1]
+    assert pgd.found is not None
+    assert pgd.found.values == (0.40, 0.44)
+    assert pgd.found.mean == pytest.approx(0.42)
+    assert pgd.found.deviation == pytest.approx(0.0283, abs=1e-4)
+    assert pgd.found.interval == pytest.approx((0.328, 0.518), abs=1e-3)  # of 100 images
+    assert pgd.difference == pytest.approx(42.0 - 45.72)
+    assert high[1].gain == pytest.approx(60.0 - 42.0)
+    assert high[1].printed_gain == pytest.approx(50.16 - 45.72)
+    strongest = high[2].found
+    assert strongest is not None
+    assert (strongest.mean, strongest.attack) == (0.40, "bpda200-eot41, fresh")  # neither restored images nor Wor.Rob
+    assert (usual[1].found, usual[1].error, usual[1].printed and usual[1].printed.value) == (None, "no luck", 54.27)
+    assert low[1].found is not None
+    assert (low[1].found.values, low[1].error) == ((0.60,), "no luck")
+
+
+def test_numbers_of_other_data_are_not_subtracted(plan: Plan) -> None:
+    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", same_data=False)
+    assert all(cell.difference is None for line in cells for cell in line)
+
+
+def test_the_page_says_it_all(plan: Plan) -> None:
+    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", same_data=True)
+    section = Section(plan.exhibits[0], cells, b"png")
+    grid = {line[0]: line[1:] for line in section.grid}
+    assert grid["None"][1] == "42.0 ± 2.8 (paper 45.72)"
+    assert grid["ratio 0.5"] == ["failed (paper 85.11)", "failed (paper 54.27)", "failed"]
+    markdown = to_markdown("Ratio", {"seeds": "0, 1"}, ["read it"], [section])
+    html = to_html("Ratio", {"seeds": "0, 1"}, ["read it"], [section])
+    for text in ("Section 4.3, CIFAR-10, ratio 0.7, column pgd20", "no luck", "dir, ratio 0.7, seed 1", "32.8 to 51.8"):
+        assert text in markdown
+        assert text in html
+    assert "](ratio.png)" in markdown
+    assert "data:image/png;base64,cG5n" in html
+    plain = json.loads(json.dumps(section.to_plain()))
+    assert plain["cells"][1]["found"]["sd"] == pytest.approx(0.0283, abs=1e-4)
+
+
+def test_a_shortened_schedule_stands_in_every_cell() -> None:
+    from dircluster.reproduction.page import in_full
+
+    assert in_full(Cell("DIR", "pgd20", factor=0.1))["how"] == "schedules times 0.1"

@@ -1,0 +1,121 @@
+"""What is trained for what is asked: shared trainings once, seeds, systems, schedules; settings that cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dircluster.cluster.sweeps.store import key_of
+from dircluster.config import ConfigError, RunConfig
+from dircluster.defenses.stage import Stage
+from dircluster.presets import preset
+from dircluster.reproduction.costs import Cost, costs, factor_for
+from dircluster.reproduction.plan import Plan, make_plan, preset_of, shortened
+from dircluster.reproduction.tables import NAMES, exhibits
+from dircluster.training.forecast import Calibration
+
+
+def planned(
+    *names: str, family: str = "digits", only: str = "", seeds: int = 1, factor: float = 1.0, **given: Any
+) -> Plan:
+    there = exhibits("cifar10")
+    chosen = [there[name] for name in names]
+    settings = {name.replace("__", "."): value for name, value in given.items()}
+    return make_plan(chosen, family, settings, range(seeds), only.split(",") if only else (), key_of, factor)
+
+
+def test_a_table_takes_a_training_a_system() -> None:
+    plan = planned("table1")
+    names = [training.system.name for training in plan.trainings.values()]
+    assert names == ["identity", "finetune", "apegan", "hgd", "nrp", "jatp", "dir"]
+    assert {training.run.evaluation.suite for training in plan.trainings.values()} == {"paper"}
+    targets = {training.stages["target"] for training in plan.trainings.values()}
+    assert len(targets) == 1
+
+
+def test_what_tables_share_is_trained_once() -> None:
+    """BASELINES: set A (8 trainings, with T-tr and T-ma) is Table 1's top, Table 2 and more; here with controls."""
+    plan = planned("table1", "table2", "fig4", "no-pretrain", family="cifar10")
+    assert len(plan.trainings) == 7 + 4 + 1  # on TRADES' and MART's targets the two controls
+    assert len(plan.transfers) == 10
+    assert {t.run.evaluation.suite for t in plan.trainings.values() if t.system.name == "dir"} == {"paper", "quick"}
+
+
+def test_the_usual_model_is_one_whatever_it_is_called() -> None:
+    """Table 5's 8 + 2 is ratio 0.5, alpha 2 and the DIR of Table 1."""
+    plan = planned("table1", "table5", "ratio", "fig6a", family="cifar10", only="dir")
+    assert len(plan.trainings) == 1 + 5 + 2 + 5
+    found = {plan.served[name, label] for name, label in (("table1", "DIR"), ("table5", "8 + 2"), ("fig6a", "alpha 2"))}
+    assert len(found) == 1
+
+
+def test_all_of_the_paper() -> None:
+    plan = planned(*NAMES, family="cifar10")
+    names = [training.system.name for training in plan.trainings.values()]
+    # 37 of BASELINES less SVHN's 6; two controls at each of four targets, of which T-at, T-tr, T-ma and T-nat are one.
+    assert len(names) - names.count("finetune") == 37 - 6
+    assert names.count("finetune") == 4
+    assert {t.preset.startswith("cifar10") for t in plan.trainings.values()} == {True}
+
+
+def test_seeds_and_only() -> None:
+    plan = planned("table1", only="hgd,dir", seeds=3)
+    assert [(t.system.name, t.seed) for t in plan.trainings.values()] == [
+        (name, seed) for name in ("hgd", "dir") for seed in range(3)
+    ]
+    assert [line.label for line in plan.exhibits[0].lines] == ["HGD", "DIR"]
+    assert len(plan.served["table1", "HGD"]) == 3
+    with pytest.raises(ConfigError, match="leaves nothing of fig6b, which has identity, finetune, apegan_a"):
+        planned("fig6b", only="menet")
+
+
+def test_settings_are_those_of_all_systems() -> None:
+    plan = planned("table1", only="hgd,dir", evaluation__images=10)
+    assert {t.run.evaluation.images for t in plan.trainings.values()} == {10}
+    with pytest.raises(ConfigError, match=r"dir\.alpha is no setting of hgd"):
+        planned("table1", only="hgd,dir", dir__alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "system", "expected"),
+    [("digits", "dir", "digits"), ("digits_smoke", "hgd_a", "digits_hgd_a_smoke"), ("svhn", "ebm", "svhn_ebm")],
+)
+def test_presets_have_their_systems_names(family: str, system: str, expected: str) -> None:
+    assert preset_of(family, system) == expected
+    assert preset(expected).name == expected
+
+
+def test_a_factor_shortens_all_that_counts_in_epochs() -> None:
+    run: Any = shortened(preset("cifar10_hgd_a"), 0.1)
+    assert (run.target.epochs, run.hgd.epochs, run.adversarial.epochs) == (11, 3, 3)
+    assert run.target.optimizer.milestones == (8, 9)
+    assert run.hgd.optimizer.milestones == (2, 3)
+    made: Any = shortened(preset("digits"), 0.5)
+    assert (made.target.epochs, made.pretrain.epochs, made.dir.epochs) == (45, 5, 18)
+    assert (made.target.optimizer.warmup_epochs, made.training.select_every) == (4.5, 5)
+    without: Any = shortened(preset("digits_ebm"), 0.001)
+    assert (without.ebm.epochs, without.ebm.last_epochs) == (1, 0)
+    assert shortened(preset("digits"), 1.0) == preset("digits")
+    plan = planned("table1", factor=0.5)
+    assert {t.run.target.epochs for t in plan.trainings.values()} == {45}
+
+
+def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def seconds(run: RunConfig, stage: Stage, *_: Any) -> float:
+        asked.append(stage.name)
+        return 60.0
+
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_seconds", seconds)
+    plan, nothing = planned("fig6b", only="hgd_a,dir", seeds=2), Calibration("here", {})
+    found = costs(plan, dict.fromkeys(("digits", "digits_hgd_a"), nothing), lambda run: (1294, 144, 359))
+    assert [cost.shared for cost in found] == [(), (), ("target",), ("target",)]
+    assert [cost.seconds for cost in found] == [180.0, 180.0, 120.0, 120.0]
+    assert sorted(asked) == ["dir", "hgd", "hgd_a", "pretrain", "target"]  # seeds cost the same
+
+
+@pytest.mark.parametrize(("minutes", "factor"), [(100.0, 1.0), (60.0, 1.0), (20.0, 0.33), (0.65, 0.01)])
+def test_a_budget_gives_one_factor(minutes: float, factor: float) -> None:
+    assert factor_for(minutes, [Cost("a", 1800.0), Cost("b", 1800.0)]) == factor

@@ -1,0 +1,71 @@
+"""The paper's tables as data: every number has its place, and none is told in two ways."""
+
+from __future__ import annotations
+
+import pytest
+
+from dircluster.presets import preset
+from dircluster.reproduction.exhibits import LABELS, MEASURED, Exhibit
+from dircluster.reproduction.pictures import PICTURES
+from dircluster.reproduction.printed import TABLE_3
+from dircluster.reproduction.tables import NAMES, exhibits
+
+
+def printed(exhibit: Exhibit) -> dict[tuple[str, str], float]:
+    return {(line.label, column): each.value for line in exhibit.lines for column, each in line.printed.items()}
+
+
+@pytest.mark.parametrize("data", ["cifar10", "svhn"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_printed_number_has_its_place(name: str, data: str) -> None:
+    exhibit = exhibits(data)[name]
+    assert len({line.label for line in exhibit.lines}) == len(exhibit.lines)
+    assert exhibit.picture in ("", "sweep", *PICTURES)
+    word = {"cifar10": "CIFAR-10", "svhn": "SVHN"}[data]
+    for line in exhibit.lines:
+        assert line.system.name in LABELS
+        for column, each in line.printed.items():
+            assert column in exhibit.columns
+            assert each.where.startswith(("Table ", "Section 4."))
+            assert word in each.where
+            assert each.where.endswith(f"column {column}")
+            assert 0 < each.value < 100 or column in MEASURED
+
+
+def test_as_many_numbers_as_the_paper_prints() -> None:
+    """Without those that a table repeats from Table 1, and with the two of Section 4.2 in Table 3."""
+    count = {name: len(printed(exhibit)) for name, exhibit in exhibits("cifar10").items()}
+    assert count["table1"] == len(printed(exhibits("svhn")["table1"])) == 30
+    assert (count["table2"], count["table3"], count["table4"]) == (36, 4 + 3, 6)
+    assert count["table5"] - 2 == 12
+    assert count["ratio"] - 2 == 6
+    assert count["no-pretrain"] - 2 - 2 == 2
+    assert all(not printed(exhibit) for name, exhibit in exhibits("svhn").items() if name != "table1")
+
+
+def test_some_of_them_as_the_paper_prints_them() -> None:
+    there = exhibits("cifar10")
+    assert printed(there["table1"])["DIR", "autoattack-standard"] == 51.34
+    assert printed(there["table2"])["MART: NRP", "autoattack-standard"] == 16.91
+    assert printed(there["table3"])["JATP", "restored20-from-natural"] == 26.79
+    assert printed(there["table4"])["DIR", "ms an epoch"] == 527_000
+    assert printed(there["table5"])["12 + 4", "pgd20"] == 54.32
+    assert printed(there["ratio"])["ratio 0.7", "natural"] == 77.68
+    assert printed(there["fig6a"])["alpha 2", "natural"] == 85.11
+
+
+def test_the_presets_print_the_same() -> None:
+    for name, (defense, attack) in {
+        "menet": ("menet", "bpda40-eot20"),
+        "menet_a": ("menet", "bpda40-eot20"),
+        "ebm": ("ebm", "bpda50-eot1"),
+    }.items():
+        assert preset(f"cifar10_{name}").printed[defense][attack] == TABLE_3[name]
+    assert preset("cifar10").printed["dir"]["bpda40"] == TABLE_3["dir"]
+
+
+def test_both_controls_are_in_every_table() -> None:
+    for name, exhibit in exhibits("cifar10").items():
+        systems = {line.system.name for line in exhibit.lines}
+        assert "identity" in systems, name
+        assert exhibit.picture not in ("", "sweep") or "finetune" in systems, name
