@@ -38,6 +38,7 @@ CARD = """# zoo:{name}
 
 ```python
 import dircluster
+
 defense = dircluster.load_defense("zoo:{name}")
 logits = defense(images)  # (N, C, H, W) in [0, 1] -> (N, classes)
 ```

@@ -34,6 +34,7 @@ _CIFAR10 = "355b099982df124d8a5cc0706f2ec0c4b87c05db7085772a82be5df7fb8f3b3b"
 ZOO = {
     "digits-dir": Shipped("digits-dir", _DIGITS),
     "digits-at": Shipped("digits-dir", _DIGITS, bare=True),
+    "digits-hgd": Shipped("digits-hgd", "e49610b52011e40e10331601b78b323c651e4b3106f80d9b7968c5020e9ec648"),
     "cifar10-dir": Shipped("cifar10-dir", _CIFAR10),
     "cifar10-at": Shipped("cifar10-dir", _CIFAR10, bare=True),
 }
