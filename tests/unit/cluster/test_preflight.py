@@ -258,7 +258,7 @@ def test_a_server_is_asked_for_what_it_does_not_have(section: str, monkeypatch: 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyBucket)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
     with pytest.raises(ConfigError, match=rf"^{section}.uri: s3://bucket/nowhere does not exist$"):
         check(f"{section}.uri s3://bucket/nowhere")
