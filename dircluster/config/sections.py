@@ -484,8 +484,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(
-            re.fullmatch(r"\w[\w .+=@~-]*", self.name) is not None and len(self.name) <= 100,
-            "name must be of letters, digits and any of _ . + = @ ~ - and spaces, and begin with one of the first three"
+            re.fullmatch(r"\w[\w .+=-]*", self.name) is not None and len(self.name) <= 100,
+            "name must be of letters, digits and any of _ . + = - and spaces, and begin with one of the first three"
             f" (models and folders are called so), got {self.name!r}",
         )
         batch, workers = self.training.batch_size, self.scaling.most

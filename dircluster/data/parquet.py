@@ -194,7 +194,7 @@ def _features(schema: Any) -> dict[str, tuple[str, ...]]:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
         return {name: tuple(map(str, kind["names"])) for name, kind in kinds.items() if kind.get("names")}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, first_line
 from dircluster.evaluation.pictures import as_bytes, to_sheet
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.victim import VictimModel
@@ -68,8 +68,8 @@ def read_report(file: Path) -> dict[str, Any]:
         plain = json.loads(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"--compare {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--compare {file} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--compare {file} is not JSON: {first_line(error)}") from error
     table = plain.get("images") if isinstance(plain, Mapping) else None
     if not isinstance(table, dict) or not {"data", "width", "labels", "numbers", "rows"} <= set(table):
         raise ConfigError(f"--compare {file} holds no outcomes of images: give the report-*.json of an evaluation")

@@ -55,7 +55,7 @@ class FolderStore:
         """What the shard's file holds; None where there is none, or none that can be read."""
         try:
             outcome = json.loads((self.folder / f"{name}.json").read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         if self.keep_images and not (self.folder / f"{name}.safetensors").exists():
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -138,10 +139,16 @@ def from_summary(file: Path) -> Calibration:
     """The calibration in a summary of ``--dry-run``. Raises ConfigError where there is none."""
     try:
         plain = json.loads(file.read_text())["calibration"]
-        return Calibration(str(plain["device"]), {name: Pace(**pace) for name, pace in plain["paces"].items()})
+        paces = {
+            name: Pace(float(pace["operations_per_second"]), int(pace["images"]), int(pace["memory"]))
+            for name, pace in plain["paces"].items()
+        }
+        if not all(0 < pace.operations_per_second < math.inf and pace.images > 0 for pace in paces.values()):
+            raise ValueError("a pace that is none")
+        return Calibration(str(plain["device"]), paces)
     except OSError as error:
         raise ConfigError(f"--calibration {file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ConfigError(f"--calibration {file} holds none: give the --summary of a --dry-run") from error
 
 

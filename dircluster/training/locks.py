@@ -60,7 +60,7 @@ def _lease(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Cal
             remote: Any = file  # in one request: an open file must not change, and this one does at every beat
             found = json.loads(remote.fs.cat_file(remote.path))
             return found if isinstance(found, dict) else None
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
 
     def check() -> None:

@@ -109,7 +109,7 @@ def _plain(file: Path) -> dict[str, Any] | None:
     """What was written; None where it is not there or not whole."""
     try:
         found: dict[str, Any] = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import os
 import re
@@ -234,3 +235,32 @@ def test_a_named_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "data" / "test_32x32.mat").touch()
     preflight.check_download("svhn", str(tmp_path))
     preflight.check_download("digits", str(tmp_path))
+
+
+class EmptyBucket(http.server.BaseHTTPRequestHandler):
+    """An S3 server that has nothing of any name."""
+
+    def do_HEAD(self) -> None:
+        self.send_error(404)
+
+    def do_GET(self) -> None:
+        listed = b"<ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(listed)))
+        self.end_headers()
+        self.wfile.write(listed)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("section", ["data", "target"])
+def test_a_server_is_asked_for_what_it_does_not_have(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyBucket)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
+    with pytest.raises(ConfigError, match=rf"^{section}.uri: s3://bucket/nowhere does not exist$"):
+        check(f"{section}.uri s3://bucket/nowhere")
+    server.shutdown()
+    server.server_close()

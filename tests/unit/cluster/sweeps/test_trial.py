@@ -180,17 +180,23 @@ def test_a_trial_that_does_not_finish_says_why(
     assert cluster.forgotten == 1
 
 
+class Record(str):
+    """A record by its name, in a file."""
+
+    uri, run_id = "sqlite:///record", "run"
+
+
 class Server:
     """MLflow, which does not answer for the first so many times."""
 
     def __init__(self, away: int) -> None:
         self.away = away
 
-    def open(self, run: RunConfig, tags: Mapping[str, str], child: Any) -> str:
+    def open(self, run: RunConfig, tags: Mapping[str, str], child: Any) -> Record:
         self.away -= 1
         if self.away >= 0:
             raise ConfigError("does not answer")
-        return f"record of {child.name}"
+        return Record(f"record of {child.name}")
 
 
 @pytest.mark.parametrize(
