@@ -18,6 +18,7 @@ from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.sample import judged_rows
 from dircluster.evaluation.store import MemoryStore, ResultStore
@@ -193,7 +194,7 @@ def evaluate(
             other = copy.deepcopy(other).to(device)  # the caller's stays where it is
         victim = VictimModel(judged, name, other)
         with buffers_kept(*victim.modules), torch.autocast(device.type, enabled=False):
-            victim.meet(pixels[:8].to(device), int(classes.max()))
+            meet(victim, pixels[:8].to(device), int(classes.max()))
             victim.notes[:0] = notes
             planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
             evaluation = Evaluation(
