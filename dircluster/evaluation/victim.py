@@ -69,7 +69,7 @@ class VictimModel:
         self.target: Model | None = None
         """The classifier behind the purifier."""
         if callable(classifier) and callable(restore):
-            self.target = classifier if isinstance(module, Defended) else _adapted(classifier, "its classifier")
+            self.target = classifier if isinstance(module, Defended) else self._part(classifier)
         self.surrogate = None if surrogate is None else _adapted(surrogate, "the surrogate")
         self.source: Model | None = self.target if self.surrogate is None else steady(self.surrogate)
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
@@ -190,6 +190,10 @@ class VictimModel:
         if self.target is None:
             raise ConfigError(f"{self.name} has no classifier(images) behind a restore(images)")
         return self.target
+
+    def _part(self, classifier: Callable[..., Any]) -> Adapted:
+        assert isinstance(self.module, Adapted)
+        return Adapted(classifier, "its classifier", self.module.place)
 
     def _logits(self, images: Tensor, draws: Tensor | None) -> Tensor:
         logits: Tensor = self.module(images) if draws is None else self._defense.logits(images, draws)
