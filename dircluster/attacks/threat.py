@@ -78,8 +78,10 @@ class L2:
         return self.project(center + self.epsilon * self.direction(2 * uniform - 1), center)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The gradient at length one."""
-        return gradient / _norm(gradient).clamp_min(1e-12)
+        """The gradient at length one, also where it is so small that its square is zero."""
+        peak = gradient.abs().flatten(1).amax(dim=1).view(-1, *[1] * (gradient.ndim - 1))
+        found = gradient / torch.where((peak > 0) & (peak < 1e-12), peak, 1.0)
+        return found / _norm(found).clamp_min(1e-12)
 
     def unclipped(self, scale: float = 1.0) -> L2:
         """The ball of ``scale`` times the radius, not cut with the pixel range."""

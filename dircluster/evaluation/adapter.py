@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,17 @@ class Adapted(nn.Module):
     of this one, so that they are judged in eval mode and with frozen parameters.
     """
 
-    def __init__(self, inner: Callable[..., Any], called: str = "the defense") -> None:
-        """Raises ConfigError where ``inner`` cannot be called with images."""
+    def __init__(
+        self, inner: Callable[..., Any], called: str = "the defense", place: torch.device | None = None
+    ) -> None:
+        """``place`` is where ``inner`` makes tensors by default. Raises ConfigError where it is no function."""
         super().__init__()
         if isinstance(inner, torch.export.ExportedProgram):
             inner = inner.module()
         if isinstance(inner, type) or not callable(inner):
             what = f"the class {inner.__name__}" if isinstance(inner, type) else type(inner).__name__
             raise ConfigError(f"{called} must be a module or a function of images, got {what}")
-        self.inner, self.called = inner, called
+        self.inner, self.called, self.place = inner, called, place
         self.parts = nn.ModuleList([] if isinstance(inner, nn.Module) else modules_in(inner))
         self.dtype, self.form = DTYPES[0], ""
         """What images are passed on as, and where the logits were found; empty where they are all there is."""
@@ -70,7 +72,8 @@ class Adapted(nn.Module):
 
     def answer(self, part: Callable[[Tensor], Any], images: Tensor) -> Tensor:
         """What ``part`` of the module gives for images, as float32 on their device."""
-        found, self.form = unpacked(part(images.clone().to(self.dtype)))
+        with nullcontext() if self.place is None else self.place:
+            found, self.form = unpacked(part(images.clone().to(self.dtype)))
         if not isinstance(found, Tensor) or found.ndim < 2:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"{self.called} must return logits (N, classes) for {len(images)} images, got {shape}")
@@ -113,6 +116,12 @@ def modules_in(function: Callable[..., Any]) -> list[nn.Module]:
     return list(dict.fromkeys(value for value in values if isinstance(value, nn.Module)))
 
 
+def default_place() -> torch.device | None:
+    """The default device of the surroundings; None for the CPU, which needs no word."""
+    found = torch.get_default_device()
+    return None if found.type == "cpu" else found
+
+
 def without_inference(module: Any) -> Any:
     """``module``, or a copy of it where its parameters were made in inference mode, which no gradient can pass."""
     if isinstance(module, nn.Module) and any(p.is_inference() for p in [*module.parameters(), *module.buffers()]):
@@ -122,11 +131,13 @@ def without_inference(module: Any) -> Any:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Gradients and float32 as a fresh process has them; the default dtype and all random streams are put back."""
+    """Gradients, float32 and the CPU as a fresh process has them; defaults and all random streams are put back."""
     default, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        if default_place() is not None:
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(rng.put_back())
         torch.set_default_dtype(torch.float32)
         try:

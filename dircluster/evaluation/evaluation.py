@@ -27,6 +27,7 @@ from dircluster.evaluation.provenance import code_digest, machine, modules_of
 from dircluster.evaluation.results import Control, Result
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
+from dircluster.evaluation.streams import OwnStreams
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
 from dircluster.models.precision import Precision, autocast, exact, is_half, reads_images_whole
@@ -251,7 +252,7 @@ def code(spec: AttackSpec, victim: VictimModel) -> str:
     """Digest of the source that decides what a shard finds: that of its attack, of the defense, and of this room."""
     models = [*victim.modules, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
     used = frozenset({rng.__name__}).union(modules_of_attack(spec.attack), *map(modules_of, models))
-    room = (AttackRunner, AttackSetting, VictimModel, Watch)
+    room = (AttackRunner, AttackSetting, OwnStreams, VictimModel, Watch)
     return code_digest(used, frozenset({__name__, *(part.__module__ for part in room)}))
 
 

@@ -6,13 +6,18 @@ const AT_ONCE = 50;
 /** Table of images with what is computed from it: n, and for each row the share of draws that are right, by image. */
 function prepared(table) {
   const { width, labels } = table, n = labels.length / width;
+  const bytes = (text) => new TextEncoder().encode(text), truth = bytes(labels);
   const rows = table.rows.map((row) => {
     const main = row.fixed ?? row.fresh, count = main.length / width, each = Math.round(count / n) || 1;
-    const share = new Float32Array(count / each);
+    const share = new Float32Array(count / each), answers = bytes(main);
     for (let image = 0; image < share.length; image++) {
       let right = 0;
-      for (let draw = 0; draw < each; draw++)
-        if (same(main, (image * each + draw) * width, labels, image * width, width)) right++;
+      for (let draw = 0; draw < each; draw++) {
+        let alike = true;
+        for (let k = 0; k < width; k++)
+          alike &&= answers[(image * each + draw) * width + k] === truth[image * width + k];
+        right += alike;
+      }
       share[image] = right / each;
     }
     return { ...row, main, draws: each, share, name: `${row.defense === "target" ? "target: " : ""}${row.attack}`
@@ -24,16 +29,16 @@ function prepared(table) {
   return { ...table, n, rows, attacked, fragility, number: (image) => table.numbers?.[image] ?? image };
 }
 
-function same(a, i, b, j, width) {
-  for (let k = 0; k < width; k++) if (a.charCodeAt(i + k) !== b.charCodeAt(j + k)) return false;
-  return true;
+/** A class as a number; 36 ** width, which is none, where an answer was wrong and no class is known. */
+function classAt(text, index, width) {
+  let found = 0;
+  for (let k = index * width; k < (index + 1) * width; k++) {
+    const code = text.charCodeAt(k); // 0 to 9, a to z, or a hyphen
+    if (code === 45) return 36 ** width;
+    found = 36 * found + code - (code < 58 ? 48 : 87);
+  }
+  return found;
 }
-
-/** A class as a number, or "?" where an answer was wrong and no class is known. */
-const classAt = (text, index, width) => {
-  const signs = text.substr(index * width, width);
-  return signs.startsWith("-") ? "?" : parseInt(signs, 36);
-};
 
 const average = (row) => row.share.reduce((sum, share) => sum + share, 0) / row.share.length;
 
@@ -73,14 +78,15 @@ function chosen(table, { label = "", broken = "", sort = "fragile", changed = fa
 function byDraws({ labels, width }, row) {
   const text = row.fresh ?? row.main, images = row.share.length, draws = text.length / width / images;
   const sums = Array.from({ length: draws }, () => ({ mean: 0, majority: 0, all: 0 }));
+  const votes = new Uint16Array(36 ** width + 1);
   for (let image = 0; image < images; image++) {
-    const votes = new Map(), label = classAt(labels, image, width);
-    let right = 0;
+    const label = classAt(labels, image, width);
+    let right = 0, most = 0;
+    votes.fill(0);
     for (let draw = 0; draw < draws; draw++) {
       const answer = classAt(text, image * draws + draw, width);
-      votes.set(answer, (votes.get(answer) ?? 0) + 1);
-      right += answer === label;
-      const most = Math.max(...[...votes].filter(([name]) => name !== label).map(([, count]) => count), 0);
+      if (answer === label) right++;
+      else most = Math.max(most, ++votes[answer]);
       sums[draw].mean += right / (draw + 1);
       sums[draw].majority += right > most;
       sums[draw].all += right === draw + 1;
@@ -141,6 +147,7 @@ function start({ images, curves, sheets, other }) {
   get("drawn").value = String(Math.max(0, one.rows.indexOf(drawn)));
   get("changes").hidden = !pair;
 
+  const named = (label) => (label === 36 ** one.width ? "?" : called(label));
   let order = [], shown = 0;
   const picture = (name, image) => {
     const made = element("i", "", `picture ${name}`);
@@ -149,10 +156,19 @@ function start({ images, curves, sheets, other }) {
     made.title = name === "natural" ? name : `${name}, ${one.rows[sheets.row[image]].name}`;
     return made;
   };
+  const decode = () => {
+    const rule = sheets.sheets.map((name) => `.${name} { background-image: url("${get(`sheet-${name}`).textContent}") }`);
+    document.head.append(element("style", rule.join(" ")));
+  };
   if (sheets) {
-    const rule = Object.entries(sheets.sheets).map(([name, uri]) => `.${name} { background-image: url("${uri}") }`);
     document.head.append(element("style", `.picture { width: 48px; height: ${48 * sheets.height / sheets.width}px;
-      background-size: ${48 * sheets.columns}px auto } ${rule.join(" ")}`));
+      background-size: ${48 * sheets.columns}px auto }`));
+    new IntersectionObserver(([seen], observer) => {
+      if (!seen.isIntersecting) return;
+      observer.disconnect();
+      if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", decode);
+      else decode();
+    }, { rootMargin: "400px" }).observe(get("images"));
   }
 
   const line = (image) => {
@@ -161,14 +177,14 @@ function start({ images, curves, sheets, other }) {
     made.append(element("td", one.number(image), "n"), element("td", called(classAt(one.labels, image, one.width)), "n"));
     const pictures = element("td");
     if (sheets && image < sheets.count)
-      pictures.append(...Object.keys(sheets.sheets).map((name) => picture(name, image)));
+      pictures.append(...sheets.sheets.map((name) => picture(name, image)));
     made.append(pictures, element("td", (100 * one.fragility[image]).toFixed(0), "n"));
     one.rows.forEach((row, r) => {
       const answers = row.share.length > image ? answersOf(row.main, row.draws, image) : [];
       const counts = new Map();
       answers.forEach((answer) => counts.set(answer, (counts.get(answer) ?? 0) + 1));
       const text = [...counts].sort((a, b) => b[1] - a[1])
-        .map(([name, count]) => (answers.length > 1 ? `${called(name)}×${count}` : called(name)));
+        .map(([label, count]) => (answers.length > 1 ? `${named(label)}×${count}` : named(label)));
       const cell = element("td", text.join(" "), isBroken(row, image) ? "flag" : "fine");
       const turned = pair ? change(one, pair, r, image) : 0;
       if (turned) cell.append(element("b", turned > 0 ? " ▼" : " ▲"));
@@ -187,7 +203,7 @@ function start({ images, curves, sheets, other }) {
       const draws = Math.round(row[form].length / one.width / row.share.length);
       const told = element("p", `${row.name}${row.fresh && row.fixed ? `; judged on ${form} draws` : ""}: `);
       answersOf(row[form], draws, image).forEach((answer) =>
-        told.append(element("span", `${called(answer)} `, answer === label ? "fine" : "flag")));
+        told.append(element("span", `${named(answer)} `, answer === label ? "fine" : "flag")));
       cell.append(told);
     }));
     made.append(cell);
@@ -217,8 +233,12 @@ function start({ images, curves, sheets, other }) {
     get("curves").innerHTML = found.join("") + plot(lines, "fresh draws of the attack chosen below");
   };
 
-  const columns = ["image", "class", "pictures", "fragility, %", ...one.rows.map((row) => row.name)];
-  get("head").append(...columns.map((name) => element("th", name)));
+  const marked = (row) => (row?.marks ?? []).map((mark) => Object.assign(element("span", " !", "flag"), { title: mark }));
+  get("head").append(...["image", "class", "pictures", "fragility, %"].map((name) => element("th", name)));
+  one.rows.forEach((row) => {
+    get("head").append(element("th", row.name));
+    get("head").lastChild.append(...marked(row));
+  });
   ["class", "broken", "sort", "changed"].forEach((id) => get(id).addEventListener("change", show));
   get("drawn").addEventListener("change", draw);
   get("more").addEventListener("click", more);
@@ -232,7 +252,11 @@ function start({ images, curves, sheets, other }) {
     const turned = Array.from({ length: one.n }, (_, image) => change(one, pair, r, image)), there = pair.rows[r];
     const count = (sign) => turned.filter((x) => x === sign).length;
     const text = there ? `${(100 * average(there)).toFixed(1)} (+${count(-1)} −${count(1)})` : "";
-    document.querySelectorAll(".other")[r].textContent = text;
+    const cell = document.querySelectorAll(".other")[r];
+    cell.append(text, ...marked(there));
+    const said = { "natural control": there?.natural, luck: there?.luck };
+    cell.title = Object.entries(said).filter(([, share]) => share != null)
+      .map(([name, share]) => `${name} ${(100 * share).toFixed(1)}`).join(", ");
   });
   draw();
   show();

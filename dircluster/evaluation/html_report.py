@@ -14,9 +14,10 @@ from dircluster.config import RunConfig, digest, to_dict
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
-from dircluster.evaluation.report_images import image_table, sheets
+from dircluster.evaluation.marks import MEANING, explained, in_words
+from dircluster.evaluation.report_images import image_table, sheets, without_pictures
 from dircluster.evaluation.results import to_plain, worst_attacked
-from dircluster.evaluation.sample import images_of
+from dircluster.evaluation.sample import images_of, n_of
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.suites import how
 from dircluster.evaluation.victim import VictimModel
@@ -58,9 +59,10 @@ def write_report(
     images = image_table(report, test.labels[:judged], numbers or range(judged), facts["data"])
     images["classes"] = list(facts.get("classes", ()))  # their names by label, where the data says them
     shown = sheets(report, victim, test.pixels(slice(judged)), config.seed)
-    inside = {"images": images, "curves": plain["curves"], "sheets": shown}
+    inside = {"images": images, "curves": plain["curves"], "sheets": shown and without_pictures(shown)}
     if other is not None:
         inside["other"] = {"images": other[1]["images"], "curves": other[1].get("curves", {})}
+    kinds = {mark.kind for row in report.rows for mark in row.marks}
     page = Environment(autoescape=True).from_string(PAGE.read_text())
     html = page.render(
         name=config.name,
@@ -69,7 +71,10 @@ def write_report(
         chosen=images_of(plain["rows"][0]),
         data=config.data.uri or config.data.name,
         facts=facts,
+        notes=plain["notes"],
         rows=plain["rows"],
+        controls=any(row["natural"] for row in plain["rows"]),
+        marks=[meaning for kind, meaning in MEANING.items() if kind in kinds],
         seconds=report.seconds,
         any_published=any(row["published"] is not None for row in plain["rows"]),
         verdict=plain["verdict"],
@@ -77,12 +82,16 @@ def write_report(
         verdict_images=min(config.evaluation.verdict_images, len(test)),
         figures=drawn,
         pictures=shown and shown["count"],
+        sheets=shown["sheets"] if shown else {},
         purified=victim.target is not None,
         other=other and {"name": other[0]},
         page_data=json.dumps(inside).replace("<", "\\u003c"),  # nothing in it ends the element that holds it
         script=SCRIPT.read_text(),
         pc=lambda share: f"{100 * share:.1f}",
         how=how,
+        n_of=n_of,
+        in_words=in_words,
+        explained=explained,
     )
     whole = {
         **plain,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def as_number(name: str, given: Any) -> float:
         raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {got}") from None
     if str(getattr(given, "dtype", "")).endswith("float32") and abs(number) < float("inf"):
         near = float(Fraction(number).limit_denominator(1000))
-        return near if torch.tensor(near, dtype=torch.float32).item() == number else number
+        return near if float(np.float32(near)) == number else number
     return number
 
 
@@ -67,8 +68,11 @@ def _tensor(name: str, given: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"{name} must be a tensor, an array or a list of numbers: {line}") from None
-    if found.is_meta or found.is_nested or found.is_quantized:
-        kind = "meta" if found.is_meta else "nested" if found.is_nested else "quantized"
-        raise ConfigError(f"{name} must be a plain tensor of numbers, got a {kind} one")
+    if found.is_meta:
+        raise ConfigError(f"{name} lie on the meta device, where nothing has a value")
+    if found.is_nested or found.is_quantized:
+        raise ConfigError(
+            f"{name} must be a plain tensor of numbers, got a {'nested' if found.is_nested else 'quantized'} one"
+        )
     found = found.detach() if found.layout is torch.strided else found.detach().to_dense()
     return found.clone() if found.is_inference() else found  # what was made in inference mode passes no gradient

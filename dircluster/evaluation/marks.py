@@ -12,19 +12,31 @@ from torch import Tensor
 from dircluster.attacks.gradient import Model, ValueAndGrad
 from dircluster.evaluation.statistics import wilson_interval
 
-Kind = Literal["gradient", "ascent", "finite"]
+Kind = Literal["gradient", "slope", "ascent", "finite"]
 WORDS: dict[Kind, str] = {
     "gradient": "gradients missing, NaN or zero: {:.1f} %",
+    "slope": "loss rose by less than a tenth of what its gradient says: {:.1f} % of images",
     "ascent": "loss ended below its start: {:.1f} % of images",
     "finite": "logits not finite, which counts as wrong: {:.1f} %",
 }
 """What is said of a share in [0, 1]."""
+MEANING: dict[Kind, str] = {
+    "gradient": "The attack could not see where to go: no gradient, or none that is a number, came back.",
+    "slope": "The gradient does not say how the loss moves: the attack went where nothing is gained.",
+    "ascent": "The attack ended weaker than it began.",
+    "finite": "The defense answered NaN or infinity while it was attacked.",
+}
+"""What that tells a reader."""
 DEAD = 0.01
 """Share of gradients that may be missing, NaN or zero."""
 FALLEN = 0.08
 """Share of images whose loss may surely end below its start: where gradients mean nothing, it is a quarter or more."""
+FLAT, TENTH, ALONG = 0.2, 0.1, 0.3
+"""Share of images whose loss may surely rise by less than so much of what the gradient says of the first step, where
+that step goes along the gradient: as far as so much of the farthest one.
+"""
 VANISHED = 1e-30
-"""A gradient whose largest element is below this counts as none: its square is zero, and so is the step of L2."""
+"""A gradient whose largest element is below this counts as none: smaller ones float32 does not hold whole."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +72,29 @@ class Seen:
         bad, total = self.counts.get(kind, (0, 0))
         return bad / total if total else 0.0
 
+    def surely(self, kind: Kind, share: float) -> bool:
+        """Whether the bad share is above ``share`` by more than chance explains."""
+        bad, total = self.counts.get(kind, (0, 0))
+        return total > 0 and wilson_interval(bad, total)[0] > share
+
     def fallen(self) -> bool:
         """Whether the loss ended below its start at more images than chance and noise explain."""
-        bad, total = self.counts.get("ascent", (0, 0))
-        return total > 0 and wilson_interval(bad, total)[0] > FALLEN
+        return self.surely("ascent", FALLEN)
 
     def marks(self) -> tuple[Mark, ...]:
         """What a row with these counts is marked with."""
         found: dict[Kind, bool] = {
             "gradient": self.share("gradient") > DEAD,
+            "slope": self.surely("slope", FLAT),
             "ascent": self.fallen(),
             "finite": self.share("finite") > 0,
         }
         return tuple(Mark(kind, self.share(kind)) for kind, marked in found.items() if marked)
+
+
+def explained(mark: Mapping[str, Any]) -> str:
+    """A mark as plain data: what was counted, and what that tells."""
+    return f"{Mark(**mark)}. {MEANING[mark['kind']]}"
 
 
 def in_words(marks: Iterable[Mapping[str, Any]]) -> str:
@@ -91,6 +113,7 @@ class Watch:
     def __init__(self, images: int) -> None:
         self.images = images
         self._sums: dict[Kind, list[Tensor | int]] = {kind: [0, 0] for kind in WORDS}
+        self._start: tuple[Tensor, Tensor] | None = None
         self._first: Tensor | None = None
         self._last: Tensor | None = None
 
@@ -108,14 +131,15 @@ class Watch:
         return watched
 
     def ascent(self, both: ValueAndGrad) -> ValueAndGrad:
-        """``both``, its first and its last values compared: one start of an attack that raises them."""
+        """``both``, its first values compared to the next and the last: one start of an attack that raises them."""
         self._close()
 
         def watched(images: Tensor) -> tuple[Tensor, Tensor]:
             values, gradient = both(images)
             if self._first is None:
-                self._first = values
+                self._first, self._start = values, (images, gradient)
             else:
+                self._step(values - self._first, images)
                 self._last = values
             return values, gradient
 
@@ -141,13 +165,24 @@ class Watch:
     def _groups(self, rows: int) -> int:
         return self.images if rows and rows % self.images == 0 else rows
 
+    def _step(self, rose: Tensor, images: Tensor) -> None:
+        """Compare by how much the values ``rose``, (N,), in the first step to what the gradient said."""
+        if self._start is None:
+            return
+        (start, gradient), self._start = self._start, None
+        moved = images - start
+        said = (gradient * moved).flatten(1).sum(dim=1)
+        farthest = gradient.abs().flatten(1).sum(dim=1) * moved.abs().flatten(1).amax(dim=1)
+        along = (said > ALONG * farthest) & (said > 1e-3)
+        self._add("slope", (along & (rose < TENTH * said)).sum(), along.sum())
+
     def _close(self) -> None:
         if self._first is not None and self._last is not None:
             first, last = (torch.nan_to_num(v, torch.inf, torch.inf, -torch.inf) for v in (self._first, self._last))
             self._add("ascent", (last < first - 1e-4).sum(), len(first))
-        self._first = self._last = None
+        self._first = self._last = self._start = None
 
-    def _add(self, kind: Kind, one: Tensor | int, two: int) -> None:
+    def _add(self, kind: Kind, one: Tensor | int, two: Tensor | int) -> None:
         sums = self._sums[kind]
         sums[0], sums[1] = sums[0] + one, sums[1] + two
 

@@ -19,10 +19,14 @@ SMALL = 8
 """Images that pass together where the number is to be small."""
 TOLERANCE = 0.05
 """By how much of the spread of an image's logits rounding may move them."""
+EXACT, WALK = 1e-3, 4
+"""The same where the batch is the same too, and the steps of a walk of one radius."""
 STEP = 1 / 16
 """The step that a gradient is compared over, in radii of the threat."""
 FACTOR = 3.0
 """By what factor the loss may move more, or less, than the gradient says."""
+DIRECTIONS, UNEXPLAINED = 16, 0.2
+"""Steps of random signs, and of their squared effects the share that a gradient may leave unexplained."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ Probe = Callable[[Question, Tensor, Tensor], Tensor]
 
 
 def has_gradient(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether a gradient leads back that is a number in all elements, and large enough for its square to be one."""
+    """Whether a gradient leads back that is a number in all elements, and one that does not vanish."""
     model = question.victim.model(question.randomness, question.seed)
     summed = torch.zeros_like(images)
     for _ in range(question.draws):
@@ -60,17 +64,30 @@ def follows_gradient(question: Question, images: Tensor, labels: Tensor) -> Tens
     """Whether a small step moves the margin as its gradient says, within a factor of three.
 
     The step follows the gradient's signs, and random ones where it is zero. It starts near the image, away from ties
-    of equal pixels, and stays in the pixel range. An image without a gradient passes: another probe names it.
+    of equal pixels, and stays in the pixel range. Of what steps of random signs do, the gradient must explain most: one
+    of some pixels alone, or of one branch of two, does not. An image without a gradient passes: another probe names it.
     """
     model, epsilon = question.held(), question.epsilon
-    uniform = torch.rand((2, *images.shape), generator=rng.generator(question.seed, "slope")).to(images)
-    start = (images + epsilon / 2 * (2 * uniform[0] - 1)).clamp(0.0, 1.0)
+    generator = rng.generator(question.seed, "slope")
+
+    def uniform() -> Tensor:
+        """In [-1, 1), shaped as the images."""
+        return 2 * torch.rand(images.shape, generator=generator).to(images) - 1
+
+    start = (images + epsilon / 2 * uniform()).clamp(0.0, 1.0)
     gradient = _gradient(model, start, labels, margin_loss)
-    step = epsilon * STEP * torch.where(gradient == 0, 2 * uniform[1] - 1, gradient).sign()
-    ahead, behind = (start + step).clamp(0.0, 1.0), (start - step).clamp(0.0, 1.0)
-    said = (gradient * (ahead - behind)).flatten(1).sum(dim=1)
-    moved = margin_loss(model(ahead), labels) - margin_loss(model(behind), labels)
+
+    def along(signs: Tensor) -> tuple[Tensor, Tensor]:
+        """By how much the gradient says that the margin moves, and by how much it does."""
+        ahead, behind = ((start + way * epsilon * STEP * signs).clamp(0.0, 1.0) for way in (1, -1))
+        said = (gradient * (ahead - behind)).flatten(1).sum(dim=1)
+        return said, margin_loss(model(ahead), labels) - margin_loss(model(behind), labels)
+
+    said, moved = along(torch.where(gradient == 0, uniform(), gradient).sign())
     within = (moved > said / FACTOR) & (moved < said * FACTOR)
+    steps = [along(uniform().sign()) for _ in range(DIRECTIONS)]
+    missed = torch.stack([(moved - said).square() for said, moved in steps]).sum(dim=0)
+    within &= missed <= UNEXPLAINED * torch.stack([moved.square() for _, moved in steps]).sum(dim=0)
     return within | (gradient.abs().flatten(1).amax(dim=1) <= VANISHED)
 
 
@@ -96,29 +113,44 @@ def alike_in_company(question: Question, images: Tensor, labels: Tensor) -> Tens
 
 
 def alike_in_numbers(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether an image's logits are the same alone, among few, and among as many rows as attacks pass together."""
+    """Whether an image's logits are the same alone and in batches of every size up to what attacks pass together."""
     model, count = question.held(), len(images)
     few = torch.cat([model(images[first : first + SMALL]) for first in range(0, count, SMALL)])
     many = model(images.repeat(max(1, question.most_rows // count), 1, 1, 1))[:count]
-    alone = torch.cat([model(images[i : i + 1]) for i in range(min(ASKED, count))])
     found = same(few, many)
-    found[: len(alone)] &= same(few[: len(alone)], alone)
+    alone = [model(images[i : i + 1]) for i in range(min(ASKED, count))]
+    batches = [model(images[:size]) for size in _sizes(count)]
+    for part in (torch.cat(alone), *batches):
+        found[: len(part)] &= same(few[: len(part)], part)
     return found
 
 
+def _sizes(count: int) -> list[int]:
+    """2, 3, 4, 6, 8, 12, ...: no size is far from one of these."""
+    return [size for power in range(1, count.bit_length()) for size in (2**power, 3 * 2 ** (power - 1)) if size < count]
+
+
 def alike_each_time(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether the logits of a few images stay what they are over many calls; one answer for all images."""
+    """Whether the logits of a few images stay what they are over many calls; one answer for all images.
+
+    They must be the same too after images that lie near, as an attack passes one after another, and after others.
+    """
     model, few = question.victim.model("fresh", question.seed), images[:ASKED]
     first = model(few)
     calls = [same(first, model(few)).all() for _ in range(CALLS - 1)]
+    signs = torch.rand(few.shape, generator=rng.generator(question.seed, "walk")).to(few).sub(0.5).sign()
+    walk = [(few + question.epsilon * step / WALK * signs).clamp(0.0, 1.0) for step in range(1, WALK + 1)]
+    reached = [model(near) for near in walk][-1]
+    model(1 - few)
+    calls.append(same(reached, model(walk[-1]), EXACT).all())
     return torch.stack(calls).all().expand(len(images))
 
 
-def same(one: Tensor, other: Tensor) -> Tensor:
+def same(one: Tensor, other: Tensor, tolerance: float = TOLERANCE) -> Tensor:
     """Which rows of logits (N, classes) are the same but for rounding, (N,) bool; NaN equals NaN."""
     one, other = (torch.nan_to_num(logits) for logits in (one, other))
     spread = one.amax(dim=1) - one.amin(dim=1)
-    return (one - other).abs().amax(dim=1) <= TOLERANCE * spread + 1e-6 * one.abs().amax(dim=1)
+    return (one - other).abs().amax(dim=1) <= tolerance * spread + 1e-6 * one.abs().amax(dim=1)
 
 
 def _gradient(model: Model, images: Tensor, labels: Tensor, loss: Loss) -> Tensor:

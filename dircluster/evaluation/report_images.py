@@ -44,6 +44,9 @@ def image_table(report: EvaluationReport, labels: Tensor, rows: Sequence[int], d
                 "attack": row.attack,
                 "randomness": row.randomness,
                 "epsilon": row.epsilon,
+                "marks": [str(mark) for mark in row.marks],
+                "natural": row.natural and row.natural.accuracy,
+                "luck": row.luck if row.randomness == "fresh" else None,
                 **{name: as_signs(part, width) for name, part in answers.items()},
             }
         )
@@ -111,6 +114,11 @@ def sheets(report: EvaluationReport, victim: VictimModel, images: Tensor, seed: 
         "row": [attacked[each][0] for each in strongest.tolist()],
         "sheets": {name: to_sheet(pictures, COLUMNS) for name, pictures in made.items()},
     }
+
+
+def without_pictures(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`sheets` gives, with the names of the sheets alone: the page decodes pictures when they are seen."""
+    return {**shown, "sheets": list(shown["sheets"])}
 
 
 def _purified(report: EvaluationReport, victim: VictimModel, pictures: Tensor, seed: int) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import gradient_masking
-from dircluster.evaluation.adapter import Adapted, buffers_kept, undisturbed, without_inference
+from dircluster.evaluation.adapter import Adapted, buffers_kept, default_place, undisturbed, without_inference
 from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.sample import judged_rows
 from dircluster.evaluation.store import MemoryStore, ResultStore
@@ -181,19 +182,22 @@ def evaluate(
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
     step = None if step_size is None else as_number("step_size", step_size)
     attack = AttackConfig(epsilon=as_number("epsilon", epsilon), step_size=step, norm=norm)
+    place = default_place()
     with undisturbed():
         pixels, notes = as_images(images)
         rows = judged_rows(len(pixels), chosen)
         classes = as_labels(labels, len(pixels))[rows]
         pixels = pixels[rows]
-        judged = _taken(module, "the defense")
-        other = None if surrogate is None else _taken(surrogate, "the surrogate")
+        judged = _taken(module, "the defense", place)
+        other = None if surrogate is None else _taken(surrogate, "the surrogate", place)
         device = device_of(judged) if parts_of(judged) else pixels.device
+        if device.type == "meta":
+            raise ConfigError("the defense lies on the meta device, where nothing is computed: load its weights first")
         if other is not None and parts_of(other) and device_of(other) != device:
             other = copy.deepcopy(other).to(device)  # the caller's stays where it is
         victim = VictimModel(judged, name, other)
         with buffers_kept(*victim.modules), torch.autocast(device.type, enabled=False):
-            victim.meet(pixels[:8].to(device), int(classes.max()))
+            meet(victim, pixels[:8].to(device), int(classes.max()))
             victim.notes[:0] = notes
             planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
             evaluation = Evaluation(
@@ -210,7 +214,7 @@ def evaluate(
             return report(evaluation, planned, name, chosen)
 
 
-def _taken(module: Any, called: str) -> Defended | Adapted:
+def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:
     """The defense, or anybody's module as one that is judged; a copy where no gradient can pass it as it is."""
     given = without_inference(module)
-    return given if isinstance(given, Defended) and called == "the defense" else Adapted(given, called)
+    return given if isinstance(given, Defended) and called == "the defense" else Adapted(given, called, place)

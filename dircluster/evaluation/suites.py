@@ -146,8 +146,8 @@ def _paper(
     return known, unknown
 
 
-def how(row: Mapping[str, Any], draws: bool = True) -> str:
-    """The evidence of a row in a few words, with what its ``draws`` showed unless columns say so."""
+def how(row: Mapping[str, Any], columns: bool = False) -> str:
+    """The evidence of a row in a few words; draws, controls and marks are left out where ``columns`` show them."""
     parts = []
     if row["epsilon"]:
         ball = f"{'L2 ' if row['norm'] == 'l2' else ''}eps {row['epsilon']:.4g}"
@@ -167,7 +167,9 @@ def how(row: Mapping[str, Any], draws: bool = True) -> str:
     if row.get("crafting", "fp32") != "fp32":
         parts.append(f"crafted in {row['crafting']}")
     natural, noise = row.get("natural"), row.get("noise")
-    if draws and row["draws"] > 1:
+    if columns:
+        return "; ".join(parts)
+    if row["draws"] > 1:
         mean = f"mean {100 * row['mean']:.1f}, " if row["randomness"] == "fixed" else ""
         least = f" (natural {100 * natural['always']:.1f})" if natural else ""
         what = "votes" if mv else "fresh draws"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
-from dircluster.attacks.gradient import Model, cross_entropy, value_and_grad
-from dircluster.config import ConfigError, named_line
+from dircluster.attacks.gradient import Model
+from dircluster.config import ConfigError
 from dircluster.defenses.base import AdaptiveAttack, Defended
 from dircluster.evaluation.adapter import Adapted
 from dircluster.evaluation.marks import Unwatched, Watch
-from dircluster.models.modules import device_of, evaluating
+from dircluster.evaluation.streams import OwnStreams, steady
+from dircluster.models.modules import device_of
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
 """Images (N, C, H, W), what a purifier draws (N, ...) or None -> what is asked of the defense."""
@@ -69,9 +69,9 @@ class VictimModel:
         self.target: Model | None = None
         """The classifier behind the purifier."""
         if callable(classifier) and callable(restore):
-            self.target = classifier if isinstance(module, Defended) else _adapted(classifier, "its classifier")
+            self.target = classifier if isinstance(module, Defended) else self._part(classifier)
         self.surrogate = None if surrogate is None else _adapted(surrogate, "the surrogate")
-        self.source: Model | None = self.target if self.surrogate is None else _steady(self.surrogate)
+        self.source: Model | None = self.target if self.surrogate is None else steady(self.surrogate)
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
         self.modules: tuple[nn.Module, ...] = tuple(m for m in (self.module, self.surrogate) if m is not None)
         self.randomized = self.drawn
@@ -89,108 +89,6 @@ class VictimModel:
         seen.target = None if self.target is None else watch.over(self.target)
         seen.source = None if self.source is None else watch.over(self.source)
         return seen
-
-    def meet(self, images: Tensor, highest: int, classes: int | None = None) -> None:
-        """See a few images, (n, C, H, W), and learn whether the module draws at random.
-
-        Raises ConfigError where the logits are not what they must be for labels up to ``highest``.
-        """
-        self.notes = []
-        with evaluating(*self.modules), torch.no_grad():
-            self._meet(images, highest, classes)
-
-    def _meet(self, images: Tensor, highest: int, classes: int | None) -> None:
-        try:
-            run = self._runner("fresh", 0)
-            if isinstance(self.module, Adapted):
-                run(lambda some, _: self._fitted(some), images)
-            first, second = run(self._logits, images), run(self._logits, images)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever somebody's module says of images that it was not made for
-            raise ConfigError(
-                f"the defense cannot take images of shape {tuple(images.shape[1:])}: {named_line(error)}"
-            ) from error
-        _check_logits("the defense", first, len(images))
-        if not first.isfinite().all():
-            raise ConfigError("the defense returns values that are not finite (NaN or infinity)")
-        found = first.shape[1]
-        if classes is not None and found != classes:
-            raise ConfigError(f"the defense gives {found} classes, but the data has {classes}")
-        if highest >= found:
-            raise ConfigError(f"labels reach {highest}, but the defense gives {found} classes")
-        if _are_probabilities(first):
-            raise ConfigError("the defense returns probabilities; return logits (what comes before the softmax)")
-        self.randomized = self.drawn or not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
-        once, again = self.model("fixed", 1)(images), self.model("fixed", 1)(images)
-        if not torch.allclose(once, again, rtol=1e-4, atol=1e-5):
-            raise ConfigError(
-                "the defense draws from a random stream of its own: let it draw from PyTorch's, so that what an"
-                " attacker knows can be held fixed"
-            )
-        if isinstance(self.module, Adapted):
-            self._meet_somebodys(self.module, images, once)
-        if self.surrogate is not None:
-            self._meet_surrogate(self.surrogate, images, found)
-
-    def _fitted(self, images: Tensor) -> Tensor:
-        assert isinstance(self.module, Adapted)
-        self.module.fit(images)
-        return images
-
-    def _meet_somebodys(self, module: Adapted, images: Tensor, logits: Tensor) -> None:
-        """See what would fail in the middle of an attack: other numbers of images, a gradient, a purifier's parts."""
-        model = self.model("fixed", 1)
-        for some in (images[:1], images.repeat(3, 1, 1, 1)):
-            try:
-                model(some)
-            except Exception as error:
-                raise ConfigError(
-                    f"the defense takes {len(images)} images, but not {len(some)} (export it with a batch of any size):"
-                    f" {named_line(error)}"
-                ) from error
-        try:
-            value_and_grad(cross_entropy(model, logits.argmax(dim=1)))(images)
-        except Exception as error:
-            raise ConfigError(f"the defense cannot be differentiated: {named_line(error)}") from error
-        self.notes += module.notes
-        if self.target is not None and not self._purifies(images, logits):
-            self.notes.append(
-                "restore and classifier are not a purifier and what stands behind it, for classifier(restore(images))"
-                " is not what the defense answers: it is judged as a whole alone"
-            )
-            self.source = None if self.source is self.target else self.source
-            self.target = None
-
-    def _purifies(self, images: Tensor, logits: Tensor) -> bool:
-        """Whether the module's classifier answers on its restored images what the module answers."""
-        assert isinstance(self.target, Adapted)
-        try:
-            restored = self.restorer("fixed", 1)(images)
-            self.target.fit(restored)
-            again = self._runner("fixed", 1)(lambda x, _: self._classifier()(self._restore(x, None)), images)
-        except Exception:  # whatever somebody's methods of these names do
-            return False
-        alike = restored.shape == images.shape and again.shape == logits.shape
-        return alike and (self.randomized or torch.allclose(again, logits, rtol=1e-2, atol=1e-2))
-
-    def _meet_surrogate(self, surrogate: Adapted, images: Tensor, classes: int) -> None:
-        try:
-            surrogate.fit(images)
-            logits = surrogate(images)
-            value_and_grad(cross_entropy(surrogate, logits.argmax(dim=1)))(images)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"the surrogate cannot take images of shape {tuple(images.shape[1:])}: {named_line(error)}"
-            ) from error
-        _check_logits("the surrogate", logits, len(images))
-        if logits.shape[1] != classes:
-            raise ConfigError(f"the surrogate gives {logits.shape[1]} classes, but the defense {classes}")
-        if _are_probabilities(logits):
-            raise ConfigError("the surrogate returns probabilities; return logits (what comes before the softmax)")
-        self.notes += surrogate.notes
 
     def model(self, randomness: str, seed: int, draws: int = 1, images: int = 1, most_rows: int | None = None) -> Model:
         """Images -> logits: under draws that are ``fixed`` and known by ``seed``, or ``fresh`` at every pass.
@@ -293,6 +191,10 @@ class VictimModel:
             raise ConfigError(f"{self.name} has no classifier(images) behind a restore(images)")
         return self.target
 
+    def _part(self, classifier: Callable[..., Any]) -> Adapted:
+        assert isinstance(self.module, Adapted)
+        return Adapted(classifier, "its classifier", self.module.place)
+
     def _logits(self, images: Tensor, draws: Tensor | None) -> Tensor:
         logits: Tensor = self.module(images) if draws is None else self._defense.logits(images, draws)
         return logits
@@ -306,7 +208,7 @@ class VictimModel:
 
     def _runner(self, randomness: str, seed: int, known_images: int = 1) -> Runner:
         if not self.drawn:
-            stream = _Stream(seed, again=randomness == "fixed")
+            stream = OwnStreams(seed, again=randomness == "fixed")
 
             def run(part: Part, images: Tensor) -> Tensor:
                 with stream():
@@ -332,47 +234,5 @@ class VictimModel:
         return drawn
 
 
-class _Stream:
-    """PyTorch's own random streams for somebody's module: seeded, kept from call to call, apart from everyone's."""
-
-    def __init__(self, seed: int, again: bool) -> None:
-        self.seed, self.again = seed, again
-        self.state: list[Tensor] | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Go on where the last call ended, or with ``again`` at the beginning."""
-        with rng.put_back() as found:
-            for stream in found:
-                stream.manual_seed(self.seed)
-            if self.state is not None and not self.again:
-                for stream, state in zip(found, self.state, strict=False):  # a GPU may have come into use since
-                    stream.set_state(state)
-            yield
-            self.state = [stream.get_state() for stream in found]
-
-
 def _adapted(module: Any, called: str) -> Adapted:
     return module if isinstance(module, Adapted) else Adapted(module, called)
-
-
-def _steady(surrogate: Adapted) -> Model:
-    """A surrogate that draws at random draws the same at every call, from no stream of the caller's."""
-    stream = _Stream(0, again=True)
-
-    def steady(images: Tensor) -> Tensor:
-        with stream():
-            logits: Tensor = surrogate(images)
-        return logits
-
-    return steady
-
-
-def _check_logits(called: str, logits: Tensor, images: int) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != images or logits.shape[1] < 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(f"{called} must return logits (N, classes) for {images} images, got {shape}")
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    return bool(logits.min() >= 0 and (logits.double().sum(dim=1) - 1).abs().max() < 1e-4)

@@ -23,6 +23,7 @@ from dircluster.config import AttackConfig, DataConfig, EvaluationConfig
 from dircluster.data.sources import load
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
     victim = VictimModel(defense, "dir")
     asked, rows = specs(given.rehearse), EvaluationConfig(rows=2048).rows
     images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
-    victim.meet(images[:8], int(labels.max()))
+    meet(victim, images[:8], int(labels.max()))
     shards = 8 if given.rehearse else 250  # what an interruption can cost at the most
     judged = Evaluation(asked, count, 0, shards, rows, FolderStore(given.out), victim)
 

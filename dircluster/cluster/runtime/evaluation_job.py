@@ -17,6 +17,7 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.distributed.launch import choose_kernels
 from dircluster.evaluation.evaluation import Evaluation
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.sample import judged_rows, row_numbers
 from dircluster.evaluation.session import Plan, plan
@@ -46,7 +47,7 @@ class EvaluationJob:
         surrogate = load_classifier(job_spec.surrogate, self.config).to(device) if job_spec.surrogate else None
         self.victim = VictimModel(module, self.name, surrogate)
         images, _ = self.batch(0, min(8, len(self.test)))
-        self.victim.meet(images, int(self.test.labels.max()), self.config.data.classes)
+        meet(self.victim, images, int(self.test.labels.max()), self.config.data.classes)
         self.facts = facts_of(
             committed(job_spec, self.config) or fingerprint(module, job_spec.defense),
             data.fingerprint,

@@ -92,3 +92,10 @@ def test_linf_neighbors_are_to_the_bit_the_published_ones(dtype: Any, beta: floa
     for epsilon in (8 / 255, 0.15, 0.1):
         radius = beta * epsilon
         assert torch.equal(LInf(epsilon).unclipped(beta).start(center, uniform), center + radius * (2 * uniform - 1))
+
+
+def test_a_small_gradient_has_a_direction() -> None:
+    gradient = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    gradient[2] = 0
+    torch.testing.assert_close(L2(1.0).direction(1e-24 * gradient), L2(1.0).direction(gradient))
+    assert L2(1.0).direction(gradient).flatten(1).norm(dim=1).tolist() == pytest.approx([1, 1, 0])

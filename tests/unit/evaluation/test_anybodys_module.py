@@ -216,8 +216,8 @@ def test_pixels_that_rounding_left_outside_are_clamped_and_said() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"images": IMAGES.to("meta")}, "images must be a plain tensor of numbers, got a meta one"),
-        ({"labels": LABELS.to("meta")}, "labels must be a plain tensor of numbers, got a meta one"),
+        ({"images": IMAGES.to("meta")}, "images lie on the meta device"),
+        ({"labels": LABELS.to("meta")}, "labels lie on the meta device"),
         ({"images": torch.nested.nested_tensor([IMAGES[0]])}, "got a nested one"),
         ({"images": torch.quantize_per_tensor(IMAGES, 0.1, 0, torch.quint8)}, "got a quantized one"),
     ],
@@ -238,12 +238,24 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+        assert torch.get_default_device().type == device
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize(
     "inside",
     [
         torch.inference_mode,
         torch.no_grad,
         lambda: default_dtype(torch.float64),
+        lambda: default_device("meta"),
+        lambda: torch.device("meta"),
         lambda: torch.autocast("cpu", torch.bfloat16),
     ],
 )
@@ -252,6 +264,19 @@ def test_surroundings_change_nothing(inside: Callable[[], Any]) -> None:
         assert judged().rows == REFERENCE.rows
         made = copy.deepcopy(PLAIN)  # in inference mode its parameters pass no gradient
         assert judged(made, IMAGES.clone(), LABELS.clone()).rows == REFERENCE.rows
+
+
+def test_inputs_are_read_where_the_default_device_holds_no_values() -> None:
+    with default_device("meta"):
+        assert judged(images=IMAGES.numpy(), labels=LABELS.tolist(), epsilon=np.float32(0.1)).rows == REFERENCE.rows
+
+
+def test_a_module_makes_tensors_where_its_surroundings_do() -> None:
+    made: list[Tensor] = []
+    module = Then(lambda x, z: (made.append(torch.zeros(1)), z)[1])
+    with default_device("meta"):
+        judged(module)
+    assert {tensor.device.type for tensor in made} == {"meta"}
 
 
 def test_all_is_as_before() -> None:
@@ -341,6 +366,8 @@ class Numpy(nn.Module):
         ({"labels": LABELS[:5]}, "labels must be 12 whole numbers"),
         ({"images": (IMAGES * 255).byte().numpy()}, "divide by 255"),
         ({"images": "photos/"}, "images must be a tensor, an array or a list of numbers"),
+        ({"images": IMAGES.to("meta")}, "images lie on the meta device"),
+        ({"module": copy.deepcopy(PLAIN).to("meta")}, "the defense lies on the meta device"),
         ({"epsilon": "a lot"}, "epsilon must be a number or a fraction such as 8/255, got 'a lot'"),
         ({"epsilon": np.ones(2)}, "epsilon must be a number or a fraction such as 8/255"),
         ({"epsilon": "8"}, "did you mean 8/255"),

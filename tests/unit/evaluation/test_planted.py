@@ -18,13 +18,14 @@ from dircluster.data.sources import load
 from dircluster.evaluation.session import EvaluationReport, evaluate
 from tests.unit.evaluation.conftest import EPSILON
 from tests.unit.evaluation.planted import FAULTS, HONEST, around
+from tests.unit.evaluation.planted_later import LATER_FAULTS, LATER_HONEST, REFUSED
 
 SETTINGS = EvaluationConfig(images=64, queries=300, steps=5, eot=4, draws=3, verdict_images=64)
 
 
 def quick_and_slow(names: Iterable[str]) -> list[ParameterSet]:
     """One fault a question, and the honest module that luck could flag; the others are for make proofs."""
-    core = {question: name for name, (_, question) in reversed(FAULTS.items())}
+    core = {question: name for name, (_, question) in reversed((LATER_FAULTS | FAULTS).items())}
     quick = {*core.values(), "one answer in ten is wrong"}
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
@@ -51,16 +52,20 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], verdict: bool = Tru
     return evaluate(module, *digits, verdict=verdict, epsilon=EPSILON, step_size=EPSILON / 2, settings=SETTINGS)
 
 
-@pytest.mark.parametrize("name", quick_and_slow(FAULTS))
+@pytest.mark.parametrize("name", quick_and_slow(FAULTS | LATER_FAULTS))
 def test_a_planted_fault_is_flagged_by_its_name(small: nn.Module, digits: tuple[Tensor, Tensor], name: str) -> None:
-    made, question = FAULTS[name]
+    made, question = (FAULTS | LATER_FAULTS)[name]
+    if question == REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED):
+            judged(made(small), digits)
+        return
     found = judged(made(small), digits)
     assert question in {flag.question for flag in found.flags}, [f"{f.question} {f.answer}" for f in found.verdict]
 
 
-@pytest.mark.parametrize("name", quick_and_slow(HONEST))
+@pytest.mark.parametrize("name", quick_and_slow(HONEST | LATER_HONEST))
 def test_an_honest_module_is_not_flagged(small: nn.Module, digits: tuple[Tensor, Tensor], name: str) -> None:
-    found = judged(HONEST[name](small), digits)
+    found = judged((HONEST | LATER_HONEST)[name](small), digits)
     assert [f"{flag.question} {flag.answer}" for flag in found.flags] == []
     assert [str(mark) for row in found.rows for mark in row.marks] == []
 
@@ -76,13 +81,14 @@ def test_an_honest_module_is_not_flagged(small: nn.Module, digits: tuple[Tensor,
         ("a gradient at some images", "gradient", 7 / 64),
         ("a flipped gradient", "ascent", None),
         ("a random gradient", "ascent", None),
+        ("the nearest known image, straight through", "slope", 1.0),
         ("NaN under attack", "finite", None),
     ],
 )
 def test_a_row_is_marked_without_a_verdict(
     small: nn.Module, digits: tuple[Tensor, Tensor], name: str, kind: str, share: float | None
 ) -> None:
-    found = judged(FAULTS[name][0](small), digits, verdict=False)
+    found = judged((FAULTS | LATER_FAULTS)[name][0](small), digits, verdict=False)
     marks = {mark.kind: mark for row in found.rows if row.attack == "pgd5" for mark in row.marks}
     assert kind in marks
     assert share is None or marks[kind].share == pytest.approx(share)

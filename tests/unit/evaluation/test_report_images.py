@@ -18,6 +18,7 @@ from dircluster.config import ConfigError, EvaluationConfig, RunConfig
 from dircluster.data.split import Split
 from dircluster.evaluation.export import check_export, exported, write_export
 from dircluster.evaluation.html_report import SCRIPT, robustbench_entry, write_report
+from dircluster.evaluation.marks import MEANING, Mark
 from dircluster.evaluation.pictures import kept_pictures, pictured, read_pictures
 from dircluster.evaluation.report_images import as_signs, check_same_data, read_report
 from dircluster.evaluation.sample import judged_rows, row_numbers
@@ -143,6 +144,43 @@ def test_two_reports_side_by_side(found: EvaluationReport, test: Split, smoke: R
     assert sorted(seen[0]) == gained + lost
     assert gained
     assert seen[1] == f"{100 * 19 / 24:.1f} (+{len(gained)} \N{MINUS SIGN}{len(lost)})"
+
+
+def test_marks_controls_and_notes_are_shown(
+    found: EvaluationReport, test: Split, smoke: RunConfig, tmp_path: Path
+) -> None:
+    place = next(i for i, row in enumerate(found.rows) if row.attack == "pgd3" and row.randomness == "fresh")
+    rows = list(found.rows)
+    rows[place] = dataclasses.replace(rows[place], marks=(Mark("gradient", 0.25),))
+    marked = dataclasses.replace(found, rows=rows, notes=["the defense returns tuple"])
+    _, plain = written(marked, test, smoke, tmp_path)
+    page, _ = written(marked, test, smoke, tmp_path / "two", other=("other", plain))
+    cells, note, other, heads, meaning = clicked(
+        page,
+        f"""
+        const row = document.querySelectorAll("#rows tr")[{place} + 1], other = row.querySelector(".other");
+        const heads = [...document.querySelectorAll("#rows th")].map((head) => head.textContent.trim());
+        return [Object.fromEntries(heads.map((head, i) => [head, row.cells[i].textContent.trim()])),
+          document.querySelector(".note").textContent, [other.title, other.querySelector(".flag").title],
+          [...document.querySelectorAll("#head .flag")].map((mark) => mark.title),
+          row.querySelector("b + .flag").title]""",
+        tmp_path,
+    )
+    row, words = found.rows[place], "gradients missing, NaN or zero: 25.0 %"
+    assert row.natural is not None
+    assert row.noise is not None
+    assert row.luck is not None
+    assert cells["accuracy"] == f"{100 * row.accuracy:.1f} !"
+    assert cells["protocol"] == "fresh draws"
+    assert cells["marked"] == words
+    assert cells["natural control"] == f"{100 * row.natural.accuracy:.1f}"
+    assert cells["noise control"] == f"{100 * row.noise.accuracy:.1f}"
+    assert cells["luck"] == f"{100 * row.luck:.1f}"
+    assert "control" not in cells["how"]
+    assert note == "Note: the defense returns tuple."
+    assert other == [f"natural control {cells['natural control']}, luck {cells['luck']}", words]
+    assert heads == [words]
+    assert meaning == f"{words}. {MEANING['gradient']}"
 
 
 def test_what_the_script_computes() -> None:

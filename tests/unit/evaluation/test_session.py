@@ -21,6 +21,7 @@ from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
 from dircluster.evaluation.evaluation import EvalShard
 from dircluster.evaluation.html_report import robustbench_entry, write_report
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.model_card import markdown_table
 from dircluster.evaluation.pictures import to_pixels
 from dircluster.evaluation.results import to_plain
@@ -173,7 +174,7 @@ def test_a_module_comes_back_in_the_mode_it_came_in(at_model: nn.Module, digits:
 
     victim = VictimModel(module, "m", surrogate)
     assert modes() == came
-    victim.meet(digits[0][:4], 9)
+    meet(victim, digits[0][:4], 9)
     assert modes() == came
     for failing in (
         lambda: judged(module, digits, on_shard=stop),
@@ -213,7 +214,7 @@ def test_somebodys_randomness_is_found_seeded_and_left_alone(
 ) -> None:
     module, state = Masked(at_model), torch.get_rng_state()
     victim = VictimModel(module, "m")
-    victim.meet(digits[0][:4], 9)
+    meet(victim, digits[0][:4], 9)
     assert victim.randomized
     assert torch.equal(victim.model("fixed", 1)(digits[0]), victim.model("fixed", 1)(digits[0]))
     found = judged(module, digits)
