@@ -156,4 +156,4 @@ def _found(ended: Sequence[Outcome], column: str, norm: str) -> Found | None:
         return None
     names = (f"{row['attack']}, {row['randomness']}".removesuffix(", none") for row in rows)
     values = tuple(row["accuracy"] for row in rows)
-    return Found(values, rows[0]["total"], " / ".join(dict.fromkeys(names)), how(rows[0], draws=False))
+    return Found(values, rows[0]["total"], " / ".join(dict.fromkeys(names)), how(rows[0], columns=True))

@@ -15,6 +15,7 @@ from dircluster.config import AttackConfig, ConfigError
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.sweep_table import Point, Trial, figure
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import pooled
@@ -43,7 +44,7 @@ class Scene:
         """Natural and white-box adversarial images of a defense, and what it restores them to."""
         images, labels = self.images(count)
         victim = VictimModel(self.defenses[name], name)
-        victim.meet(images[:8], int(labels.max()))
+        meet(victim, images[:8], int(labels.max()))
         return figures.restoration(victim, images, labels, self.attack, self.steps, self.seed)[0]
 
 
