@@ -34,18 +34,18 @@ DOWNLOADS = {
 """What torchvision makes of a named set in its folder, and where it fetches it."""
 
 
-def check(config: RunConfig, on_ray: bool = True, download: bool = True) -> None:
+def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains: bool = True) -> None:
     """Raise ConfigError, one line, where cluster, data or target of a run with absolute paths cannot be as they are.
 
     ``on_ray``: whether the run will join the cluster that RAY_ADDRESS names; ``download``: whether it will fetch what
-    is not there yet.
+    is not there yet; ``trains``: whether its training images must make a batch.
     """
     storage.check_name(config.storage.uri)
     if on_ray:
         check_address(os.environ.get("RAY_ADDRESS", "").strip())
     check_target(config)
     if "RANK" not in os.environ:  # of torchrun's processes the first one reads, and says for all what is wrong
-        _check_data(config)
+        _check_data(config, trains)
         if download and config.data.uri is None and not elsewhere():
             check_download(config.data.name, config.storage.uri)
 
@@ -137,7 +137,7 @@ def elsewhere() -> bool:
     return "RANK" in os.environ or os.environ.get("RAY_ADDRESS", "").strip() not in NEITHER
 
 
-def _check_data(config: RunConfig) -> None:
+def _check_data(config: RunConfig, trains: bool) -> None:
     uri = config.data.uri
     if uri is not None and storage.is_remote(uri):
         storage.check_bucket(uri, config.storage, name="data.uri")
@@ -145,7 +145,7 @@ def _check_data(config: RunConfig) -> None:
     if uri is not None and elsewhere() and not local_path(uri).exists():
         return
     images, batch = layout.check(config.data)[0], config.training.batch_size
-    if images < batch:
+    if trains and images < batch:
         raise ConfigError(f"training.batch_size {batch} is more than the {images:,} training images")
 
 

@@ -253,7 +253,7 @@ function start({ images, curves, sheets, other }) {
     const count = (sign) => turned.filter((x) => x === sign).length;
     const text = there ? `${(100 * average(there)).toFixed(1)} (+${count(-1)} −${count(1)})` : "";
     const cell = document.querySelectorAll(".other")[r];
-    cell.append(text, ...marked(there));
+    cell.replaceChildren(text, ...marked(there));
     const said = { "natural control": there?.natural, luck: there?.luck };
     cell.title = Object.entries(said).filter(([, share]) => share != null)
       .map(([name, share]) => `${name} ${(100 * share).toFixed(1)}`).join(", ");

@@ -52,7 +52,7 @@ def _judge(job: cli.EvaluateJob) -> int:
     config = with_suite(job.run, suite, asked and not job.no_verdict)
     config = with_absolute_paths(config)
     storage.to_environment(config.storage)
-    preflight.check(config, on_ray=job.launcher == "ray")
+    preflight.check(config, on_ray=job.launcher == "ray", trains=False)
     named = {"--defense": job.defense, "--surrogate": job.surrogate, "--natural-target": job.natural_target}
     for name, uri in named.items():
         if uri not in ("", "none"):

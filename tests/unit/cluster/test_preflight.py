@@ -81,6 +81,9 @@ def test_data_that_cannot_be_used(name: str, tmp_path: Path) -> None:
 
 def test_data_that_can_be_used(tmp_path: Path) -> None:
     check(data_of(lambda place: table(place / "train.parquet", LABELS, picture()), tmp_path))
+    (tmp_path / "few").mkdir()
+    few = data_of(lambda place: folders(place, 10), tmp_path / "few")
+    preflight.check(run_of(few), trains=False)  # an evaluation
 
 
 @pytest.mark.parametrize(

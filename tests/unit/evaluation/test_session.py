@@ -209,6 +209,17 @@ class Masked(nn.Module):
         return made
 
 
+def test_what_the_global_seed_seeds_is_randomness(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    def noisy(images: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**31)
+        made: Tensor = at_model(images + 0.3 * torch.randn(images[:1].shape, generator=generator))
+        return made
+
+    victim = VictimModel(noisy, "m")
+    meet(victim, digits[0][:4], 9)
+    assert victim.randomized
+
+
 def test_somebodys_randomness_is_found_seeded_and_left_alone(
     at_model: nn.Module, digits: tuple[Tensor, Tensor]
 ) -> None:
