@@ -1,6 +1,6 @@
 """How near MALT and PMA come to AutoAttack standard, and at what part of its time: a line a model.
 
-    python -m tests.unit.attacks.malt_study PRESET FOLDER [FOLDER ...] [--images N] [--bare]
+    python -m tests.unit.attacks.malt_study PRESET FOLDER [FOLDER ...] [--images N] [--steps N] [--bare]
 
 FOLDER is what a run left of a defense (its ``final``), judged under fixed draws that the attacker knows; ``--bare``
 judges its target alone as well. PRESET says which test images, and the radius. Times are the process's CPU seconds.
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--images", type=int)
     parser.add_argument("--targets", type=int, default=TARGETS)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--bare", action="store_true")
     given = parser.parse_args()
     run = preset(given.preset)
@@ -53,7 +54,7 @@ def main() -> None:
     def attacks(model: Model) -> dict[str, Callable[[], Tensor]]:
         return {
             "AutoAttack": lambda: autoattack(model, images, labels, threat, "standard", 0, len(images))[0],
-            "malt": lambda: malt(model, images, labels, threat, 100, 0, given.targets),
+            "malt": lambda: malt(model, images, labels, threat, given.steps, 0, given.targets),
             "pma": lambda: ascents(model, images, labels, threat, [probability_margin_loss], 100, 0),
         }
 

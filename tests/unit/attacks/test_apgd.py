@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.attacks import apgd as apgd_module
 from dircluster.attacks.apgd import (
+    Survivors,
     apgd,
     ascents,
     dlr_loss,
@@ -68,7 +69,7 @@ def test_autoattack_is_the_originals_image_by_image(theirs: Tensor) -> None:
 
 
 def test_malt_breaks_what_autoattack_does(theirs: Tensor) -> None:
-    found = malt(model, IMAGES, LABELS, THREAT, 100, 0)
+    found = malt(model, IMAGES, LABELS, THREAT, 30, 0)
     assert (found - IMAGES).abs().max() <= THREAT.epsilon + 1e-6
     kept = model(theirs).argmax(dim=1) == LABELS
     assert torch.equal(model(found).argmax(dim=1) == LABELS, kept)
@@ -110,6 +111,7 @@ def test_nothing_passes_once_all_are_fooled() -> None:
 
 def test_malt_takes_the_gradients_that_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apgd_module, "SURVIVORS", 1.0)
+    monkeypatch.setattr(apgd_module, "NEAREST", 1.0)
     passed: list[int] = []
 
     def counted(images: Tensor) -> Tensor:
@@ -119,6 +121,21 @@ def test_malt_takes_the_gradients_that_are_foretold(monkeypatch: pytest.MonkeyPa
     malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2)  # nothing is fooled
     assert set(passed) == {len(IMAGES)}
     assert len(passed) == malt_gradients(10, 4, targets=2)
+
+
+def test_the_second_round_is_for_the_nearest() -> None:
+    passed: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        passed.append(len(images))
+        return model(images)
+
+    malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2)
+    assert passed[-1] == 2 < len(IMAGES)  # a tenth of twelve, rounded up
+    left = Survivors(IMAGES, LABELS, leave=True)
+    left.margin = torch.linspace(-1.0, 0.2, len(IMAGES))
+    left.narrow(0.2)
+    assert left.rows.tolist() == [8, 9]  # of the ten whose margin is negative
 
 
 def test_losses_are_the_librarys() -> None:
