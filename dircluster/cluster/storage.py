@@ -116,12 +116,17 @@ def check(config: RunConfig) -> None:
         )
 
 
-def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
-    """Prove within seconds that ``uri`` can be read, or written. Raises ConfigError, one line, where it cannot."""
+def check_bucket(uri: str, storage: StorageConfig, write: bool = False, called: str = "storage.uri") -> None:
+    """Prove within seconds that ``uri`` can be read, or written. Raises ConfigError, one line, where it cannot.
+
+    ``called`` is what the line names.
+    """
     import boto3
     from botocore.exceptions import NoCredentialsError
 
     bucket, where = uri.removeprefix("s3://").partition("/")[0], endpoint(storage)
+    if not bucket:
+        raise ConfigError(f"{called} must name a bucket, s3://BUCKET/PREFIX")
     session = boto3.Session()
     region = storage.region or session.region_name
     if where is None and region is not None:
@@ -141,20 +146,18 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False) -> None:
             files.ls(uri, refresh=True)
     except FileNotFoundError as error:
         missing = f"there is no bucket {bucket!r} at {server}; make it first" if write else f"{uri} does not exist"
-        raise ConfigError(f"storage.uri: {missing}") from error
+        raise ConfigError(f"{called}: {missing}") from error
     except PermissionError as error:
         raise ConfigError(
-            f"storage.uri: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)})"
+            f"{called}: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)})"
         ) from error
     except NoCredentialsError as error:
         raise ConfigError(
-            "storage.uri: no credentials for S3; set AWS_SHARED_CREDENTIALS_FILE, or AWS_ACCESS_KEY_ID and"
+            f"{called}: no credentials for S3; set AWS_SHARED_CREDENTIALS_FILE, or AWS_ACCESS_KEY_ID and"
             " AWS_SECRET_ACCESS_KEY, or run with an instance role"
         ) from error
     except Exception as error:  # whatever a network that is not there says
-        raise ConfigError(
-            f"storage.uri: {server} does not answer ({first_line(error)}); see storage.endpoint"
-        ) from error
+        raise ConfigError(f"{called}: {server} does not answer ({first_line(error)}); see storage.endpoint") from error
     finally:
         files.retries = PATIENT
 
