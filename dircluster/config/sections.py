@@ -21,6 +21,9 @@ from dircluster.config.errors import (
 )
 from dircluster.config.serialize import flatten, to_dict
 
+LARGEST_SIDE = 1 << 16
+"""Pixels."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -60,6 +63,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "height", "width", "channels")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            require(side <= LARGEST_SIDE, f"data.{name} must be at most {LARGEST_SIDE} pixels, got {side}")
         require(self.classes >= 2, f"data.classes must be at least 2, got {self.classes}")
         for name in ("held_out", "test_share"):
             value = getattr(self, name)

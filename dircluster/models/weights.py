@@ -174,7 +174,7 @@ def _normalize(
             f" and std that it was trained with, {ask} (0 and 1 for images in [0, 1] as they are)"
         )
     return [
-        f"nothing is put in front of {target.architecture}: it normalizes images in [0, 1] itself, or see target.mean"
+        f"{target.architecture} is taken to normalize images in [0, 1] itself; if not, give target.mean and target.std"
     ]
 
 
@@ -183,9 +183,7 @@ def _check_normalization(found: Normalization, source: str, channels: int, ask: 
     if any(not (value > 0) or value == float("inf") for value in std):
         raise ConfigError(f"{source} has a std of {_said(std)}: it must be positive; the file is not sound")
     if any(not (0 <= value <= 1) for value in mean):
-        raise ConfigError(
-            f"{source} has mean {_said(mean)}, which is not of images in [0, 1]: its network takes others"
-        )
+        raise ConfigError(f"{source} has mean {_said(mean)}, not one of images in [0, 1]: its network takes others")
     if {len(mean), len(std)} - {1, channels}:
         raise ConfigError(f"{source} has mean and std of {len(mean)} channels, but data.channels is {channels}")
 

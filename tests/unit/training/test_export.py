@@ -78,7 +78,7 @@ def test_targets_that_do_not_fit_are_one_line(smoke: RunConfig, tmp_path: Path) 
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:-100])
     for name, message in {
         "seven": r"'7.bias' is \(7,\), not \(10,\); check data.classes",
-        "foreign": "is missing",
+        "foreign": "holds no weights",
         "cut": "is not a sound safetensors file",
         "nowhere": "does not exist",
     }.items():
@@ -115,7 +115,8 @@ def changed(final: Path, section: str, name: str, value: Any) -> Path:
     [
         ("model", "encoder_depth", 10**9, "describes a network larger than its [0-9,]+ stored weights"),
         ("model", "width", 3 * 10**8, "describes a network larger"),
-        ("data", "height", 10**8, "describes a network larger"),
+        ("data", "height", 10**4, "describes a network larger"),
+        ("data", "height", 10**9, "data.height must be at most 65536 pixels"),
         ("data", "classes", 10**9, "describes a network larger"),
         ("data", "height", 1.5, "does not say what defense it holds: DataConfig.height cannot be 1.5"),
         ("data", "channels", "1", "DataConfig.channels cannot be '1'"),
