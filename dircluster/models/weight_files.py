@@ -21,7 +21,8 @@ from dircluster.models.elsewhere import Normalization
 SAVE = "torch.save(model.state_dict(), 'weights.pt')"
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that DataParallel, torch.compile and the like put in."""
-MEANS, STDS = ("mean", "mu", "image_mean", "pixel_mean"), ("std", "sigma", "image_std", "pixel_std")
+MEANS = ("mean", "mu", "means", "_mean", "image_mean", "pixel_mean", "norm_mean")
+STDS = ("std", "sigma", "stds", "_std", "image_std", "pixel_std", "norm_std")
 """What the buffers of a normalization are called, pairwise."""
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -73,6 +74,8 @@ class StateDict:
 
 def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
     """All sets of weights in what :func:`parse` gives, whatever they stand under."""
+    if isinstance(found, list | tuple):
+        found = {str(number): inner for number, inner in enumerate(found)}
     if not isinstance(found, Mapping):
         return []
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}

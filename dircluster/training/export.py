@@ -57,17 +57,14 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
 
 def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """What a finished defense is, and its weights by network."""
-    place = folder
-    if checkpoint.digest(folder) is None:
-        inside = sorted(folder.glob("*/final")) if folder.is_dir() else []
-        if checkpoint.digest(folder / "final") is not None:
-            place = folder / "final"
-        elif inside:
-            names = ", ".join(str(each.relative_to(folder)) for each in inside if checkpoint.digest(each) is not None)
-            raise checkpoint.CheckpointError(
-                f"{folder} holds no committed checkpoint; it is the storage of runs, name one of its finished stages:"
-                f" {names or 'there is none'}"
-            )
+    place = checkpoint.finished(folder)
+    inside = sorted(folder.glob("*/final")) if checkpoint.digest(place) is None else []
+    if inside:
+        names = ", ".join(str(each.relative_to(folder)) for each in inside if checkpoint.digest(each) is not None)
+        raise checkpoint.CheckpointError(
+            f"{folder} holds no committed checkpoint; it is the storage of runs, name one of its finished stages:"
+            f" {names or 'there is none'}"
+        )
     found = checkpoint.read(place)
     facts = found.state.get("defense")
     if not isinstance(facts, dict):
@@ -125,10 +122,12 @@ def _target_tensors(path: Path) -> tuple[Any, str]:
     """Weights of the file or folder, as plain data, and their SHA-256."""
     source = f"target.uri {str(path)!r}"
     if path.is_dir():
-        groups = checkpoint.read(path).tensors
+        place = checkpoint.finished(path)
+        groups = hub_folder.read(path)[1] if hub_folder.is_one(path) else checkpoint.read(place).tensors
         if "classifier" not in groups:
             raise ConfigError(f"{source} holds no classifier")
-        return groups["classifier"], checkpoint.digest(path) or ""
+        sha = checkpoint.digest(place) or hashlib.sha256(dump_tensors(groups["classifier"])).hexdigest()
+        return groups["classifier"], sha
     if not path.is_file():
         raise ConfigError(f"{source} does not exist")
     try:

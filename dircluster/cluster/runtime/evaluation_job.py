@@ -94,7 +94,7 @@ def committed(job_spec: JobSpec, config: RunConfig) -> str | None:
     """Digest of the committed folder that holds the defense, as the run that made it knows it; None where none does."""
     if job_spec.defense == "none" or FACTORY.fullmatch(job_spec.defense):
         return None
-    return checkpoint.digest(open_path(job_spec.defense, config.storage))
+    return checkpoint.digest(checkpoint.finished(open_path(job_spec.defense, config.storage)))
 
 
 def with_suite(config: RunConfig, suite: str | None, verdict: bool) -> RunConfig:

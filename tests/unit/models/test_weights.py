@@ -60,6 +60,7 @@ WHOLE: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "averaged": lambda sd: {"n_averaged": torch.tensor(3), **prefixed(sd, "module.")},
     "numpy": lambda sd: {"net": sd, "acc": np.float64(0.9), "epoch": np.int64(3), "curve": np.ones(2)},
     "options": lambda sd: {"net": sd, "args": argparse.Namespace(lr=0.1)},
+    "in a list": lambda sd: [{"lr": 0.1}, {"weights": sd}],
     "twice the same": lambda sd: {"model": sd, "ema": {name: value.clone() for name, value in sd.items()}},
     "double": lambda sd: {name: value.double() for name, value in sd.items()},
 }
