@@ -1,9 +1,10 @@
-"""A registered defense is served by MLflow where this package is not installed."""
+"""A finished defense for others: served by MLflow where this package is not installed, and exported for hubs."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from dircluster import load_defense
 from tests.conftest import Trained
-from tests.jobs import environment
+from tests.jobs import environment, run_job
 
 
 def asked(url: str, images: np.ndarray[Any, Any]) -> Any:
@@ -70,3 +73,20 @@ def test_a_registered_defense_is_served_by_its_own_code(trained: Trained, tmp_pa
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@pytest.mark.slow
+def test_a_finished_defense_is_exported_as_hubs_show_it(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder / "runs", tmp_path / "runs")
+    words = ("digits_smoke", "--launcher", "local", "--tracking.no-enabled", "--export", "hub")
+    done = run_job("train", *words, folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "exported  hub" in done.out
+    images, card = torch.rand(2, 1, 8, 8), (tmp_path / "hub" / "README.md").read_text()
+    assert torch.equal(load_defense(tmp_path / "hub").fixed(1)(images), load_defense(trained.final).fixed(1)(images))
+    assert 'dircluster.load_defense("hub")' in card
+    refused = run_job("train", *words[:-1], "absent/hub", folder=tmp_path)
+    assert (refused.code, refused.error) == (
+        2,
+        ["error: --export absent/hub: the folder that it would lie in does not exist"],
+    )

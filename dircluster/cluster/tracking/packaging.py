@@ -28,14 +28,21 @@ def pack(config: RunConfig, folder: Path) -> tuple[list[str], list[str]]:
     if ":" in made_by:
         own.append(made_by.partition(":")[0].partition(".")[0])
     for top in dict.fromkeys(own):
-        spec = importlib.util.find_spec(top)
-        places = list(spec.submodule_search_locations or []) if spec is not None else []
-        place = Path(places[0] if places else (spec.origin if spec is not None and spec.origin else top))
-        if {"site-packages", "dist-packages"} & set(place.parts):
-            named += importlib.metadata.packages_distributions().get(top, [top])
-        elif place.exists():
+        place = _place(top)
+        if place is not None and {"site-packages", "dist-packages"} & set(place.parts):
+            named += importlib.metadata.packages_distributions().get(top, [])
+        elif place is not None:
             code.append(_copied(place, folder))
     return code, [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in dict.fromkeys(named)]
+
+
+def _place(top: str) -> Path | None:
+    """The folder or file of a top-level module, also of one that lies in the current folder."""
+    spec = importlib.util.find_spec(top)
+    if spec is not None:
+        found = [*(spec.submodule_search_locations or []), spec.origin or ""]
+        return Path(found[0])
+    return next((each for each in (Path(top).resolve(), Path(f"{top}.py").resolve()) if each.exists()), None)
 
 
 def _copied(source: Path, folder: Path) -> str:

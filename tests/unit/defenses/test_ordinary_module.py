@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,21 @@ def test_an_export_takes_any_number_of_images(defense: Defended, form: str) -> N
     exported = torch.export.export(module, inputs, dynamic_shapes=(number,) * len(inputs)).module()
     others = (IMAGES, defense.draw(6)) if given else (IMAGES,)
     torch.testing.assert_close(exported(*others), module(*others))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["fixed", "given"])
+def test_an_onnx_export_gives_the_same_logits(defense: Defended, form: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    given, number = form == "given", {0: torch.export.Dim("number", min=1, max=512)}
+    module, names = defense if given else defense.fixed(1), ["images", "draws"] if given else ["images"]
+    inputs = (IMAGES[:3], defense.draw(3)) if given else (IMAGES[:3],)
+    file = tmp_path / "defense.onnx"
+    torch.onnx.export(module, inputs, file, dynamo=True, input_names=names, dynamic_shapes=(number,) * len(inputs))
+    others = (IMAGES, defense.draw(6)) if given else (IMAGES,)
+    found = runtime.InferenceSession(file).run(None, {k: v.numpy() for k, v in zip(names, others, strict=True)})[0]
+    torch.testing.assert_close(torch.from_numpy(found), module(*others))
 
 
 def test_it_is_mapped_over_images(defense: Defended) -> None:
