@@ -223,6 +223,8 @@ class Defended(nn.Module):
         count = images.shape[0]
         if count == 0:
             return self.fixed(0)(images.new_zeros((1, *images.shape[1:])))[:0]
+        if draws is not None and draws.shape[0] != count:
+            raise ConfigError(f"draws must be one row an image, got {draws.shape[0]} for {count} images")
         if draws is not None or self.draws == 1 or not self.purifier.randomized:
             return self.logits(images, _moved(self.draw(count) if draws is None else draws, images))
         drawn = [self.draw(count, number) for number in range(self.draws)]

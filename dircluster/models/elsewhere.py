@@ -57,7 +57,7 @@ def _cache_alone_unless_answered(weights: Any) -> Iterator[None]:
     import huggingface_hub.constants as hub
 
     url = None if weights is None else hub.ENDPOINT if weights.hf_hub_id else weights.url
-    if url is None or answers(url):
+    if url is None or (not hub.HF_HUB_OFFLINE and answers(url)):
         yield
         return
     if not weights.hf_hub_id:
