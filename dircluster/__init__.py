@@ -29,28 +29,34 @@ def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "qu
 def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> Defended:
     """A finished defense, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
 
-    ``uri`` is the folder of a checkpoint, for which torch, timm and safetensors suffice, its place in object storage
-    (s3://..., read with the credentials of the environment), or an MLflow URI such as ``models:/dir-digits@champion``,
-    looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or runs/mlflow.db, when not given). Only with ``trust_code`` a
-    target of one's own (package.module:factory) is imported. ``zoo:NAME`` is one that comes with this package, see
-    dircluster.zoo. Raises dircluster.config.ConfigError where the defense is missing, damaged, or none.
+    ``uri`` is the folder of a checkpoint or of an export, for which torch, timm and safetensors suffice, its place in
+    object storage (s3://..., read with the credentials of the environment), or an MLflow URI such as
+    ``models:/dir-digits@champion`` or ``runs:/RUN_ID/defense``, looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or
+    runs/mlflow.db, when not given). Only with ``trust_code`` a target of one's own (package.module:factory) is
+    imported. ``zoo:NAME`` is one that comes with this package, see dircluster.zoo. Raises
+    dircluster.config.ConfigError where the defense is missing, damaged, or none.
     """
+    from dircluster.config import ConfigError, StorageConfig, local_path
     from dircluster.training.export import load_defense_folder, load_shipped
     from dircluster.zoo import is_shipped
 
     if is_shipped(str(uri)):
         return load_shipped(str(uri))
 
-    if str(uri).startswith("models:/"):
-        from dircluster.cluster.tracking.registry import fetch
+    text = str(uri)
+    try:
+        if text.startswith(("models:/", "runs:/")):
+            from dircluster.cluster.tracking.registry import fetch
 
-        return load_defense_folder(fetch(str(uri), tracking_uri), trust_code=trust_code)
-    if str(uri).startswith("s3://"):
-        from dircluster.cluster.storage import open_path
-        from dircluster.config import StorageConfig
+            return load_defense_folder(fetch(text, tracking_uri), trust_code=trust_code)
+        if text.startswith("s3://"):
+            from dircluster.cluster.storage import check_bucket, open_path
 
-        return load_defense_folder(open_path(str(uri), StorageConfig()), trust_code=trust_code)
-    return load_defense_folder(Path(uri), trust_code=trust_code)
+            check_bucket(text, StorageConfig(), name=text)
+            return load_defense_folder(open_path(text, StorageConfig()), trust_code=trust_code)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{text} cannot be fetched: {error.name} is not installed") from error
+    return load_defense_folder(uri if isinstance(uri, Path) else local_path(text), trust_code=trust_code)
 
 
 def load_model(

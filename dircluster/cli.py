@@ -73,6 +73,8 @@ class TrainJob(DefenseJob):
     """Start again beside what is stored instead of reusing or resuming it."""
     dry_run: Switch = False
     """Say what would run and what it would take, from some seconds of measuring, and stop."""
+    export: Path | None = None
+    """Write the finished defense into this folder as model hubs show it: model.safetensors, config.json, README.md."""
     calibration: Path | None = None
     """The --summary of an earlier --dry-run, of this machine or another: what is measured there is not measured again,
     and the summary of a whole run tells what was foretold beside what it took."""

@@ -109,8 +109,12 @@ def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
 
 
 def load_classifier(uri: str, config: RunConfig) -> nn.Module:
-    """The classifier that ``uri`` names as ``target.uri`` would, in eval mode on the CPU."""
-    target = dataclasses.replace(config.target, uri=uri)
+    """The classifier that ``uri`` names as ``target.uri`` would, in eval mode on the CPU.
+
+    ``target.mean``, ``target.std`` and ``target.entry`` are of ``target.uri`` alone: another file says its own.
+    """
+    own = {} if uri == config.target.uri else {"mean": None, "std": None, "entry": None}
+    target = dataclasses.replace(config.target, uri=uri, **own)  # type: ignore[arg-type]
     return load_target(dataclasses.replace(config, target=target), opener(config.storage)).eval()
 
 

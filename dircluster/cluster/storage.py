@@ -151,6 +151,8 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False, name: st
     from botocore.exceptions import NoCredentialsError
 
     bucket, where = uri.removeprefix("s3://").partition("/")[0], endpoint(storage)
+    if not bucket:
+        raise ConfigError(f"{name} must name a bucket, s3://BUCKET/PREFIX")
     session = boto3.Session()
     region = storage.region or session.region_name
     if where is None and region is not None:

@@ -21,6 +21,9 @@ from dircluster.config.errors import (
 )
 from dircluster.config.serialize import flatten, to_dict
 
+LARGEST_SIDE = 1 << 16
+"""Pixels."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -60,6 +63,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "height", "width", "channels")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            require(side <= LARGEST_SIDE, f"data.{name} must be at most {LARGEST_SIDE} pixels, got {side}")
         require(self.classes >= 2, f"data.classes must be at least 2, got {self.classes}")
         for name in ("held_out", "test_share"):
             value = getattr(self, name)
@@ -211,7 +217,16 @@ class OptimizerConfig:
         return self.lr
 
 
-ARCHITECTURES = ("small_cnn", "resnet18", "preactresnet18", "wrn-28-10", "wrn-34-10")
+ARCHITECTURES = (
+    "small_cnn",
+    "resnet18",
+    "preactresnet18",
+    "preactresnet18-raw",
+    "preactresnet18-nobn",
+    "preactresnet18-raw-nobn",
+    "wrn-28-10",
+    "wrn-34-10",
+)
 """Names of the networks that models.classifiers makes."""
 
 
@@ -220,10 +235,19 @@ class TargetConfig:
     """Stage 0: the classifier h that the denoiser protects."""
 
     uri: str | None = None
-    """An existing target instead of training one: a safetensors file, a models:/ URI, zoo:NAME, or timm:NAME."""
+    """An existing target instead of training one: weights as .safetensors, .pt or .pth, the folder of a checkpoint, a
+    models:/ URI, zoo:NAME, or timm:NAME."""
     architecture: str = "resnet18"
     """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME, or
-    package.module:factory (called with classes, channels)."""
+    package.module:factory (called with classes and channels, or num_classes and in_chans). preactresnet18-raw: its
+    shortcuts take a block's raw input; -nobn: no normalization before the linear layer."""
+    mean: tuple[float, ...] | None = None
+    """What is subtracted from images in [0, 1] before the network, for each channel or for all: for weights that do not
+    say it. 0.5 for a network that is trained here, timm's own for timm:NAME."""
+    std: tuple[float, ...] | None = None
+    """What they are divided by afterwards; with mean, or not at all."""
+    entry: str | None = None
+    """Which weights of a .pt file that holds several: model, ema, ..."""
     objective: Literal["natural", "at", "trades", "mart"] = "at"
     """Cross-entropy; adversarial training; TRADES; MART."""
     beta: float | None = None
@@ -246,11 +270,54 @@ class TargetConfig:
             f"target.architecture must be {', '.join(ARCHITECTURES)}, timm:NAME or package.module:factory,"
             f" got {self.architecture!r}",
         )
+        require(
+            (self.mean is None) == (self.std is None),
+            f"target.{'mean' if self.mean is None else 'std'} is missing: target.mean and target.std go together",
+        )
+        for name in ("mean", "std"):
+            _require_pixels(f"target.{name}", getattr(self, name), above_zero=name == "std")
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and std, where they are given."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     @property
     def weight(self) -> float:
         """Weight of the objective's KL term."""
         return (5.0 if self.objective == "mart" else 6.0) if self.beta is None else self.beta
+
+    @property
+    def canonical(self) -> TargetConfig:
+        """The same target in one form: what would be derived is not given."""
+        made = self
+        if self.beta is not None and self.beta == replace(self, beta=None).weight:
+            made = replace(made, beta=None)
+        if self.normalization is not None:
+            mean, std = (_shortest(values) for values in self.normalization)
+            own = self.uri is None and self.architecture in ARCHITECTURES and mean == std == (0.5,)
+            made = replace(made, mean=None, std=None) if own else replace(made, mean=mean, std=std)
+        return made
+
+
+def _shortest(values: tuple[float, ...]) -> tuple[float, ...]:
+    """One value where all channels have the same."""
+    decimals = tuple(float(value) + 0.0 for value in values)
+    return decimals[:1] if len(set(decimals)) == 1 else decimals
+
+
+def _require_pixels(name: str, values: tuple[float, ...] | None, above_zero: bool) -> None:
+    """Raise ConfigError unless ``values`` are missing, or numbers in [0, 1]."""
+    if values is None:
+        return
+    require(len(values) > 0, f"{name} is empty: give a number for each channel, or one for all")
+    for value in values:
+        hint = f"; did you mean {value:g}/255?" if 1 < value <= 255 else ""
+        low = "(0" if above_zero else "[0"
+        require(
+            (value > 0 if above_zero else value >= 0) and value <= 1,
+            f"{name} must lie in {low}, 1], got {value:g}{hint}",
+        )
 
 
 @dataclass(frozen=True)
@@ -495,6 +562,13 @@ class RunConfig:
             f"attack.crafting {self.attack.crafting} needs a defense that is trained against attacks on its whole"
             f" pipeline; {self.defense or 'this one'} takes {' or '.join(self.crafting)}",
         )
+        channels = self.data.channels
+        for name, values in zip(("mean", "std"), self.target.normalization or (), strict=False):
+            found = len(values)
+            require(
+                found in (1, channels),
+                f"target.{name} has {found} values, but data.channels is {channels}: give as many, or one for all",
+            )
         for name, value in flatten(to_dict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
             small = not isinstance(value, int) or abs(value) < 2 ** (63 if name == "seed" else 31)
@@ -516,10 +590,7 @@ class RunConfig:
 
         A defense whose own sections derive values overrides it.
         """
-        target = self.target
-        if target.beta is not None and target.beta == replace(target, beta=None).weight:
-            target = replace(target, beta=None)
-        return replace(self, attack=self.attack.canonical, target=target)
+        return replace(self, attack=self.attack.canonical, target=self.target.canonical)
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
@@ -542,6 +613,9 @@ LATER_FIELDS: dict[str, Any] = {
     "training.select_steps": None,
     "training.fused": "auto",
     "target.ema": None,
+    "target.mean": None,
+    "target.std": None,
+    "target.entry": None,
     "dir.ema": None,
     "dir.perturb_step_size": None,
     "dir.keep": "best",

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dircluster.config.errors import require
 
@@ -47,19 +48,34 @@ def _decimals(kind: type) -> frozenset[str]:
 
 
 def from_dict(kind: type, plain: dict[str, Any]) -> Any:
-    """The inverse of :func:`to_dict`. Raises ConfigError on unknown fields."""
+    """The inverse of :func:`to_dict`. Raises ConfigError on unknown fields and on values of another type."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(plain) - set(fields))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}")
-    default = kind()
+    default, hints = kind(), get_type_hints(kind)
     made: dict[str, Any] = {}
     for name, value in plain.items():
         was = getattr(default, name)
         if dataclasses.is_dataclass(was) and isinstance(value, dict):
             made[name] = from_dict(type(was), value)
         else:
+            require(_fits(value, hints[name]), f"{kind.__name__}.{name} cannot be {value!r}")
             made[name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data is of the type that a field is declared with: whole numbers are decimal ones too."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if kind is Literal:
+        return value in inner
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, inner[0]) for each in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
+from dircluster.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Purifier(nn.Module):
     replicates: int | None = None
     """Purifications of an image whose logits are averaged into one prediction, where there are several: a row of
     :meth:`draw` is then (replicates, ...), and ``forward`` goes by the first of them."""
+    image_shape: tuple[int, int, int] | None = None
+    """Channels, height and width of the only images that its network takes; None where it takes any."""
     recompute = False
     """Whether activations are computed again in the backward pass instead of being kept, where the network can."""
 
@@ -85,16 +91,29 @@ class Defended(nn.Module):
         """The sections that decided its networks, as plain data, where they are known."""
         self.draws = 1
         self._seed: int | None = None
+        self._known: list[Tensor | None] = []
+        """The fixed draws, made once: a trace or an export of the module then holds them as constants."""
+        self._reseed()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if not self._seeded:  # a copy must not draw what its original draws
+            self._reseed()
+
+    def _reseed(self) -> None:
+        """Draw from a stream of this process's own, seeded from the system."""
+        self._seeded, self._process = False, os.getpid()
         self._generator = torch.Generator()
         self._generator.seed()
 
     def fresh(self, seed: int | None = None, draws: int = 1) -> Defended:
-        """A view that draws at each call, from a generator of its own, seeded from the system without ``seed``."""
+        """A view that draws at each call, from a generator of its own, seeded from the system without ``seed``.
+
+        Without one, copies and forked workers draw each from a stream of their own; with one, all draw the same.
+        """
         view = self._view(None, draws)
-        if seed is None:
-            view._generator.seed()
-        else:
-            view._generator = rng.generator(seed, "fresh_masks")
+        if seed is not None:
+            view._generator, view._seeded = rng.generator(seed, "fresh_masks"), True
         return view
 
     def fixed(self, seed: int, draws: int = 1) -> Defended:
@@ -105,14 +124,20 @@ class Defended(nn.Module):
         """A view whose logits are means over so many draws; they are fixed where this module's are."""
         view = self._view(self._seed, draws)
         view._generator.set_state(self._generator.get_state())
+        view._seeded = self._seeded
         return view
 
     def _view(self, seed: int | None, draws: int) -> Defended:
+        """Raises ConfigError unless ``draws`` is a number from 1."""
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+            raise ConfigError(f"draws must be a whole number from 1, got {draws!r}")
         view = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, dict):  # what is registered with a view, such as a hook, is the view's
                 vars(view)[name] = value.copy()
-        view._seed, view.draws, view._generator = seed, draws, torch.Generator()
+        view._reseed()
+        view._seed, view.draws = seed, draws
+        view._known = [] if seed is None else [view._fixed_draw(number) for number in range(draws)]
         return view
 
     @property
@@ -123,13 +148,55 @@ class Defended(nn.Module):
     def draw(self, images: int, number: int = 0) -> Tensor | None:
         """The draw of the next call, one row an image, on the CPU; the fixed ones are counted by ``number``."""
         if self._seed is None:
-            return self.purifier.draw(self._generator, images)
-        drawn = self.purifier.draw(rng.generator(self._seed, "fixed_masks", step=number), 1)
+            fresh: Tensor | None = self._fresh_draw(images)
+            return fresh
+        drawn = self._known[number] if number < len(self._known) else self._fixed_draw(number)
         return None if drawn is None else drawn.expand(images, *drawn.shape[1:])
+
+    def _fixed_draw(self, number: int) -> Tensor | None:
+        assert self._seed is not None
+        with torch.device("cpu"):
+            return self.purifier.draw(rng.generator(self._seed, "fixed_masks", step=number), 1)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph would draw from a stream of its own
+    def _fresh_draw(self, images: int) -> Tensor | None:
+        if not self._seeded and os.getpid() != self._process:
+            self._reseed()
+        with torch.device("cpu"):
+            drawn = self.purifier.draw(self._generator, images)
+        if drawn is not None and (
+            torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+            or torch.compiler.is_exporting()
+        ):
+            raise ConfigError(
+                "an export would keep one draw for all calls: export defense.fixed(seed), or give the draws as a second"
+                " input, (images, defense.draw(len(images)))"
+            )
+        return drawn
+
+    def _taken(self, images: Tensor) -> Tensor:
+        """``images``. Raises ConfigError unless they are floats (N, C, H, W) of the size that the defense takes."""
+        if not isinstance(images, Tensor):
+            raise ConfigError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
+        wanted, found = self.image_shape or self.purifier.image_shape, tuple(images.shape)
+        if images.ndim != 4 or (wanted is not None and found[1:] != wanted):
+            channels, height, width = wanted or ("C", "H", "W")
+            hint = ""
+            if found[1:] == (height, width, channels):
+                hint = ": channels come first, images.permute(0, 3, 1, 2)"
+            elif found == wanted:
+                hint = ": give a batch, images[None]"
+            raise ConfigError(f"images must be (N, {channels}, {height}, {width}), got {found}{hint}")
+        if not images.is_floating_point():
+            raise ConfigError(f"images must be floats in [0, 1], got {images.dtype}; divide by 255 if they are bytes")
+        return images
 
     def restore(self, images: Tensor) -> Tensor:
         """Purified images under the next draw: (N, C, H, W) -> (N, C, H, W), not clamped."""
-        restored: Tensor = self.purifier(images, _moved(self.draw(len(images)), images))
+        images = self._taken(images)
+        if images.shape[0] == 0:
+            return images
+        restored: Tensor = self.purifier(_cast(images, self.purifier), _moved(self.draw(images.shape[0]), images))
         return restored
 
     def logits(self, images: Tensor, draws: Tensor | None, *, bypassed: bool = False) -> Tensor:
@@ -137,7 +204,7 @@ class Defended(nn.Module):
 
         (N, C, H, W), (N, ...) -> (N, classes). ``bypassed``: the identity is the purifier's backward pass (BPDA).
         """
-        count = self.purifier.replicates
+        count, images = self.purifier.replicates, _cast(images, self.purifier)
         if count is not None:
             assert draws is not None
             images, draws = images.repeat_interleave(count, dim=0), draws.flatten(0, 1).unsqueeze(1)
@@ -147,18 +214,66 @@ class Defended(nn.Module):
             purified = straight_through(images, purified)
         else:
             purified = self.purifier(images, draws)
-        logits: Tensor = self.classifier(purified)
+        logits: Tensor = self.classifier(_cast(purified, self.classifier))
         return logits if count is None else logits.view(-1, count, logits.shape[1]).mean(dim=1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> (N, classes), averaged over ``draws`` draws."""
-        if self.draws == 1 or not self.purifier.randomized:
-            return self.logits(images, _moved(self.draw(len(images)), images))
-        drawn = [self.draw(len(images), number) for number in range(self.draws)]
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) in [0, 1] -> (N, classes), averaged over ``self.draws`` draws, in the dtype of the weights.
+
+        With ``draws``, rows of :meth:`draw`, one an image, those alone count. Raises ConfigError for images that are
+        not floats, or not of the size that the defense takes.
+        """
+        images = self._taken(images)
+        count = images.shape[0]
+        if count == 0:
+            one: Tensor = self.fixed(0)(images.new_zeros((1, *images.shape[1:])))
+            return one[:0]
+        if draws is not None and draws.shape[0] != count:
+            raise ConfigError(f"draws must be one row an image, got {draws.shape[0]} for {count} images")
+        if draws is not None or self.draws == 1 or not self.purifier.randomized:
+            return self.logits(images, _moved(self.draw(count) if draws is None else draws, images))
+        drawn = [self.draw(count, number) for number in range(self.draws)]
         rows = torch.cat([one for one in drawn if one is not None])
         repeated = images.repeat(self.draws, 1, 1, 1)
-        return self.logits(repeated, _moved(rows, images)).view(self.draws, len(images), -1).mean(dim=0)
+        return self.logits(repeated, _moved(rows, images)).view(self.draws, count, -1).mean(dim=0)
 
 
 def _moved(draws: Tensor | None, images: Tensor) -> Tensor | None:
     return None if draws is None else draws.to(images.device)
+
+
+def _cast(images: Tensor, module: nn.Module) -> Tensor:
+    """``images`` in the dtype of the module's weights; within autocast, which casts by itself, as they are."""
+    kind = images.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return images
+    weights = chain(module.parameters(), module.buffers())
+    return images.to(next((each.dtype for each in weights if each.is_floating_point()), images.dtype))
+
+
+def unwrapped(module: Any) -> Any:
+    """The defense in what adds nothing to it (DataParallel, torch.compile, a Sequential of one); else ``module``."""
+    inner = module
+    while not isinstance(inner, Defended):
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(inner, nn.Sequential) and len(inner) == 1:
+            inner = inner[0]
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            return module
+    return inner
+
+
+@contextmanager
+def drawing_from_torch(parts: Iterable[Defended]) -> Iterator[None]:
+    """Inside, what ``parts`` draw comes from PyTorch's own stream, as somebody's module must draw that is judged."""
+    own = [(part, part._generator, part._seeded) for part in parts]
+    try:
+        for part, *_ in own:
+            part._generator, part._seeded = torch.default_generator, True
+        yield
+    finally:
+        for part, generator, seeded in own:
+            part._generator, part._seeded = generator, seeded

@@ -71,7 +71,7 @@ class Defense:
         """A network of the run with its initial weights, a function of the seed."""
         if name == "classifier":
             with rng.seeded_torch_rng(run.seed, "target/weights"):
-                return classifiers.build(architecture(run), run.data)
+                return classifiers.build(architecture(run), run.data, normalization=run.target.normalization)
         with rng.seeded_torch_rng(run.seed, f"{name}/weights"):
             return self.modules(run)[name]()
 
@@ -93,6 +93,7 @@ class Defense:
             **{name: plain[name] for name in self.sections},
             "data": shape,
             "architecture": architecture(run),
+            **({} if run.target.normalization is None else {name: plain["target"][name] for name in ("mean", "std")}),
         }
 
     def from_plain(self, plain: Mapping[str, Any]) -> RunConfig:
@@ -100,7 +101,8 @@ class Defense:
         kind = self.run()
         sections = {name: from_dict(type(getattr(kind, name)), plain[name]) for name in self.sections}
         data = from_dict(DataConfig, plain["data"])
-        return self.run(data=data, target=TargetConfig(architecture=str(plain["architecture"])), **sections)
+        target = {name: plain[name] for name in ("architecture", "mean", "std") if name in plain}
+        return self.run(data=data, target=from_dict(TargetConfig, target), **sections)
 
 
 def architecture(run: RunConfig) -> str:

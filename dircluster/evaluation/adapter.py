@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.config import ConfigError
+from dircluster.defenses.base import Defended, drawing_from_torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What images may be passed on as; the first that a module takes."""
@@ -40,6 +41,7 @@ class Adapted(nn.Module):
             raise ConfigError(f"{called} must be a module or a function of images, got {what}")
         self.inner, self.called, self.place = inner, called, place
         self.parts = nn.ModuleList([] if isinstance(inner, nn.Module) else modules_in(inner))
+        self.drawing = [part for part in self.modules() if isinstance(part, Defended) and not part.is_fixed]
         self.dtype, self.form = DTYPES[0], ""
         """What images are passed on as, and where the logits were found; empty where they are all there is."""
 
@@ -72,7 +74,7 @@ class Adapted(nn.Module):
 
     def answer(self, part: Callable[[Tensor], Any], images: Tensor) -> Tensor:
         """What ``part`` of the module gives for images, as float32 on their device."""
-        with nullcontext() if self.place is None else self.place:
+        with nullcontext() if self.place is None else self.place, drawing_from_torch(self.drawing):
             found, self.form = unpacked(part(images.clone().to(self.dtype)))
         if not isinstance(found, Tensor) or found.ndim < 2:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

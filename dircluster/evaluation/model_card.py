@@ -14,7 +14,7 @@ CARD = """# {name}: a {defense} defense
 {description}
 
 - images: {channels} x {height} x {width} in [0, 1], {classes} classes; data `{data}` (SHA-256 {fingerprint})
-- target: {architecture}, objective {objective}
+- target: {target}
 - threat: {norm}, epsilon {epsilon:.4g}; seed {seed}; code {commit}
 
 ## Accuracy on the test split
@@ -31,7 +31,7 @@ The control of a row is the same protocol on images that nobody attacked: what i
 
 ```python
 import dircluster
-defense = dircluster.load_defense("models:/{defense}-{name}@champion"{trust})  # the best; @candidate: the newest
+defense = dircluster.load_defense("{uri}"{trust}){which}
 logits = defense(images)
 ```
 
@@ -52,12 +52,24 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
-    """Markdown that says what the defense is, what it was judged against, and how to use it."""
+def _target(config: RunConfig, given: dict[str, Any] | None) -> str:
+    """What the target is: trained here by an objective, or given, of which only its file is known."""
+    target = config.target
+    if given is None:
+        return f"{target.architecture}, objective {target.objective}"
+    made = "" if given["uri"].startswith("timm:") else f", {target.architecture}"
+    return f"given, `{given['uri']}` (SHA-256 {given['sha256']}){made}"
+
+
+def model_card(config: RunConfig, outcome: dict[str, Any], commit: str, folder: str = "") -> str:
+    """Markdown that says what the defense is, what it was judged against, and how to use it: from MLflow's registry, or
+    from the ``folder`` that it lies in."""
     data, defense = config.data, find_defense(config.defense)
     return CARD.format(
         name=config.name,
         defense=defense.name,
+        uri=folder or f"models:/{defense.name}-{config.name}@champion",
+        which="" if folder else "  # the best; @candidate: the newest",
         trust="" if defense.name in DEFENSES else ", trust_code=True",
         description=defense.describe(config),
         channels=data.channels,
@@ -66,8 +78,7 @@ def model_card(config: RunConfig, outcome: dict[str, Any], commit: str) -> str:
         classes=data.classes,
         data=data.uri or data.name,
         fingerprint=outcome["data"][:16],
-        architecture=config.target.uri or config.target.architecture,
-        objective=config.target.objective,
+        target=_target(config, outcome.get("target")),
         norm={"linf": "L-infinity", "l2": "L2"}[config.attack.norm],
         epsilon=config.attack.epsilon,
         seed=config.seed,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
-from dircluster.defenses.base import Defended
+from dircluster.defenses.base import Defended, unwrapped
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.adapter import Adapted, buffers_kept, default_place, undisturbed, without_inference
 from dircluster.evaluation.adaptive import adaptive_specs
@@ -216,5 +216,5 @@ def evaluate(
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:
     """The defense, or anybody's module as one that is judged; a copy where no gradient can pass it as it is."""
-    given = without_inference(module)
+    given = without_inference(unwrapped(module) if called == "the defense" else module)
     return given if isinstance(given, Defended) and called == "the defense" else Adapted(given, called, place)

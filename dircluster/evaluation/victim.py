@@ -14,7 +14,7 @@ from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
-from dircluster.defenses.base import AdaptiveAttack, Defended
+from dircluster.defenses.base import AdaptiveAttack, Defended, unwrapped
 from dircluster.evaluation.adapter import Adapted
 from dircluster.evaluation.marks import Unwatched, Watch
 from dircluster.evaluation.streams import OwnStreams, steady
@@ -50,6 +50,7 @@ class VictimModel:
 
     def __init__(self, module: Callable[..., Any], name: str, surrogate: Callable[..., Any] | None = None) -> None:
         """Raises ConfigError for a defense at fixed or averaged draws, and for what is no function of images."""
+        module = unwrapped(module)
         if isinstance(module, Defended) and (module.draws != 1 or module.is_fixed):
             raise ConfigError(
                 "the defense stands at fixed draws or averaged logits; give it with fresh draws (defense.fresh())"

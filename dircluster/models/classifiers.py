@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dircluster.config import ConfigError, DataConfig, first_line, named_line
+from dircluster.config import ConfigError, DataConfig, first_line
+from dircluster.models.elsewhere import Normalization, factory_network, timm_network
 from dircluster.models.modules import device_of, evaluating
-from dircluster.models.precision import WholeConv2d, WholeLinear, keep_whole
+from dircluster.models.precision import WholeConv2d, WholeLinear
 
 
 class Normalized(nn.Module):
@@ -95,11 +95,12 @@ class ResNet18(nn.Sequential):
 class PreActBlock(nn.Module):
     """Batch normalization and ReLU before each of two 3x3 convolutions (He et al. 2016, Identity Mappings).
 
-    Where size or channels change, the shortcut is a 1x1 convolution of the activated input.
+    Where size or channels change, the shortcut is a 1x1 convolution of the activated input, or of the ``raw`` one.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, raw: bool = False) -> None:
         super().__init__()
+        self.raw = raw
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -112,7 +113,10 @@ class PreActBlock(nn.Module):
         """(N, inputs, H, W) -> (N, outputs, ceil(H/stride), ceil(W/stride))."""
         active = F.relu(self.bn1(x))
         inner: Tensor = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return inner + (x if self.shortcut is None else self.shortcut(active))
+        return inner + (x if self.shortcut is None else self.shortcut(x if self.raw else active))
+
+    def extra_repr(self) -> str:
+        return "raw" if self.raw else ""
 
 
 class PreActResNet(nn.Sequential):
@@ -122,18 +126,28 @@ class PreActResNet(nn.Sequential):
     convolutions start at N(0, 2 / (outputs * kernel area)), as in the code of TRADES.
     """
 
-    def __init__(self, classes: int, channels: int, stem: int, widths: tuple[int, ...], depth: int) -> None:
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        stem: int,
+        widths: tuple[int, ...],
+        depth: int,
+        *,
+        raw: bool = False,
+        normalized: bool = True,
+    ) -> None:
+        """``raw``: of blocks; without ``normalized``, the last blocks are pooled as they are."""
         blocks: list[nn.Module] = []
         inputs = stem
         for number, outputs in enumerate(widths):
             for index in range(depth):
-                blocks.append(PreActBlock(inputs, outputs, 2 if number > 0 and index == 0 else 1))
+                blocks.append(PreActBlock(inputs, outputs, 2 if number > 0 and index == 0 else 1, raw))
                 inputs = outputs
         super().__init__(
             WholeConv2d(channels, stem, 3, 1, 1, bias=False),
             *blocks,
-            nn.BatchNorm2d(inputs),
-            nn.ReLU(),
+            *((nn.BatchNorm2d(inputs), nn.ReLU()) if normalized else ()),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             WholeLinear(inputs, classes),
@@ -144,10 +158,13 @@ class PreActResNet(nn.Sequential):
 
 
 class PreActResNet18(PreActResNet):
-    """The CIFAR PreActResNet-18 with normalization before the linear layer (Rice et al. 2020): 11.17 M parameters."""
+    """The CIFAR PreActResNet-18 with normalization before the linear layer (Rice et al. 2020): 11.17 M parameters.
 
-    def __init__(self, classes: int, channels: int) -> None:
-        super().__init__(classes, channels, 64, (64, 128, 256, 512), 2)
+    RobustBench has it with ``raw`` shortcuts and without normalization at the end as well.
+    """
+
+    def __init__(self, classes: int, channels: int, raw: bool = False, normalized: bool = True) -> None:
+        super().__init__(classes, channels, 64, (64, 128, 256, 512), 2, raw=raw, normalized=normalized)
 
 
 class WideResNet(PreActResNet):
@@ -164,58 +181,36 @@ ARCHITECTURES: dict[str, Callable[[DataConfig], nn.Module]] = {
     "small_cnn": lambda data: SmallCNN(data.classes, data.channels, data.height, data.width),
     "resnet18": lambda data: ResNet18(data.classes, data.channels),
     "preactresnet18": lambda data: PreActResNet18(data.classes, data.channels),
+    "preactresnet18-raw": lambda data: PreActResNet18(data.classes, data.channels, raw=True),
+    "preactresnet18-nobn": lambda data: PreActResNet18(data.classes, data.channels, normalized=False),
+    "preactresnet18-raw-nobn": lambda data: PreActResNet18(data.classes, data.channels, raw=True, normalized=False),
     "wrn-28-10": lambda data: WideResNet(28, 10, data.classes, data.channels),
     "wrn-34-10": lambda data: WideResNet(34, 10, data.classes, data.channels),
 }
 """Networks by name, as functions of the data; their input is normalized to [-1, 1]. Names are config.ARCHITECTURES."""
 
 
-def _timm(name: str, classes: int | None, channels: int, pretrained: bool) -> nn.Module:
-    import timm  # it takes longer than torch, and most runs need none of its models
-
-    if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3]) or "see timm.list_models()"
-        raise ConfigError(f"timm has no model {name!r}; {near}")
-    sizes = {} if classes is None else {"num_classes": classes}
-    try:
-        network: nn.Module = timm.create_model(name, in_chans=channels, pretrained=pretrained, **sizes)
-    except Exception as error:  # a download that fails may raise anything; its first line says why
-        raise ConfigError(f"timm:{name} could not be made: {first_line(error)}") from error
-    published: Any = network.pretrained_cfg
-    mean, std = (tuple(published[name])[:channels] for name in ("mean", "std"))
-    for name in (published.get("first_conv"), published.get("classifier")):
-        for path in (name,) if isinstance(name, str) else name or ():
-            keep_whole(network.get_submodule(path))
-    return Normalized(network, mean, std)
-
-
-def _factory(path: str, data: DataConfig) -> nn.Module:
-    module_name, _, attribute = path.partition(":")
-    try:
-        make = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"target.architecture {path!r} cannot be imported: {first_line(error)}") from error
-    try:
-        made = make(classes=data.classes, channels=data.channels)
-    except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"target.architecture {path!r} raised {named_line(error)}") from error
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
-    return made
-
-
-def build(architecture: str, data: DataConfig, *, pretrained: bool = False) -> nn.Module:
+def build(
+    architecture: str, data: DataConfig, *, pretrained: bool = False, normalization: Normalization | None = None
+) -> nn.Module:
     """A classifier for ``data``: (N, C, H, W) in [0, 1] -> (N, classes) logits.
 
-    ``architecture`` is one of ARCHITECTURES, timm:NAME, or package.module:factory, called with classes and channels.
-    ``pretrained`` fetches timm's published weights with their own head. Raises ConfigError when it cannot be made.
+    ``architecture`` is one of ARCHITECTURES, timm:NAME, or package.module:factory. ``pretrained`` fetches timm's
+    published weights with their own head. ``normalization`` is put in front of the network instead of its own, which a
+    factory's is not known to have. Raises ConfigError when it cannot be made.
     """
+    own: Normalization
     if architecture in ARCHITECTURES:
-        half = (0.5,) * data.channels
-        return Normalized(ARCHITECTURES[architecture](data), half, half)
-    if architecture.startswith("timm:"):
-        return _timm(architecture[len("timm:") :], None if pretrained else data.classes, data.channels, pretrained)
-    return _factory(architecture, data)
+        network, own = ARCHITECTURES[architecture](data), ((0.5,), (0.5,))
+    elif architecture.startswith("timm:"):
+        name, classes = architecture[len("timm:") :], None if pretrained else data.classes
+        network, own = timm_network(name, classes, data.channels, pretrained)
+    else:
+        network = factory_network(architecture, data)
+        if normalization is None:
+            return network
+    mean, std = ((*values, *values[-1:] * (data.channels - len(values))) for values in normalization or own)
+    return Normalized(network, mean, std)
 
 
 def last_map(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -299,10 +294,25 @@ def check_classes(classifier: nn.Module, data: DataConfig) -> None:
     try:
         with evaluating(classifier), torch.no_grad():
             image = torch.zeros(1, data.channels, data.height, data.width, device=device_of(classifier))
-            shape = tuple(classifier(image).shape)
+            logits: Any = classifier(image)
     except Exception as error:  # whatever a network says of images that it was not made for
         raise ConfigError(
             f"the target cannot take {data.channels}x{data.height}x{data.width} images: {first_line(error)}"
         ) from error
-    if shape != (1, data.classes):
-        raise ConfigError(f"the target gives {shape[-1]} classes, but data.classes is {data.classes}")
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(f"the target must return logits (1, classes) for one image, got {got}")
+    if logits.shape[1] != data.classes:
+        raise ConfigError(f"the target gives {logits.shape[1]} classes, but data.classes is {data.classes}")
+
+
+def check_alive(classifier: nn.Module, data: DataConfig) -> None:
+    """Raise ConfigError where the logits of ``classifier`` are not finite, or the same for all images of ``data``."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((4, data.channels, data.height, data.width), generator=generator, device="cpu")
+    with evaluating(classifier), torch.no_grad():
+        logits = classifier(images.to(device_of(classifier)))
+    if not logits.isfinite().all():
+        raise ConfigError("the target gives logits that are not finite (NaN or infinity)")
+    if torch.equal(logits, logits[:1].expand_as(logits)):
+        raise ConfigError("the target gives the same logits for every image: its weights are dead")

@@ -48,6 +48,7 @@ class MaskedDenoiser(nn.Module):
         super().__init__()
         self.config = config
         self.channels, self.height, self.width = channels, height, width
+        self.image_shape: tuple[int, int, int] | None = channels, height, width
         self.tokens = (height // config.patch) * (width // config.patch)
         dim, pixels = config.width, channels * config.patch**2
 
@@ -97,7 +98,9 @@ class MaskedDenoiser(nn.Module):
         )
         full = torch.cat([encoded[:, :1], full.reshape(count * n, self.tokens, -1)], dim=1) + self.decoder_position
         decoded = self.decoder_norm(self._through(self.decoder, full))[:, 1:]
-        restored = unpatchify(self.head(decoded).float(), self.config.patch, self.channels, self.height, self.width)
+        pixels = self.head(decoded)
+        pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        restored = unpatchify(pixels, self.config.patch, self.channels, self.height, self.width)
         return restored.reshape(count, n, self.channels, self.height, self.width)
 
     def _through(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:

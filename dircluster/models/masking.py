@@ -14,7 +14,7 @@ def complementary_masks(permutations: Tensor, masking: MaskingConfig) -> Tensor:
     (N, T) int64 -> (K, N, n) int64 with n = round((1 - ratio) T). At ratio 1/2 and K = 2 the two masks are exact
     complements (Section 3.3). Raises ConfigError where a patch would be kept by no mask.
     """
-    tokens = permutations.shape[1]
+    tokens = int(permutations.shape[1])  # in a trace it is a tensor
     masking.check(tokens)
     kept, count = masking.kept(tokens), masking.masks
     starts = torch.arange(count, device=permutations.device) * tokens // count

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 
 @contextmanager
@@ -55,3 +59,38 @@ def device_of(module: nn.Module) -> torch.device:
 def parts_of(module: nn.Module) -> list[Tensor]:
     """The module's parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """New tensors are float32 and lie on the CPU inside, whatever the process has for its defaults."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class TooLargeError(Exception):
+    """Modules would hold more numbers than they may."""
+
+
+@contextmanager
+def at_most(numbers: int) -> Iterator[None]:
+    """Raise TooLargeError as soon as modules that are made inside hold more than so many numbers."""
+    found = 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal found
+        found += 0 if tensor is None else tensor.numel()
+        if found > numbers:
+            raise TooLargeError
+
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

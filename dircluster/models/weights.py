@@ -1,20 +1,198 @@
-"""Whether weights that somebody gives can be those of a network at work."""
+"""Weights that somebody made elsewhere, brought into a network: names fitted, numbers and normalization checked."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from dircluster.config import ConfigError
+import torch
+from torch import Tensor, nn
 
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
-"""Layers that give the same for all inputs where their weights are zero."""
+from dircluster.config import ConfigError, DataConfig, TargetConfig
+from dircluster.models.classifiers import ARCHITECTURES, Normalized, build
+from dircluster.models.elsewhere import Normalization
+from dircluster.models.layouts import UNSAID, renamed
+from dircluster.models.weight_files import SAVE, StateDict, state_dicts, without_normalization
 
 
-def check_weights(module: nn.Module, source: str) -> None:
-    """Raise ConfigError where a tensor of ``module``, from ``source``, has NaN or infinity, or a layer only zeros."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ConfigError(f"{source} cannot be used: {name!r} holds numbers that are not finite (NaN or infinity)")
-    for name, layer in module.named_modules():
-        if isinstance(layer, WEIGHTED) and not bool(layer.weight.any()):
-            raise ConfigError(f"{source} cannot be used: the weights of {name!r} are all zero")
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """Names without 0, 1, 2, ... first parts that all of them have in common: the new name -> the one in the file."""
+    names = {name: name for name in tensors}
+    while names:
+        yield names
+        firsts = {name.partition(".")[0] for name in names}
+        if len(firsts) > 1 or any("." not in name for name in names):
+            return
+        names = {name.partition(".")[2]: old for name, old in names.items()}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How names of a file fit a network: by the network's name, the file's; and what does not fit, if anything."""
+
+    names: dict[str, str]
+    wrong: str = ""
+    renamed: bool = False
+
+
+def _fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], architecture: str) -> Fit:
+    """The best way to take ``tensors`` for ``own``."""
+    best: tuple[int, Fit] | None = None
+    for names in _unwrapped(tensors):
+        table = renamed(names, architecture)
+        for new, is_renamed in ((names, False), ({b: names[a] for a, b in (table or {}).items()}, True)):
+            wrong = misfit({name: tensors[old] for name, old in new.items()}, own)
+            if not wrong:
+                return Fit(new, renamed=is_renamed)
+            common = len(set(new) & set(own))
+            if best is None or common > best[0]:
+                best = common, Fit(new, wrong)
+    return best[1] if best else Fit({}, "it holds no weights")
+
+
+def misfit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What is missing, unknown, or of another shape or kind; counters of batches may be missing."""
+    missing = sorted(name for name in set(own) - set(tensors) if not name.endswith("num_batches_tracked"))
+    unknown = sorted(set(tensors) - set(own))
+    if missing or unknown:
+        return f"{(missing or unknown)[0]!r} is {'missing' if missing else 'unknown'}"
+    for name, value in sorted(tensors.items()):
+        if value.shape != own[name].shape:
+            return (
+                f"{name!r} is {tuple(value.shape)}, not {tuple(own[name].shape)}; check data.classes, data.channels and"
+                " the architecture"
+            )
+        if own[name].is_floating_point() and not (value.is_floating_point() and value.layout == torch.strided):
+            return f"{name!r} is {value.dtype}, {value.layout}: quantized and sparse weights are not taken"
+    return ""
+
+
+def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: DataConfig, source: str) -> list[str]:
+    """Load what :func:`parse` gave into the target ``network``: -> what has to be said of it, a line each.
+
+    Raises ConfigError where it does not fit, where several sets could be meant, where weights are dead, and where
+    nothing says how images are normalized.
+    """
+    sets = state_dicts(found)
+    if not sets:
+        raise ConfigError(f"{source} holds no weights (tensors by name): save them by {SAVE}")
+    if target.entry is not None:
+        sets = [one for one in sets if one.entry == target.entry] or _no_entry(source, target.entry, sets)
+    fits = [(one, fit) for one in sets if not (fit := _fit_of(network, one, target.architecture)[0]).wrong]
+    if not fits:
+        raise ConfigError(_misfits(network, sets, target, data, source))
+    chosen = fits[0][0]
+    if len(fits) > 1 and any(not _same(chosen, other) for other, _ in fits[1:]):
+        names = ", ".join(one.entry for one, _ in fits)
+        raise ConfigError(f"{source} holds several sets of weights ({names}): choose with --target.entry NAME")
+    fit, module, inner = _fit_of(network, chosen, target.architecture)
+    tensors = {name: inner.tensors[old] for name, old in fit.names.items()}
+    check_numbers(tensors, source, zeros=True)
+    with torch.no_grad():
+        module.load_state_dict(tensors, strict=False)
+    notes = [f"its weights are those of entry {chosen.entry!r}"] if chosen.entry else []
+    if fit.renamed and target.architecture in UNSAID:
+        notes.append(UNSAID[target.architecture])
+    return notes + _normalize(network, module is network, inner.normalization, target, source)
+
+
+def _fit_of(network: nn.Module, found: StateDict, architecture: str) -> tuple[Fit, nn.Module, StateDict]:
+    """How weights fit, into which module, and which of them: those of all of ``network``, or of what it normalizes."""
+    whole = _fit(found.tensors, network.state_dict(), architecture)
+    if not whole.wrong:
+        return whole, network, found
+    inner = network.network if isinstance(network, Normalized) else network
+    bare = without_normalization(found)
+    return _fit(bare.tensors, inner.state_dict(), architecture), inner, bare
+
+
+def _same(one: StateDict, other: StateDict) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(value, other.tensors[name]) for name, value in one.tensors.items()
+    )
+
+
+def _no_entry(source: str, entry: str, sets: list[StateDict]) -> NoReturn:
+    there = ", ".join(one.entry or "(none)" for one in sets)
+    raise ConfigError(f"{source} holds no weights under --target.entry {entry}; there are: {there}")
+
+
+def _misfits(network: nn.Module, sets: list[StateDict], target: TargetConfig, data: DataConfig, source: str) -> str:
+    """What does not fit, and which architecture does."""
+    wrong = _fit_of(network, sets[0], target.architecture)[0].wrong
+    for name in ARCHITECTURES if target.architecture in ARCHITECTURES else ():
+        with torch.device("meta"):
+            other = build(name, data)
+        if any(not _fit_of(other, one, name)[0].wrong for one in sets):
+            return f"{source} does not fit {target.architecture}: it fits --target.architecture {name}"
+    return f"{source} does not fit the model: {wrong}"
+
+
+def check_numbers(tensors: Mapping[str, Tensor], source: str, zeros: bool = False) -> None:
+    """Raise ConfigError where a tensor is not finite or, with ``zeros``, where the weights of a layer are all zero."""
+    for name, value in sorted(tensors.items()):
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ConfigError(f"{source} holds numbers that are not finite (NaN or infinity) in {name!r}")
+        if zeros and value.ndim >= 2 and name.endswith("weight") and value.numel() and not value.any():
+            raise ConfigError(f"{source} holds nothing but zeros in {name!r}: its network is dead")
+
+
+def _normalize(
+    network: nn.Module, loaded: bool, found: Normalization | None, target: TargetConfig, source: str
+) -> list[str]:
+    """Bring the normalization of a file and that of the settings together; ``loaded``: it came with the weights."""
+    given, ask = target.normalization, "--target.mean M ... --target.std S ..."
+    if isinstance(network, Normalized):
+        if loaded:
+            found = tuple(network.mean.flatten().tolist()), tuple(network.std.flatten().tolist())
+        if found is None and given is None:
+            raise ConfigError(
+                f"{source} does not say how images are normalized: give the mean and std that it was trained with,"
+                f" {ask} (0 and 1 for images in [0, 1] as they are)"
+            )
+        if found is not None:
+            _check_normalization(found, source, network.mean.numel(), ask)
+            if given is not None and any(_differ(a, b) for a, b in zip(found, given, strict=True)):
+                raise ConfigError(
+                    f"{source} has mean {_said(found[0])} and std {_said(found[1])} of its own: leave --target.mean and"
+                    " --target.std out"
+                )
+            for buffer, values in zip((network.mean, network.std), found, strict=True):
+                buffer.copy_(torch.tensor(values, dtype=buffer.dtype).view(1, -1, 1, 1).expand_as(buffer))
+        return [f"images are normalized by mean {_said(network.mean.flatten().tolist())},"
+                f" std {_said(network.std.flatten().tolist())}"]  # fmt: skip
+    if found is not None:
+        _check_normalization(found, source, len(found[0]), ask)
+        raise ConfigError(
+            f"{source} has a mean and std that {target.architecture} has no place for: put them in front by"
+            f" --target.mean {_said(found[0])} --target.std {_said(found[1])}"
+        )
+    if target.architecture.startswith("torchvision."):
+        raise ConfigError(
+            f"{source} does not say how images are normalized, and {target.architecture} does it nowhere: give the mean"
+            f" and std that it was trained with, {ask} (0 and 1 for images in [0, 1] as they are)"
+        )
+    return [
+        f"{target.architecture} is taken to normalize images in [0, 1] itself; if not, give target.mean and target.std"
+    ]
+
+
+def _check_normalization(found: Normalization, source: str, channels: int, ask: str) -> None:
+    mean, std = found
+    if any(not (value > 0) or value == float("inf") for value in std):
+        raise ConfigError(f"{source} has a std of {_said(std)}: it must be positive; the file is not sound")
+    if any(not (0 <= value <= 1) for value in mean):
+        raise ConfigError(f"{source} has mean {_said(mean)}, not one of images in [0, 1]: its network takes others")
+    if {len(mean), len(std)} - {1, channels}:
+        raise ConfigError(f"{source} has mean and std of {len(mean)} channels, but data.channels is {channels}")
+
+
+def _differ(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    size = max(len(one), len(other))
+    pairs = zip(one * (size // len(one)), other * (size // len(other)), strict=True)
+    return any(abs(a - b) > 1e-6 for a, b in pairs)
+
+
+def _said(values: Any) -> str:
+    return " ".join(f"{value:.6g}" for value in values)

@@ -49,6 +49,7 @@ class MaskingConfig:
 
     def check(self, tokens: int) -> None:
         """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""
+        require(self.masks <= max(tokens, 2), f"masking.count must be at most the {tokens} patches, got {self.masks}")
         kept, gap = self.kept(tokens), math.ceil(tokens / self.masks)
         if kept == 0:
             raise ConfigError(f"masking.ratio {self.ratio:g} keeps none of {tokens} patches; lower it or model.patch")

@@ -84,6 +84,11 @@ def digest(folder: Path) -> str | None:
         return None
 
 
+def finished(folder: Path) -> Path:
+    """The committed folder that ``folder`` means: itself, or the ``final`` of the stage that it holds."""
+    return folder / "final" if digest(folder) is None and digest(folder / "final") is not None else folder
+
+
 def read(folder: Path, key: str | None = None) -> Checkpoint:
     """Verify and read a committed folder. Raises CheckpointError: missing, damaged, or not of config ``key``."""
     marker = digest(folder)

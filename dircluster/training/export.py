@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, RunConfig, local_path
+from dircluster.config import ConfigError, RunConfig, first_line, local_path
 from dircluster.defenses.base import Defended
 from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import DEFENSES, find_defense
-from dircluster.models import classifiers
-from dircluster.models.weights import check_weights
-from dircluster.training import checkpoint
+from dircluster.models import classifiers, weight_files, weights
+from dircluster.models.modules import TooLargeError, at_most, plain_torch
+from dircluster.training import checkpoint, hub_folder
 from dircluster.zoo import find, folder_of, is_shipped
 
 
 def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
-    """The defense that a run left in ``folder``: on the CPU, in eval mode, drawing afresh at each call.
+    """The defense that a run left in ``folder``: on the CPU, in float32, in eval mode, drawing afresh at each call.
 
-    A target or a defense of the user's own (package.module) is imported only where ``trust_code`` is set. Raises
+    ``folder`` may also be that of the stage around it, or one that :mod:`dircluster.training.hub_folder` wrote. A
+    target or a defense of the user's own (package.module) is imported only where ``trust_code`` is set. Raises
     CheckpointError where the folder is missing, damaged, or holds something else.
     """
-    found = checkpoint.read(folder)
-    facts = found.state.get("defense")
-    if facts is None:
-        raise checkpoint.CheckpointError(f"{folder} holds no finished defense (it is a {found.state.get('stage')})")
+    facts, tensors = hub_folder.read(folder) if hub_folder.is_one(folder) else _finished(folder)
     try:
         name, wanted = str(facts.get("name", "dir")), str(facts["architecture"])
         own = [text for text in (wanted,) if ":" in text and not text.startswith("timm:")]
@@ -44,10 +44,16 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
     try:
         run = defense.from_plain(facts)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {error}") from error
-    networks = {name: defense.build(run, name) for name in (defense.purifier, "classifier")}
-    for name, network in networks.items():
-        _load(network, found.tensors[name], str(folder))
+        raise checkpoint.CheckpointError(f"{folder} does not say what defense it holds: {first_line(error)}") from error
+    networks: dict[str, nn.Module] = {}
+    with plain_torch():
+        for part in (defense.purifier, "classifier"):
+            if part not in tensors:
+                raise checkpoint.CheckpointError(f"{folder} holds no weights of its {part}")
+            if not own:
+                _check_size(lambda part=part: defense.build(run, part), tensors[part], str(folder))  # type: ignore[misc]
+            networks[part] = defense.build(run, part)
+            _load(networks[part], tensors[part], str(folder))
     return defense.defended(run, networks).eval()
 
 
@@ -64,53 +70,93 @@ def load_shipped(uri: str) -> Defended:
     return bare.eval()
 
 
-def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> nn.Module:
-    """The classifier that ``target.uri`` names: timm:NAME, zoo:NAME, a safetensors file, or a folder that a run left.
+def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a finished defense is, and its weights by network."""
+    place = checkpoint.finished(folder)
+    inside = sorted(folder.glob("*/final")) if checkpoint.digest(place) is None else []
+    if inside:
+        names = ", ".join(str(each.relative_to(folder)) for each in inside if checkpoint.digest(each) is not None)
+        raise checkpoint.CheckpointError(
+            f"{folder} holds no committed checkpoint; it is the storage of runs, name one of its finished stages:"
+            f" {names or 'there is none'}"
+        )
+    found = checkpoint.read(place)
+    facts = found.state.get("defense")
+    if not isinstance(facts, dict):
+        raise checkpoint.CheckpointError(f"{folder} holds no finished defense (it is a {found.state.get('stage')})")
+    return facts, found.tensors
 
-    Raises ConfigError where it cannot be had or does not fit ``config.data``.
+
+def _check_size(build: Callable[[], nn.Module], tensors: dict[str, Tensor], source: str) -> None:
+    """Raise ConfigError where a network would be larger than its stored weights, before memory is asked for."""
+    most = sum(value.numel() for value in tensors.values())
+    try:
+        with torch.device("meta"), at_most(2 * most + 1000):
+            build()
+    except TooLargeError as error:
+        raise ConfigError(f"{source} describes a network larger than its {most:,} stored weights") from error
+
+
+@dataclass(frozen=True)
+class GivenTarget:
+    """The classifier that ``target.uri`` names, on the CPU."""
+
+    classifier: nn.Module
+    sha256: str
+    """Of the file; of the manifest where it is the folder of a checkpoint; of the weights where timm has them."""
+    notes: list[str]
+    """What has to be said of how it was taken, a line each."""
+
+
+def given_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> GivenTarget:
+    """The classifier that ``target.uri`` names: timm:NAME, zoo:NAME, a file of weights, or a folder that
+    a run left.
+
+    Raises ConfigError where it cannot be had, does not fit ``config.data``, or is dead.
     """
-    uri = config.target.uri
+    uri, notes = config.target.uri, list[str]()
     assert uri is not None
     if uri.startswith("timm:"):
-        classifier = classifiers.build(uri, config.data, pretrained=True)
+        classifier = classifiers.build(uri, config.data, pretrained=True, normalization=config.target.normalization)
+        sha = hashlib.sha256(dump_tensors(classifier.state_dict())).hexdigest()
     else:
-        classifier = find_defense(config.defense).build(config, "classifier")
-        place = folder_of(uri) if is_shipped(uri) else open_path(uri)
-        _load(classifier, _target_tensors(place), uri)
-    check_weights(classifier, f"target.uri {uri!r}")
+        with plain_torch():
+            classifier = find_defense(config.defense).build(config, "classifier")
+        found, sha = _target_tensors(folder_of(uri) if is_shipped(uri) else open_path(uri))
+        notes = weights.load_weights(classifier, found, config.target, config.data, f"target.uri {uri!r}")
     classifiers.check_classes(classifier, config.data)
-    return classifier
+    classifiers.check_alive(classifier, config.data)
+    return GivenTarget(classifier, sha, notes)
 
 
-def _target_tensors(path: Path) -> dict[str, Tensor]:
+def load_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> nn.Module:
+    """The module of :func:`given_target`."""
+    return given_target(config, open_path).classifier
+
+
+def _target_tensors(path: Path) -> tuple[Any, str]:
+    """Weights of the file or folder, as plain data, and their SHA-256."""
+    source = f"target.uri {str(path)!r}"
     if path.is_dir():
-        groups = checkpoint.read(path).tensors
+        place = checkpoint.finished(path)
+        groups = hub_folder.read(path)[1] if hub_folder.is_one(path) else checkpoint.read(place).tensors
         if "classifier" not in groups:
-            raise ConfigError(f"target.uri {str(path)!r} holds no classifier")
-        return groups["classifier"]
+            raise ConfigError(f"{source} holds no classifier")
+        sha = checkpoint.digest(place) or hashlib.sha256(dump_tensors(groups["classifier"])).hexdigest()
+        return groups["classifier"], sha
     if not path.is_file():
-        raise ConfigError(f"target.uri {str(path)!r} does not exist")
+        raise ConfigError(f"{source} does not exist")
     try:
-        return parse_tensors(path.read_bytes())
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"target.uri {str(path)!r} is not a sound safetensors file: {error}") from error
+        blob = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror or first_line(error)}") from error
+    return weight_files.parse(blob, source), hashlib.sha256(blob).hexdigest()
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load into ``module``, or into its ``network`` where the tensors are those of a bare classifier."""
-    own = module.state_dict()
-    inner = getattr(module, "network", None)
-    if isinstance(inner, nn.Module) and set(tensors) == set(inner.state_dict()):
-        module, own = inner, inner.state_dict()
-    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or unknown:
-        name = (missing or unknown)[0]
-        raise ConfigError(f"{source} does not fit the model: {name!r} is {'missing' if missing else 'unknown'}")
-    for name, value in sorted(tensors.items()):
-        if value.shape != own[name].shape:
-            raise ConfigError(
-                f"{source} does not fit the model: {name!r} is {tuple(value.shape)}, not {tuple(own[name].shape)};"
-                " check data.classes, data.channels and the architecture"
-            )
+    """Load ``tensors`` into ``module``. Raises ConfigError where they do not fit or are not finite."""
+    if wrong := weights.misfit(tensors, module.state_dict()):
+        raise ConfigError(f"{source} does not fit the model: {wrong}")
+    weights.check_numbers(tensors, source)
     with torch.no_grad():
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors, strict=False)

@@ -74,6 +74,8 @@ class Run:
         self.selection: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         """What was trained and evaluated took, by stage: nothing of what was reused."""
+        self.target: dict[str, Any] | None = None
+        """The target that was given, where one was: its URI and SHA-256."""
 
     def execute(self) -> dict[str, Any]:
         """Train what is not there yet and judge it: -> checkpoint, results and selection, as plain data.
@@ -109,6 +111,7 @@ class Run:
             "selection": self.selection,
             "seconds": self.seconds,
             "data": self.data.fingerprint,
+            "target": self.target,
         }
 
     def _load_everywhere(self) -> None:
@@ -125,21 +128,24 @@ class Run:
 
     def _given_target(self, networks: stages.Networks) -> StageFolder:
         """Take the target that ``target.uri`` names."""
-        given = self.parallel.first_does(self._keep_given_target)
-        stage_folder = StageFolder("target", given[0], self.open_path(given[1]))
+        key, folder, sha256, notes = self.parallel.first_does(self._keep_given_target)
+        self.target = {"uri": self.config.target.uri, "sha256": sha256}
+        stage_folder = StageFolder("target", key, self.open_path(folder))
         kept = checkpoint.read(stage_folder.final, stage_folder.key).tensors["classifier"]
         networks["classifier"].load_state_dict(kept)
         if self.parallel.first:
-            self.console.say(f"target: taken from {self.config.target.uri}")
+            for note in (f"taken from {self.config.target.uri} (SHA-256 {sha256[:16]})", *notes):
+                self.console.say(f"target: {note}")
         return stage_folder
 
-    def _keep_given_target(self) -> tuple[str, str]:
-        weights = export.load_target(self.config, self.open_path).state_dict()
+    def _keep_given_target(self) -> tuple[str, str, str, list[str]]:
+        given = export.given_target(self.config, self.open_path)
+        weights = given.classifier.state_dict()
         key = digest({"target": architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}})
         stage_folder = find_stage_folder(self.storage, "target", key)
         if stage_folder.digest is None:
             checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
-        return key, str(stage_folder.folder)
+        return key, str(stage_folder.folder), given.sha256, given.notes
 
     def _stage(
         self, stage: Stage, inputs: Mapping[str, str | None], networks: stages.Networks, facts: dict[str, Any]

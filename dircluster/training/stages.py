@@ -38,7 +38,8 @@ def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
     """The settings that decide a stage's weights, as nested plain data in one form."""
     plain = to_dict(config.canonical)
     settings = {section: plain[section] for section in (*stage.sections, "attack", "training")}
-    settings.get("target", {}).pop("uri", None)
+    for name in ("uri", "entry"):
+        settings.get("target", {}).pop(name, None)
     if not stage.on_pipeline:  # stages that craft alike are one, whatever is trained over them
         settings["attack"] |= {name: LATER_FIELDS[f"attack.{name}"] for name in CRAFTING}
     settings["data"] = {

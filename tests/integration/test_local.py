@@ -184,7 +184,7 @@ def test_the_summary(train: Train) -> None:
 def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_path: Path) -> None:
     shutil.copytree(trained.folder / "runs", tmp_path / "runs")
     final = next((tmp_path / "runs").glob("dir-*/final"))
-    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    save_file({"x": torch.zeros(2, 2)}, tmp_path / "foreign.safetensors")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     target = next((tmp_path / "runs").glob("target-*/final"))

@@ -54,6 +54,10 @@ class Launch:
         job = self.job
         storage.to_environment(self.config.storage)
         preflight.check(self.config, on_ray=job.launcher == "ray")
+        if job.export is not None:
+            from dircluster.training import hub_folder
+
+            hub_folder.check(job.export)
         self.foretold: list[Any] = []
         if job.calibration is not None:  # before anything is trained: it may be another preset's
             from dircluster.cluster.commands.plan import foretold
@@ -147,7 +151,7 @@ class Launch:
     def _register(self, outcome: dict[str, Any], terminal: Any) -> None:
         if outcome["status"] != "FINISHED" or self.record is None:
             return
-        from dircluster.cluster.tracking.jobs import describe_run, log_dataset, log_files
+        from dircluster.cluster.tracking.jobs import describe_run, log_dataset, log_files, log_target
         from dircluster.cluster.tracking.registry import register
         from dircluster.evaluation.model_card import model_card
 
@@ -156,6 +160,7 @@ class Launch:
         texts = {"model_card.md": card, "config.yaml": cli.to_yaml(self.job.run)}
         try:
             log_dataset(self.record, data.name, outcome["data"], data.uri or data.name)
+            log_target(self.record, outcome["target"])
             log_files(self.record, texts)
             describe_run(self.record, card)
             outcome["model"], outcome["champion"] = register(
@@ -164,10 +169,21 @@ class Launch:
         except Exception as error:  # the defense is in its folder, whatever MLflow says
             terminal.say(f"MLflow could not register the model: {first_line(error)}; it is in {folder}")
 
+    def _export(self, outcome: dict[str, Any], terminal: Any) -> None:
+        if self.job.export is None:
+            return
+        from dircluster.evaluation.model_card import model_card
+        from dircluster.training import hub_folder
+
+        card = model_card(self.job.run, outcome, self.commit, str(self.job.export.resolve().name))
+        hub_folder.write(storage.open_path(outcome["checkpoint"], self.config.storage), self.job.export, card)
+        terminal.say(f"exported  {self.job.export}")
+
     def _tell(self, outcome: dict[str, Any], terminal: Any) -> None:
         seconds = time.monotonic() - self.began
         if outcome["status"] == "FINISHED":
             terminal.table(outcome["results"])
+            self._export(outcome, terminal)
             terminal.say(f"defense   {outcome['checkpoint']}")
             if outcome.get("model"):
                 terminal.say(f"model     {outcome['model']}")
@@ -197,6 +213,7 @@ class Launch:
             "model": outcome.get("model"),
             "champion": outcome.get("champion"),
             "checkpoint": outcome.get("checkpoint"),
+            "target": outcome.get("target"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "selection": outcome.get("selection", {}),
             "took": {name: round(value, 1) for name, value in outcome.get("seconds", {}).items()},

@@ -100,7 +100,7 @@ def committed(job_spec: JobSpec, config: RunConfig) -> str | None:
         return None if found.bare else found.sha256
     if job_spec.defense == "none" or FACTORY.fullmatch(job_spec.defense):
         return None
-    return checkpoint.digest(open_path(job_spec.defense, config.storage))
+    return checkpoint.digest(checkpoint.finished(open_path(job_spec.defense, config.storage)))
 
 
 def with_suite(config: RunConfig, suite: str | None, verdict: bool) -> RunConfig:

@@ -41,7 +41,7 @@ from dircluster.cluster.tracking.owners import OWNER_TAG, close_abandoned, this_
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
 
-JOB_TAG, FOLDER_TAG = "dircluster.job", "dircluster.folder"
+JOB_TAG, FOLDER_TAG, TARGET_TAG = "dircluster.job", "dircluster.folder", "dircluster.target_sha256"
 ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
 MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
@@ -272,6 +272,13 @@ def log_dataset(job: JobRecord, name: str, fingerprint: str, source: str) -> Non
     with contextlib.suppress(Exception):
         inputs = [DatasetInput(dataset_of(name, fingerprint, source), [])]
         MlflowClient(job.uri).log_inputs(job.run_id, inputs)
+
+
+def log_target(job: JobRecord, given: Mapping[str, str] | None) -> None:
+    """Tag the parent run with the SHA-256 of the target that it was given, where it was."""
+    if given is not None:
+        with contextlib.suppress(Exception):
+            MlflowClient(job.uri).set_tag(job.run_id, TARGET_TAG, given["sha256"])
 
 
 def log_files(job: JobRecord, texts: Mapping[str, str]) -> None:

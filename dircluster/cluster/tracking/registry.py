@@ -24,6 +24,7 @@ from dircluster.cluster.storage import copy, open_path
 from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
+from dircluster.cluster.tracking.packaging import pack
 from dircluster.cluster.tracking.sqlite_record import file_of
 from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.evaluation.results import headline
@@ -33,7 +34,6 @@ DATASET_TAG, THREAT_TAG = "dircluster.dataset", "dircluster.threat"
 THREATS = {"linf": "Linf", "l2": "L2"}
 """Threat models by the names that RobustBench has for them."""
 TRACKING = "MLFLOW_TRACKING_URI"
-REQUIREMENTS = ["dircluster", "torch", "timm", "safetensors", "numpy"]
 
 
 def register(job: JobRecord, config: RunConfig, folder: Path, card: str, outcome: dict[str, Any]) -> tuple[str, str]:
@@ -71,13 +71,23 @@ def _log(
         inputs=Schema([TensorSpec(np.dtype("float32"), (-1, data.channels, data.height, data.width))]),
         outputs=Schema([TensorSpec(np.dtype("float32"), (-1, data.classes))]),
     )
-    with _quiet(), _tracking(job.uri), mlflow.start_run(run_id=job.run_id, log_system_metrics=False):
+    shape = (data.channels, data.height, data.width)
+    example = np.random.default_rng(0).random((2, *shape)).round(3).astype(np.float32)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        _quiet(),
+        _tracking(job.uri),
+        mlflow.start_run(run_id=job.run_id, log_system_metrics=False),
+    ):
+        code, requirements = pack(config, Path(place))
         logged = mlflow.pyfunc.log_model(
             name="defense",
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"checkpoint": str(folder)},
             signature=signature,
-            pip_requirements=REQUIREMENTS,
+            pip_requirements=requirements,
+            code_paths=code,
+            input_example=example,
             registered_model_name=name,
             metadata={"sha256": sha},
         )
@@ -106,7 +116,7 @@ def judged(config: RunConfig, sha: str, found: dict[str, Any], data: str) -> lis
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow warns of what is meant here (no input example) and announces what the caller prints anyway."""
+    """MLflow warns of what is meant here and announces what the caller prints anyway."""
     logger = logging.getLogger("mlflow")
     level = logger.level
     logger.setLevel(logging.ERROR)

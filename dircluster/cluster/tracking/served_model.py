@@ -8,8 +8,10 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
+from dircluster.config import ConfigError
 from dircluster.training.export import load_defense_folder
 
 
@@ -22,8 +24,12 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defin
         )  # who runs this file has trusted the model's code already
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
-        with torch.no_grad():
-            logits: NDArray[np.float32] = self.defense(torch.as_tensor(model_input, dtype=torch.float32)).numpy()
+        try:
+            images = torch.as_tensor(np.asarray(model_input, dtype=np.float32))
+            with torch.no_grad():
+                logits: NDArray[np.float32] = self.defense(images).numpy()
+        except (ConfigError, TypeError, ValueError) as error:  # who asked has to know, and the server goes on
+            raise MlflowException.invalid_parameter_value(str(error)) from error
         return logits
 
 

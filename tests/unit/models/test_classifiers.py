@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dircluster import config
 from dircluster.config import ConfigError, DataConfig
+from dircluster.models import elsewhere
 from dircluster.models.classifiers import ARCHITECTURES, Normalized, PreActBlock, build, check_classes, last_map
 
 COLOR = DataConfig(name="cifar10", height=32, width=32, channels=3)
@@ -108,6 +111,68 @@ def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="cannot be imported"):
         build("no_such_module:make", DataConfig())
     sys.modules.pop("my_target", None)
+
+
+FACTORIES = """
+from torch import nn
+class ByKeyword(nn.Sequential):
+    def __init__(self, num_classes, in_chans):
+        super().__init__(nn.Flatten(), nn.Linear(in_chans * 64, num_classes))
+def in_channels(n_classes=3, in_channels=3): return ByKeyword(n_classes, in_channels)
+def nothing(): return ByKeyword(10, 1)
+def any_name(**how): return ByKeyword(**how)
+def any_other(**how): return in_channels(**how)
+def classes_alone(num_classes=1000, weights=None): return ByKeyword(num_classes, 1)
+class Place:
+    make = ByKeyword
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["ByKeyword", "in_channels", "nothing", "any_name", "any_other", "classes_alone", "Place.make"]
+)
+def test_factories_are_called_by_the_names_that_they_take(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = build(f"factories:{name}", DataConfig())
+    check_classes(made, DataConfig())
+    normalized = build(f"factories:{name}", DataConfig(), normalization=((0.3,), (0.2,)))
+    assert isinstance(normalized, Normalized)
+    sys.modules.pop("factories", None)
+
+
+def test_torchvisions_networks_are_targets() -> None:
+    with torch.device("meta"):
+        network = build(
+            "torchvision.models:resnet18", COLOR, normalization=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+        check_classes(network, COLOR)
+        with pytest.raises(ConfigError, match="the target cannot take 1x8x8 images"):
+            check_classes(build("torchvision.models:resnet18", DataConfig()), DataConfig())
+
+
+def test_published_weights_without_a_network_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(elsewhere, "answers", lambda url: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^timm:resnet18 could not be made: huggingface.co does not answer and"):
+        build("timm:resnet18", COLOR, pretrained=True)
+    assert time.monotonic() - began < 5
+
+
+def test_whether_a_server_answers() -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        assert not elsewhere.answers(f"http://127.0.0.1:{port}")  # nobody listens
+        listening.listen()
+        began = time.monotonic()
+        assert not elsewhere.answers(f"http://127.0.0.1:{port}")  # somebody does, and says nothing
+        assert time.monotonic() - began < 2 * elsewhere.PATIENCE
 
 
 def test_an_unknown_timm_model_is_named() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import dircluster
 from dircluster.config import ConfigError, RunConfig
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
+from dircluster.evaluation.model_card import model_card
+from dircluster.training import checkpoint, hub_folder
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 
@@ -38,16 +43,28 @@ def test_a_finished_defense_loads_and_classifies(smoke: RunConfig) -> None:
     assert torch.equal(defense.fixed(1)(images), dircluster.load_defense(str(folder)).fixed(1)(images))
     with pytest.raises(ConfigError, match="holds no finished defense"):
         dircluster.load_defense(next(folder.parents[1].glob("target-*")) / "final")
+    stage = dircluster.load_defense(folder.parent)
+    assert torch.equal(defense.fixed(1)(images), stage.fixed(1)(images))
+    with pytest.raises(ConfigError, match=r"is the storage of runs, name one of its finished stages: dir-\w+/final"):
+        dircluster.load_defense(folder.parents[1])
     with pytest.raises(ConfigError, match="holds no committed checkpoint"):
-        dircluster.load_defense(folder.parent)
+        dircluster.load_defense(folder.parents[2])
 
 
 @pytest.mark.long
 def test_given_targets(smoke: RunConfig, tmp_path: Path) -> None:
     classifier = find_defense("dir").build(dataclasses.replace(smoke, seed=5), "classifier")
     save_file(classifier.state_dict(), tmp_path / "whole.safetensors")
-    save_file(classifier.network.state_dict(), tmp_path / "bare.safetensors")
-    outcomes = [run(given(smoke, tmp_path / f"{name}.safetensors")) for name in ("whole", "bare")]
+    torch.save({"net": classifier.network.state_dict()}, tmp_path / "bare.pt")
+    outcomes = [
+        run(given(smoke, tmp_path / "whole.safetensors")),
+        run(given(smoke, tmp_path / "bare.pt", mean=(0.5,), std=(0.5,))),
+    ]
+    shas = [hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("whole.safetensors", "bare.pt")]
+    assert [outcome["target"]["sha256"] for outcome in outcomes] == shas
+    assert f"- target: given, `{tmp_path}/bare.pt` (SHA-256 {shas[1]}), small_cnn" in model_card(
+        given(smoke, tmp_path / "bare.pt"), outcomes[1], "abc"
+    )
     assert outcomes[0]["checkpoint"] == outcomes[1]["checkpoint"]  # the same weights are the same target
     loaded = dircluster.load_defense(outcomes[0]["checkpoint"]).classifier
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), classifier.parameters(), strict=True))
@@ -57,10 +74,10 @@ def test_given_targets(smoke: RunConfig, tmp_path: Path) -> None:
 def test_targets_that_do_not_fit_are_one_line(smoke: RunConfig, tmp_path: Path) -> None:
     seven = dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, classes=7))
     save_file(find_defense("dir").build(seven, "classifier").state_dict(), tmp_path / "seven.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    save_file({"x": torch.zeros(2, 2)}, tmp_path / "foreign.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:-100])
     for name, message in {
-        "seven": r"'network.7.bias' is \(7,\), not \(10,\); check data.classes",
+        "seven": r"'7.bias' is \(7,\), not \(10,\); check data.classes",
         "foreign": "is missing",
         "cut": "is not a sound safetensors file",
         "nowhere": "does not exist",
@@ -74,3 +91,133 @@ def test_code_stored_with_older_models_still_finds_its_loader() -> None:
     from dircluster.training import bundle, export
 
     assert bundle.load_defense_folder is export.load_defense_folder
+
+
+@pytest.fixture
+def final(smoke: RunConfig, tmp_path: Path) -> Path:
+    """The folder of a finished defense that nobody trained."""
+    defense = find_defense("dir")
+    networks = {name: defense.build(smoke, name).state_dict() for name in ("denoiser", "classifier")}
+    checkpoint.write(tmp_path / "final", networks, {"stage": "dir", "defense": defense.to_plain(smoke)}, "key")
+    return tmp_path / "final"
+
+
+def changed(final: Path, section: str, name: str, value: Any) -> Path:
+    """The same folder, with hashes that fit, whose description says something else."""
+    found = checkpoint.read(final)
+    found.state["defense"][section][name] = value
+    checkpoint.write(final, found.tensors, found.state, "key")
+    return final
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("model", "encoder_depth", 10**9, "describes a network larger than its [0-9,]+ stored weights"),
+        ("model", "width", 3 * 10**8, "describes a network larger"),
+        ("data", "height", 10**4, "describes a network larger"),
+        ("data", "height", 10**9, "data.height must be at most 65536 pixels"),
+        ("data", "classes", 10**9, "describes a network larger"),
+        ("data", "height", 1.5, "does not say what defense it holds: DataConfig.height cannot be 1.5"),
+        ("data", "channels", "1", "DataConfig.channels cannot be '1'"),
+        ("data", "width", True, "DataConfig.width cannot be True"),
+        ("model", "patch", 0, "model.patch must be positive"),
+        ("model", "head", "other", "ModelConfig.head cannot be 'other'"),
+        ("masking", "ratio", None, "MaskingConfig.ratio cannot be None"),
+        ("masking", "count", 10**9, "masking.count must be at most the 16 patches"),
+        ("model", "depth", 3, "ModelConfig has no field depth"),
+    ],
+)
+def test_a_folder_that_describes_something_else_is_refused(
+    final: Path, section: str, name: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        dircluster.load_defense(changed(final, section, name, value))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("network", ["denoiser", "classifier"])
+def test_a_folder_of_numbers_that_are_not_finite_is_refused(final: Path, network: str) -> None:
+    found = checkpoint.read(final)
+    name, value = next(iter(found.tensors[network].items()))
+    checkpoint.write(
+        final, {**found.tensors, network: {**found.tensors[network], name: value * float("nan")}}, found.state, "key"
+    )
+    with pytest.raises(ConfigError, match=f"not finite .NaN or infinity. in '{name}'"):
+        dircluster.load_defense(final)
+    checkpoint.write(final, {"denoiser": found.tensors["denoiser"]}, found.state, "key")
+    with pytest.raises(ConfigError, match="holds no weights of its classifier"):
+        dircluster.load_defense(final)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_a_loaded_defense_is_of_float32_on_the_cpu(final: Path, default: torch.dtype) -> None:
+    images = torch.rand(2, 1, 8, 8)
+    expected = dircluster.load_defense(final).fixed(1)(images)
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        defense = dircluster.load_defense(final)
+        found, drawn = defense.fixed(1)(images), defense(images)
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+    assert drawn.dtype == torch.float32
+
+
+def test_a_uri_that_names_nothing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SHARED_CREDENTIALS_FILE", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for uri, message in {
+        "s3://": "s3:// must name a bucket",
+        "gs://bucket/x": "is not on this machine",
+        "https://127.0.0.1/x": "is not on this machine",
+        str(tmp_path / "none"): "holds no committed checkpoint",
+    }.items():
+        with pytest.raises(ConfigError, match=message) as refusal:
+            dircluster.load_defense(uri)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_as_hubs_show_it_loads_again(final: Path, tmp_path: Path) -> None:
+    images, hub = torch.rand(2, 1, 8, 8), tmp_path / "hub"
+    hub_folder.check(hub)
+    hub_folder.write(final, hub, "# A card\n")
+    assert sorted(file.name for file in hub.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert (hub / "README.md").read_text().startswith("---\nlibrary_name: dircluster\n")
+    found = dircluster.load_defense(hub)
+    assert torch.equal(found.fixed(1)(images), dircluster.load_defense(final).fixed(1)(images))
+    hub_folder.check(hub)
+    hub_folder.write(final, hub, "# Another card\n")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut": (lambda hub: (hub / "model.safetensors").write_bytes(b"12345678"), "is damaged: model.safetensors is not"),
+    "no weights": (lambda hub: (hub / "model.safetensors").unlink(), "has a config.json, but no model.safetensors"),
+    "no JSON": (lambda hub: (hub / "config.json").write_text("{"), "its config.json cannot be read"),
+    "of others": (
+        lambda hub: (hub / "config.json").write_text('{"model_type": "vit"}'),
+        "holds no defense of dircluster",
+    ),
+    "a list": (lambda hub: (hub / "config.json").write_text(json.dumps([1])), "holds no defense of dircluster"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_one_is_one_line(final: Path, tmp_path: Path, how: str) -> None:
+    hub_folder.write(final, tmp_path / "hub", "")
+    damage, message = DAMAGE[how]
+    damage(tmp_path / "hub")
+    with pytest.raises(ConfigError, match=message):
+        dircluster.load_defense(tmp_path / "hub")
+
+
+def test_an_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("")
+    for name, message in {"a/b": "does not exist", "file": "is a file", "full": "holds other files"}.items():
+        with pytest.raises(ConfigError, match=message):
+            hub_folder.check(tmp_path / name)

@@ -1,0 +1,123 @@
+"""Files of weights that somebody made elsewhere: read without running code, and sets of weights found in them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from torch import Tensor
+
+from dircluster.config import ConfigError, first_line
+from dircluster.models.elsewhere import Normalization
+
+SAVE = "torch.save(model.state_dict(), 'weights.pt')"
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that DataParallel, torch.compile and the like put in."""
+MEANS = ("mean", "mu", "means", "_mean", "image_mean", "pixel_mean", "norm_mean")
+STDS = ("std", "sigma", "stds", "_std", "image_std", "pixel_std", "norm_std")
+"""What the buffers of a normalization are called, pairwise."""
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")),
+    *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")  # type: ignore[attr-defined]
+      for name in ("scalar", "_reconstruct") for core in ("core", "_core")),
+    np.ndarray,
+]  # fmt: skip
+"""What files of weights often hold besides: accuracies as NumPy's numbers, and the options of the training."""
+
+
+def parse(blob: bytes, source: str) -> Any:
+    """What a .safetensors, .pt or .pth holds, as plain data and tensors on the CPU. Nothing that is read can execute.
+
+    Raises ConfigError, one line, where it is damaged, or holds objects instead of weights.
+    """
+    if not blob.startswith((b"PK\x03\x04", b"\x80")):
+        try:
+            return parse_tensors(blob)
+        except SafetensorError as error:
+            raise ConfigError(f"{source} is not a sound safetensors file, nor one of torch.save: {error}") from error
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        text = str(error)
+        if "TorchScript" in text:
+            raise ConfigError(f"{source} is a TorchScript program, not weights: save them by {SAVE}") from None
+        if found := re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"(?:class|type) ([\w.]+)", text):
+            raise ConfigError(
+                f"{source} holds a pickled object ({found[1]}), which could run code, not weights alone: where that"
+                f" code is trusted, load it and save the weights by {SAVE}"
+            ) from None
+        reason = first_line(error).partition(". ")[0]
+        raise ConfigError(f"{source} is not a sound file of weights: {reason}") from None
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """Tensors by name, without the parts that wrappers put in, and what a file says of them."""
+
+    tensors: dict[str, Tensor]
+    entry: str = ""
+    """Where in the file they stand."""
+    normalization: Normalization | None = None
+    """Mean and std that stand among them or beside them."""
+
+
+def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
+    """All sets of weights in what :func:`parse` gives, whatever they stand under."""
+    if isinstance(found, list | tuple):
+        found = {str(number): inner for number, inner in enumerate(found)}
+    if not isinstance(found, Mapping):
+        return []
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if any(value.ndim >= 2 for name, value in tensors.items() if name.rpartition(".")[2] not in (*MEANS, *STDS)):
+        return [_cleaned(tensors, entry)]
+    beside = _pair({k: v for k, v in found.items() if k in (*MEANS, *STDS)})
+    made = []
+    for name, inner in found.items():
+        if isinstance(name, str) and not name.startswith(("optim", "sched")):
+            for one in state_dicts(inner, f"{entry}.{name}".strip(".")):
+                made.append(StateDict(one.tensors, one.entry, one.normalization or beside))
+    return made
+
+
+def _cleaned(tensors: Mapping[str, Tensor], entry: str) -> StateDict:
+    tensors = {k: v for k, v in tensors.items() if k != "n_averaged"}
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
+    if len(set(names.values())) < len(names) or "" in names.values():  # a network's own part has such a name
+        names = {name: name for name in tensors}
+    return StateDict({names[name]: value for name, value in tensors.items()}, entry)
+
+
+def _pair(found: Mapping[str, Any]) -> Normalization | None:
+    """Mean and std by any of their names, as numbers; None where there are none."""
+    for mean, std in zip(MEANS, STDS, strict=True):
+        if mean in found and std in found:
+            try:
+                values = [torch.as_tensor(found[name], dtype=torch.float64).flatten().tolist() for name in (mean, std)]
+            except (TypeError, ValueError, RuntimeError):
+                return None
+            return tuple(values[0]), tuple(values[1])
+    return None
+
+
+def without_normalization(found: StateDict) -> StateDict:
+    """The weights apart from the mean and std among them."""
+    for mean, std in zip(MEANS, STDS, strict=True):
+        for name in found.tensors:
+            before, dot, last = name.rpartition(".")
+            other = f"{before}{dot}{std}"
+            if last == mean and other in found.tensors:
+                pair = _pair({mean: found.tensors[name], std: found.tensors[other]})
+                rest = {k: v for k, v in found.tensors.items() if k not in (name, other)}
+                return StateDict(rest, found.entry, pair)
+    return found
