@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from mlflow.entities import DatasetInput, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_SOURCE_NAME
 
 from dircluster.cluster.storage import is_remote
 from dircluster.cluster.tracking.accuracies import (
@@ -97,7 +98,7 @@ def open_job(
     """
     uri = default_uri(config)
     job = _job(config, sweep, child)
-    tags = {**tags, JOB_TAG: job}
+    tags = {MLFLOW_SOURCE_NAME: Path(sys.argv[0]).name, **tags, JOB_TAG: job}  # a column of the UI
     if child is not None:
         tags[SWEEP_TAG if child.shared else MLFLOW_PARENT_RUN_ID] = child.sweep
     params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
