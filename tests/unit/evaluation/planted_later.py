@@ -133,6 +133,11 @@ def every_other_pixel(gradient: Tensor) -> Tensor:
     return gradient * ((rows[:, None] + columns) % 2)
 
 
+def largest_tenth(gradient: Tensor) -> Tensor:
+    limit = gradient.abs().flatten(1).quantile(0.9, dim=1)[:, None, None, None]
+    return gradient * (gradient.abs() >= limit)
+
+
 def drowned(gradient: Tensor) -> Tensor:
     noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(len(gradient)))
     return gradient + 10 * gradient.flatten(1).std(dim=1)[:, None, None, None] * noise
@@ -153,6 +158,8 @@ LATER_FAULTS: dict[str, tuple[Make, str]] = {
     "a gradient at images of 8 bits alone": (around(grid_alone), GRADIENT),
     "a gradient in forty calls alone": (Tires, GRADIENT),
     "a gradient at every other pixel": (backward(every_other_pixel), SLOPE),
+    "a gradient at a tenth of the pixels": (backward(largest_tenth), SLOPE),
+    "a smoothed gradient": (backward(blurred), SLOPE),
     "noise that the image seeds": (around(by_image), SLOPE),
     "the nearest known image, straight through": (Nearest, SLOPE),
     "a gradient drowned in noise": (backward(drowned), SLOPE),
