@@ -158,16 +158,14 @@ class Defended(nn.Module):
         with torch.device("cpu"):
             return self.purifier.draw(rng.generator(self._seed, "fixed_masks", step=number), 1)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph would draw from a stream of its own
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph has a stream of its own
     def _fresh_draw(self, images: int) -> Tensor | None:
         if not self._seeded and os.getpid() != self._process:
             self._reseed()
         with torch.device("cpu"):
             drawn = self.purifier.draw(self._generator, images)
-        if drawn is not None and (
-            torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            or torch.compiler.is_exporting()
-        ):
+        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if drawn is not None and (traced or torch.compiler.is_exporting()):
             raise ConfigError(
                 "an export would keep one draw for all calls: export defense.fixed(seed), or give the draws as a second"
                 " input, (images, defense.draw(len(images)))"
@@ -226,8 +224,8 @@ class Defended(nn.Module):
         images = self._taken(images)
         count = images.shape[0]
         if count == 0:
-            one: Tensor = self.fixed(0)(images.new_zeros((1, *images.shape[1:])))
-            return one[:0]
+            logits: Tensor = self.fixed(0)(images.new_zeros((1, *images.shape[1:])))
+            return logits[:0]
         if draws is not None and draws.shape[0] != count:
             raise ConfigError(f"draws must be one row an image, got {draws.shape[0]} for {count} images")
         if draws is not None or self.draws == 1 or not self.purifier.randomized:

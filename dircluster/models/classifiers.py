@@ -199,9 +199,9 @@ def build(
     published weights with their own head. ``normalization`` is put in front of the network instead of its own, which a
     factory's is not known to have. Raises ConfigError when it cannot be made.
     """
-    own: Normalization
+    own: Normalization = (0.5,), (0.5,)
     if architecture in ARCHITECTURES:
-        network, own = ARCHITECTURES[architecture](data), ((0.5,), (0.5,))
+        network = ARCHITECTURES[architecture](data)
     elif architecture.startswith("timm:"):
         name, classes = architecture[len("timm:") :], None if pretrained else data.classes
         network, own = timm_network(name, classes, data.channels, pretrained)
