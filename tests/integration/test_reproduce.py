@@ -145,7 +145,7 @@ def test_what_it_would_take(tmp_path: Path) -> None:
         (("fig6b", "--only", "menet"), "--only menet leaves nothing of fig6b, which has identity, finetune, apegan_a"),
         (("table1", "--dir.alpha", "1"), "dir.alpha is no setting of identity: "),
         (
-            ("table1", "--evaluation.suite", "quick"),
+            ("table1", "--evaluation.suite", "paper"),
             "--evaluation.suite is decided by what is reproduced: ",
         ),
         (("table1", "--seeds", "0"), "--seeds must be at least 1, got 0"),
