@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ def test_a_registered_defense_is_served_by_its_own_code(trained: Trained, tmp_pa
         "MLFLOW_TRACKING_URI": f"sqlite:///{trained.folder}/runs/mlflow.db",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONPATH": str(broken.parent),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # MLflow looks for uvicorn there
     }
     log, url = tmp_path / "log", f"http://127.0.0.1:{port}"
     with log.open("w") as out:
@@ -71,7 +73,8 @@ def test_a_registered_defense_is_served_by_its_own_code(trained: Trained, tmp_pa
             asked(url, images.reshape(3, 8, 8, 1))
         assert refusal.value.code == 400
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
