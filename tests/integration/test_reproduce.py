@@ -124,11 +124,11 @@ def test_on_ray_with_pictures(train: Callable[..., Outcome], tmp_path: Path) -> 
 
 
 def test_what_it_would_take(tmp_path: Path) -> None:
-    words = ("table1", "digits_smoke", "--only", "identity", "--budget", "0.0001", "--dry-run", *LOCAL)
+    words = ("table1", "digits_smoke", "--only", "identity", "--budget", "0.001", "--dry-run", *LOCAL)
     done = run_job("reproduce", *words, folder=tmp_path)
     assert done.code == 0, done.err
     assert "training, min" in done.out
-    assert "schedules times 0." in done.out
+    assert "schedules times 0." in " ".join(done.out.split())
     assert not (tmp_path / "runs").exists()
 
 

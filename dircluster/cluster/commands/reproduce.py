@@ -27,8 +27,8 @@ def _reproduce(job: cli.ReproduceJob) -> int:
     only = tuple(word.strip() for word in job.only.split(",") if word.strip())
     chosen = _chosen(job, only)
     given = {name: value for name, value in cli.describe(job).items() if name != "seed"}
-    for name in given:
-        if name in DECIDED:
+    for name in DECIDED:
+        if name in job.given:
             raise ConfigError(f"--{name} is decided by what is reproduced: leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("reproduce is one process: leave out torchrun, and give --scaling.workers to --launcher ray")
