@@ -17,6 +17,7 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.defenses.dir import MaskedPurifier
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import build
 from dircluster.presets.dir import MaskingConfig, ModelConfig
@@ -211,7 +212,7 @@ def test_one_in_somebodys_module_draws_from_the_stream_that_is_held_fixed(defens
     state = defense._generator.get_state()
     for module in (Wrapper(defense), nn.Sequential(defense, nn.Identity()), lambda images: defense(images)):
         victim = VictimModel(module, "wrapped")
-        victim.meet(IMAGES, highest=9)  # raises where the same stream gives other logits
+        meet(victim, IMAGES, highest=9)  # raises where the same stream gives other logits
         assert victim.randomized
     assert torch.equal(defense._generator.get_state(), state)  # its own stream is left as it was
 
