@@ -133,7 +133,11 @@ def test_a_signal_while_ray_starts_ends_the_run_before_workers_do(
 
 def test_what_ray_starts_does_not_end_by_a_terminal_that_is_closed() -> None:
     words = ["sh", "-c", "kill -HUP $$; echo lives"]
-    with driver._children_do_not_hear(signal.SIGHUP):
-        inside = subprocess.run(words, capture_output=True, text=True, check=False)
-    outside = subprocess.run(words, capture_output=True, text=True, check=False)
+    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started the tests may have had it ignored
+    try:
+        with driver._children_do_not_hear(signal.SIGHUP):
+            inside = subprocess.run(words, capture_output=True, text=True, check=False)
+        outside = subprocess.run(words, capture_output=True, text=True, check=False)
+    finally:
+        signal.signal(signal.SIGHUP, usual)
     assert (inside.stdout, outside.stdout) == ("lives\n", "")
