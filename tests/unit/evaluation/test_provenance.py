@@ -65,7 +65,7 @@ OF_DIR = {name for name in EVERY if name.startswith("dir")}
     [
         ("attacks/masked.py", "X = 1", {"dir masked", "plain masked"}),
         ("attacks/autoattack.py", "X = 1", {"dir autoattack", "plain autoattack"}),
-        ("attacks/gradient.py", "X = 1", EVERY - {"plain natural"}),
+        ("attacks/gradient.py", "X = 1", EVERY),
         ("models/masked_vit.py", "X = 1", OF_DIR),
         ("defenses/dir.py", "X = 1", OF_DIR),
         ("models/masking.py", "X = 1", OF_DIR),
