@@ -113,9 +113,9 @@ def test_bad_input_is_one_line_and_exit_2(place: Path, trained: Trained) -> None
     final = trained.final
     cases = {
         "--defense is missing": (),
-        "holds no committed": ("--defense", "nowhere"),
+        "does not exist": ("--defense", "nowhere"),
         "say which with --target.uri": ("--defense", "none"),
-        "No module named 'absent'": ("--defense", "absent:make"),
+        "there is no module 'absent'": ("--defense", "absent:make"),
         "has no attribute 'absent'": ("--defense", "mine:absent"),
         "OSError: no": ("--defense", "mine:broken"),
         "returns probabilities": ("--defense", "mine:sure"),
