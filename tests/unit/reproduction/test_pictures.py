@@ -1,0 +1,55 @@
+"""Figures of what was trained, here on networks that nobody trained; and what is left out where a system is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dircluster.config import ConfigError
+from dircluster.data.split import Split
+from dircluster.defenses.base import Defended
+from dircluster.defenses.table import find_defense
+from dircluster.presets import preset
+from dircluster.reproduction.cells import Cell, Found
+from dircluster.reproduction.pictures import PICTURES, Scene, swept
+from dircluster.reproduction.tables import exhibits
+
+PNG = b"\x89PNG"
+
+
+def untrained(name: str) -> Defended:
+    run = preset(name)
+    defense = find_defense(run.defense)
+    return defense.defended(run, {part: defense.build(run, part) for part in (defense.purifier, "classifier")}).eval()
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    names = {"identity": "identity_", "natural": "identity_", "dir": "", "hgd": "hgd_", "hgd_a": "hgd_a_"}
+    defenses = {system: untrained(f"digits_{name}smoke") for system, name in names.items()}
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (16, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    test = Split(pixels, torch.randint(10, (16,), generator=generator))
+    return Scene(defenses, test, preset("digits").attack, steps=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["noise", "restored", "gallery"])
+def test_figures_are_drawn(scene: Scene, name: str) -> None:
+    assert PICTURES[name](scene).startswith(PNG)
+
+
+def test_a_figure_says_what_it_lacks(scene: Scene) -> None:
+    alone = replace(scene, defenses={"hgd": scene.defenses["hgd"]})
+    with pytest.raises(ConfigError, match="dir was not trained"):
+        PICTURES["restored"](alone)
+
+
+@pytest.mark.parametrize("name", ["table5", "ratio", "fig6a", "fig6b"])
+def test_cells_are_drawn_as_a_sweep(name: str) -> None:
+    exhibit = exhibits("cifar10")[name]
+    found = Found((0.5, 0.6), 100)
+    cells = [[Cell(line.label, column, found) for column in exhibit.columns] for line in exhibit.lines]
+    cells[-1] = [Cell(exhibit.lines[-1].label, column, error="failed") for column in exhibit.columns]
+    assert swept(exhibit, cells).startswith(PNG)
