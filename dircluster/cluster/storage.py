@@ -119,7 +119,7 @@ def version(uri: str, storage: StorageConfig) -> str:
 
 def check_name(uri: str) -> None:
     """Raise ConfigError where ``storage.uri`` holds what MLflow, SQLite or S3 take for something else in an address."""
-    bent = sorted(set(re.findall(r"[%?#\\\x00-\x1f\x7f]", uri)))
+    bent = sorted(set(re.findall(r"[%?#\x00-\x1f\x7f]", uri)))
     if bent:
         raise ConfigError(
             f"storage.uri {uri!r} holds {' and '.join(map(repr, bent))}, which mean something else in an address:"
