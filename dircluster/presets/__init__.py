@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def preset(name: str, defense: str = "") -> RunConfig:
     if name in known:
         return _made(name, known[name], run_type(defense) if defense else RunConfig)
     if not defense:
-        raise ConfigError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        near = get_close_matches(name, PRESETS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+        raise ConfigError(f"unknown preset {name!r}; {hint}")
     there = f"there are {', '.join(known)}" if "" not in known else "it has no PRESETS: leave the name out"
     other = f", which is of defense {PRESETS[name]().defense}" if name in PRESETS else ""
     raise ConfigError(f"defense {defense} has no preset {name!r}{other}; {there}")

@@ -139,7 +139,8 @@ def test_the_names_that_others_script_against() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("cifr", "unknown preset 'cifr'; there are digits, cifar10"),
+        ("xyz", "unknown preset 'xyz'; there are digits, cifar10"),
+        ("digtis", "unknown preset 'digtis'; did you mean digits"),
         ("--masking.ratio 50", "masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
         ("--masking.ratoi 0.3", "--masking.ratio"),
         ("--model.encoder-depth deep", "--model.encoder-depth"),
