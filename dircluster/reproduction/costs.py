@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dircluster.config import RunConfig, digest
+from dircluster.config import ConfigError, RunConfig, digest
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
 from dircluster.training.forecast import Calibration, calibrate, stage_seconds
 from dircluster.training.stages import stage_settings, stages_of
 
-TIMED = 0.5
+TIMED = 2.0
 """Seconds for which a stage is timed."""
+LEAST = 0.01
+"""The least that schedules are multiplied by."""
 Sizes = Callable[[RunConfig], tuple[int, int, int]]
 """A run -> its training, held-out and test images."""
 
@@ -60,10 +62,19 @@ def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Co
 
 
 def factor_for(minutes: float, found: list[Cost]) -> float:
-    """What all schedules are multiplied by for the trainings to take so many minutes: at most 1, of two digits."""
-    share = 60 * minutes / sum(cost.seconds for cost in found)
+    """What all schedules are multiplied by for the trainings to take so many minutes: at most 1, of two digits.
+
+    Raises ConfigError below LEAST, where nothing would be learned, or the machine is so busy that no timing holds.
+    """
+    whole = sum(cost.seconds for cost in found) / 60
+    share = minutes / whole
     if share >= 1:
         return 1.0
+    if share < LEAST:
+        raise ConfigError(
+            f"--budget {minutes:g} is too little of the {whole:,.0f} minutes that are foretold: give at least"
+            f" {math.ceil(LEAST * whole)}, fewer systems (--only), or a machine that is less busy"
+        )
     step = 10.0 ** (math.floor(math.log10(share)) - 1)
     return round(math.floor(share / step) * step, 12)
 

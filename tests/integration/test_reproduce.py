@@ -123,12 +123,14 @@ def test_on_ray_with_pictures(train: Callable[..., Outcome], tmp_path: Path) -> 
     assert {"fig2.png", "table2.png"} & kept == {"fig2.png"}
 
 
-def test_what_it_would_take(tmp_path: Path) -> None:
-    words = ("table1", "digits_smoke", "--only", "identity", "--budget", "0.001", "--dry-run", *LOCAL)
+def test_what_it_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dircluster.cluster.reproducing.reproduction.factor_for", lambda minutes, found: 0.5)
+    monkeypatch.setattr("dircluster.cluster.reproducing.reproduction.TIMED", 0.1)
+    words = ("table1", "digits_smoke", "--only", "identity", "--budget", "1", "--dry-run", *LOCAL)
     done = run_job("reproduce", *words, folder=tmp_path)
     assert done.code == 0, done.err
     assert "training, min" in done.out
-    assert "schedules times 0." in " ".join(done.out.split())
+    assert "schedules times 0.5" in " ".join(done.out.split())
     assert not (tmp_path / "runs").exists()
 
 

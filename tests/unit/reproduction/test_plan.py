@@ -119,3 +119,8 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("minutes", "factor"), [(100.0, 1.0), (60.0, 1.0), (20.0, 0.33), (0.65, 0.01)])
 def test_a_budget_gives_one_factor(minutes: float, factor: float) -> None:
     assert factor_for(minutes, [Cost("a", 1800.0), Cost("b", 1800.0)]) == factor
+
+
+def test_a_budget_that_teaches_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--budget 0\.5 is too little of the 60 minutes .* give at least 1, fewer"):
+        factor_for(0.5, [Cost("a", 3600.0)])
