@@ -166,15 +166,15 @@ class Watch:
         return self.images if rows and rows % self.images == 0 else rows
 
     def _step(self, rose: Tensor, images: Tensor) -> None:
-        """Compare by how much the values ``rose``, (N,), in the first step to what the gradient said."""
+        """Compare by how much the values ``rose``, (N,), in the first step to what the gradient promised."""
         if self._start is None:
             return
         (start, gradient), self._start = self._start, None
         moved = images - start
-        said = (gradient * moved).flatten(1).sum(dim=1)
+        promised = (gradient * moved).flatten(1).sum(dim=1)
         farthest = gradient.abs().flatten(1).sum(dim=1) * moved.abs().flatten(1).amax(dim=1)
-        along = (said > ALONG * farthest) & (said > 1e-3)
-        self._add("slope", (along & (rose < TENTH * said)).sum(), along.sum())
+        along = (promised > ALONG * farthest) & (promised > 1e-3)
+        self._add("slope", (along & (rose < TENTH * promised)).sum(), along.sum())
 
     def _close(self) -> None:
         if self._first is not None and self._last is not None:
