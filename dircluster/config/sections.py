@@ -340,9 +340,10 @@ class TrainingConfig:
     """Optimizers that update all weights in one kernel; auto: on a GPU."""
     draws_ahead: Literal["auto", "on", "off"] = "auto"
     """Make each batch and its draws on a thread while the step before runs: the same bits; auto: on a GPU."""
-    capture: Literal["auto", "on", "off"] = "auto"
+    capture: Literal["auto", "on", "off"] = "off"
     """Record attack, forward and backward of a step as one CUDA graph and replay it; auto: on a GPU, for one worker
-    whose batch passes whole, and for models and recipes of this package. A signal then ends a run between two steps."""
+    whose batch passes whole, and for models and recipes of this package. A signal then ends a run between two steps.
+    Off until a GPU has shown it: the first benchmark that took it by auto crashed (docs/results.md)."""
     select_every: int = 1
     """Epochs between held-out evaluations; the best robust accuracy selects the weights."""
     select_images: int = 1024

@@ -38,6 +38,8 @@ def compared(run: DirRun) -> dict[str, tuple[DirRun, Callable[[Modules], Recipe]
 class PlainDirRecipe(DirRecipe):
     """DIR's step, written plainly; for a maximum norm, shared masks and a frozen target."""
 
+    capturable = False  # nobody's experiment is, and dropped gradients could not be replayed
+
     def purify(self, images: Tensor, permutations: Tensor) -> Tensor:
         """x~ of Eq. 5: (N, C, H, W), (N, T) -> (N, C, H, W)."""
         masks = self.denoiser.masks(permutations)

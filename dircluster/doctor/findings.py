@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -35,6 +35,12 @@ class Finding:
         """As plain data that JSON can hold: a figure that is not finite is a text."""
         figure = self.figure
         return {**asdict(self), "figure": figure if figure is None or math.isfinite(figure) else str(figure)}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Finding:
+        """The finding that :meth:`to_plain` made plain."""
+        figure = found["figure"]
+        return cls(**{**found, "figure": figure if figure is None else float(figure)})
 
 
 @dataclass(frozen=True)

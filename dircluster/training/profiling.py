@@ -164,8 +164,12 @@ def compare(
 
     Seconds are medians; ``spread`` holds the quartiles of the ratio.
     """
-    steps = {name: stage_trainer(*variant, train, parallel).step for name, variant in variants.items()}
-    seconds = time_in_turns(steps, rounds, parallel.device)
+    trainers = {name: stage_trainer(*variant, train, parallel) for name, variant in variants.items()}
+    try:
+        seconds = time_in_turns({name: made.step for name, made in trainers.items()}, rounds, parallel.device)
+    finally:
+        for made in trainers.values():
+            made.batches.close()
     rows, first = [], next(iter(seconds.values()))
     for name, taken in seconds.items():
         ratios = [one / other for one, other in zip(first, taken, strict=True)]

@@ -4,6 +4,7 @@
 
 ``--data`` holds parquet files test*. Rows come in the order of what they cost, and each finished shard is kept in
 ``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole.
+``--processes 4`` shares the shards among so many: one alone leaves a GPU waiting for its host.
 ``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -47,7 +49,7 @@ def specs(rehearse: bool) -> list[AttackSpec]:
     auto |= {"first": 1} if rehearse else {}
     malt = {"attack": "malt", "steps": 3 if rehearse else 100, "step_size": 0.0}
     plain = [bare.unattacked("natural"), bare, ball.unattacked("natural"), ball, fresh.unattacked("natural"), fresh]
-    strong = [replace(spec, **changes) for changes in (malt, auto) for spec in (bare, ball)]  # type: ignore[arg-type]
+    strong = [replace(spec, **changes) for changes in (auto, malt) for spec in (bare, ball)]  # type: ignore[arg-type]
     return [*plain, *strong]
 
 
@@ -59,8 +61,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(argv)
+    others = [
+        subprocess.Popen([sys.executable, __file__, *argv, "--part", str(part)])
+        for part in range(1, 0 if given.part else given.processes)
+    ]
     began, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = DataConfig(name="cifar10", height=32, width=32, channels=3, uri=given.data)
     test = load(replace(data, limit=300 if given.rehearse else None), seed=0).test
@@ -69,22 +77,29 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         defense.classifier.to(memory_format=torch.channels_last)
     victim = VictimModel(defense, "dir")
-    asked, rows = specs(given.rehearse), EvaluationConfig(rows=2048).rows
+    asked, rows = specs(given.rehearse), EvaluationConfig(rows=2048 // given.processes).rows
     images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
     meet(victim, images[:8], int(labels.max()))
-    shards = 8 if given.rehearse else 250  # what an interruption can cost at the most
+    shards = 2 if given.rehearse else 250  # what an interruption can cost at the most
     judged = Evaluation(asked, count, 0, shards, rows, FolderStore(given.out), victim)
+
+    def rows_of(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return images[first:end], labels[first:end]
 
     def on_shard(shard: EvalShard, done: int, total: int) -> None:
         spent = time.monotonic() - began
-        print(f"{spent:6.1f} s  {shard.name}, {done} of {total}", flush=True)
+        print(f"{spent:6.1f} s  {shard.name}, {done} of {total} of part {given.part}", flush=True)
         if spent > given.seconds:
             raise OutOfTime
 
     try:
-        run(judged, lambda a, b: (images[a:b], labels[a:b]), on_shard)
+        run(judged, rows_of, on_shard, lambda index: index % given.processes == given.part)
     except OutOfTime:
         print("out of time; the same command goes on", flush=True)
+    if given.part:
+        return 0
+    for process in others:
+        process.wait()
     whole = [spec for spec in asked if all(judged.outcome(shard) is not None for shard in judged.shards(spec))]
     found = to_plain([judged.result(spec, "dir") for spec in whole])
     seconds = [judged.seconds(spec) for spec in whole]
