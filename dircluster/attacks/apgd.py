@@ -62,6 +62,25 @@ def targeted_loss(target: Tensor) -> Loss:
     return loss
 
 
+CROSS_ENTROPY, DLR = -1, -2
+"""What an ascent may aim at instead of a class: a loss that names none."""
+
+
+def aimed_loss(aim: Tensor) -> Loss:
+    """Each image's own loss by its ``aim`` (N,): :func:`targeted_loss` towards a class, CROSS_ENTROPY, or DLR."""
+    kinds: dict[int, Loss] = {CROSS_ENTROPY: cross_entropy_loss, DLR: dlr_loss}
+    asked = [kind for kind in kinds if bool((aim == kind).any())]
+    toward = targeted_loss(aim.clamp_min(0))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        repeated, values = aim.repeat(len(logits) // len(aim)), toward(logits, labels)
+        for kind in asked:
+            values = torch.where(repeated == kind, kinds[kind](logits, labels), values)
+        return values
+
+    return loss
+
+
 class _NobodyLeft(Exception):
     """No error: it ends an ascent."""
 
@@ -76,11 +95,13 @@ def apgd(
     draws: int = 1,
     most_rows: int | None = None,
     leave: bool = True,
+    copies: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """AutoPGD from a random start: (N, C, H, W), (N,) -> each image's of the highest margin, and that margin (N,).
 
     ``loss_of`` gives the loss of the images at given rows. The margin, and whether an image is fooled, are those of the
-    probabilities averaged over ``draws`` passes. With ``leave`` an image that is fooled passes no more.
+    probabilities averaged over ``draws`` passes. With ``leave`` an image that is fooled passes no more, nor do the
+    other ``copies`` of it that stand side by side.
     """
     from pyautoattack.autopgd_base import APGDAttack
 
@@ -89,7 +110,8 @@ def apgd(
 
     def passed(candidates: Tensor) -> Tensor:
         """Logits, as the library asks; its loss follows, whose gradient is the one that was averaged here."""
-        rows = (highest < 0).nonzero()[:, 0] if leave else torch.arange(len(images), device=images.device)
+        fooled = (highest >= 0).view(-1, copies).any(dim=1).repeat_interleave(copies)
+        rows = (~fooled if leave else torch.ones_like(fooled)).nonzero()[:, 0]
         if len(rows) == 0:
             raise _NobodyLeft
         at = candidates.detach()
@@ -195,23 +217,31 @@ def malt(
 ) -> Tensor:
     """MALT (Melamed et al. 2024), targeted AutoPGD, its targets ranked: (N, C, H, W), (N,) -> (N, C, H, W).
 
-    The cheap ascent comes first, towards no class. What survives meets its ``targets`` nearest classes in turn, and the
-    tenth of what is left that came nearest to being fooled a second, longer round: AutoPGD on cross-entropy, on DLR,
-    and towards up to nine classes. There is none where images may not ``leave``.
+    The cheap ascent comes first, towards no class. What survives meets its ``targets`` nearest classes, and the tenth
+    of what is left that came nearest to being fooled a second, longer round: AutoPGD on cross-entropy, on DLR, and
+    towards up to nine classes. There is none where images may not ``leave``. Those that may face all classes side by
+    side, others one after the other.
     """
     left = Survivors(images, labels, leave)
 
-    def ascend(x: Tensor, y: Tensor, loss_of: Callable[[Tensor], Loss], count: int) -> tuple[Tensor, Tensor]:
-        return apgd(model, x, y, threat, loss_of, count, draws, most_rows, leave)
+    def ascend(x: Tensor, y: Tensor, loss_of: Callable[[Tensor], Loss], count: int, copies: int = 1) -> Any:
+        return apgd(model, x, y, threat, loss_of, count, draws, most_rows, leave, copies)
 
     def untargeted(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         return ascend(x, y, lambda some: margin_loss, max(1, steps // CHEAP))
 
-    def targeted(target: Tensor, count: int, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return ascend(x, y, lambda some: targeted_loss(target[rows[some]]), count)
+    def aimed(aims: Tensor, count: int, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        copies, aim = aims.shape[1], aims[rows].flatten()
+        repeated = x.repeat_interleave(copies, dim=0), y.repeat_interleave(copies)
+        found, margin = ascend(*repeated, lambda some: aimed_loss(aim[some]), count, copies)
+        best = margin.view(-1, copies).argmax(dim=1) + copies * torch.arange(len(x), device=x.device)
+        return found[best], margin[best]
 
-    def plain(loss: Loss, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return ascend(x, y, lambda some: loss, LONGER * steps)
+    def face(aims: Tensor, count: int) -> None:
+        """All of ``aims`` (N, k), as many at a time as ``most_rows`` and what a batch may hold allow."""
+        fitting = aims.shape[1] if most_rows is None else max(1, most_rows // max(1, len(left.rows)))
+        for some in aims.split(fitting if leave else 1, dim=1):
+            left.face(partial(aimed, some, count))
 
     with rng.seeded_torch_rng(seed, "malt"):
         left.face(untargeted)
@@ -221,14 +251,11 @@ def malt(
         nearest = nearest_classes(model, images[rows], labels[rows], MOST_TARGETS, draws, most_rows)
         every = torch.zeros((len(images), nearest.shape[1]), dtype=torch.int64, device=images.device)
         every[rows] = nearest
-        for target in every.T[:targets]:
-            left.face(partial(targeted, target, steps))
+        face(every[:, :targets], steps)
         if leave:
             left.narrow(NEAREST)
-            for loss in (cross_entropy_loss, dlr_loss) if nearest.shape[1] > 1 else (cross_entropy_loss,):
-                left.face(partial(plain, loss))
-            for target in every.T:
-                left.face(partial(targeted, target, LONGER * steps))
+            losses = torch.tensor([CROSS_ENTROPY, DLR] if nearest.shape[1] > 1 else [CROSS_ENTROPY])
+            face(torch.cat([losses.to(every).expand(len(every), -1), every], dim=1), LONGER * steps)
     return left.best
 
 

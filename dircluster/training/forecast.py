@@ -8,6 +8,7 @@ workers, and the start of a job take is not foretold.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import time
@@ -195,6 +196,8 @@ def _resting(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError, AttributeError):  # else freed memory counts as in use
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # else the peak is the process's since its start
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")

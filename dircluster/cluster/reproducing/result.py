@@ -23,6 +23,7 @@ from dircluster.reproduction.exhibits import MEASURED, Exhibit, Line
 from dircluster.reproduction.page import Section, to_html, to_markdown
 from dircluster.reproduction.pictures import PICTURES, Scene, swept
 from dircluster.reproduction.plan import Plan
+from dircluster.reproduction.tables import CONTROLS
 from dircluster.training.export import load_defense_folder
 from dircluster.training.forecast import calibrate
 from dircluster.training.run import data_cache
@@ -76,7 +77,7 @@ class Result:
             images = split_sizes(run.data, opener(run.storage))[0]
             if "ms an epoch" in exhibit.columns and stages_of(run)[-1].epochs:
                 found["ms an epoch"] = 1000 * epoch_seconds(run, calibrate(run, parallel, TIMED), images)
-            if "training time" in exhibit.columns and line.system.name == "dir":
+            if "training time" in exhibit.columns and line.system.name not in CONTROLS:
                 first = first or (run, calibrate(run, parallel, TIMED))
                 usual, known = first
                 found["training time"] = own_seconds(run, known, images) / own_seconds(usual, known, images)

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.attacks import apgd as apgd_module
 from dircluster.attacks.apgd import (
+    CROSS_ENTROPY,
+    DLR,
     Survivors,
+    aimed_loss,
     apgd,
     ascents,
     dlr_loss,
@@ -98,6 +101,29 @@ def test_the_ascent_is_the_librarys(threat: LInf | L2, leave: bool) -> None:
     assert passed[-1] == (int(right.sum()) if leave else len(IMAGES))
 
 
+def test_the_copies_of_an_image_that_is_fooled_pass_no_more() -> None:
+    passed: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        passed.append(len(images))
+        return model(images)
+
+    twice = IMAGES.repeat_interleave(2, dim=0), LABELS.repeat_interleave(2)
+    _, margin = apgd(counted, *twice, THREAT, lambda rows: cross_entropy_loss, 30, copies=2)
+    left = int((margin.view(-1, 2) < 0).all(dim=1).sum())
+    assert 0 < left < len(IMAGES)
+    assert passed[-1] == 2 * left
+
+
+def test_each_image_has_the_loss_that_it_aims_at() -> None:
+    logits, aim = torch.randn(24, 5, generator=rng.generator(0, "z")), torch.tensor([CROSS_ENTROPY, DLR, 4, 3] * 3)
+    found = aimed_loss(aim)(logits, LABELS.repeat(2))
+    for number, each in enumerate(aim.repeat(2).tolist()):
+        loss = {CROSS_ENTROPY: cross_entropy_loss, DLR: dlr_loss}.get(each, targeted_loss(torch.tensor([each])))
+        one = slice(number, number + 1)
+        torch.testing.assert_close(found[one], loss(logits[one], LABELS.repeat(2)[one]))
+
+
 def test_nothing_passes_once_all_are_fooled() -> None:
     passed: list[int] = []
 
@@ -119,8 +145,16 @@ def test_malt_takes_the_gradients_that_are_foretold(monkeypatch: pytest.MonkeyPa
         return model(images)
 
     malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2)  # nothing is fooled
-    assert set(passed) == {len(IMAGES)}
-    assert len(passed) == malt_gradients(10, 4, targets=2)
+    assert sum(passed) == len(IMAGES) * malt_gradients(10, 4, targets=2)
+    assert set(passed) == {len(IMAGES) * aims for aims in (1, 2, 5)}  # classes side by side, then with both losses
+    side_by_side = len(passed)
+    passed.clear()
+    malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2, most_rows=3 * len(IMAGES))
+    assert max(passed) == 3 * len(IMAGES)
+    assert len(passed) > side_by_side
+    passed.clear()
+    malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2, leave=False)
+    assert set(passed) == {len(IMAGES)}  # whoever drew for this batch drew for no other
 
 
 def test_the_second_round_is_for_the_nearest() -> None:
@@ -131,7 +165,7 @@ def test_the_second_round_is_for_the_nearest() -> None:
         return model(images)
 
     malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2)
-    assert passed[-1] == 2 < len(IMAGES)  # a tenth of twelve, rounded up
+    assert passed[-1] == 2 * 5 < len(IMAGES)  # a tenth of twelve, rounded up, towards three classes and by two losses
     left = Survivors(IMAGES, LABELS, leave=True)
     left.margin = torch.linspace(-1.0, 0.2, len(IMAGES))
     left.narrow(0.2)
