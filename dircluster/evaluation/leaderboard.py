@@ -78,8 +78,9 @@ def line(claim: Claim) -> dict[str, Cell]:
     name = f"{claim.name} (flagged)" if flags else claim.name
     cells = {"defense": Cell(name, words="; ".join(flags)), "target": Cell(claim.target)}
     cells["n"] = Cell(n_of(natural), natural["total"])
-    cells |= {title: _share(claim.row(column)) for column, title in COLUMNS.items()}
-    cells |= {"strongest": _share(found), "its target": _share(bare)}
+    usual = natural["total"]
+    cells |= {title: _share(claim.row(column), usual) for column, title in COLUMNS.items()}
+    cells |= {"strongest": _share(found, usual), "its target": _share(bare, usual)}
     cells["parameters"] = _number(costs.get("parameters"), "{:,.0f}")
     cells["GMAC"] = _number(costs.get("gmac"), "{:.3g}")
     cells["s an image"] = _number(costs.get("seconds_per_image"), "{:.2g}", str(costs.get("machine", "")))
@@ -112,12 +113,14 @@ def _accuracy(row: Row | None) -> float:
     return -1.0 if row is None else float(row["accuracy"])
 
 
-def _share(row: Row | None) -> Cell:
+def _share(row: Row | None, usual: int) -> Cell:
+    """A row's accuracy; with its number of images where that is not the ``usual`` one of the line."""
     if row is None:
         return Cell("")
     low, high = row["interval"]
     marked = " !" if row.get("marks") else ""
     text = f"{100 * row['accuracy']:.1f}{marked} ({100 * low:.1f}\u2013{100 * high:.1f})"
+    text += "" if row["total"] == usual else f", n = {n_of(row)}"
     return Cell(text, row["accuracy"], f"{row['attack']}, {row['protocol']}: {how(row)}; n = {n_of(row)}")
 
 

@@ -85,10 +85,18 @@ def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) ->
                 named |= names
             else:
                 left.append(imported)
-    parts = [ast.dump(_source(name)) for name in sorted(found)]
-    parts += [ast.dump(node) for node in _settings() if getattr(node, "name", "") in named]
+    parts = [dumped(_source(name)) for name in sorted(found)]
+    parts += [dumped(node) for node in _settings() if getattr(node, "name", "") in named]
     parts += [file.read_text(encoding="utf-8") for name in sorted(outside) if (file := _own_file(name))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def dumped(node: object) -> str:
+    """A syntax tree as text, the same in every version of Python: a newer one adds fields, which are empty here."""
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={dumped(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(dumped, node))}]" if isinstance(node, list) else repr(node)
 
 
 def _own_file(name: str) -> Path | None:

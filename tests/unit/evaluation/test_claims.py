@@ -169,3 +169,13 @@ def test_the_leaderboard_of_the_documents_is_that_of_the_claims(root: Path, tmp_
         assert file.read_text() == (root / "docs" / file.name).read_text(), "run python jobs/leaderboard.py"
     assert all(isinstance(each, Claim) for each in read_claims(root / "docs" / "claims"))
     assert by_threat(read_claims(root / "docs" / "claims"))
+
+
+def test_a_cell_of_fewer_images_says_so(root: Path) -> None:
+    claim = read_claim(root / "docs" / "claims" / "cifar10-dir.json")
+    cells = line(claim)
+    few = claim.row("autoattack")
+    assert few is not None
+    assert few["total"] != int(cells["n"].text)
+    assert cells["AutoAttack"].text.endswith(f"), n = {few['total']}")
+    assert "n =" not in cells["natural"].text
