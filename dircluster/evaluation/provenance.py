@@ -7,7 +7,7 @@ import hashlib
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ def code_digest(modules: frozenset[str], alone: frozenset[str] = frozenset()) ->
                 named |= names
             else:
                 left.append(imported)
-    parts = [dumped(_source(name)) for name in sorted(found)]
-    parts += [dumped(node) for node in _settings() if getattr(node, "name", "") in named]
+    parts = [_text(name) for name in sorted(found)]
+    parts += [text for name, text in _settings() if name in named]
     parts += [file.read_text(encoding="utf-8") for name in sorted(outside) if (file := _own_file(name))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -106,11 +106,17 @@ def _own_file(name: str) -> Path | None:
     return None if installed or not file.is_file() else file
 
 
-def _settings() -> Iterator[ast.stmt]:
-    """The statements of the modules of BY_NAME."""
-    for package in BY_NAME:
-        for file in sorted((HERE / package.partition(".")[2]).glob("*.py")):
-            yield from _source(f"{package}.{file.stem}").body
+@cache
+def _settings() -> list[tuple[str, str]]:
+    """What the modules of BY_NAME define: names and texts."""
+    files = [(package, file) for package in BY_NAME for file in (HERE / package.partition(".")[2]).glob("*.py")]
+    nodes = [node for package, file in sorted(files) for node in _source(f"{package}.{file.stem}").body]
+    return [(node.name, dumped(node)) for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+
+
+@cache
+def _text(name: str) -> str:
+    return dumped(_source(name))
 
 
 def _file(name: str) -> Path | None:
@@ -138,19 +144,18 @@ def _is_silent(node: ast.stmt) -> bool:
     return text or (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
 
 
-def _imports(name: str) -> Iterator[tuple[str, set[str]]]:
+@cache
+def _imports(name: str) -> list[tuple[str, set[str]]]:
     """The modules of this package that ``name`` imports, anywhere in its source, and the names taken from each."""
+    found: list[tuple[str, set[str]]] = []
     for node in ast.walk(_source(name)):
         if isinstance(node, ast.Import):
-            yield from _known((alias.name, set[str]()) for alias in node.names)
+            found += [(alias.name, set()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"  # a module, or something in one
-                yield from _known([(inner, set())] if _is_module(inner) else [(node.module, {alias.name})])
-
-
-def _known(found: Iterable[tuple[str, set[str]]]) -> Iterator[tuple[str, set[str]]]:
-    return ((name, names) for name, names in found if _is_module(name))
+                found.append((inner, set()) if _is_module(inner) else (node.module, {alias.name}))
+    return [(module, names) for module, names in found if _is_module(module)]
 
 
 def _is_module(name: str) -> bool:

@@ -37,7 +37,8 @@ def copy(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def forget() -> None:
     provenance.code_digest.cache_clear()
-    provenance._source.cache_clear()
+    for cached in (provenance._source, provenance._text, provenance._settings, provenance._imports):
+        cached.cache_clear()
 
 
 def defense() -> Defended:
