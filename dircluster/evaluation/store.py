@@ -57,7 +57,7 @@ class FolderStore:
             outcome = json.loads((self.folder / f"{name}.json").read_bytes())
         except (FileNotFoundError, ValueError, RecursionError):
             return None
-        if self.keep_images and not (self.folder / f"{name}.safetensors").exists():
+        if self.keep_images and self.images(name) is None:
             return None
         return outcome if isinstance(outcome, dict) and {"right", "sha256"} <= set(outcome) else None
 
@@ -73,8 +73,11 @@ class FolderStore:
         write_whole(self.folder / f"{name}.json", json.dumps(outcome).encode())
 
     def images(self, name: str) -> Tensor | None:
-        """What the file beside the shard's holds."""
+        """What the file beside the shard's holds; None where there is none, or none that can be read."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        file = self.folder / f"{name}.safetensors"
-        return load(file.read_bytes())["images"] if file.exists() else None
+        try:
+            return load((self.folder / f"{name}.safetensors").read_bytes())["images"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None

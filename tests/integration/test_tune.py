@@ -206,6 +206,34 @@ def test_a_trial_waits_for_a_server_that_is_away(start: Start, mlflow_server: An
         assert steps
 
 
+@pytest.mark.slow
+def test_files_without_a_byte_are_as_good_as_none(train: Train, tmp_path: Path) -> None:
+    """A machine that loses power leaves some: the same command makes them again, from stages that are whole."""
+    (tmp_path / "mine.py").write_text("GRID = {'dir.alpha': [2.0]}\n")
+    words = ("digits_smoke", "--space", "mine.py", "--dir.epochs", "1")
+    done, runs = train(*words, script="tune"), tmp_path / "runs"
+    assert done.code == 0, done.err
+    emptied = [
+        file
+        for name in ("ray", "sweeps", "trials", "evaluations")
+        for file in (runs / name).rglob("*")
+        if file.is_file()
+    ]
+    assert {file.relative_to(runs).parts[0] for file in emptied} >= {"sweeps", "trials", "evaluations"}
+    for file in emptied:
+        file.write_bytes(b"")
+    left = runs / "ray" / "gone" / "trial"  # what a killed job leaves of Ray's
+    left.mkdir(parents=True)
+    (left / "experiment_state.json").write_bytes(b"")
+    again = train(*words, script="tune")
+    assert again.code == 0, again.out + again.err
+    found = [{**trial, "seconds": 0} for call in (done, again) for trial in call.summary["trials"]]
+    assert found[0] == found[1]
+    assert again.err == ""
+    kept = Path(again.summary["folder"])
+    assert all(file.stat().st_size for file in kept.iterdir())
+
+
 def results(folder: Path) -> dict[str, str]:
     """What finished trainings found, by file."""
     return {place.name: place.read_text() for place in (folder / "runs" / "trials").glob("*.json")}
