@@ -1,11 +1,13 @@
-"""Stage 0, the target h: natural training, adversarial training, TRADES and MART (METHOD section 2)."""
+"""Stage 0, the target h: natural training, adversarial training, TRADES and MART (METHOD section 2), with AWP."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from dircluster.attacks.gradient import kl_ascent, kl_divergence, pgd
@@ -30,6 +32,24 @@ def mart_terms(natural: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Te
     return boosted, (kl_divergence(natural, adversarial) * (1 - true)).mean()
 
 
+def perturbed_weights(
+    module: nn.Module, loss_of: Callable[[Callable[[Tensor], Tensor]], Tensor], share: float
+) -> dict[str, Tensor]:
+    """Parameters of ``module`` moved against its loss by ``share`` of each layer's norm: AWP (Wu et al. 2020).
+
+    v = share ||w|| g / ||g|| for each w of more than one dimension, with g the gradient of ``loss_of`` what answers in
+    place of the module. Batch statistics are not updated on the way, and gradients of the result are those at w + v.
+    """
+    weights = {name: p for name, p in module.named_parameters() if p.dim() > 1}
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    loss = loss_of(lambda images: functional_call(module, buffers, (images,)))
+    found = torch.autograd.grad(loss, list(weights.values()))
+    return {
+        name: weight + share * weight.detach().norm() * gradient / gradient.norm().clamp_min(1e-12)
+        for (name, weight), gradient in zip(weights.items(), found, strict=True)
+    }
+
+
 class TargetRecipe(Recipe):
     """Trains a classifier by ``config.objective`` under the threat of ``attack``."""
 
@@ -41,6 +61,11 @@ class TargetRecipe(Recipe):
         self.config = config
         self.threat = attack
         self.attacks_deployed = config.objective != "natural"
+
+    @property
+    def alone(self) -> str | None:
+        """With AWP the gradient of a whole batch moves the weights, before there is a mean over workers."""
+        return None if self.config.awp is None else "perturbs weights by a whole batch (target.awp)"
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The start of the attack that the objective crafts by."""
@@ -72,16 +97,22 @@ class TargetRecipe(Recipe):
         return replace(batch, adversarial=found)
 
     def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
-        """natural, adversarial and regularizer terms, as far as the objective has them."""
+        """natural, adversarial and regularizer terms, as far as the objective has them; with AWP at moved weights."""
+        if self.config.awp is None:
+            return self._terms(self.classifier, batch)
+        moved = perturbed_weights(self.classifier, lambda h: self._terms(h, batch)["loss"], self.config.awp)
+        return self._terms(lambda images: functional_call(self.classifier, moved, (images,)), batch)
+
+    def _terms(self, classifier: Callable[[Tensor], Tensor], batch: Batch) -> dict[str, Tensor]:
         objective, labels = self.config.objective, batch.labels
         if objective == "natural":
-            natural = F.cross_entropy(self.classifier(batch.images).float(), labels)
+            natural = F.cross_entropy(classifier(batch.images).float(), labels)
             return {"loss": natural, "natural": natural}
-        adversarial = self.classifier(batch.attacked)
+        adversarial = classifier(batch.attacked)
         if objective == "at":
             term = F.cross_entropy(adversarial.float(), labels)
             return {"loss": term, "adversarial": term}
-        logits = self.classifier(batch.images)
+        logits = classifier(batch.images)
         if objective == "trades":
             natural = F.cross_entropy(logits.float(), labels)
             divergence = kl_divergence(logits, adversarial).mean()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.config import AttackConfig, DataConfig, TargetConfig
+from dircluster.config import AttackConfig, ConfigError, DataConfig, TargetConfig
 from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.recipe import Batch
 from dircluster.defenses.target import TargetRecipe, mart_terms
@@ -71,6 +72,44 @@ def test_pretraining_attacks_the_target_alone(make_batch: MakeBatch) -> None:
         for parameter in denoiser.parameters():
             parameter.mul_(2)
     assert torch.equal(first, recipe.attack(make_batch(recipe)).adversarial)
+
+
+@pytest.mark.parametrize("objective", ["at", "trades", "mart"])
+def test_awp_is_the_gradient_at_moved_weights(make_batch: MakeBatch, objective: Any) -> None:
+    """Wu et al. 2020: each layer's weights move along their gradient by a share of their norm; biases stay."""
+    _, classifier = parts()
+    recipe = TargetRecipe(classifier, TargetConfig(objective=objective, awp=0.01), ATTACK)
+    plain = TargetRecipe(classifier, TargetConfig(objective=objective), ATTACK)
+    recipe, batch = recipe.double(), make_batch(recipe)
+    batch = recipe.attack(dataclasses.replace(batch, images=batch.images.double()))
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    recipe(batch)["loss"].backward()
+    found = {name: p.grad.clone() for name, p in classifier.named_parameters() if p.grad is not None}
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+
+    classifier.zero_grad()
+    plain(batch)["loss"].backward()
+    with torch.no_grad():
+        for p in classifier.parameters():
+            assert p.grad is not None
+            if p.dim() > 1:
+                p += 0.01 * p.norm() * p.grad / p.grad.norm()
+    classifier.zero_grad()
+    plain(batch)["loss"].backward()
+    for name, p in classifier.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(found[name], p.grad)
+
+
+def test_awp_counts_batch_statistics_once_and_needs_one_worker(make_batch: MakeBatch) -> None:
+    classifier = build("resnet18", DataConfig(channels=1))
+    recipe = TargetRecipe(classifier.train(), TargetConfig(awp=0.005), ATTACK)
+    recipe(dataclasses.replace(batch := make_batch(recipe), adversarial=batch.images))
+    counts = {int(value) for name, value in classifier.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {1}
+    assert recipe.alone == "perturbs weights by a whole batch (target.awp)"
+    with pytest.raises(ConfigError, match=r"target\.awp"):
+        TargetConfig(awp=1.5)
 
 
 @pytest.mark.parametrize(("alpha", "mse"), [(2.0, 0.0), (0.5, 3.0)])
