@@ -224,7 +224,9 @@ def malt(
     """
     left = Survivors(images, labels, leave)
 
-    def ascend(x: Tensor, y: Tensor, loss_of: Callable[[Tensor], Loss], count: int, copies: int = 1) -> Any:
+    def ascend(
+        x: Tensor, y: Tensor, loss_of: Callable[[Tensor], Loss], count: int, copies: int = 1
+    ) -> tuple[Tensor, Tensor]:
         return apgd(model, x, y, threat, loss_of, count, draws, most_rows, leave, copies)
 
     def untargeted(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +242,7 @@ def malt(
     def face(aims: Tensor, count: int) -> None:
         """All of ``aims`` (N, k), as many at a time as ``most_rows`` and what a batch may hold allow."""
         fitting = aims.shape[1] if most_rows is None else max(1, most_rows // max(1, len(left.rows)))
-        for some in aims.split(fitting if leave else 1, dim=1):
+        for some in torch.split(aims, fitting if leave else 1, dim=1):
             left.face(partial(aimed, some, count))
 
     with rng.seeded_torch_rng(seed, "malt"):
