@@ -43,6 +43,9 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
     storage.check_name(config.storage.uri)
     if on_ray:
         check_address(os.environ.get("RAY_ADDRESS", "").strip())
+    elif config.scaling.least > 1 and "RANK" not in os.environ:
+        count = config.scaling.workers
+        raise ConfigError(f"--launcher local is one worker: start scaling.workers {count} by torchrun, or on Ray")
     check_target(config)
     if "RANK" not in os.environ:  # of torchrun's processes the first one reads, and says for all what is wrong
         _check_data(config, trains)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import io
 import os
@@ -9,6 +10,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +269,15 @@ def test_a_server_is_asked_for_what_it_does_not_have(section: str, monkeypatch: 
         check(f"{section}.uri s3://bucket/nowhere")
     server.shutdown()
     server.server_close()
+
+
+def test_workers_that_nobody_would_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = preset("digits_smoke")
+    for workers, refused in ((1, False), ("1:4", False), (2, True), ("2:4", True)):
+        asked = dataclasses.replace(run, scaling=dataclasses.replace(run.scaling, workers=workers))
+        preflight.check(asked)
+        with pytest.raises(ConfigError, match=f"workers {workers} by torchrun") if refused else nullcontext():
+            preflight.check(asked, on_ray=False)
+        monkeypatch.setenv("RANK", "0")  # as torchrun does
+        preflight.check(asked, on_ray=False)
+        monkeypatch.delenv("RANK")
