@@ -165,13 +165,14 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, device: to
 
     What takes all of the budget at once is not done again.
     """
-    images = min(full, 2)
+    images, peaks = min(full, 2), dict[int, int]()
     while True:
         before = _resting(device)
         taken = _timed(step, images, device)  # allocates, and chooses algorithms
         if taken < budget:
             before = _resting(device)
             taken = _timed(step, images, device)
+        peaks[images] = _peak(device)
         longer = min(full, 4 * images)
         if images == full or taken * longer / images > budget / 3:
             break
@@ -179,8 +180,14 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, device: to
     tries = [taken]
     while sum(tries) < budget and len(tries) < 20:
         tries.append(_timed(step, images, device))
-    memory = before + (_peak(device) - before) * full // images
-    return Pace(per_image * images / median(tries), images, memory)
+    return Pace(per_image * images / median(tries), images, _carried_over(peaks, before, full))
+
+
+def _carried_over(peaks: Mapping[int, int], before: int, full: int) -> int:
+    """Peak bytes of ``full`` images, from those of fewer: what all need alike is told apart by two numbers of them."""
+    *fewer, images = peaks
+    more, of = (peaks[images] - peaks[fewer[-1]], images - fewer[-1]) if fewer else (peaks[images] - before, images)
+    return peaks[images] + max(0, more) * (full - images) // of
 
 
 def _timed(step: Callable[[int], object], images: int, device: torch.device) -> float:

@@ -142,3 +142,10 @@ def test_a_given_target_is_not_foretold() -> None:
     run = preset("digits")
     given = dataclasses.replace(run, target=dataclasses.replace(run.target, uri="here.safetensors"))
     assert [stage.name for stage in module.planned_stages(given)] == ["pretrain", "dir"]
+
+
+def test_what_all_images_need_alike_is_not_multiplied() -> None:
+    assert module._carried_over({2: 110, 8: 140}, before=100, full=128) == 140 + 5 * 120
+    assert module._carried_over({2: 110}, before=100, full=128) == 110 + 5 * 126  # nothing tells them apart
+    assert module._carried_over({2: 150, 8: 140}, before=100, full=128) == 140
+    assert module._carried_over({2: 110, 8: 140}, before=100, full=8) == 140
