@@ -230,8 +230,15 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
 
 
+SPINS = "3000"
+"""How often a thread of OpenMP's looks for work before it sleeps, some ten microseconds. Its own choice is a hundred
+times more, and beside one busy process that makes a step on two cores 5 to 20 times slower (docs/results.md)."""
+
+
 def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], int]) -> int:
     """Parse, check and do ``work``; -> exit code. A ConfigError becomes one line on stderr and code 2."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read where PyTorch is imported, here and in workers
     try:
         job = parse(kind, argv)
         if job.print_config:

@@ -229,6 +229,7 @@ class Cluster:
             RAY_worker_maximum_startup_concurrency="16",  # a head without CPUs warns of the second actor of a sweep
             RAY_TRAIN_ENABLE_PRINT_PATCH="0",
             RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+            GOMP_SPINCOUNT="3000",  # as dircluster.cli has it: many processes share these cores
             **self.environment(),
         )
 

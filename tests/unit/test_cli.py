@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -217,3 +218,19 @@ def test_a_file_means_what_it_looks_like(tmp_path: Path, line: str, name: str | 
             parse("digits", "--config", str(file))
     else:
         assert flatten(to_dict(parse("digits", "--config", str(file)).run))[name] == value
+
+
+@pytest.mark.parametrize(
+    ("own", "found"), [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
+)
+def test_threads_of_a_job_spin_briefly_unless_somebody_said_otherwise(
+    own: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str | None] = []
+    assert cli.execute(cli.TrainJob, ["digits"], lambda job: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0) == 0
+    assert seen == [found]
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
