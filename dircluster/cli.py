@@ -232,7 +232,8 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
 
 SPINS = "3000"
 """How often a thread of OpenMP's looks for work before it sleeps, some ten microseconds. Its own choice is a hundred
-times more, and beside one busy process that makes a step on two cores 5 to 20 times slower (docs/results.md)."""
+times more: a step on two cores is then some 12 % faster on a quiet machine, and 5 times slower or worse beside one busy
+process (docs/results.md)."""
 
 
 def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], int]) -> int:

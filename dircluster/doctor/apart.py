@@ -30,8 +30,8 @@ def apart(work: Work, name: str, machine: Machine, *numbers: float) -> Iterator[
     """
     given = {"run": run_to_plain(machine.config), "rates": machine.rates, "numbers": numbers}
     command = [sys.executable, "-X", "faulthandler", "-m", __name__, f"{work.__module__}:{work.__qualname__}"]
-    with tempfile.TemporaryFile("w+") as said:
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         with subprocess.Popen(command, env=_environment(), text=True, **pipes) as process:
             try:
                 assert process.stdin is not None
@@ -43,8 +43,8 @@ def apart(work: Work, name: str, machine: Machine, *numbers: float) -> Iterator[
             finally:
                 process.kill()
         if process.returncode:
-            said.seek(0)
-            yield Finding(name, "fail", note=_end(process.returncode, said.read()))
+            errors.seek(0)
+            yield Finding(name, "fail", note=_end(process.returncode, errors.read()))
 
 
 def _environment() -> dict[str, str]:
@@ -52,9 +52,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))}
 
 
-def _end(code: int, said: str) -> str:
-    """What ended a process: its signal and the innermost line of this package, or the last line that it said."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _end(code: int, errors: str) -> str:
+    """What ended a process: its signal and the innermost line of this package, or its last line on stderr."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
     if code > 0:
         return lines[-1] if lines else f"its process ended with {code}"
     own = next((line for line in lines if line.startswith("File ") and "dircluster" in line), "nobody knows where")

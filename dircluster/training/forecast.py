@@ -184,7 +184,7 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, device: to
 
 
 def _carried_over(peaks: Mapping[int, int], before: int, full: int) -> int:
-    """Peak bytes of ``full`` images, from those of fewer: what all need alike is told apart by two numbers of them."""
+    """Peak bytes of ``full`` images, from those of fewer: two sizes tell apart what does not grow with images."""
     *fewer, images = peaks
     more, of = (peaks[images] - peaks[fewer[-1]], images - fewer[-1]) if fewer else (peaks[images] - before, images)
     return peaks[images] + max(0, more) * (full - images) // of
