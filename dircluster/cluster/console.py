@@ -87,7 +87,7 @@ class Terminal:
 
     def table(self, rows: list[dict[str, Any]]) -> None:
         """The results, one row each, with what was done to get them."""
-        from dircluster.evaluation.sample import images_of, n_of
+        from dircluster.evaluation.results import images_of, n_of
         from dircluster.evaluation.suites import how  # with torch, which is needed by then anyway
 
         table = Table(title=f"Accuracy on the test split, {images_of(rows[0])}")

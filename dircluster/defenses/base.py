@@ -148,8 +148,9 @@ class Defended(nn.Module):
     def draw(self, images: int, number: int = 0) -> Tensor | None:
         """The draw of the next call, one row an image, on the CPU; the fixed ones are counted by ``number``."""
         if self._seed is None:
-            fresh: Tensor | None = self._fresh_draw(images)
-            return fresh
+            if torch.compiler.is_compiling():  # a graph has a stream of its own
+                return torch.compiler.disable(self._fresh_draw)(images)  # type: ignore[no-any-return, no-untyped-call]
+            return self._fresh_draw(images)
         drawn = self._known[number] if number < len(self._known) else self._fixed_draw(number)
         return None if drawn is None else drawn.expand(images, *drawn.shape[1:])
 
@@ -158,7 +159,6 @@ class Defended(nn.Module):
         with torch.device("cpu"):
             return self.purifier.draw(rng.generator(self._seed, "fixed_masks", step=number), 1)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph has a stream of its own
     def _fresh_draw(self, images: int) -> Tensor | None:
         if not self._seeded and os.getpid() != self._process:
             self._reseed()

@@ -38,8 +38,11 @@ def set_threads(scaling: ScalingConfig, workers_here: int) -> None:
 
 
 @contextmanager
-def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
-    """One process, or the workers that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK)."""
+def local_workers(scaling: ScalingConfig, timeout: float | None = None) -> Iterator[Parallel]:
+    """One process, or the workers that torchrun or Ray Train started: both set RANK, WORLD_SIZE and LOCAL_RANK.
+
+    They wait for each other at most ``timeout`` seconds, ``scaling.stall`` where it is not given.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -49,18 +52,10 @@ def local_workers(scaling: ScalingConfig) -> Iterator[Parallel]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=scaling.stall))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout or scaling.stall))
     try:
         yield Parallel(rank, world, device)
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-def joined_workers(scaling: ScalingConfig, device: torch.device, workers_here: int) -> Parallel:
-    """The workers of a process group that somebody else (Ray Train) has started."""
-    set_threads(scaling, workers_here)
-    choose_kernels(device)
-    if not dist.is_initialized():
-        return Parallel(0, 1, device)
-    return Parallel(dist.get_rank(), dist.get_world_size(), device)

@@ -21,7 +21,7 @@ from dircluster.config import digest
 from dircluster.defenses.base import Defended
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, find_attack, modules_of_attack
-from dircluster.evaluation.marks import Seen, Watch
+from dircluster.evaluation.marks import Seen
 from dircluster.evaluation.pictures import kept_pictures, read_pictures
 from dircluster.evaluation.provenance import code_digest, machine, modules_of
 from dircluster.evaluation.results import Control, Result
@@ -29,6 +29,7 @@ from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
 from dircluster.evaluation.streams import OwnStreams
 from dircluster.evaluation.victim import VictimModel
+from dircluster.evaluation.watch import Watch
 from dircluster.models.modules import under_attack
 from dircluster.models.precision import Precision, autocast, exact, is_half, reads_images_whole
 

@@ -16,8 +16,7 @@ from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
 from dircluster.evaluation.marks import MEANING, explained, in_words
 from dircluster.evaluation.report_images import image_table, sheets, without_pictures
-from dircluster.evaluation.results import to_plain, worst_attacked
-from dircluster.evaluation.sample import images_of, n_of
+from dircluster.evaluation.results import images_of, n_of, to_plain, worst_attacked
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.suites import how
 from dircluster.evaluation.victim import VictimModel

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.evaluation.claims import Claim, Row, read_claims
-from dircluster.evaluation.sample import n_of
+from dircluster.evaluation.results import n_of
 from dircluster.evaluation.suites import how
 from dircluster.files import write_whole
 

@@ -1,4 +1,4 @@
-"""What tells a row's reader that its attack may have been weak, counted while the attack runs."""
+"""What tells a row's reader that its attack may have been weak: what was counted while it ran, and what that means."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from dircluster.attacks.gradient import Model, ValueAndGrad
 from dircluster.evaluation.statistics import wilson_interval
 
 Kind = Literal["gradient", "slope", "ascent", "finite"]
@@ -31,12 +27,8 @@ DEAD = 0.01
 """Share of gradients that may be missing, NaN or zero."""
 FALLEN = 0.08
 """Share of images whose loss may surely end below its start: where gradients mean nothing, it is a quarter or more."""
-FLAT, TENTH, ALONG = 0.2, 0.1, 0.3
-"""Share of images whose loss may surely rise by less than so much of what the gradient says of the first step, where
-that step goes along the gradient: as far as so much of the farthest one.
-"""
-VANISHED = 1e-30
-"""A gradient whose largest element is below this counts as none: smaller ones float32 does not hold whole."""
+FLAT = 0.2
+"""Share of images whose loss may surely rise by less than a tenth of what the gradient says of the first step."""
 
 
 @dataclass(frozen=True)
@@ -100,114 +92,3 @@ def explained(mark: Mapping[str, Any]) -> str:
 def in_words(marks: Iterable[Mapping[str, Any]]) -> str:
     """The marks of a row as plain data, in a few words; empty where there are none."""
     return "; ".join(str(Mark(**mark)) for mark in marks)
-
-
-class Watch:
-    """Counts what passes between an attack on ``images`` images and its model. Sums stay on the device until read.
-
-    Each pass of an image that asks for a gradient counts, and is bad where none comes back in the first backward pass.
-    Rows that are whole repetitions of the images, as those of EOT are, count as images: one draw that leads back is
-    enough.
-    """
-
-    def __init__(self, images: int) -> None:
-        self.images = images
-        self._sums: dict[Kind, list[Tensor | int]] = {kind: [0, 0] for kind in WORDS}
-        self._start: tuple[Tensor, Tensor] | None = None
-        self._first: Tensor | None = None
-        self._last: Tensor | None = None
-
-    def over(self, model: Model) -> Model:
-        """``model``, watched: (N, C, H, W) -> (N, classes)."""
-
-        def watched(images: Tensor) -> Tensor:
-            asked = torch.is_grad_enabled() and images.requires_grad
-            if not asked:
-                return self._answered(model(images))
-            entered: Tensor = _Entrance.apply(images, self)
-            self._add("gradient", 0, self._groups(len(images)))
-            return self._answered(model(entered))
-
-        return watched
-
-    def ascent(self, both: ValueAndGrad) -> ValueAndGrad:
-        """``both``, its first values compared to the next and the last: one start of an attack that raises them."""
-        self._close()
-
-        def watched(images: Tensor) -> tuple[Tensor, Tensor]:
-            values, gradient = both(images)
-            if self._first is None:
-                self._first, self._start = values, (images, gradient)
-            else:
-                self._step(values - self._first, images)
-                self._last = values
-            return values, gradient
-
-        return watched
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """(bad, total) of each kind that was seen."""
-        self._close()
-        dead = [self._sums["gradient"][1] - self._sums["gradient"][0], self._sums["gradient"][1]]
-        found = {**self._sums, "gradient": dead}
-        return {kind: (int(bad), int(total)) for kind, (bad, total) in found.items() if int(total)}
-
-    def _answered(self, logits: Tensor) -> Tensor:
-        self._add("finite", (~logits.detach().isfinite()).any(dim=1).sum(), len(logits))
-        return logits
-
-    def _returned(self, gradient: Tensor) -> None:
-        peaks = gradient.detach().abs().flatten(1).amax(dim=1)  # NaN where one element is
-        if len(peaks) > self.images == self._groups(len(peaks)):
-            peaks = peaks.view(-1, self.images).amax(dim=0)
-        self._add("gradient", ((peaks > VANISHED) & (peaks < torch.inf)).sum(), 0)
-
-    def _groups(self, rows: int) -> int:
-        return self.images if rows and rows % self.images == 0 else rows
-
-    def _step(self, rose: Tensor, images: Tensor) -> None:
-        """Compare by how much the values ``rose``, (N,), in the first step to what the gradient promised."""
-        if self._start is None:
-            return
-        (start, gradient), self._start = self._start, None
-        moved = images - start
-        promised = (gradient * moved).flatten(1).sum(dim=1)
-        farthest = gradient.abs().flatten(1).sum(dim=1) * moved.abs().flatten(1).amax(dim=1)
-        along = (promised > ALONG * farthest) & (promised > 1e-3)
-        self._add("slope", (along & (rose < TENTH * promised)).sum(), along.sum())
-
-    def _close(self) -> None:
-        if self._first is not None and self._last is not None:
-            first, last = (torch.nan_to_num(v, torch.inf, torch.inf, -torch.inf) for v in (self._first, self._last))
-            self._add("ascent", (last < first - 1e-4).sum(), len(first))
-        self._first = self._last = self._start = None
-
-    def _add(self, kind: Kind, one: Tensor | int, two: Tensor | int) -> None:
-        sums = self._sums[kind]
-        sums[0], sums[1] = sums[0] + one, sums[1] + two
-
-
-class _Entrance(torch.autograd.Function):
-    """The identity, whose backward pass shows a watch what comes back."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, watch: Watch) -> Tensor:
-        ctx.watch, ctx.first = watch, True
-        return images.view_as(images)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        if ctx.first:
-            ctx.watch._returned(gradients[0])
-        ctx.first = False
-        return gradients[0], None
-
-
-class Unwatched:
-    """A watch that sees nothing."""
-
-    def over(self, model: Model) -> Model:
-        return model
-
-    def ascent(self, both: ValueAndGrad) -> ValueAndGrad:
-        return both

@@ -6,7 +6,7 @@ from typing import Any
 
 from dircluster.config import RunConfig
 from dircluster.defenses.table import DEFENSES, find_defense
-from dircluster.evaluation.sample import n_of
+from dircluster.evaluation.results import n_of
 from dircluster.evaluation.suites import how
 
 CARD = """# {name}: a {defense} defense

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.attacks.gradient import Loss, Model, cross_entropy_loss, margin_loss
-from dircluster.evaluation.marks import VANISHED
 from dircluster.evaluation.victim import VictimModel
+from dircluster.evaluation.watch import VANISHED
 
 CALLS, ASKED = 100, 4
 """Calls of the same images in a row, and how many of these."""

@@ -107,3 +107,14 @@ def headline(rows: Sequence[Mapping[str, Any]], norm: str) -> dict[str, float]:
     if (worst := worst_attacked(rows, norm)) is not None:
         found |= {"robust_accuracy": worst["accuracy"], "robust_accuracy_low": worst["interval"][0]}
     return found
+
+
+def n_of(row: Mapping[str, Any]) -> str:
+    """How many images a row of results is of, with the sample where they are not the first ones."""
+    return str(row["total"]) if row.get("sample") is None else f"{row['total']} (sample {row['sample']})"
+
+
+def images_of(row: Mapping[str, Any]) -> str:
+    """The same as words for the title of a table."""
+    chosen = "first" if row.get("sample") is None else f"sample {row['sample']} of"
+    return f"{chosen} {row['total']} images"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,14 +21,3 @@ def row_numbers(total: int, settings: EvaluationConfig) -> list[int]:
     """The same as numbers, in the order in which they are judged."""
     numbers: list[int] = torch.arange(total)[judged_rows(total, settings)].tolist()
     return numbers
-
-
-def n_of(row: Mapping[str, Any]) -> str:
-    """How many images a row of results is of, with the sample where they are not the first ones."""
-    return str(row["total"]) if row.get("sample") is None else f"{row['total']} (sample {row['sample']})"
-
-
-def images_of(row: Mapping[str, Any]) -> str:
-    """The same as words for the title of a table."""
-    chosen = "first" if row.get("sample") is None else f"sample {row['sample']} of"
-    return f"{chosen} {row['total']} images"

@@ -16,8 +16,8 @@ from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
 from dircluster.defenses.base import AdaptiveAttack, Defended, unwrapped
 from dircluster.evaluation.adapter import Adapted
-from dircluster.evaluation.marks import Unwatched, Watch
 from dircluster.evaluation.streams import OwnStreams, steady
+from dircluster.evaluation.watch import Unwatched, Watch
 from dircluster.models.modules import device_of
 
 Part = Callable[[Tensor, Tensor | None], Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dircluster.models.modules import begin
 from dircluster.models.precision import keep_whole
 
 
@@ -26,7 +27,7 @@ def _doubling(inputs: int, outputs: int) -> list[nn.Module]:
 def _initialize(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            nn.init.normal_(layer.weight, std=0.02)
+            begin(nn.init.normal_, layer.weight, std=0.02)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dircluster.config import ConfigError, DataConfig, first_line
 from dircluster.models.elsewhere import Normalization, factory_network, timm_network
-from dircluster.models.modules import device_of, evaluating
+from dircluster.models.modules import begin, device_of, evaluating
 from dircluster.models.precision import WholeConv2d, WholeLinear
 
 
@@ -154,7 +154,7 @@ class PreActResNet(nn.Sequential):
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                begin(nn.init.kaiming_normal_, module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class PreActResNet18(PreActResNet):

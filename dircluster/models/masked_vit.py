@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dircluster.models.modules import begin
 from dircluster.models.precision import WholeConv1d, WholeLinear
 from dircluster.models.transformer import Block
 from dircluster.presets.dir import ModelConfig
@@ -75,7 +76,7 @@ class MaskedDenoiser(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for table in (self.class_token, self.mask_token, self.encoder_position, self.decoder_position):
-            nn.init.normal_(table, std=0.02)
+            begin(nn.init.normal_, table, std=0.02)
 
     def forward(self, images: Tensor, kept: Tensor) -> Tensor:
         """The restored image x~ of Eq. 5, the mean over the masks: (N, C, H, W), (K, N, n) -> (N, C, H, W)."""

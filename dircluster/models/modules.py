@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,12 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+
+
+def begin(draw: Callable[..., Any], weight: Tensor, **how: Any) -> None:
+    """Draw the first values of ``weight``, but on the meta device: there PyTorch would import its compiler for it."""
+    if not weight.is_meta:
+        draw(weight, **how)
 
 
 @contextmanager

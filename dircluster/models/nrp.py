@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dircluster.models.modules import begin
 from dircluster.models.precision import keep_whole
 
 
@@ -51,7 +52,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first, self.second = _conv(features, features), _conv(features, features)
         for layer in (self.first, self.second):
-            nn.init.kaiming_normal_(layer.weight)
+            begin(nn.init.kaiming_normal_, layer.weight)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
             with torch.no_grad():

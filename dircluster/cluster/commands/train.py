@@ -103,10 +103,14 @@ class Launch:
         from dircluster.cluster.runtime import driver
 
         config, registering = with_reachable_target(config), list[Future[None]]()
-        opening = aside.submit(self._open_record, terminal)
         if self._may_be_refused():
+            opening = aside.submit(self._open_record, terminal)
             opening.result()
-        aside.submit(importlib.import_module, "dircluster.cluster.runtime.ray_train")
+        else:
+            aside.submit(importlib.import_module, "dircluster.cluster.runtime.ray_train")
+            opening = aside.submit(self._open_record, terminal)
+        if config.tracking.enabled:  # seconds of imports, while workers start
+            aside.submit(importlib.import_module, "dircluster.cluster.tracking.registry")
         outcome = driver.train(
             config,
             owner,

@@ -54,6 +54,7 @@ class WorkerChannel:
         self.signal = 0
         self.beats = self.world = 0
         self.workers: dict[int, tuple[str, int]] = {}
+        self.record: tuple[dict[str, Any] | None] | None = None
         self.outcome: dict[str, Any] | None = None
         self.failed: tuple[float, dict[str, Any]] | None = None
 
@@ -62,6 +63,14 @@ class WorkerChannel:
         self.world = world
         self.workers = {r: where for r, where in self.workers.items() if r < world} | {rank: (node, process)}
         self.beats += 1
+
+    def open(self, record: dict[str, Any] | None) -> None:
+        """Driver's side: this is the run in MLflow, or there is none; work may begin."""
+        self.record = (record,)
+
+    def opened(self) -> tuple[dict[str, Any] | None] | None:
+        """Worker's side: what :meth:`open` was told, None until then."""
+        return self.record
 
     def exchange(self, events: list[Any], beats: int) -> int:
         """First worker's side: hand over events and signs of life; -> the signal that asks to stop, or 0."""

@@ -50,19 +50,18 @@ def train(
 ) -> dict[str, Any]:
     """Run on ``scaling.workers`` Ray Train workers: -> the outcome, with ``status`` FINISHED, FAILED or KILLED.
 
-    ``record`` is called once the cluster is there, ``on_outcome`` with the outcome while the cluster still ends.
+    ``record`` is called while the workers start, ``on_outcome`` with the outcome while the cluster still ends.
     Raises ConfigError where the cluster is too small or runs another version of this code, and what ``record`` raises.
     """
     job: Job | None = None
     try:
         join_cluster(config, terminal)
-        found = record()
         if signal := terminal.stop_signal():
             return {"status": "KILLED", "signal": signal}
-        from dircluster.cluster.runtime.ray_train import Job  # it imports torch and Ray Train, for seconds
+        from dircluster.cluster.runtime.ray_train import Job  # it imports Ray Train, for seconds
 
-        job = Job(config, owner, fresh, found, terminal)
-        return job.follow(on_outcome)
+        job = Job(config, owner, fresh, terminal)
+        return job.follow(record, on_outcome)
     except ray.exceptions.RayError as error:
         reason = first_line(error)
         return {"status": "FAILED", "error": f"the cluster is gone ({reason}); the same command resumes", "exit": 1}

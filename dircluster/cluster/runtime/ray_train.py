@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.train import FailureConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # without torch, unlike TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import stack_dump
 from dircluster.cluster.runtime.channel import POLL, WorkerChannel
+from dircluster.cluster.runtime.introduction import Introduction
 from dircluster.cluster.runtime.watch import Follower, Watch
 from dircluster.config import RunConfig
 from dircluster.presets import run_to_plain
@@ -40,27 +41,26 @@ class Job:
         config: RunConfig,
         owner: str,
         fresh: bool,
-        record: JobRecord | None,
         terminal: Follower,
         until: str = "",
     ) -> None:
         self.scaling, self.terminal = config.scaling, terminal
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel = ray.remote(num_cpus=0)(WorkerChannel).options(scheduling_strategy=here).remote()  # nodes may go
+        least, most = self.scaling.least, self.scaling.most
+        on_gpu = self.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= least
+        there = replace(config, scaling=replace(self.scaling, device="gpu" if on_gpu else "cpu"))
         arguments = {
-            "config": run_to_plain(config),
+            "config": run_to_plain(there),
             "owner": owner,
             "fresh": fresh,
             "until": until,
-            "record": None if record is None else asdict(record),
             "channel": self.channel,
         }
-        least, most = self.scaling.least, self.scaling.most
-        on_gpu = self.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= least
-        self.trainer = TorchTrainer(
+        self.trainer = DataParallelTrainer(
             _worker,
             train_loop_config=arguments,
-            torch_config=TorchConfig(timeout_s=max(60, int(2 * self.scaling.stall))),
+            backend_config=Introduction(),
             scaling_config=RayScalingConfig(
                 num_workers=most if least == most else (least, most),
                 elastic_resize_monitor_interval_s=self.scaling.resize_every,
@@ -90,9 +90,20 @@ class Job:
         except BaseException as error:  # reported by follow(), in the main thread
             self.errors.append(error)
 
-    def follow(self, on_outcome: Callable[[dict[str, Any]], None] = lambda outcome: None) -> dict[str, Any]:
-        """Until the run ends: -> its outcome. ``on_outcome`` is called with it while Ray Train still ends."""
+    def follow(
+        self,
+        record: Callable[[], JobRecord | None],
+        on_outcome: Callable[[dict[str, Any]], None] = lambda outcome: None,
+    ) -> dict[str, Any]:
+        """Until the run ends: -> its outcome. ``on_outcome`` is called with it while Ray Train still ends.
+
+        ``record`` is called while workers start; they wait for it. What it raises passes through.
+        """
         self.fitting.start()
+        found = record()
+        if signal := self.terminal.stop_signal():  # nothing was begun
+            return {"status": "KILLED", "signal": signal}
+        ray.get(self.channel.open.remote(None if found is None else asdict(found)))
         while True:
             alive = self.fitting.is_alive()
             seen = ray.get(self.channel.collect.remote(self.terminal.stop_signal()))

@@ -7,61 +7,65 @@ import time
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.runtime.channel import LAST_WORD, RemoteConsole
 from dircluster.cluster.storage import opener, to_environment
 from dircluster.config import RunConfig
-from dircluster.distributed.launch import joined_workers
+from dircluster.distributed.launch import local_workers
 from dircluster.presets import run_from_plain
 from dircluster.training.interrupt import waiting
 from dircluster.training.protocols import Console, NoTracker, Quiet, Tracker
 from dircluster.training.run import Run
 
 
-def work(
-    config: dict[str, Any], owner: str, fresh: bool, until: str, record: dict[str, Any] | None, channel: Any
-) -> None:
+def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: Any) -> None:
     """Run on this worker; the first one hands the outcome to the channel.
 
     Errors that a restart would only repeat are outcomes too: Ray restarts workers after all others.
     """
     run_config: RunConfig = run_from_plain(config)
-    here = ray.train.get_context().get_local_world_size()
     to_environment(run_config.storage)
-    parallel = joined_workers(run_config.scaling, ray.train.torch.get_device(), here)
-    node = ray.get_runtime_context().get_node_id()
-    ray.get(channel.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
-    console: Console = Quiet()
-    tracker: Tracker = NoTracker()
-    recorder = None
-    remote = RemoteConsole(channel, run_config.name) if parallel.first else None
-    if remote is not None:
-        console = remote
-        if record is not None:
-            from dircluster.cluster.tracking.jobs import JobRecord
-            from dircluster.cluster.tracking.tracker import MlflowTracker  # the others go without
+    with local_workers(run_config.scaling, timeout=max(60.0, 2 * run_config.scaling.stall)) as parallel:
+        node = ray.get_runtime_context().get_node_id()
+        ray.get(channel.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
+        console: Console = Quiet()
+        tracker: Tracker = NoTracker()
+        recorder = None
+        remote = RemoteConsole(channel, run_config.name) if parallel.first else None
+        if remote is not None:
+            console = remote
+            record = _record(channel)
+            if record is not None:
+                from dircluster.cluster.tracking.jobs import JobRecord
+                from dircluster.cluster.tracking.tracker import MlflowTracker  # the others go without
 
-            tracker = recorder = MlflowTracker(JobRecord(**record), remote.say)
-    run = Run(
-        run_config,
-        parallel,
-        tracker,
-        console,
-        owner=owner,
-        fresh=fresh,
-        until=until,
-        open_path=opener(run_config.storage),
-    )
-    outcome = outcome_of(run.execute)
-    if recorder is not None:
-        with waiting(console):
-            recorder.close(hurry=outcome["status"] != "FINISHED")
-    if remote is not None:
-        remote.finish(outcome)
-    elif outcome["status"] == "FAILED":
-        deadline = time.monotonic() + 2 * LAST_WORD  # Ray would start all again as soon as one ends
-        while not ray.get(channel.fail.remote(outcome)) and time.monotonic() < deadline:
-            time.sleep(1.0)
+                tracker = recorder = MlflowTracker(JobRecord(**record), remote.say)
+        run = Run(
+            run_config,
+            parallel,
+            tracker,
+            console,
+            owner=owner,
+            fresh=fresh,
+            until=until,
+            open_path=opener(run_config.storage),
+        )
+        outcome = outcome_of(run.execute)
+        if recorder is not None:
+            with waiting(console):
+                recorder.close(hurry=outcome["status"] != "FINISHED")
+        if remote is not None:
+            remote.finish(outcome)
+        elif outcome["status"] == "FAILED":
+            deadline = time.monotonic() + 2 * LAST_WORD  # Ray would start all again as soon as one ends
+            while not ray.get(channel.fail.remote(outcome)) and time.monotonic() < deadline:
+                time.sleep(1.0)
+
+
+def _record(channel: Any) -> dict[str, Any] | None:
+    """The run in MLflow, which the driver opens meanwhile."""
+    while (opened := ray.get(channel.opened.remote())) is None:
+        time.sleep(0.1)
+    found: dict[str, Any] | None = opened[0]
+    return found

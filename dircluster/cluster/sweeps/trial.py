@@ -143,10 +143,10 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
     if record is not None:
         held.enter_context(beating(record.uri, record.run_id))
     try:
-        outcome = Job(run, owner, False, record, post, task.until).follow()
+        outcome = Job(run, owner, False, post, task.until).follow(lambda: record)
         while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
             time.sleep(WAIT)
-            outcome = Job(run, owner, False, record, post, task.until).follow()
+            outcome = Job(run, owner, False, post, task.until).follow(lambda: record)
         status = outcome["status"]
     finally:
         held.close()

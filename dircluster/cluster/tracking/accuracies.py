@@ -12,8 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
 from dircluster.config import DataConfig
-from dircluster.evaluation.results import headline
-from dircluster.evaluation.sample import images_of
+from dircluster.evaluation.results import headline, images_of
 
 SHA_TAG = "dircluster.sha256"
 """Of a model version: the digest of the folder it was registered from."""

@@ -61,6 +61,21 @@ def test_ray_starts_before_torch_is_imported(root: Path) -> None:
     assert imported(code, ("mlflow", "ray", "ray.train", "torch"), root) == "['ray']"
 
 
+def test_neither_ray_trains_controller_nor_the_record_of_a_job_needs_torch(root: Path) -> None:
+    code = "import dircluster.cluster.runtime.ray_train, dircluster.cluster.tracking.jobs"
+    assert imported(code, ("ray.train", "torch"), root) == "['ray.train']"
+
+
+def test_what_only_loads_and_classifies_needs_no_compiler(root: Path) -> None:
+    code = (
+        "import torch\n"
+        "from dircluster import load_defense\n"
+        "from dircluster.cluster.tracking import registry, tracker\n"
+        "load_defense('zoo:cifar10-dir')(torch.zeros(1, 3, 32, 32))\n"
+    )
+    assert imported(code, ("torch", "torch._dynamo"), root) == "['torch']"
+
+
 class Ray:
     """In place of the driver: a cluster whose start and end take as long as MLflow wants to see."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from dircluster.cluster.runtime import nodes, ray_evaluate, ray_worker
 from dircluster.cluster.runtime.channel import LAST_WORD, WorkerChannel
@@ -178,15 +178,13 @@ def worker(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, no_ray: Callable[..., None]
 ) -> Callable[[WorkerChannel], None]:
     """Run the second of two workers to its end."""
-    context = SimpleNamespace(get_local_world_size=lambda: 2)
-    train = SimpleNamespace(get_context=lambda: context, torch=SimpleNamespace(get_device=lambda: torch.device("cpu")))
-    no_ray(ray_worker, train=train, get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    no_ray(ray_worker, get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "node"))
     monkeypatch.setattr(ray_worker, "time", clock)
     monkeypatch.setattr(ray_worker, "Run", Second)
     second = SimpleNamespace(rank=1, world=2, first=False)
-    monkeypatch.setattr(ray_worker, "joined_workers", lambda *_: second)
+    monkeypatch.setattr(ray_worker, "local_workers", lambda *_, **__: nullcontext(second))
     config = run_to_plain(preset("digits_smoke"))
-    return lambda channel: ray_worker.work(config, "owner", False, "", None, Actor(channel))
+    return lambda channel: ray_worker.work(config, "owner", False, "", Actor(channel))
 
 
 def test_an_error_of_another_worker_becomes_the_outcome(worker: Callable[..., None], clock: Clock) -> None:

@@ -58,8 +58,8 @@ class Cluster:
         self.forgotten = 0
         self.lines: list[str] = []
 
-    def job(self, run: RunConfig, owner: str, fresh: bool, record: Any, post: Post, until: str) -> Any:
-        def follow() -> dict[str, Any]:
+    def job(self, run: RunConfig, owner: str, fresh: bool, post: Post, until: str) -> Any:
+        def follow(record: Callable[[], Any]) -> dict[str, Any]:
             self.ran.append((run.seed, until))
             for line in self.lines:
                 post.say(line)
