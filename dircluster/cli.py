@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -391,13 +391,6 @@ def describe(job: Job, run: RunConfig | None = None) -> dict[str, Any]:
     defense = job.defense if isinstance(job, DefenseJob) else ""
     usual, chosen = flatten(to_dict(preset(job.preset, defense))), flatten(to_dict(run or job.run))
     return {name: value for name, value in chosen.items() if usual.get(name) != value}
-
-
-def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """``run`` with settings by their dotted names, checked as those of a command line. Raises ConfigError."""
-    words = [word for name, value in settings.items() for word in as_words(name, value)]
-    with _one_line_errors():
-        return tyro.cli(RunConfig, default=run, args=_with_decimals(RunConfig, type(run), words))
 
 
 def command(job: TrainJob, script: str = "train") -> str:

@@ -28,11 +28,15 @@ WHOLE = ("warmup_epochs",)
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain dictionaries, lists and scalars, each number in one form: 15 and 15.0 are the same setting."""
     plain: dict[str, Any] = {}
+    kind: Any = type(config)
+    decimals = _decimals(kind)
     for name in (f.name for f in dataclasses.fields(config)):
         value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
+        if value is None or isinstance(value, str | bool):
+            plain[name] = value
+        elif dataclasses.is_dataclass(value):
             plain[name] = to_dict(value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name in _decimals(type(config)):  # type: ignore[arg-type]
+        elif isinstance(value, int | float) and name in decimals:
             whole = name in WHOLE and value != 0 and float(value).is_integer()
             plain[name] = int(value) if whole else float(value) + 0.0  # which makes 0.0 of -0.0
         else:

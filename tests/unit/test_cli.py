@@ -63,7 +63,6 @@ def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
         assert job.run.dir.alpha == 0.5
     again = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
     assert parse(*again).run == job.run
-    assert cli.with_settings(job.run, {"data.uri": "1/2", "dir.alpha": "1/4"}).data.uri == "1/2"
 
 
 def test_what_is_given_is_known_from_the_file_and_from_flags(tmp_path: Path) -> None:

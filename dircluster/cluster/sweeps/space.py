@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dircluster import cli
-from dircluster.config import ConfigError, RunConfig, digest, flatten, named_line, short, to_dict
+from dircluster.config import ConfigError, RunConfig, digest, flatten, named_line, short, to_dict, with_values
 
 Settings = Mapping[str, Any]
 Range = tuple[float, float] | tuple[float, float, str] | list[Any]
@@ -97,8 +96,9 @@ def fitted(space: Space, run: RunConfig, search: bool) -> Space:
             raise ConfigError(f"--space {space.name} varies {name}, which is no setting that decides results{hint}")
 
     def held(settings: Settings) -> Settings:
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}  # NumPy's
         try:
-            found = flatten(to_dict(cli.with_settings(run, settings)))
+            found = flatten(to_dict(with_values(run, plain)))
         except ConfigError as error:
             raise ConfigError(f"--space {space.name}: {error}") from error
         return {name: found[name] for name in settings}

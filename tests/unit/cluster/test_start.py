@@ -61,11 +61,13 @@ def test_ray_starts_before_torch_is_imported(root: Path) -> None:
     assert imported(code, ("mlflow", "ray", "ray.train", "torch"), root) == "['ray']"
 
 
+@pytest.mark.long
 def test_neither_ray_trains_controller_nor_the_record_of_a_job_needs_torch(root: Path) -> None:
     code = "import dircluster.cluster.runtime.ray_train, dircluster.cluster.tracking.jobs"
     assert imported(code, ("ray.train", "torch"), root) == "['ray.train']"
 
 
+@pytest.mark.long
 def test_what_only_loads_and_classifies_needs_no_compiler(root: Path) -> None:
     code = (
         "import torch\n"

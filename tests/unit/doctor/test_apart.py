@@ -34,6 +34,7 @@ def hanging(machine: Machine) -> Iterator[Finding]:
         pass
 
 
+@pytest.mark.long
 def test_findings_come_over_as_they_were_made(machine: Machine) -> None:
     machine.rates["fp32"] = 2.0
     assert list(apart(sound, "sound", machine, 1.5)) == list(sound(machine, 1.5))
@@ -47,11 +48,13 @@ def test_a_crash_is_a_finding_that_says_where(machine: Machine) -> None:
     assert "apart.py" in died.note  # this file's name holds it too
 
 
+@pytest.mark.long
 def test_an_error_is_a_finding_that_says_which(machine: Machine) -> None:
     _, failed = apart(refusing, "risky", machine)
     assert (failed.status, failed.note) == ("fail", "ValueError: the driver is gone")
 
 
+@pytest.mark.long
 def test_one_that_hangs_ends_with_its_seconds(machine: Machine) -> None:
     found = apart(hanging, "risky", machine)
     assert next(found) == seen("before")

@@ -62,6 +62,7 @@ EVERY = set(digests())
 OF_DIR = {name for name in EVERY if name.startswith("dir")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("file", "change", "voided"),
     [

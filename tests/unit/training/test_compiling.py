@@ -52,6 +52,7 @@ def compiled_trainer(run: RunConfig, folder: Path, backend: Any) -> Trainer:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_after_the_first_step_and_validation_nothing_is_compiled_again(
     run: DirRun, tmp_path: Path, backend: str

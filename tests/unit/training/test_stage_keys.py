@@ -128,6 +128,7 @@ def keys(run: RunConfig) -> dict[str, str]:
     return found | {"run": digest(run.identity)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_same_settings_are_the_same_run_however_they_are_typed(name: str, tmp_path: Path) -> None:
     run = preset(name)

@@ -50,7 +50,7 @@ def elsewhere(config: RunConfig, folder: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("joint", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_run_interrupted_at_any_step_ends_in_the_same_bits(
     smoke: RunConfig, tmp_path: Path, joint: bool, every: int
 ) -> None:

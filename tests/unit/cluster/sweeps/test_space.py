@@ -110,6 +110,13 @@ def test_points_are_held_as_the_config_holds_them_each_once(tmp_path: Path) -> N
     assert (grid.varied, search.varied) == (["dir.alpha"], ["dir.alpha", "model.encoder_depth"])
 
 
+def test_a_grid_of_numpy_s_numbers_is_one_of_numbers(tmp_path: Path) -> None:
+    points = "{'model.encoder_depth': list(numpy.arange(4, 6)), 'dir.alpha': list(numpy.linspace(0, 1, 2))}"
+    text = f"import numpy\nGRID = {points}"
+    grid = fitted(load_space(written(tmp_path, text)), preset("digits"), search=False)
+    assert repr(grid.points[-1]) == "{'model.encoder_depth': 5, 'dir.alpha': 1.0}"
+
+
 def test_two_ends_are_another_space_than_two_values() -> None:
     ends, values = (Space("mine", (), {"model.encoder_depth": found}) for found in ((1, 12), [1, 12]))
     assert ends.plain != values.plain
