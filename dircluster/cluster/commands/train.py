@@ -109,8 +109,6 @@ class Launch:
         else:
             aside.submit(importlib.import_module, "dircluster.cluster.runtime.ray_train")
             opening = aside.submit(self._open_record, terminal)
-        if config.tracking.enabled:  # seconds of imports, while workers start
-            aside.submit(importlib.import_module, "dircluster.cluster.tracking.registry")
         outcome = driver.train(
             config,
             owner,
