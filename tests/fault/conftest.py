@@ -81,7 +81,6 @@ class Job:
         self.summary = folder / "summary.json"
         self.log = folder / "job.log"
         self.process: subprocess.Popen[bytes] | None = None
-        os.environ.update({k: v for k, v in cluster.environment().items() if not k.startswith("RAY_API")})
         self.storage = storage.open_path(self.uri, StorageConfig())
 
     def start(self) -> Job:
@@ -181,9 +180,14 @@ def weights_in(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def job(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
+def job(
+    cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Job]]:
     """Make jobs of the test's own; what still runs at its end is ended."""
     made: list[Job] = []
+    for name, value in cluster.environment().items():
+        if not name.startswith("RAY_API"):
+            monkeypatch.setenv(name, value)
 
     def make(*words: str, script: str = "train") -> Job:
         made.append(Job(cluster, _plain(request.node.name), tmp_path, *words, script=script))
