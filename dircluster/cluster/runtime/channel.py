@@ -69,7 +69,7 @@ class WorkerChannel:
         self.record = (record,)
 
     def opened(self) -> tuple[dict[str, Any] | None] | None:
-        """Worker's side: what :meth:`open` was told, None until then."""
+        """Worker's side: what :meth:`open` was given, None until then."""
         return self.record
 
     def exchange(self, events: list[Any], beats: int) -> int:
