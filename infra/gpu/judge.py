@@ -5,6 +5,7 @@
 ``--data`` holds parquet files test*. Rows come in the order of what they cost, and each finished shard is kept in
 ``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole.
 ``--processes 4`` shares the shards among so many: one alone leaves a GPU waiting for its host.
+``--only autoattack-standard-fixed --start 250`` leaves the other rows, and the images before the 250th, to another run.
 ``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends.
 """
 
@@ -63,8 +64,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--only", help="the row of this name")
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--shard", type=int, default=250, help="images that an interruption can cost at the most")
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(argv)
+    given.out.mkdir(parents=True, exist_ok=True)
     others = [
         subprocess.Popen([sys.executable, __file__, *argv, "--part", str(part)])
         for part in range(1, 0 if given.part else given.processes)
@@ -77,11 +82,13 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         defense.classifier.to(memory_format=torch.channels_last)
     victim = VictimModel(defense, "dir")
-    asked, rows = specs(given.rehearse), EvaluationConfig(rows=2048 // given.processes).rows
+    asked = [spec for spec in specs(given.rehearse) if given.only in (None, f"{spec.name}-{spec.randomness}")]
+    rows = EvaluationConfig(rows=2048 // given.processes).rows
     images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
     meet(victim, images[:8], int(labels.max()))
-    shards = 2 if given.rehearse else 250  # what an interruption can cost at the most
-    judged = Evaluation(asked, count, 0, shards, rows, FolderStore(given.out), victim)
+    judged = Evaluation(asked, count, 0, 2 if given.rehearse else given.shard, rows, FolderStore(given.out), victim)
+    places = [place for place, shard in enumerate(judged.shards()) if shard.rows[0] >= given.start]
+    own = set(places[given.part :: given.processes])
 
     def rows_of(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         return images[first:end], labels[first:end]
@@ -93,7 +100,7 @@ def main(argv: list[str]) -> int:
             raise OutOfTime
 
     try:
-        run(judged, rows_of, on_shard, lambda index: index % given.processes == given.part)
+        run(judged, rows_of, on_shard, own.__contains__)
     except OutOfTime:
         print("out of time; the same command goes on", flush=True)
     if given.part:
