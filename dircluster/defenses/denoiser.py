@@ -44,7 +44,10 @@ class DenoiserRecipe(Recipe):
         self.classifier = freeze(classifier)
         self.threat, self.natural, self.adversarial = attack, natural, adversarial
         self.attacks_deployed = adversarial is not None
-        self.capturable = adversarial is None or attack.pipeline_every == 1  # else steps differ
+
+    @property
+    def capturable(self) -> bool:
+        return self.adversarial is None or self.threat.pipeline_every == 1  # else steps differ
 
     def train(self, mode: bool = True) -> DenoiserRecipe:
         super().train(mode)

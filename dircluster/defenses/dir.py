@@ -121,7 +121,10 @@ class DirRecipe(Recipe):
         self.threat = attack
         self.trained = ("denoiser", "classifier") if config.joint else ("denoiser",)
         self.attacks_deployed = True
-        self.capturable = attack.pipeline_every == 1  # else steps differ
+
+    @property
+    def capturable(self) -> bool:
+        return self.threat.pipeline_every == 1  # else steps differ
 
     def train(self, mode: bool = True) -> DirRecipe:
         super().train(mode)

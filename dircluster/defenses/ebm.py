@@ -96,12 +96,15 @@ class EbmRecipe(Recipe):
     """Trains the energy by contrast between images and persistent chains; there is no classifier in it."""
 
     trained = ("purifier", "chains")
-    capturable = False  # the noise of a chain is counted in Python
     alone = "keeps chains that lie with one worker"
 
     def __init__(self, purifier: LangevinPurifier, chains: Chains, config: EbmConfig) -> None:
         super().__init__()
         self.purifier, self.chains, self.config = purifier, chains, config
+
+    @property
+    def capturable(self) -> bool:
+        return False  # the noise of a chain is counted in Python
 
     @property
     def updates(self) -> tuple[tuple[str, ...], ...]:

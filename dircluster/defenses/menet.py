@@ -92,7 +92,6 @@ class MenetRecipe(Recipe):
     """Trains the classifier on estimated images: natural ones, or for ME-Net-A attacked ones."""
 
     trained = ("classifier",)
-    capturable = False  # finding eigenvectors waits for the device
 
     def __init__(
         self,
@@ -107,6 +106,10 @@ class MenetRecipe(Recipe):
         self.purifier, self.classifier = purifier, classifier
         self.config, self.threat = config, attack
         self.adversarial = adversarial  # not attacks_deployed: the gauge's PGD knows its masks, crafting does not
+
+    @property
+    def capturable(self) -> bool:
+        return False  # finding eigenvectors waits for the device
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """A mask for the update; for ME-Net-A the start of PGD and a mask for each of its steps."""

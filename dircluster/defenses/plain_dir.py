@@ -32,13 +32,16 @@ def compared(run: DirRun) -> dict[str, tuple[DirRun, Callable[[Modules], Recipe]
         assert isinstance(denoiser, MaskedPurifier)
         return PlainDirRecipe(denoiser, modules["classifier"], paper.dir, paper.attack)
 
-    return {"plain": (paper, plain), "paper": (paper, None), "fast": (with_fast_crafting(run), None)}
+    eager = replace(paper, training=replace(paper.training, compile=False, capture="off"))
+    return {"plain": (eager, plain), "paper": (paper, None), "fast": (with_fast_crafting(run), None)}
 
 
 class PlainDirRecipe(DirRecipe):
     """DIR's step, written plainly; for a maximum norm, shared masks and a frozen target."""
 
-    capturable = False  # nobody's experiment is, and dropped gradients could not be replayed
+    @property
+    def capturable(self) -> bool:
+        return False  # it drops gradients that a recording would go on writing to
 
     def purify(self, images: Tensor, permutations: Tensor) -> Tensor:
         """x~ of Eq. 5: (N, C, H, W), (N, T) -> (N, C, H, W)."""

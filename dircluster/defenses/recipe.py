@@ -41,9 +41,13 @@ class Recipe(nn.Module):
     attacks_deployed = False
     """Whether :meth:`attack` is aimed at what is deployed: then held-out images tell whether it has overfitted."""
 
-    capturable = True
-    """Whether a step launches the same work each time, so that it can be recorded as one CUDA graph: false where its
-    passes wait for the device, or depend on Python values that change from step to step."""
+    @property
+    def capturable(self) -> bool:
+        """Whether a step launches the same work each time, so that it can be recorded as one CUDA graph.
+
+        False where its passes wait for the device, or depend on Python values that change from step to step.
+        """
+        return True
 
     @property
     def alone(self) -> str | None:

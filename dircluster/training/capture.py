@@ -79,7 +79,7 @@ class CapturedStep:
         settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._work, self._parameters, self._recorder, self._settle = work, parameters, recorder, settle
-        self._calls = 0
+        self._calls, self._keeps = 0, True
         self._inputs: Batch | None = None
         self._terms: Terms | None = None
         self._replay: Callable[[], None] | None = None
@@ -91,6 +91,8 @@ class CapturedStep:
             self._inputs = batch
             self._recorder.warm_up(self._run)
         elif self._replay is None:
+            if not self._keeps:
+                raise CaptureError("it drops gradients, and a recording would go on writing to them")
             self._inputs = _map(batch, torch.clone)
             self._settle()
             self._replay = self._recorded()
@@ -112,11 +114,12 @@ class CapturedStep:
             raise CaptureError(first_line(cause)) from error
 
     def _run(self) -> None:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         if gradients:
-            torch._foreach_zero_(gradients)
+            torch._foreach_zero_(list(gradients.values()))
         assert self._inputs is not None
         self._terms = self._work(self._inputs)
+        self._keeps = self._keeps and all(p.grad is gradient for p, gradient in gradients.items())
 
 
 def captured_step(

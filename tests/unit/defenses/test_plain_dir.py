@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from dircluster.defenses import dir as dir_defense
 from dircluster.defenses.dir import DirRecipe, MaskedPurifier
-from dircluster.defenses.plain_dir import PlainDirRecipe
+from dircluster.defenses.plain_dir import PlainDirRecipe, compared
 from dircluster.defenses.recipe import Batch
 from dircluster.models import classifiers
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun, with_fast_crafting, with_paper_crafting
+from dircluster.training.stages import stages_of
 
 
 def test_it_is_the_same_maths(make_batch: Callable[..., Batch]) -> None:
@@ -35,6 +38,20 @@ def test_it_is_the_same_maths(make_batch: Callable[..., Batch]) -> None:
     assert (ours[0] != plain[0]).float().mean() < 0.02  # a sign that rounding decides
     assert plain[1] == pytest.approx(ours[1], rel=1e-3)
     torch.testing.assert_close(plain[2], ours[2], rtol=0.05, atol=1e-3)
+
+
+def test_it_is_neither_captured_nor_compiled() -> None:
+    """It drops gradients on its way: a recording of it wrote to memory that others held by then."""
+    run = preset("cifar10_smoke")
+    assert isinstance(run, DirRun)
+    asked = dataclasses.replace(run, training=dataclasses.replace(run.training, capture="on", compile=True))
+    variants = compared(asked)
+    for name, (found, recipe) in variants.items():
+        plain = name == "plain"
+        assert (found.training.capture, found.training.compile) == (("off", False) if plain else ("on", True))
+        networks = {n: dir_defense.DEFENSE.build(run, n) for n in ("classifier", "denoiser")}
+        made = (recipe or stages_of(found)[-1].recipe)(networks)
+        assert made.capturable is not plain
 
 
 def test_fast_crafting_and_the_papers_undo_one_another() -> None:

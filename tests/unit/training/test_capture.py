@@ -233,7 +233,9 @@ def capture_of(run: DirRun, folder: Path, switch: Any, recorder: Again | None = 
     return trainer(run, folder, recorder).captured
 
 
-def test_auto_captures_what_can_be_and_on_says_what_cannot(whole: DirRun, tmp_path: Path) -> None:
+def test_auto_captures_what_can_be_and_on_says_what_cannot(
+    whole: DirRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert capture_of(whole, tmp_path, "auto", Again()) is not None
     assert capture_of(whole, tmp_path, "off", Again()) is None
     assert capture_of(whole, tmp_path, "auto") is None  # a CPU
@@ -261,13 +263,29 @@ def test_auto_captures_what_can_be_and_on_says_what_cannot(whole: DirRun, tmp_pa
     }
     assert captured_step(switches["auto"], ALONE, made.recipe, Again(), make) is None
     assert captured_step(switches["on"], ALONE, made.recipe, Again(), make) is not None
-    made.recipe.capturable = False
+    monkeypatch.setattr(type(made.recipe), "capturable", False)
     with pytest.raises(ConfigError, match="depend on more than tensors"):
         captured_step(switches["on"], ALONE, made.recipe, Again(), make)
     with pytest.raises(ConfigError, match="several updates"):
         captured_step(switches["on"], ALONE, Game(), Again(), make)
     with pytest.raises(ConfigError, match="shared by 2 workers"):
         captured_step(switches["on"], Parallel(0, 2, CPU), made.recipe, Again(), make)
+
+
+def test_a_step_that_drops_gradients_is_not_recorded(whole: DirRun, tmp_path: Path) -> None:
+    """A recording writes to the gradients that it met: dropped ones would be memory of somebody else."""
+    made = trainer(whole, tmp_path, Again())
+    attack = made.recipe.attack
+
+    def dropping(batch: Batch) -> Batch:
+        made.recipe.zero_grad()
+        return attack(batch)
+
+    made.recipe.attack = dropping  # type: ignore[method-assign]
+    for step in range(WARM_UP):
+        made.step(step)
+    with pytest.raises(ConfigError, match="dir cannot be captured: it drops gradients"):
+        made.step(WARM_UP)
 
 
 def test_a_cpu_is_refused_before_data_is_read(whole: DirRun) -> None:
