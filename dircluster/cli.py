@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,16 +242,30 @@ def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], in
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read where PyTorch is imported, here and in workers
     try:
-        job = parse(kind, argv)
-        if job.print_config:
-            print(to_yaml(job.run), end="")
-            return 0
+        with _reader_may_leave():
+            job = parse(kind, argv)
+            if job.print_config:
+                print(to_yaml(job.run), end="")
+                return 0
         if job.summary is not None and not job.summary.resolve().parent.is_dir():
             raise ConfigError(f"--summary {job.summary}: its folder does not exist")
         return work(job)
     except ConfigError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Inside, who reads what is printed may leave before its end (``--help | head``): exit 141, as of any program."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def write_summary(job: Job, outcome: dict[str, Any]) -> None:

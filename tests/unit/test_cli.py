@@ -116,6 +116,13 @@ def test_flags_about_the_verdict_beat_the_file(
     assert seen == [asked]
 
 
+@pytest.mark.parametrize("flag", ["--help", "--print-config"])
+def test_who_reads_help_or_settings_may_leave_before_their_end(root: Path, flag: str) -> None:
+    command = f"{sys.executable} jobs/train.py digits_smoke {flag} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
+
+
 LAST = {preset(name).defense: name for name in PRESETS}
 """A preset of each defense: reading settings takes a fifth of a second."""
 
