@@ -134,6 +134,15 @@ class Job:
             time.sleep(0.2)
         pytest.fail(f"nothing was committed after step {step} within {seconds} s:\n{self.said[-3000:]}")
 
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 180.0) -> None:
+        """Until something holds, while the job lives."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert self.process is not None
+            assert self.process.poll() is None, self.said[-3000:]
+            assert time.monotonic() < deadline, self.said[-3000:]
+            time.sleep(0.2)
+
     def workers(self) -> list[psutil.Process]:
         """The processes of its Ray Train workers."""
         return [p for p in self.cluster.processes() if "RayTrainWorker" in " ".join(_command(p))]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra.local_cluster import Cluster
+from infra.local_cluster import PART, Cluster
 
 Make = Callable[..., Any]
 Unbroken = Callable[..., dict[str, str]]
 EPOCHS, STEPS = "60", 240
+DRAINS = 20
 LONG = ("--dir.epochs", EPOCHS, "--storage.checkpoint-every", "10")
 
 
@@ -63,6 +68,7 @@ def test_a_lost_node_shrinks_the_run_and_its_return_grows_it(job: Make, unbroken
     run = job(*long, "--scaling.workers", "1:4", "--scaling.resize-every", "10").start()
     run.wait_for_workers(4)
     run.wait_for(run.committed())
+    grown = run.said.count("dir: resuming")  # it may have begun with less than there is
     cluster.end("node2")
     stored = run.committed()
     try:
@@ -72,9 +78,51 @@ def test_a_lost_node_shrinks_the_run_and_its_return_grows_it(job: Make, unbroken
         cluster.start_node(2)
     run.wait_for_workers(4)
     assert run.end(900) == 0, run.said[-3000:]
-    assert int(re.findall(r"dir: resuming at step (\d+)", run.said)[0]) >= stored
+    assert int(re.findall(r"dir: resuming at step (\d+)", run.said)[grown]) >= stored
     assert run.weights() == unbroken(*long)
     run.must_have_one_whole_record(2400)
+
+
+def announce_the_end_of(node: str, cluster: Cluster) -> None:
+    """Have Ray say that a node is taken away in a minute, as a cloud does of a spot machine."""
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = os.environ | cluster.environment() | {"RAY_ADDRESS": cluster.gcs}
+
+    def said(*words: str) -> str:
+        done = subprocess.run([ray, *words], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    address = f"{cluster.facts['address']}{int(node.removeprefix('node')) + 1}"
+    nodes = json.loads(said("list", "nodes", "--format", "json", "--limit", "1000"))
+    (number,) = (found["node_id"] for found in nodes if (found["node_ip"], found["state"]) == (address, "ALIVE"))
+    reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test")
+    said("drain-node", "--node-id", number, *reason, "--deadline-remaining-seconds", "60")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_node_that_is_announced_to_go_costs_neither_a_step_nor_a_retry(
+    job: Make, unbroken: Unbroken, cluster: Cluster
+) -> None:
+    long = ("--dir.epochs", "1200", "--storage.checkpoint-every", "10000")  # what is stored is stored for a notice
+    run = job(*long, "--scaling.workers", "2", "--scaling.max-failures", "0").start()
+    for times in range(DRAINS):
+        run.wait_until(lambda: any(run.storage.glob("pretrain-*/final/COMMIT")))
+        run.wait_until(lambda done=times: run.said.count("dir: resuming at step") == done)  # type: ignore[misc]
+        time.sleep(2)
+        before = run.workers()
+        (node,) = {worker.environ()[PART] for worker in before}
+        announce_the_end_of(node, cluster)
+        run.wait_for_workers(2, gone=before)
+        assert {worker.environ()[PART] for worker in run.workers()} == {"node1", "node2"} - {node}
+        cluster.end(node)
+        cluster.start_node(int(node.removeprefix("node")))
+    assert run.end(400) == 0, run.said[-3000:]
+    resumed = [int(step) for step in re.findall(r"dir: resuming at step (\d+)", run.said)]
+    assert len(resumed) == run.said.count("a node is about to be taken away") == DRAINS
+    assert run.weights() == unbroken(*long)
+    run.must_have_one_whole_record(4800)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,6 @@ GRID = [
 """
 
 
-def wait_for(job: Job, holds: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert job.process is not None
-        assert job.process.poll() is None, job.said[-3000:]
-        assert time.monotonic() < deadline, job.said[-3000:]
-        time.sleep(0.2)
-
-
 def actors(cluster: Cluster) -> list[psutil.Process]:
     """The processes of trials at work."""
     return [p for p in cluster.processes() if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::ImplicitFunc")]
@@ -56,7 +46,7 @@ def test_a_raising_trial_a_killed_one_and_a_killed_driver(
     stored = sweep.wait_for(0, 300)
     (trial,) = actors(cluster)
     os.kill(trial.pid, signal.SIGKILL)
-    wait_for(sweep, lambda: "1 of 3 trials" in sweep.said, 300)
+    sweep.wait_until(lambda: "1 of 3 trials" in sweep.said, 300)
     assert sweep.committed() >= stored
     first = {place.name: place.read_text() for place in sweep.storage.glob("trials/*.json")}
     sweep.kill()

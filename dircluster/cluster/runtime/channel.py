@@ -21,6 +21,8 @@ POLL = 1.0
 """Seconds between two looks into the channel."""
 LAST_WORD = 15.0
 """Seconds that the first worker has to say how a run ended after another one has failed."""
+TAKEN_AWAY = 1000
+"""What asks a run to stop whose node is about to be taken away; no signal has this number."""
 GAUGES = {
     "dircluster_step": "Steps done of the stage",
     "dircluster_images_per_second": "Training images a second over all workers",
@@ -97,9 +99,13 @@ class WorkerChannel:
 
 
 class RemoteConsole:
-    """The driver's terminal, seen from the first worker; it talks in the background."""
+    """The driver's terminal, seen from the first worker; it talks in the background.
 
-    def __init__(self, channel: Any, run: str) -> None:
+    ``leaves`` says whether a node of the run is about to be taken away, which asks to stop as a signal does.
+    """
+
+    def __init__(self, channel: Any, run: str, leaves: Callable[[], bool] = lambda: False) -> None:
+        self._leaves = leaves
         self._channel = channel
         self._events: list[Any] = []
         self._signal = self._beats = 0
@@ -133,9 +139,13 @@ class RemoteConsole:
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Hand over what is left, then the outcome."""
+        self.close()
+        ray.get(self._channel.finish.remote(outcome))
+
+    def close(self) -> None:
+        """Hand over what is left."""
         self._closed.set()
         self._thread.join(10)
-        ray.get(self._channel.finish.remote(outcome))
 
     def _talk(self) -> None:
         last = False
@@ -144,4 +154,4 @@ class RemoteConsole:
             with self._lock:
                 events, self._events = self._events, []
             beats, self._beats = self._beats, 0
-            self._signal = ray.get(self._channel.exchange.remote(events, beats))
+            self._signal = ray.get(self._channel.exchange.remote(events, beats)) or TAKEN_AWAY * self._leaves()

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from dircluster.cluster.outcome import outcome_of
-from dircluster.cluster.runtime.channel import LAST_WORD, RemoteConsole
+from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, RemoteConsole
 from dircluster.cluster.storage import opener, to_environment
 from dircluster.config import RunConfig
 from dircluster.distributed.launch import local_workers
@@ -17,6 +17,9 @@ from dircluster.presets import run_from_plain
 from dircluster.training.interrupt import waiting
 from dircluster.training.protocols import Console, NoTracker, Quiet, Tracker
 from dircluster.training.run import Run
+
+NOTICED = 5.0
+"""Seconds until Ray Train has seen an announcement that a worker has seen: it looks every two."""
 
 
 def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: Any) -> None:
@@ -32,7 +35,7 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
         console: Console = Quiet()
         tracker: Tracker = NoTracker()
         recorder = None
-        remote = RemoteConsole(channel, run_config.name) if parallel.first else None
+        remote = RemoteConsole(channel, run_config.name, lambda: bool(_leaving())) if parallel.first else None
         if remote is not None:
             console = remote
             record = _record(channel)
@@ -55,12 +58,41 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
         if recorder is not None:
             with waiting(console):
                 recorder.close(hurry=outcome["status"] != "FINISHED")
-        if remote is not None:
+        if outcome.get("signal") == TAKEN_AWAY:
+            if remote is not None:
+                remote.say("a node is about to be taken away: committed, to go on elsewhere")
+                remote.close()
+            _give_way(parallel.rank)
+        elif remote is not None:
             remote.finish(outcome)
         elif outcome["status"] == "FAILED":
             deadline = time.monotonic() + 2 * LAST_WORD  # Ray would start all again as soon as one ends
             while not ray.get(channel.fail.remote(outcome)) and time.monotonic() < deadline:
                 time.sleep(1.0)
+
+
+def _leaving() -> list[int]:
+    """The ranks on nodes that are about to be taken away; none while Ray has announced nothing.
+
+    ``ray.train.get_preemption_info`` is a barrier between the workers: here the first one asks alone, and all stop as
+    it does.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
+    return [] if info is None else info.preempted_ranks
+
+
+def _give_way(rank: int) -> None:
+    """Leave a node that is about to be taken away: Ray Train starts all workers anew elsewhere, and counts no failure.
+
+    A death there is the node's; an error would be the run's, and a return by all its end.
+    """
+    time.sleep(NOTICED)
+    while not (leaving := _leaving()):
+        time.sleep(0.1)
+    if rank in leaving:
+        os._exit(0)
 
 
 def _record(channel: Any) -> dict[str, Any] | None:

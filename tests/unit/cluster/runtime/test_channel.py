@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from dircluster.cluster.runtime import channel as module
-from dircluster.cluster.runtime.channel import LAST_WORD, RemoteConsole, WorkerChannel
+from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, RemoteConsole, WorkerChannel
 from dircluster.training.protocols import Status
 from tests.unit.cluster.conftest import Actor, Clock
 
@@ -110,6 +110,29 @@ def test_a_console_far_away_says_shows_and_hears(channel: WorkerChannel, console
     assert set(Gauge.shown) == set(module.GAUGES)
     wait_until(console.stop_signal)
     assert console.stop_signal() == 15
+
+
+def test_a_node_that_is_taken_away_asks_to_stop_unless_the_person_does(
+    channel: WorkerChannel, no_ray: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_ray(module)
+    monkeypatch.setattr(module, "POLL", 0.01)
+    monkeypatch.setattr(module, "Gauge", Gauge)
+    going: list[str] = []
+    console = RemoteConsole(Actor(channel), "digits", lambda: bool(going))
+    channel.collect(0)
+    console.say("one")
+    wait_until(lambda: channel.collect(0).events)
+    assert console.stop_signal() == 0
+    going.append("node1")
+    wait_until(console.stop_signal)
+    assert console.stop_signal() == TAKEN_AWAY
+    channel.collect(15)
+    wait_until(lambda: console.stop_signal() == 15)
+    console.say("two")
+    console.close()
+    seen = channel.collect(15)
+    assert (seen.events, seen.outcome) == (["two"], None)
 
 
 def test_who_asks_whether_to_stop_shows_that_it_lives(channel: WorkerChannel, console: RemoteConsole) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from dircluster.cluster.runtime import nodes, ray_evaluate, ray_worker
-from dircluster.cluster.runtime.channel import LAST_WORD, WorkerChannel
+from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, WorkerChannel
 from dircluster.config import ConfigError, ScalingConfig, error_to_plain
 from dircluster.presets import preset, run_to_plain
+from dircluster.training.interrupt import Interrupted
 from dircluster.training.step import NonFiniteLoss
 from tests.unit.cluster.conftest import Actor, Clock, Terminal
 
@@ -213,4 +214,22 @@ def test_what_a_restart_may_mend_goes_to_ray(
     channel = WorkerChannel(clock)
     with pytest.raises(RuntimeError, match="closed by peer"):
         worker(channel)
+    assert channel.collect(0).outcome is None
+
+
+@pytest.mark.parametrize(("leaving", "exits"), [([0, 1], [0]), ([0], [])])
+def test_workers_give_way_where_a_node_is_taken_away(
+    worker: Callable[..., None], clock: Clock, monkeypatch: pytest.MonkeyPatch, leaving: list[int], exits: list[int]
+) -> None:
+    """One on that node dies, which Ray counts as the node's end; another returns; nobody says that the run ended."""
+    announced: list[int] = []
+    ended: list[int] = []
+    monkeypatch.setattr(Second, "error", Interrupted(TAKEN_AWAY))
+    monkeypatch.setattr(ray_worker, "_leaving", lambda: announced)
+    monkeypatch.setattr(ray_worker.os, "_exit", ended.append)
+    clock.after(10, lambda: announced.extend(leaving))  # the first worker may hear of it before this one
+    channel, began = WorkerChannel(clock), clock.now
+    worker(channel)
+    assert ended == exits
+    assert clock.now - began >= 10
     assert channel.collect(0).outcome is None
