@@ -26,7 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 2) -> None:
         self.folder, self.nodes, self.cpus = folder.resolve(), nodes, cpus
+        self.s3_scheme = "http"
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.facts = self._facts()
 
@@ -87,7 +88,7 @@ class Cluster:
 
     @property
     def s3_url(self) -> str:
-        return f"http://127.0.0.1:{self.facts['s3'][0]}"
+        return f"{self.s3_scheme}://127.0.0.1:{self.facts['s3'][0]}"
 
     @property
     def mlflow_url(self) -> str:
@@ -131,8 +132,8 @@ class Cluster:
         (self.folder / "env").touch(mode=0o600)
         (self.folder / "env").write_text(text)
 
-    def start_s3(self, wait: bool = True) -> Callable[[], None]:
-        """SeaweedFS with one pair of keys and one bucket."""
+    def start_s3(self, wait: bool = True, options: Sequence[str] = ()) -> Callable[[], None]:
+        """SeaweedFS with one pair of keys and one bucket; ``options`` are more of its own."""
         s3, master, volume, filer, admin = self.facts["s3"]
         weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
         if weed is None:
@@ -144,7 +145,8 @@ class Cluster:
             [weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}"]
             + [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}"]
             + ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-            + ["-volume.max=500", "-master.volumeSizeLimitMB=256", "-s3.autoCreateBucket=false", f"-bucket={BUCKET}"],
+            + ["-volume.max=500", "-master.volumeSizeLimitMB=256", "-s3.autoCreateBucket=false", f"-bucket={BUCKET}"]
+            + [*options],
             AWS_ACCESS_KEY_ID=self.facts["key"],
             AWS_SECRET_ACCESS_KEY=self.facts["secret"],
             GOMEMLIMIT="400MiB",
