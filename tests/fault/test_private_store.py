@@ -82,6 +82,7 @@ def train(store: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     return run
 
 
+@pytest.mark.slow
 def test_a_private_authority_and_a_region_of_its_own(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--storage.uri", f"s3://{BUCKET}/private", "--storage.region", "fsn1")
     done = train(*words)
@@ -94,6 +95,7 @@ def test_a_private_authority_and_a_region_of_its_own(train: Any, monkeypatch: py
     assert "shows a certificate that nobody here trusts; set AWS_CA_BUNDLE to a file of its authority's" in line
 
 
+@pytest.mark.slow
 def test_virtual_hosts_alone(store: Cluster, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
     inner = socket.getaddrinfo

@@ -23,8 +23,8 @@ def crashing(machine: Machine) -> Iterator[Finding]:
     faulthandler._sigsegv()
 
 
-def refusing(machine: Machine) -> Iterator[Finding]:
-    yield seen("before")
+def refusing(machine: Machine, *numbers: float) -> Iterator[Finding]:
+    yield from sound(machine, *numbers)
     raise ValueError("the driver is gone")
 
 
@@ -32,12 +32,6 @@ def hanging(machine: Machine) -> Iterator[Finding]:
     yield seen("before")
     while True:
         pass
-
-
-@pytest.mark.long
-def test_findings_come_over_as_they_were_made(machine: Machine) -> None:
-    machine.rates["fp32"] = 2.0
-    assert list(apart(sound, "sound", machine, 1.5)) == list(sound(machine, 1.5))
 
 
 def test_a_crash_is_a_finding_that_says_where(machine: Machine) -> None:
@@ -49,8 +43,10 @@ def test_a_crash_is_a_finding_that_says_where(machine: Machine) -> None:
 
 
 @pytest.mark.long
-def test_an_error_is_a_finding_that_says_which(machine: Machine) -> None:
-    _, failed = apart(refusing, "risky", machine)
+def test_findings_come_over_as_they_were_made_and_an_error_as_one(machine: Machine) -> None:
+    machine.rates["fp32"] = 2.0
+    *found, failed = apart(refusing, "risky", machine, 1.5)
+    assert found == list(sound(machine, 1.5))
     assert (failed.status, failed.note) == ("fail", "ValueError: the driver is gone")
 
 
