@@ -60,7 +60,7 @@ def train(
             return {"status": "KILLED", "signal": signal}
         from dircluster.cluster.runtime.ray_train import Job  # it imports Ray Train, for seconds
 
-        job = Job(config, owner, fresh, terminal)
+        job = Job(config, owner, fresh, terminal, alone=not os.environ.get("RAY_ADDRESS"))
         return job.follow(record, on_outcome)
     except ray.exceptions.RayError as error:
         reason = first_line(error)

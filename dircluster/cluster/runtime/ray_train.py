@@ -12,13 +12,13 @@ import ray
 from ray.train import FailureConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # without torch, unlike TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import stack_dump
 from dircluster.cluster.runtime.channel import POLL, WorkerChannel
 from dircluster.cluster.runtime.introduction import Introduction
+from dircluster.cluster.runtime.lean_trainer import LeanTrainer
 from dircluster.cluster.runtime.watch import Follower, Watch
 from dircluster.config import RunConfig
 from dircluster.presets import run_to_plain
@@ -43,7 +43,9 @@ class Job:
         fresh: bool,
         terminal: Follower,
         until: str = "",
+        alone: bool = False,
     ) -> None:
+        """``alone``: the cluster was started for this run."""
         self.scaling, self.terminal = config.scaling, terminal
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel = ray.remote(num_cpus=0)(WorkerChannel).options(scheduling_strategy=here).remote()  # nodes may go
@@ -57,8 +59,9 @@ class Job:
             "until": until,
             "channel": self.channel,
         }
-        self.trainer = DataParallelTrainer(
+        self.trainer = LeanTrainer(
             _worker,
+            alone=alone,
             train_loop_config=arguments,
             backend_config=Introduction(),
             scaling_config=RayScalingConfig(

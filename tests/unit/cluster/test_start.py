@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dircluster import cli
 from dircluster.cluster import preflight
 from dircluster.cluster.commands.train import Launch
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.runtime import driver
+from dircluster.cluster.runtime.lean_trainer import LeanTrainer
 from dircluster.config import ConfigError
 from tests.unit.cluster.conftest import Terminal
 
@@ -158,3 +163,24 @@ def test_what_ray_starts_does_not_end_by_a_terminal_that_is_closed() -> None:
     finally:
         signal.signal(signal.SIGHUP, usual)
     assert (inside.stdout, outside.stdout) == ("lives\n", "")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_ray_train_starts_no_helper_that_a_run_has_no_use_for(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        DataParallelTrainer, "_initialize_and_run_controller", lambda self, **named: given.update(named)
+    )
+    made = LeanTrainer(print, alone=alone, scaling_config=ScalingConfig(num_workers=2))
+    of_ray = {type(one).__name__ for one in DataParallelTrainer._create_default_callbacks(made)}
+    left = {type(one).__name__ for one in made._create_default_callbacks()}
+    assert of_ray - left == {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if alone else [])}
+    fixed = FixedScalingPolicy(made.scaling_config)
+    made._initialize_and_run_controller(scaling_policy=fixed)
+    assert (given["scaling_policy"] is fixed) == (not alone)
+    if alone:
+        given["scaling_policy"].after_controller_start(None)  # asks nobody: there is no Ray here
+        assert given["scaling_policy"].make_decision_for_non_running_worker_group().num_workers == 2
+    elastic = ElasticScalingPolicy(ScalingConfig(num_workers=(1, 4)))
+    made._initialize_and_run_controller(scaling_policy=elastic)
+    assert given["scaling_policy"] is elastic
