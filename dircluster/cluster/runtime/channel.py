@@ -45,6 +45,8 @@ class Seen:
     """Node and process of each worker, by its rank."""
     world: int
     """How many workers there are to be."""
+    left: bool = False
+    """Whether the workers have left a node that is about to be taken away, and none has come since."""
 
 
 class WorkerChannel:
@@ -58,11 +60,12 @@ class WorkerChannel:
         self.workers: dict[int, tuple[str, int]] = {}
         self.record: tuple[dict[str, Any] | None] | None = None
         self.outcome: dict[str, Any] | None = None
+        self.left = False
         self.failed: tuple[float, dict[str, Any]] | None = None
 
     def enter(self, rank: int, world: int, node: str, process: int) -> None:
         """Worker's side: this process is ``rank`` of ``world`` from now on."""
-        self.world = world
+        self.world, self.left = world, False
         self.workers = {r: where for r, where in self.workers.items() if r < world} | {rank: (node, process)}
         self.beats += 1
 
@@ -86,7 +89,11 @@ class WorkerChannel:
         events, self.events = self.events, []
         if self.outcome is None and self.failed is not None and self.clock() - self.failed[0] > LAST_WORD:
             self.outcome = self.failed[1]
-        return Seen(events, self.outcome, self.beats, self.workers, self.world)
+        return Seen(events, self.outcome, self.beats, self.workers, self.world, self.left)
+
+    def leave(self) -> None:
+        """First worker's side: the workers have committed, and leave a node that is about to be taken away."""
+        self.left = True
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """First worker's side: the run ended so."""
@@ -139,11 +146,15 @@ class RemoteConsole:
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Hand over what is left, then the outcome."""
-        self.close()
+        self._close()
         ray.get(self._channel.finish.remote(outcome))
 
-    def close(self) -> None:
-        """Hand over what is left."""
+    def leave(self) -> None:
+        """Hand over what is left, and say that the workers leave."""
+        self._close()
+        ray.get(self._channel.leave.remote())
+
+    def _close(self) -> None:
         self._closed.set()
         self._thread.join(10)
 

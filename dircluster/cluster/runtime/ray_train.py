@@ -76,8 +76,7 @@ class Job:
                 **storage.for_ray(config),
             ),
         )
-        # Outside the main thread Ray leaves the signals alone.
-        self.fitting = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        self.fitting = self._thread()
         self.errors: list[BaseException] = []
         self.watch = Watch(
             config.scaling,
@@ -86,6 +85,9 @@ class Job:
             stack_dump.end,
             lambda: float(ray.available_resources().get("CPU", 0)),
         )
+
+    def _thread(self) -> threading.Thread:
+        return threading.Thread(target=self._fit, name="ray-train", daemon=True)  # a main thread's signals Ray takes
 
     def _fit(self) -> None:
         try:
@@ -100,7 +102,8 @@ class Job:
     ) -> dict[str, Any]:
         """Until the run ends: -> its outcome. ``on_outcome`` is called with it while Ray Train still ends.
 
-        ``record`` is called while workers start; they wait for it. What it raises passes through.
+        ``record`` is called while workers start; they wait for it. What it raises passes through. Where a node is
+        about to be taken away workers commit and return, and Ray Train starts them again on those that stay.
         """
         self.fitting.start()
         found = record()
@@ -110,7 +113,13 @@ class Job:
         while True:
             alive = self.fitting.is_alive()
             seen = ray.get(self.channel.collect.remote(self.terminal.stop_signal()))
-            outcome = self.watch.look(seen, alive, self.errors)
+            left = seen.left and not alive and not self.errors
+            outcome = self.watch.look(seen, alive or left, self.errors)
+            if outcome is None and left and (signal := self.terminal.stop_signal()):
+                outcome = {"status": "KILLED", "signal": signal}
+            if outcome is None and left:
+                self.fitting = self._thread()  # elsewhere, and at the cost of no failure
+                self.fitting.start()
             if outcome is not None:
                 on_outcome(outcome)
                 if seen.outcome is not None:

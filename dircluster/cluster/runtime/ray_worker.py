@@ -18,9 +18,6 @@ from dircluster.training.interrupt import waiting
 from dircluster.training.protocols import Console, NoTracker, Quiet, Tracker
 from dircluster.training.run import Run
 
-NOTICED = 5.0
-"""Seconds until Ray Train has seen an announcement that a worker has seen: it looks every two."""
-
 
 def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: Any) -> None:
     """Run on this worker; the first one hands the outcome to the channel.
@@ -35,7 +32,7 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
         console: Console = Quiet()
         tracker: Tracker = NoTracker()
         recorder = None
-        remote = RemoteConsole(channel, run_config.name, lambda: bool(_leaving())) if parallel.first else None
+        remote = RemoteConsole(channel, run_config.name, _is_taken_away) if parallel.first else None
         if remote is not None:
             console = remote
             record = _record(channel)
@@ -60,9 +57,7 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
                 recorder.close(hurry=outcome["status"] != "FINISHED")
         if outcome.get("signal") == TAKEN_AWAY:
             if remote is not None:
-                remote.say("a node is about to be taken away: committed, to go on elsewhere")
-                remote.close()
-            _give_way(parallel.rank)
+                remote.leave()
         elif remote is not None:
             remote.finish(outcome)
         elif outcome["status"] == "FAILED":
@@ -71,28 +66,15 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
                 time.sleep(1.0)
 
 
-def _leaving() -> list[int]:
-    """The ranks on nodes that are about to be taken away; none while Ray has announced nothing.
+def _is_taken_away() -> bool:
+    """Whether Ray has announced that a node of this run is about to be taken away.
 
     ``ray.train.get_preemption_info`` is a barrier between the workers: here the first one asks alone, and all stop as
     it does.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 
-    info = get_train_context().preemption_context.preemption_info
-    return [] if info is None else info.preempted_ranks
-
-
-def _give_way(rank: int) -> None:
-    """Leave a node that is about to be taken away: Ray Train starts all workers anew elsewhere, and counts no failure.
-
-    A death there is the node's; an error would be the run's, and a return by all its end.
-    """
-    time.sleep(NOTICED)
-    while not (leaving := _leaving()):
-        time.sleep(0.1)
-    if rank in leaving:
-        os._exit(0)
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _record(channel: Any) -> dict[str, Any] | None:

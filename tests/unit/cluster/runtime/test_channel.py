@@ -130,9 +130,11 @@ def test_a_node_that_is_taken_away_asks_to_stop_unless_the_person_does(
     channel.collect(15)
     wait_until(lambda: console.stop_signal() == 15)
     console.say("two")
-    console.close()
+    console.leave()
     seen = channel.collect(15)
-    assert (seen.events, seen.outcome) == (["two"], None)
+    assert (seen.events, seen.outcome, seen.left) == (["two"], None, True)
+    channel.enter(0, 1, "node2", 7)
+    assert not channel.collect(15).left
 
 
 def test_who_asks_whether_to_stop_shows_that_it_lives(channel: WorkerChannel, console: RemoteConsole) -> None:
