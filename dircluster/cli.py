@@ -242,7 +242,7 @@ def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], in
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read where PyTorch is imported, here and in workers
     try:
-        with _reader_may_leave():
+        with reader_may_leave():
             job = parse(kind, argv)
             if job.print_config:
                 print(to_yaml(job.run), end="")
@@ -255,8 +255,15 @@ def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], in
         return 2
 
 
+def lead_nowhere(output: int) -> None:
+    """What is written to a file descriptor is lost from now on, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+
+
 @contextlib.contextmanager
-def _reader_may_leave() -> Iterator[None]:
+def reader_may_leave() -> Iterator[None]:
     """Inside, who reads what is printed may leave before its end (``--help | head``): exit 141, as of any program."""
     try:
         try:
@@ -264,7 +271,7 @@ def _reader_may_leave() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        lead_nowhere(sys.stdout.fileno())  # else Python tries again at its end
         sys.exit(128 + signal.SIGPIPE)
 
 

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dircluster.cli import lead_nowhere
 from dircluster.training.protocols import Status
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,14 +38,7 @@ class _Output(Rich):
     """Standard output. Where its reader is gone (``| head``) a run goes on without it."""
 
     def on_broken_pipe(self) -> None:
-        _lead_nowhere(sys.stdout.fileno())
-
-
-def _lead_nowhere(output: int) -> None:
-    """What is written to a file descriptor is lost from now on, without an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, output)
-    os.close(nowhere)
+        lead_nowhere(sys.stdout.fileno())
 
 
 class Terminal:
@@ -153,7 +147,7 @@ class Terminal:
                 try:
                     os.write(output, b"")
                 except OSError:  # its terminal is closed
-                    _lead_nowhere(output)
+                    lead_nowhere(output)
         elif self.signal:  # asked twice: leave at once, but end what was started
             sys.exit(128 + number)
         self.signal = self.signal or number
@@ -162,7 +156,7 @@ class Terminal:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            _lead_nowhere(sys.stdout.fileno())
+            lead_nowhere(sys.stdout.fileno())
         except (OSError, ValueError):  # a full disk may have room again
             pass
 

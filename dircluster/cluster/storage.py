@@ -185,8 +185,8 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False, name: st
     except Exception as error:  # whatever a network that is not there says
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise ConfigError(
-                f"{name}: {server} shows a certificate that nobody here trusts; set AWS_CA_BUNDLE to a file of its"
-                " authority's, on every node"
+                f"{name}: {server} shows a certificate that is not trusted here ({first_line(error)}); of an authority"
+                " of your own: set AWS_CA_BUNDLE to its file, on every node"
             ) from error
         raise ConfigError(f"{name}: {server} does not answer ({first_line(error)}); see storage.endpoint") from error
     finally:

@@ -82,11 +82,16 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         defense.classifier.to(memory_format=torch.channels_last)
     victim = VictimModel(defense, "dir")
-    asked = [spec for spec in specs(given.rehearse) if given.only in (None, f"{spec.name}-{spec.randomness}")]
+    named = {f"{spec.name}-{spec.randomness}": spec for spec in specs(given.rehearse)}
+    if given.only not in (None, *named) or given.start % given.shard:
+        parser.error(f"--only is one of {', '.join(named)}, and --start a multiple of --shard")
+    asked = [spec for name, spec in named.items() if given.only in (None, name)]
+    size = 2 if given.rehearse else given.shard
     rows = EvaluationConfig(rows=2048 // given.processes).rows
     images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
     meet(victim, images[:8], int(labels.max()))
-    judged = Evaluation(asked, count, 0, 2 if given.rehearse else given.shard, rows, FolderStore(given.out), victim)
+    store = FolderStore(given.out / f"shards-of-{size}")  # whose number says nothing of its size
+    judged = Evaluation(asked, count, 0, size, rows, store, victim)
     places = [place for place, shard in enumerate(judged.shards()) if shard.rows[0] >= given.start]
     own = set(places[given.part :: given.processes])
 
@@ -112,7 +117,9 @@ def main(argv: list[str]) -> int:
     seconds = [judged.seconds(spec) for spec in whole]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     facts = {"device": name, "torch": torch.__version__, "images": count, "epsilon": ATTACK.epsilon}
-    (given.out / "judged.json").write_text(json.dumps(facts | {"rows": found, "seconds": seconds}, indent=1))
+    (given.out / f"judged{f'-{given.only}' if given.only else ''}.json").write_text(
+        json.dumps(facts | {"rows": found, "seconds": seconds}, indent=1)
+    )
     for row, taken in zip(found, seconds, strict=True):
         print(
             f"{row['defense']:5} {row['attack']:22} {row['protocol']:24} {100 * row['accuracy']:5.1f} %  {taken:6.1f} s"

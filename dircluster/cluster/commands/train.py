@@ -29,7 +29,9 @@ def _train(job: cli.TrainJob) -> int:
     if job.dry_run:
         from dircluster.cluster.commands.plan import plan
 
-        print(plan(job))
+        planned = plan(job)
+        with cli.reader_may_leave():
+            print(planned)
         return 0
     return Launch(job).run()
 

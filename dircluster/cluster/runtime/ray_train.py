@@ -118,7 +118,8 @@ class Job:
             if outcome is None and left and (signal := self.terminal.stop_signal()):
                 outcome = {"status": "KILLED", "signal": signal}
             if outcome is None and left:
-                self.fitting = self._thread()  # elsewhere, and at the cost of no failure
+                self.terminal.say("a node is about to be taken away: the run goes on elsewhere")
+                self.fitting = self._thread()  # no failure is counted
                 self.fitting.start()
             if outcome is not None:
                 on_outcome(outcome)
