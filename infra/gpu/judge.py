@@ -69,6 +69,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shard", type=int, default=250, help="images that an interruption can cost at the most")
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(argv)
+    named = {f"{spec.name}-{spec.randomness}": spec for spec in specs(given.rehearse)}
+    if given.only not in (None, *named) or given.start % given.shard:
+        parser.error(f"--only is one of {', '.join(named)}, and --start a multiple of --shard")
+    asked = [spec for name, spec in named.items() if given.only in (None, name)]
+    size = 2 if given.rehearse else given.shard
     given.out.mkdir(parents=True, exist_ok=True)
     others = [
         subprocess.Popen([sys.executable, __file__, *argv, "--part", str(part)])
@@ -82,11 +87,6 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         defense.classifier.to(memory_format=torch.channels_last)
     victim = VictimModel(defense, "dir")
-    named = {f"{spec.name}-{spec.randomness}": spec for spec in specs(given.rehearse)}
-    if given.only not in (None, *named) or given.start % given.shard:
-        parser.error(f"--only is one of {', '.join(named)}, and --start a multiple of --shard")
-    asked = [spec for name, spec in named.items() if given.only in (None, name)]
-    size = 2 if given.rehearse else given.shard
     rows = EvaluationConfig(rows=2048 // given.processes).rows
     images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
     meet(victim, images[:8], int(labels.max()))
@@ -117,9 +117,8 @@ def main(argv: list[str]) -> int:
     seconds = [judged.seconds(spec) for spec in whole]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     facts = {"device": name, "torch": torch.__version__, "images": count, "epsilon": ATTACK.epsilon}
-    (given.out / f"judged{f'-{given.only}' if given.only else ''}.json").write_text(
-        json.dumps(facts | {"rows": found, "seconds": seconds}, indent=1)
-    )
+    file = given.out / (f"judged-{given.only}.json" if given.only else "judged.json")
+    file.write_text(json.dumps(facts | {"rows": found, "seconds": seconds}, indent=1))
     for row, taken in zip(found, seconds, strict=True):
         print(
             f"{row['defense']:5} {row['attack']:22} {row['protocol']:24} {100 * row['accuracy']:5.1f} %  {taken:6.1f} s"
