@@ -37,8 +37,8 @@ def points(client: MlflowClient, run: Any, name: str) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
 
 
-def test_train_on_two_workers_then_again(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = train("digits_smoke", "--scaling.workers", "2")
+def test_train_then_again(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = train("digits_smoke")
     assert done.code == 0, done.err
     assert "Accuracy on the test split" in done.out
     assert "models:/dir-digits_smoke@champion" in done.out
