@@ -118,7 +118,7 @@ def test_a_node_that_is_announced_to_go_costs_neither_a_step_nor_a_retry(
         assert {worker.environ()[PART] for worker in run.workers()} == {"node1", "node2"} - {node}
         cluster.end(node)
         cluster.start_node(int(node.removeprefix("node")))
-    assert run.end(400) == 0, run.said[-3000:]
+    assert run.end(900) == 0, run.said[-3000:]
     resumed = [int(step) for step in re.findall(r"dir: resuming at step (\d+)", run.said)]
     assert len(resumed) == run.said.count("a node is about to be taken away") == DRAINS
     assert run.weights() == unbroken(*long)
