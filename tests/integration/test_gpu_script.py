@@ -29,5 +29,5 @@ def test_a_stored_defense_is_judged_and_what_was_cut_off_goes_on(root: Path, rea
     done = subprocess.run([*command, "600"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "judged.json").read_text())["rows"]
-    assert [row["attack"] for row in rows][-2:] == ["autoattack-standard"] * 2
+    assert [row["attack"] for row in rows][-4:] == ["autoattack-standard"] * 2 + ["malt"] * 2
     assert len(rows) == 10
