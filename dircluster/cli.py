@@ -269,7 +269,7 @@ def reader_may_leave() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            print(end="", flush=True)  # nothing where there is no standard output
     except BrokenPipeError:
         lead_nowhere(sys.stdout.fileno())  # else Python tries again at its end
         sys.exit(128 + signal.SIGPIPE)

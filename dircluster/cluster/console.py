@@ -154,7 +154,7 @@ class Terminal:
 
     def _flush(self) -> None:
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)  # nothing where there is no standard output
         except BrokenPipeError:
             lead_nowhere(sys.stdout.fileno())
         except (OSError, ValueError):  # a full disk may have room again

@@ -123,6 +123,12 @@ def test_who_reads_help_or_settings_may_leave_before_their_end(root: Path, flag:
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
+def test_a_job_needs_no_standard_output(root: Path) -> None:
+    command = f"{sys.executable} jobs/train.py digits_smoke --print-config >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 LAST = {preset(name).defense: name for name in PRESETS}
 """A preset of each defense: reading settings takes a fifth of a second."""
 
