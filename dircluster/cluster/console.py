@@ -154,7 +154,8 @@ class Terminal:
 
     def _flush(self) -> None:
         try:
-            print(end="", flush=True)  # nothing where there is no standard output
+            if sys.stdout is not None:  # its descriptor was closed (`>&-`)
+                sys.stdout.flush()
         except BrokenPipeError:
             lead_nowhere(sys.stdout.fileno())
         except (OSError, ValueError):  # a full disk may have room again
