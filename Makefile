@@ -24,8 +24,8 @@ check: .venv/dev lint  ## what a person runs often: lint, types, unit and proper
 	$(RUN) -m pytest -n 2 -m "not slow and not long" tests/unit tests/property $(ARGS)
 
 test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they cover
-	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/fault tests/integration $(ARGS)
-	$(RUN) -m pytest -n 2 tests/golden tests/unit tests/property $(ARGS) $(if $(findstring --cov,$(ARGS)),--cov-append)
+	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/fault tests/integration tests/golden tests/unit \
+	  tests/property $(ARGS)
 
 proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (80 minutes)
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from dircluster.config import StorageConfig
 from infra.local_cluster import BUCKET, Cluster
 from tests.jobs import ROOT, run_job
 
+RAY = str(Path(sys.executable).parent / "ray")
 SMOKE = ("digits_smoke", "--training.select-every", "5", "--tracking.picture-every", "5")
 """A run whose first two stages take seconds; the DIR stage, of four steps an epoch, is what is broken into."""
 
@@ -85,17 +87,23 @@ class Job:
 
     def start(self) -> Job:
         """Start it, or start it again under the same name."""
-        environment = os.environ | self.cluster.environment() | {"RAY_ADDRESS": self.cluster.gcs}
-        command = [
-            sys.executable,
-            str(ROOT / "jobs" / f"{self.script}.py"),
-            *self.words,
-            "--summary",
-            str(self.summary),
-        ]
+        command = [sys.executable, str(ROOT / "jobs" / f"{self.script}.py")]
+        return self._begin(command, self.folder, {"RAY_ADDRESS": self.cluster.gcs})
+
+    def submit(self) -> Job:
+        """Submit it: this checkout is uploaded, and the driver runs on the cluster."""
+        command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{self.script}.py"]
+        return self._begin(command, ROOT, {})
+
+    def _begin(self, command: Sequence[str], folder: Path, settings: dict[str, str]) -> Job:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, cwd=self.folder, start_new_session=True
+                [*command, *self.words, "--summary", str(self.summary)],
+                stdout=log,
+                stderr=log,
+                env=os.environ | self.cluster.environment() | settings,
+                cwd=folder,
+                start_new_session=True,
             )
         return self
 
@@ -153,6 +161,23 @@ class Job:
         while len(found := self.workers()) != number or any(worker in gone for worker in found):
             assert time.monotonic() < deadline, self.said[-3000:]
             time.sleep(1)
+
+    def end_past_killed_workers(self, kills: int) -> None:
+        """To the end of a run of two workers, one of which is killed so many times and loses nothing stored."""
+        chance = random.Random(kills)
+        done, known = 0, []
+        for _ in range(kills):
+            self.wait_for(done)
+            time.sleep(chance.random())
+            known.append(self.committed())
+            at_work = self.workers()
+            os.kill(chance.choice(at_work).pid, signal.SIGKILL)
+            self.wait_for_workers(2, gone=at_work)
+            done = self.committed()  # what the dead committed to their end is no sign of these
+        assert self.end(400) == 0, self.said[-3000:]
+        resumed = [int(step) for step in re.findall(r"dir: resuming at step (\d+)", self.said)]
+        assert len(resumed) == kills
+        assert all(at >= stored for at, stored in zip(resumed, known, strict=True)), (resumed, known)
 
     def weights(self) -> dict[str, str]:
         """SHA-256 of the finished defense's weights."""

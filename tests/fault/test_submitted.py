@@ -22,11 +22,11 @@ from dircluster.cluster import storage
 from dircluster.config import StorageConfig
 from infra.local_cluster import BUCKET, Cluster
 from infra.photo_shards import write_photos
+from tests.fault.conftest import RAY
 from tests.jobs import ROOT, run_job
 
 Make = Callable[..., Any]
 OFTEN = ("--storage.checkpoint-every", "10")
-RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture
@@ -70,32 +70,33 @@ def hold_no_secret(cluster: Cluster, *outputs: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_from_upload_to_table_and_no_secret_anywhere(
-    cluster: Cluster, submit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_from_upload_past_a_killed_worker_to_table_and_no_secret_anywhere(
+    cluster: Cluster, job: Make, submit: Any, unbroken: Any, tmp_path: Path
 ) -> None:
-    for name, value in cluster.environment().items():
-        monkeypatch.setenv(name, value)
-    uri = ("--storage.uri", f"s3://{BUCKET}/submitted")
-    done = submit("digits_smoke", *uri, "--scaling.workers", "2")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "Accuracy on the test split" in done.stdout
-    assert re.search("model     models:/dir-digits_smoke@(champion|candidate)", done.stdout)  # others were there first
-    assert "succeeded" in done.stdout
-    assert "\r" not in done.stdout  # lines, no redrawn bars
+    long = ("--dir.epochs", "30", *OFTEN)
+    run = job(*long, "--scaling.workers", "2", "--scaling.max-failures", "1").submit()
+    run.end_past_killed_workers(1)
+    assert "Accuracy on the test split" in run.said
+    assert re.search("model     models:/dir-digits_smoke@(champion|candidate)", run.said)  # others were there first
+    assert "succeeded" in run.said
+    assert "\r" not in run.said  # lines, no redrawn bars
+    assert run.weights() == unbroken(*long)
+    run.must_have_one_whole_record(120)
 
-    again = submit("digits_smoke", "--defense", "models:/dir-digits_smoke@champion", *uri, script="jobs/evaluate.py")
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert re.search(r"report    s3://\S+\.html", again.stdout)
+    champion = ("--defense", "models:/dir-digits_smoke@champion", "--storage.uri", run.uri)
+    judged = submit("digits_smoke", *champion, script="jobs/evaluate.py")
+    assert judged.returncode == 0, judged.stdout[-3000:]
+    assert re.search(r"report    s3://\S+\.html", judged.stdout)
     refused = submit("digits_smoke")
     assert refused.returncode == 1
     assert "exit code 2" in refused.stdout
     assert "error: storage.uri 'runs' would lie in a copy of the working directory" in refused.stdout
 
-    plan = run_job("train", "digits_smoke", *uri, "--dry-run", folder=tmp_path)
+    plan = run_job("train", "digits_smoke", "--storage.uri", run.uri, "--dry-run", folder=tmp_path)
     assert plan.code == 0, plan.err
     typed = run_job("train", "--storage.uri", "s3://me:CANARY-IN-URI@bucket/x", folder=tmp_path)
     assert typed.code == 2
-    hold_no_secret(cluster, *(o.stdout + o.stderr for o in (done, again, refused)), plan.out, plan.err, typed.err)
+    hold_no_secret(cluster, run.said, *(o.stdout + o.stderr for o in (judged, refused)), plan.out, plan.err, typed.err)
 
 
 @pytest.mark.slow

@@ -51,7 +51,12 @@ def test_logged_models_rank_by_robust_accuracy(store: str, caplog: pytest.LogCap
     client, results = MlflowClient(store), {}
     for name, module, registered in (("weak", weak, None), ("strong", strong, "strong")):
         logged = mlflow.pytorch.log_model(
-            module, name=name, signature=signature, registered_model_name=registered, serialization_format="pickle"
+            module,
+            name=name,
+            signature=signature,
+            registered_model_name=registered,
+            serialization_format="pickle",
+            pip_requirements=["torch"],  # where none are given, MLflow loads the model in another process to find them
         )
         uri = logged.model_uri
         if registered:  # MLflow knows no logged model behind an alias
