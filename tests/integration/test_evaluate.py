@@ -109,6 +109,16 @@ def test_somebodys_module_and_the_bare_target(place: Path, trained: Trained) -> 
     assert {row["attack"]: row["accuracy"] for row in bare["rows"] if row["attack"] in same} == same
 
 
+def test_what_comes_with_the_package(place: Path) -> None:
+    words = ("--launcher", "local", "--tracking.no-enabled", "--storage.uri", "shipped", "--evaluation.images", "8")
+    rows = judge(place, "--defense", "zoo:digits-dir", "--surrogate", "zoo:digits-at", *words)["rows"]
+    assert {row["defense"] for row in rows} == {"none", "dir"}
+    bare = judge(place, "--defense", "zoo:digits-at", *words)["rows"]
+    assert {row["accuracy"] for row in bare if row["attack"] == "natural"} == {
+        row["accuracy"] for row in rows if (row["defense"], row["attack"]) == ("none", "natural")
+    }
+
+
 def test_bad_input_is_one_line_and_exit_2(place: Path, trained: Trained) -> None:
     final = trained.final
     cases = {

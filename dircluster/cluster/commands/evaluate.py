@@ -116,15 +116,13 @@ class _Judging:
 
     def _make_job_spec(self, parallel: Any) -> JobSpec:
         """What is judged, with every model where all workers can read it."""
-        from dircluster.cluster.loading import FACTORY, JobSpec, finished, located
+        from dircluster.cluster.loading import JobSpec, finished, located
 
         def reachable() -> list[str]:
             given, path = located(self.job.defense)
             named = [given, self.job.surrogate, self.job.natural_target, self.config.target.uri or ""]
             defense, *models = [self._reachable(uri) for uri in named]
-            if defense != "none" and not FACTORY.fullmatch(defense):
-                defense = finished(defense, self.config)
-            return [path, defense, *models]
+            return [path, finished(defense, self.config), *models]
 
         path, defense, surrogate, self.natural_target, target = parallel.first_does(reachable)
         if target:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
+
+import torch
 
 from dircluster import cli
 from dircluster.cluster import preflight, storage
@@ -26,7 +29,7 @@ def plan(job: cli.TrainJob) -> str:
 
     Raises ConfigError where the data, the target or the calibration cannot be used.
     """
-    config = job.run
+    config = _as_here(job)
     _check_inputs(job)
     defense = find_defense(config.defense)
     sizes, costs = split_sizes(config.data, opener(config.storage)), count(config)
@@ -90,7 +93,7 @@ def foretold(job: cli.TrainJob) -> list[Forecast]:
     if job.calibration is None:
         return []
     found, sizes = from_summary(job.calibration), split_sizes(job.run.data, opener(job.run.storage))
-    return forecast(job.run, found, *sizes)
+    return forecast(_as_here(job), found, *sizes)
 
 
 def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]:
@@ -100,6 +103,15 @@ def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]
         for one in made
         if one.name in took
     ]
+
+
+def _as_here(job: cli.TrainJob) -> RunConfig:
+    """The run with the workers and threads that it would have on this machine; on a cluster, the most workers."""
+    scaling, cores = job.run.scaling, os.cpu_count() or 1
+    workers = scaling.most if os.environ.get("RAY_ADDRESS") else scaling.fitting(cores, torch.cuda.device_count())
+    workers = workers if job.launcher == "ray" else 1
+    threads = scaling.threads or max(1, cores // workers)
+    return replace(job.run, scaling=replace(scaling, workers=workers, threads=threads))
 
 
 def _measured(config: RunConfig) -> Calibration:

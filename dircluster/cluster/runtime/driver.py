@@ -86,7 +86,7 @@ def _start_ray(config: RunConfig) -> None:
     address, cores = os.environ.get("RAY_ADDRESS"), os.cpu_count() or 1
     own: dict[str, Any] = {
         "address": "local",
-        "num_cpus": cores if config.scaling.device == "gpu" else max(cores, config.scaling.most),
+        "num_cpus": cores if config.scaling.device == "gpu" else max(cores, config.scaling.least),
         "include_dashboard": False,
         "object_store_memory": 100_000_000,
     }

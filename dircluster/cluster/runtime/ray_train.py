@@ -50,7 +50,10 @@ class Job:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel = ray.remote(num_cpus=0)(WorkerChannel).options(scheduling_strategy=here).remote()  # nodes may go
         least, most = self.scaling.least, self.scaling.most
-        on_gpu = self.scaling.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= least
+        found = ray.cluster_resources()
+        if alone:
+            least = most = self.scaling.fitting(int(found.get("CPU", 0)), int(found.get("GPU", 0)))
+        on_gpu = self.scaling.device != "cpu" and found.get("GPU", 0) >= least
         there = replace(config, scaling=replace(self.scaling, device="gpu" if on_gpu else "cpu"))
         arguments = {
             "config": run_to_plain(there),
