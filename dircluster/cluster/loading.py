@@ -47,7 +47,8 @@ def located(defense: str) -> tuple[str, str]:
 def finished(uri: str, config: RunConfig) -> str:
     """The folder of the committed checkpoint that ``uri`` means: itself, or ``final`` in a stage's folder.
 
-    What has no folder (none, zoo:NAME, package.module:factory) is itself. Raises ConfigError, with the way out, where it is a file or holds neither.
+    What has no folder (none, zoo:NAME, package.module:factory) is itself. Raises ConfigError, with the way out, where
+    it is a file or holds neither.
     """
     if uri == "none" or is_shipped(uri) or FACTORY.fullmatch(uri):
         return uri

@@ -466,7 +466,7 @@ class ScalingConfig:
         """Workers that a run takes where it can have them."""
         return int(str(self.workers).rpartition(":")[2])
 
-    def fitting(self, cpus: int, gpus: int) -> int:
+    def workers_on(self, cpus: int, gpus: int) -> int:
         """Workers on a machine that nothing comes to or goes from: MOST, or as many as it has CPUs or GPUs for."""
         there = gpus if self.device != "cpu" and gpus >= self.least else cpus
         return max(self.least, min(self.most, there))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -226,8 +227,10 @@ def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_pa
 
 
 def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
-    done = train("digits", "--dry-run", here=True)
+    done, cores = train("digits", "--dry-run", "--scaling.workers", "1:64", here=True), min(os.cpu_count() or 1, 64)
     assert done.code == 0, done.err
+    assert f"launcher ray, {cores} worker(s)" in done.out
+    assert f"{(os.cpu_count() or 1) // cores} threads" in done.out  # each worker's
     assert "87,172 parameters, 0.004 GFLOP an image" in done.out
     assert "foretold from" in done.out
     assert not (tmp_path / "runs").exists()

@@ -67,6 +67,21 @@ def test_workers_are_a_number_or_a_range(workers: int | str, least: int, most: i
     assert (scaling.least, scaling.most) == (least, most)
 
 
+@pytest.mark.parametrize(
+    ("workers", "device", "cpus", "gpus", "count"),
+    [
+        ("1:4", "auto", 2, 0, 2),
+        ("1:4", "auto", 16, 0, 4),
+        ("1:4", "auto", 16, 1, 1),
+        ("1:4", "cpu", 16, 1, 4),
+        ("2:4", "auto", 16, 1, 4),  # not one GPU for each of two
+        (3, "auto", 2, 0, 3),
+    ],
+)
+def test_a_machine_has_the_workers_that_fit(workers: int | str, device: Any, cpus: int, gpus: int, count: int) -> None:
+    assert c.ScalingConfig(workers=workers, device=device).workers_on(cpus, gpus) == count
+
+
 @pytest.mark.parametrize("change", [{"data.uri": "s3://"}, {"target.uri": "s3:///target.safetensors"}])
 def test_object_storage_without_a_bucket_is_refused(change: dict[str, str]) -> None:
     with pytest.raises(c.ConfigError, match=r"uri must name a bucket, s3://BUCKET/PREFIX, got 's3:"):

@@ -108,7 +108,7 @@ def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]
 def _as_here(job: cli.TrainJob) -> RunConfig:
     """The run with the workers and threads that it would have on this machine; on a cluster, the most workers."""
     scaling, cores = job.run.scaling, os.cpu_count() or 1
-    workers = scaling.most if os.environ.get("RAY_ADDRESS") else scaling.fitting(cores, torch.cuda.device_count())
+    workers = scaling.most if os.environ.get("RAY_ADDRESS") else scaling.workers_on(cores, torch.cuda.device_count())
     workers = workers if job.launcher == "ray" else 1
     threads = scaling.threads or max(1, cores // workers)
     return replace(job.run, scaling=replace(scaling, workers=workers, threads=threads))

@@ -52,7 +52,7 @@ class Job:
         least, most = self.scaling.least, self.scaling.most
         found = ray.cluster_resources()
         if alone:
-            least = most = self.scaling.fitting(int(found.get("CPU", 0)), int(found.get("GPU", 0)))
+            least = most = self.scaling.workers_on(int(found.get("CPU", 0)), int(found.get("GPU", 0)))
         on_gpu = self.scaling.device != "cpu" and found.get("GPU", 0) >= least
         there = replace(config, scaling=replace(self.scaling, device="gpu" if on_gpu else "cpu"))
         arguments = {

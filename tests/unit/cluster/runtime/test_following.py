@@ -1,0 +1,74 @@
+"""A driver follows a run: workers that leave a node that goes are started again, and no retry is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dircluster.cluster.runtime import ray_train
+from dircluster.cluster.runtime.channel import WorkerChannel
+from dircluster.cluster.runtime.ray_train import Job
+from dircluster.cluster.runtime.watch import Watch
+from dircluster.config import ScalingConfig
+from tests.unit.cluster.conftest import Actor, Clock, Terminal
+
+DONE = {"status": "FINISHED"}
+Fit = Callable[[WorkerChannel, Terminal], None]
+Follow = Callable[..., tuple[dict[str, Any], int]]
+
+
+def leave(channel: WorkerChannel, _: Terminal) -> None:
+    channel.enter(0, 1, "node", 11)
+    channel.leave()
+
+
+def finish(channel: WorkerChannel, _: Terminal) -> None:
+    channel.enter(0, 1, "another node", 12)
+    channel.finish(DONE)
+
+
+def leave_and_be_stopped(channel: WorkerChannel, terminal: Terminal) -> None:
+    leave(channel, terminal)
+    terminal.signal = 15
+
+
+def leave_and_fail(channel: WorkerChannel, terminal: Terminal) -> None:
+    leave(channel, terminal)
+    raise RuntimeError("out of luck")
+
+
+@pytest.fixture
+def follow(clock: Clock, terminal: Terminal, no_ray: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Follow:
+    """Follow a job whose calls of Ray Train do these things in turn: -> its outcome, and how many were called."""
+    no_ray(ray_train)
+    monkeypatch.setattr(ray_train, "time", clock)
+
+    def run(*fits: Fit) -> tuple[dict[str, Any], int]:
+        job, channel, left = Job.__new__(Job), WorkerChannel(clock), list(fits)
+        job.scaling, job.terminal, job.errors = ScalingConfig(), terminal, []  # type: ignore[assignment]
+        job.channel = Actor(channel)
+        job.trainer = SimpleNamespace(fit=lambda: left.pop(0)(channel, terminal))  # type: ignore[assignment]
+        job.watch = Watch(job.scaling, job.terminal, lambda _: {}, lambda _: None, lambda: 1.0, clock)
+        job.fitting = job._thread()
+        return job.follow(lambda: None), len(fits) - len(left)
+
+    return run
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_workers_that_left_are_started_again(follow: Follow, terminal: Terminal, nodes: int) -> None:
+    assert follow(*[leave] * nodes, finish) == (DONE, nodes + 1)
+    assert terminal.said.count("a node is about to be taken away: the run goes on elsewhere") == nodes
+
+
+def test_a_run_that_is_stopped_meanwhile_is_not(follow: Follow) -> None:
+    assert follow(leave_and_be_stopped, finish) == ({"status": "KILLED", "signal": 15}, 1)
+
+
+def test_nor_is_one_that_failed(follow: Follow) -> None:
+    outcome, calls = follow(leave_and_fail, finish)
+    assert (outcome["status"], calls) == ("FAILED", 1)
+    assert outcome["error"].startswith("Ray Train gave up")
