@@ -18,22 +18,16 @@ from dircluster.config.errors import (
     require_share,
     without_secrets,
 )
+from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
+from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_hashed
 from dircluster.config.sections import (
     ARCHITECTURES,
-    LATER_FIELDS,
-    SAME_NUMBERS,
     AttackConfig,
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    ScalingConfig,
-    StorageConfig,
     TargetConfig,
-    TrackingConfig,
     TrainingConfig,
-    as_hashed,
 )
 from dircluster.config.serialize import digest, flatten, from_dict, local_path, short, to_dict, with_values
 

@@ -108,10 +108,10 @@ def _own_file(name: str) -> Path | None:
 
 @cache
 def _settings() -> list[tuple[str, str]]:
-    """What the modules of BY_NAME define: names and texts."""
+    """What the modules of BY_NAME define: names and texts, in an order that does not change where one moves."""
     files = [(package, file) for package in BY_NAME for file in (HERE / package.partition(".")[2]).glob("*.py")]
-    nodes = [node for package, file in sorted(files) for node in _source(f"{package}.{file.stem}").body]
-    return [(node.name, dumped(node)) for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    nodes = [node for package, file in files for node in _source(f"{package}.{file.stem}").body]
+    return sorted((node.name, dumped(node)) for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef))
 
 
 @cache

@@ -1,0 +1,137 @@
+"""One whole run, which is checked when it is made, and what of it the keys of stored stages hold."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
+
+from dircluster.config.errors import refuse_secret, require
+from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
+from dircluster.config.sections import AttackConfig, DataConfig, EvaluationConfig, TargetConfig, TrainingConfig
+from dircluster.config.serialize import flatten, to_dict
+
+AnyRun = TypeVar("AnyRun", bound="RunConfig")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole run: the sections that all defenses share. Each defense adds its own in a subclass, see presets."""
+
+    defense: ClassVar[str] = ""
+    """Name of the defense in ``dircluster.defenses.table``, or the module that holds somebody's own."""
+    crafting: ClassVar[tuple[str, ...]] = ("pgd",)
+    """What ``attack.crafting`` may be: more where the defense is trained against attacks on its whole pipeline."""
+
+    name: str = "digits"
+    """Names the run and its model, DEFENSE-NAME; the preset's name unless given."""
+    seed: int = 0
+    """Every draw of the run follows from it."""
+    data: DataConfig = DataConfig()
+    attack: AttackConfig = AttackConfig()
+    target: TargetConfig = TargetConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"\w[\w .+=-]*", self.name) is not None and len(self.name) <= 100,
+            "name must be of letters, digits and any of _ . + = - and spaces, and begin with one of the first three"
+            f" (models and folders are called so), got {self.name!r}",
+        )
+        batch, workers = self.training.batch_size, self.scaling.most
+        require(batch >= workers, f"training.batch_size must be at least scaling.workers {workers}, got {batch}")
+        require(
+            self.attack.crafting in self.crafting,
+            f"attack.crafting {self.attack.crafting} needs a defense that is trained against attacks on its whole"
+            f" pipeline; {self.defense or 'this one'} takes {' or '.join(self.crafting)}",
+        )
+        channels = self.data.channels
+        for name, values in zip(("mean", "std"), self.target.normalization or (), strict=False):
+            found = len(values)
+            require(
+                found in (1, channels),
+                f"target.{name} has {found} values, but data.channels is {channels}: give as many, or one for all",
+            )
+        for name, value in flatten(to_dict(self)).items():
+            require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
+            small = not isinstance(value, int) or abs(value) < 2 ** (63 if name == "seed" else 31)
+            require(small, f"{name} is too large, got {value}")
+            if isinstance(value, str):
+                refuse_secret(name, value)
+                bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
+                require(bucket, f"{name} must name a bucket, s3://BUCKET/PREFIX, got {value!r}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, as plain data in one form: everything but where it runs and what it tells."""
+        plain = to_dict(self.canonical)
+        return {k: v for k, v in plain.items() if k not in ("name", "scaling", "parallel", "storage", "tracking")}
+
+    @property
+    def canonical(self: AnyRun) -> AnyRun:
+        """The run that computes the same, in the form that its keys hold: a value given is as the same value derived.
+
+        A defense whose own sections derive values overrides it.
+        """
+        return replace(self, attack=self.attack.canonical, target=self.target.canonical)
+
+    @property
+    def printed(self) -> Mapping[str, Mapping[str, float]]:
+        """Percent that the defense's paper prints for such a run: by defense and attack as tables name them."""
+        return {}
+
+    def printed_ablation(self) -> tuple[float, float] | None:
+        """Natural accuracy and that under PGD-20 that the paper prints where all but what it varies is its preset's."""
+        return None
+
+
+LATER_FIELDS: dict[str, Any] = {
+    "data.label_column": None,
+    "data.image_column": None,
+    "attack.norm": "linf",
+    "attack.training_step_size": None,
+    "attack.crafting": "pgd",
+    "attack.pipeline_steps": 1,
+    "attack.pipeline_every": 1,
+    "training.select_steps": None,
+    "training.fused": "auto",
+    "target.ema": None,
+    "target.awp": None,
+    "target.mean": None,
+    "target.std": None,
+    "target.entry": None,
+    "dir.ema": None,
+    "dir.perturb_step_size": None,
+    "dir.keep": "best",
+    "target.optimizer.gamma": 0.1,
+    "pretrain.optimizer.gamma": 0.1,
+    "dir.optimizer.gamma": 0.1,
+    "dir.target_optimizer.gamma": 0.1,
+    "hgd.optimizer.gamma": 0.1,
+}
+"""Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
+
+
+SAME_NUMBERS = ("training.draws_ahead", "training.capture")
+"""Settings, by dotted name, that decide how a number is computed and not which: keys do not hold them."""
+
+
+def as_hashed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as keys hash them: without those of SAME_NUMBERS.
+
+    A setting of LATER_FIELDS is absent while it has the value given there.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in settings.items():
+        dotted = f"{prefix}{name}"
+        if dotted in SAME_NUMBERS or (dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]):
+            continue
+        kept[name] = as_hashed(value, f"{dotted}.") if isinstance(value, Mapping) else value
+    return kept
