@@ -1,4 +1,4 @@
-"""What the trainings of a plan take, told before they are paid for, and what is timed instead of attacked."""
+"""What a plan takes, told before it is paid for, and what is timed instead of attacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dircluster.config import ConfigError, RunConfig, digest
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
-from dircluster.training.forecast import Calibration, calibrate, stage_seconds
+from dircluster.training.forecast import Calibration, calibrate, judging_seconds, stage_seconds
 from dircluster.training.stages import stage_settings, stages_of
 
 TIMED = 2.0
@@ -26,8 +26,13 @@ class Cost:
 
     name: str
     seconds: float
+    """Of training."""
     shared: tuple[str, ...] = ()
     """Stages that an earlier one trains."""
+    judging: float = 0.0
+    """Seconds of the suite's attacks that are counted."""
+    left: tuple[str, ...] = ()
+    """Those that are not: AutoAttack and Square, which look into values."""
 
 
 def calibrated(plan: Plan, parallel: Parallel, budget: float) -> dict[str, Calibration]:
@@ -41,11 +46,9 @@ def calibrated(plan: Plan, parallel: Parallel, budget: float) -> dict[str, Calib
 
 
 def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Cost]:
-    """What each training of the plan takes; a stage that several share counts for the first.
-
-    Judging is not foretold: AutoAttack and MALT, most of it, end as soon as an image is broken.
-    """
+    """What each training of the plan and its judging take; a stage that several share counts for the first."""
     made, seen, met = list[Cost](), set[str](), dict[str, float]()
+    judged: dict[str, tuple[float, tuple[str, ...]]] = {}
     for training in plan.trainings.values():
         run, total, shared = training.run, 0.0, []
         for stage in stages_of(run):
@@ -57,7 +60,10 @@ def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Co
             if alike not in met:
                 met[alike] = stage_seconds(run, stage, known[training.preset], *sizes(run)[:2])
             total += met[alike]
-        made.append(Cost(training.name, total, tuple(shared)))
+        same = digest({**run.identity, "seed": 0})
+        if same not in judged:
+            judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])
+        made.append(Cost(training.name, total, tuple(shared), *judged[same]))
     return made
 
 

@@ -114,11 +114,18 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
     for stage in planned_stages(config):
         seconds = stage_seconds(config, stage, found, train, held_out)
         made.append(Forecast(stage.name, seconds, _pace_of(found, stage.name).memory, _stored(config, stage)))
-    pace = _pace_of(found, EVALUATION)
+    return [*made, Forecast(EVALUATION, judging_seconds(config, found, test)[0], _pace_of(found, EVALUATION).memory, 0)]
+
+
+def judging_seconds(config: RunConfig, found: Calibration, test: int) -> tuple[float, tuple[str, ...]]:
+    """What the suite will take on so many test images, and the attacks that are not counted in it.
+
+    Raises ConfigError where the calibration knows no evaluation.
+    """
+    operations, left = evaluation_operations(config)
     images = min(test, config.evaluation.images or test)
-    operations = evaluation_operations(config)[0] * images
-    seconds = operations / (pace.operations_per_second * config.scaling.most)
-    return [*made, Forecast(EVALUATION, seconds, pace.memory, 0)]
+    pace = _pace_of(found, EVALUATION)
+    return operations * images / (pace.operations_per_second * config.scaling.most), left
 
 
 def stage_seconds(config: RunConfig, stage: Stage, found: Calibration, train: int, held_out: int) -> float:

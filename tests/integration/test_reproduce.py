@@ -130,6 +130,8 @@ def test_what_it_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     done = run_job("reproduce", *words, folder=tmp_path)
     assert done.code == 0, done.err
     assert "training, min" in done.out
+    assert "judging, min" in done.out
+    assert "not foretold: autoattack-standard, storage" in " ".join(done.out.split())
     assert "schedules times 0.5" in " ".join(done.out.split())
     assert not (tmp_path / "runs").exists()
 

@@ -144,16 +144,20 @@ class Reproduction:
             rows.append({"system": training.name, "stages": ", ".join(words), "suite": training.run.evaluation.suite})
         rows += [{"system": each.name, "stages": "", "suite": each.suite} for each in plan.transfers.values()]
         if found:
-            minutes = {cost.name: f"{cost.seconds / 60:.1f}" for cost in found}
-            rows.append({"system": "in all", "stages": "", "suite": ""})
-            minutes["in all"] = f"{sum(cost.seconds for cost in found) / 60:.1f}"
-            rows = [{**row, "training, min": minutes.get(row["system"], "")} for row in rows]
+            whole = Cost("in all", sum(cost.seconds for cost in found), judging=sum(cost.judging for cost in found))
+            minutes = {
+                cost.name: {"training, min": f"{cost.seconds / 60:.1f}", "judging, min": f"{cost.judging / 60:.1f}"}
+                for cost in (*found, whole)
+            }
+            rows.append({"system": whole.name, "stages": "", "suite": ""})
+            rows = [{**row, **minutes.get(row["system"], dict.fromkeys(minutes[whole.name], ""))} for row in rows]
         shorter = "" if plan.factor == 1 else f", schedules times {plan.factor:g}"
         counted = f"{len(plan.trainings)} trainings, {len(plan.transfers)} transfers{shorter}"
         self.terminal.lines(f"{self.job.what} of {self.job.preset}: {counted}", rows)
         self.terminal.say("stages in brackets are trained by a row above them")
         if found:
-            self.terminal.say("not foretold: judging, storage, the start and end of each job")
+            left = dict.fromkeys(name for cost in found for name in cost.left)
+            self.terminal.say(f"not foretold: {', '.join([*left, 'storage'])}, the start and end of each job")
 
     def _open_record(self) -> None:
         from dircluster.cluster.runtime import local

@@ -108,12 +108,19 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(stage.name)
         return 60.0
 
+    def judging(run: RunConfig, *_: Any) -> tuple[float, tuple[str, ...]]:
+        asked.append(run.defense + " judged")
+        return 30.0, ("autoattack-standard",)
+
     monkeypatch.setattr("dircluster.reproduction.costs.stage_seconds", seconds)
+    monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
     plan, nothing = planned("fig6b", only="hgd_a,dir", seeds=2), Calibration("here", {})
     found = costs(plan, dict.fromkeys(("digits", "digits_hgd_a"), nothing), lambda run: (1294, 144, 359))
     assert [cost.shared for cost in found] == [(), (), ("target",), ("target",)]
     assert [cost.seconds for cost in found] == [180.0, 180.0, 120.0, 120.0]
-    assert sorted(asked) == ["dir", "hgd", "hgd_a", "pretrain", "target"]  # seeds cost the same
+    assert [(cost.judging, cost.left) for cost in found] == [(30.0, ("autoattack-standard",))] * 4
+    stages = ["dir", "hgd", "hgd_a", "pretrain", "target"]
+    assert sorted(asked) == sorted([*stages, "dir judged", "hgd_a judged"])  # seeds cost the same
 
 
 @pytest.mark.parametrize(("minutes", "factor"), [(100.0, 1.0), (60.0, 1.0), (20.0, 0.33), (0.65, 0.01)])
