@@ -77,8 +77,8 @@ class TrainJob(DefenseJob):
     export: Path | None = None
     """Write the finished defense into this folder as model hubs show it: model.safetensors, config.json, README.md."""
     calibration: Path | None = None
-    """The --summary of an earlier --dry-run, of this machine or another: what is measured there is not measured again,
-    and the summary of a whole run tells what was foretold beside what it took."""
+    """The --summary of an earlier --dry-run by as many workers, of this machine or another: what is measured there is
+    not measured again, and the summary of a whole run tells what was foretold beside what it took."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class ScalingConfig:
 
     def workers_on(self, cpus: int, gpus: int) -> int:
         """Workers on a machine that nothing comes to or goes from: MOST, or as many as it has CPUs or GPUs for."""
-        there = gpus if self.device != "cpu" and gpus >= self.least else cpus
+        there = gpus if self.device == "gpu" or (self.device == "auto" and gpus >= self.least) else cpus
         return max(self.least, min(self.most, there))
 
 

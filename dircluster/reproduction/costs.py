@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dircluster.config import ConfigError, RunConfig, digest
+from dircluster.config import ConfigError, RunConfig, digest, with_values
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
-from dircluster.training.forecast import Calibration, calibrate, judging_seconds, stage_seconds
+from dircluster.training.forecast import Calibration, as_launched, calibrate, judging_seconds, stage_seconds
 from dircluster.training.stages import stage_settings, stages_of
 
 TIMED = 2.0
@@ -35,22 +35,31 @@ class Cost:
     """Those that are not: AutoAttack and Square, which look into values."""
 
 
-def calibrated(plan: Plan, parallel: Parallel, budget: float) -> dict[str, Calibration]:
+def calibrated(plan: Plan, parallel: Parallel, budget: float, launcher: str) -> dict[str, Calibration]:
     """What this machine is seen to do, by preset: ``budget`` seconds for each stage."""
     longest: dict[str, Training] = {}
     for training in plan.trainings.values():
         found = longest.setdefault(training.preset, training)
         if len(training.stages) > len(found.stages):
             longest[training.preset] = training
-    return {name: calibrate(training.run, parallel, budget) for name, training in longest.items()}
+    return {
+        name: calibrate(as_launched(training.run, launcher), parallel, budget) for name, training in longest.items()
+    }
 
 
-def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Cost]:
-    """What each training of the plan and its judging take; a stage that several share counts for the first."""
+def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes, launcher: str) -> list[Cost]:
+    """What each training, transfer and judging of the plan takes; a stage that several share counts for the first."""
     made, seen, met = list[Cost](), set[str](), dict[str, float]()
     judged: dict[str, tuple[float, tuple[str, ...]]] = {}
+
+    def judging(run: RunConfig, training: Training) -> tuple[float, tuple[str, ...]]:
+        same = digest({**run.identity, "seed": 0})
+        if same not in judged:
+            judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])
+        return judged[same]
+
     for training in plan.trainings.values():
-        run, total, shared = training.run, 0.0, []
+        run, total, shared = as_launched(training.run, launcher), 0.0, []
         for stage in stages_of(run):
             if training.stages[stage.name] in seen:
                 shared.append(stage.name)
@@ -60,10 +69,11 @@ def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes) -> list[Co
             if alike not in met:
                 met[alike] = stage_seconds(run, stage, known[training.preset], *sizes(run)[:2])
             total += met[alike]
-        same = digest({**run.identity, "seed": 0})
-        if same not in judged:
-            judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])
-        made.append(Cost(training.name, total, tuple(shared), *judged[same]))
+        made.append(Cost(training.name, total, tuple(shared), *judging(run, training)))
+    for transfer in plan.transfers.values():
+        training = plan.trainings[transfer.purifier]
+        run = with_values(as_launched(training.run, launcher), {"evaluation.suite": transfer.suite})
+        made.append(Cost(transfer.name, 0.0, (), *judging(run, training)))
     return made
 
 

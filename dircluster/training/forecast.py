@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -70,6 +71,21 @@ class Forecast:
     """Bytes."""
     stored: int
     """Bytes that stay in storage."""
+
+
+def as_launched(config: RunConfig, launcher: str) -> RunConfig:
+    """``config`` with the workers and threads that it has when it is launched from here, by ``ray`` or ``local``ly.
+
+    Of a cluster that is joined nothing is known: it gives the most workers, each the cores that one process has here.
+    """
+    scaling, cores = config.scaling, os.cpu_count() or 1
+    workers, threads = scaling.most, scaling.threads
+    if launcher == "local":
+        workers = int(os.environ.get("WORLD_SIZE", "1"))
+    elif not os.environ.get("RAY_ADDRESS"):
+        workers = scaling.workers_on(cores, torch.cuda.device_count())
+        threads = threads or max(1, cores // workers)
+    return replace(config, scaling=replace(scaling, workers=workers, threads=threads))
 
 
 def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Calibration:

@@ -121,7 +121,7 @@ class Job:
             pytest.fail(f"the job did not end within {seconds} s:\n{self.said[-3000:]}")
 
     def kill(self) -> None:
-        """SIGKILL the driver."""
+        """SIGKILL the driver, or what submitted it."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -231,6 +231,14 @@ def job(
     for one in made:
         if one.process is not None and one.process.poll() is None:
             one.kill()
+            for submitted in re.findall(r"Job '(raysubmit_\w+)' submitted", one.said):
+                subprocess.run(
+                    [RAY, "job", "stop", submitted],
+                    env=os.environ | cluster.environment(),
+                    capture_output=True,
+                    timeout=120,
+                    check=False,
+                )
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_from_upload_past_a_killed_worker_to_table_and_no_secret_anywhere(
     assert "Accuracy on the test split" in run.said
     assert re.search("model     models:/dir-digits_smoke@(champion|candidate)", run.said)  # others were there first
     assert "succeeded" in run.said
-    assert "\r" not in run.said  # lines, no redrawn bars
+    assert b"\r" not in run.log.read_bytes()  # lines, no redrawn bars
     assert run.weights() == unbroken(*long)
     run.must_have_one_whole_record(120)
 

@@ -227,7 +227,8 @@ def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_pa
 
 
 def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
-    done, cores = train("digits", "--dry-run", "--scaling.workers", "1:64", here=True), min(os.cpu_count() or 1, 64)
+    cores, workers = min(os.cpu_count() or 1, 64), ("--scaling.workers", "1:64", "--scaling.device", "cpu")
+    done = train("digits", "--dry-run", *workers, here=True)
     assert done.code == 0, done.err
     assert f"launcher ray, {cores} worker(s)" in done.out
     assert f"{(os.cpu_count() or 1) // cores} threads" in done.out  # each worker's

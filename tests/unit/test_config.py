@@ -75,6 +75,8 @@ def test_workers_are_a_number_or_a_range(workers: int | str, least: int, most: i
         ("1:4", "auto", 16, 1, 1),
         ("1:4", "cpu", 16, 1, 4),
         ("2:4", "auto", 16, 1, 4),  # not one GPU for each of two
+        ("1:4", "gpu", 16, 2, 2),
+        ("1:4", "gpu", 16, 0, 1),  # whoever starts it refuses it
         (3, "auto", 2, 0, 3),
     ],
 )

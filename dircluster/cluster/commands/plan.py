@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
-
-import torch
 
 from dircluster import cli
 from dircluster.cluster import preflight, storage
@@ -20,7 +17,15 @@ from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers
 from dircluster.training.costs import count, evaluation_operations, step_operations
 from dircluster.training.export import load_target
-from dircluster.training.forecast import Calibration, Forecast, calibrate, forecast, from_summary, planned_stages
+from dircluster.training.forecast import (
+    Calibration,
+    Forecast,
+    as_launched,
+    calibrate,
+    forecast,
+    from_summary,
+    planned_stages,
+)
 from dircluster.training.run import data_cache
 
 
@@ -29,7 +34,7 @@ def plan(job: cli.TrainJob) -> str:
 
     Raises ConfigError where the data, the target or the calibration cannot be used.
     """
-    config = _as_here(job)
+    config = as_launched(job.run, job.launcher)
     _check_inputs(job)
     defense = find_defense(config.defense)
     sizes, costs = split_sizes(config.data, opener(config.storage)), count(config)
@@ -93,7 +98,7 @@ def foretold(job: cli.TrainJob) -> list[Forecast]:
     if job.calibration is None:
         return []
     found, sizes = from_summary(job.calibration), split_sizes(job.run.data, opener(job.run.storage))
-    return forecast(_as_here(job), found, *sizes)
+    return forecast(as_launched(job.run, job.launcher), found, *sizes)
 
 
 def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]:
@@ -103,15 +108,6 @@ def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]
         for one in made
         if one.name in took
     ]
-
-
-def _as_here(job: cli.TrainJob) -> RunConfig:
-    """The run with the workers and threads that it would have on this machine; on a cluster, the most workers."""
-    scaling, cores = job.run.scaling, os.cpu_count() or 1
-    workers = scaling.most if os.environ.get("RAY_ADDRESS") else scaling.workers_on(cores, torch.cuda.device_count())
-    workers = workers if job.launcher == "ray" else 1
-    threads = scaling.threads or max(1, cores // workers)
-    return replace(job.run, scaling=replace(scaling, workers=workers, threads=threads))
 
 
 def _measured(config: RunConfig) -> Calibration:

@@ -22,6 +22,7 @@ from dircluster.reproduction.costs import TIMED, Cost, calibrated, costs, factor
 from dircluster.reproduction.exhibits import Exhibit, Settings
 from dircluster.reproduction.plan import Plan, Unit, make_plan
 from dircluster.reproduction.store import Store
+from dircluster.training.forecast import as_launched
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class Reproduction:
         if not self.job.dry_run and (known or budget is None):
             return []
         self.terminal.say("timing some steps of each system, to foretell what it takes")
-        with local_workers(self.config.scaling) as parallel:
-            found = calibrated(self.plan, parallel, TIMED)
+        with local_workers(as_launched(self.config, self.job.launcher).scaling) as parallel:
+            found = calibrated(self.plan, parallel, TIMED, self.job.launcher)
         if budget is not None and not known:
             factor = factor_for(budget, self._costs(found))
             self.plan = self.asked.plan(factor)
@@ -133,7 +134,7 @@ class Reproduction:
         return self._costs(found)
 
     def _costs(self, known: Mapping[str, Any]) -> list[Cost]:
-        return costs(self.plan, known, lambda run: split_sizes(run.data, opener(run.storage)))
+        return costs(self.plan, known, lambda run: split_sizes(run.data, opener(run.storage)), self.job.launcher)
 
     def _show(self, found: list[Cost]) -> None:
         """The plan as a table, a row a unit, with minutes where they are known."""

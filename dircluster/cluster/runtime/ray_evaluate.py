@@ -63,11 +63,12 @@ def work(
         gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
         on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and gpus > 0)
         there = gpus if on_gpu else cpus
-        if workers is not None and workers > there:
+        if workers is not None and config.scaling.least > there:
             raise ConfigError(
-                f"scaling.workers {workers} need as many {'GPUs' if on_gpu else 'CPUs'}, there are {there}"
+                f"scaling.workers {config.scaling.workers} need as many {'GPUs' if on_gpu else 'CPUs'},"
+                f" there are {there}"
             )
-        count = min(workers or there, len(indices))
+        count = min(workers or there, there, len(indices))
         kind = ray.remote(_Worker).options(
             num_cpus=1, num_gpus=int(on_gpu), max_restarts=RETRIES, max_task_retries=RETRIES
         )

@@ -58,6 +58,18 @@ def digests() -> dict[str, str]:
     return found
 
 
+def test_settings_may_move_between_their_files(copy: Path) -> None:
+    before = digests()
+    sections, run = copy / "config" / "sections.py", copy / "config" / "run.py"
+    text = sections.read_text()
+    start = text.index("@dataclass(frozen=True)\nclass EvaluationConfig")
+    sections.write_text(text[:start])
+    run.write_text(run.read_text() + "\n\n" + text[start:])
+    forget()
+    assert "class EvaluationConfig" in run.read_text()
+    assert digests() == before
+
+
 EVERY = set(digests())
 OF_DIR = {name for name in EVERY if name.startswith("dir")}
 

@@ -115,12 +115,30 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dircluster.reproduction.costs.stage_seconds", seconds)
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
     plan, nothing = planned("fig6b", only="hgd_a,dir", seeds=2), Calibration("here", {})
-    found = costs(plan, dict.fromkeys(("digits", "digits_hgd_a"), nothing), lambda run: (1294, 144, 359))
+    found = costs(plan, dict.fromkeys(("digits", "digits_hgd_a"), nothing), lambda run: (1294, 144, 359), "ray")
     assert [cost.shared for cost in found] == [(), (), ("target",), ("target",)]
     assert [cost.seconds for cost in found] == [180.0, 180.0, 120.0, 120.0]
     assert [(cost.judging, cost.left) for cost in found] == [(30.0, ("autoattack-standard",))] * 4
     stages = ["dir", "hgd", "hgd_a", "pretrain", "target"]
     assert sorted(asked) == sorted([*stages, "dir judged", "hgd_a judged"])  # seeds cost the same
+
+
+def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
+    suites: list[str] = []
+
+    def judging(run: RunConfig, *_: Any) -> tuple[float, tuple[str, ...]]:
+        suites.append(run.evaluation.suite)
+        return 30.0, ()
+
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_seconds", lambda *_: 60.0)
+    monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
+    plan, nothing = planned("table2", only="dir"), Calibration("here", {})
+    known = dict.fromkeys((training.preset for training in plan.trainings.values()), nothing)
+    found = costs(plan, known, lambda run: (1294, 144, 359), "local")
+    assert plan.transfers
+    moved = [cost for cost in found if cost.name in {transfer.name for transfer in plan.transfers.values()}]
+    assert [(cost.seconds, cost.judging) for cost in moved] == [(0.0, 30.0)] * len(plan.transfers)
+    assert {transfer.suite for transfer in plan.transfers.values()} <= set(suites)
 
 
 @pytest.mark.parametrize(("minutes", "factor"), [(100.0, 1.0), (60.0, 1.0), (20.0, 0.33), (0.65, 0.01)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +14,14 @@ from dircluster.cluster.runtime import ray_train
 from dircluster.cluster.runtime.channel import WorkerChannel
 from dircluster.cluster.runtime.ray_train import Job
 from dircluster.cluster.runtime.watch import Watch
-from dircluster.config import ScalingConfig
+from dircluster.config import ScalingConfig, StorageConfig
+from dircluster.presets import preset
 from tests.unit.cluster.conftest import Actor, Clock, Terminal
 
 DONE = {"status": "FINISHED"}
 Fit = Callable[[WorkerChannel, Terminal], None]
 Follow = Callable[..., tuple[dict[str, Any], int]]
+"""What Ray Train does at each call -> the outcome of following it, and how often it was called."""
 
 
 def leave(channel: WorkerChannel, _: Terminal) -> None:
@@ -30,11 +34,6 @@ def finish(channel: WorkerChannel, _: Terminal) -> None:
     channel.finish(DONE)
 
 
-def leave_and_be_stopped(channel: WorkerChannel, terminal: Terminal) -> None:
-    leave(channel, terminal)
-    terminal.signal = 15
-
-
 def leave_and_fail(channel: WorkerChannel, terminal: Terminal) -> None:
     leave(channel, terminal)
     raise RuntimeError("out of luck")
@@ -42,7 +41,6 @@ def leave_and_fail(channel: WorkerChannel, terminal: Terminal) -> None:
 
 @pytest.fixture
 def follow(clock: Clock, terminal: Terminal, no_ray: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Follow:
-    """Follow a job whose calls of Ray Train do these things in turn: -> its outcome, and how many were called."""
     no_ray(ray_train)
     monkeypatch.setattr(ray_train, "time", clock)
 
@@ -64,11 +62,54 @@ def test_workers_that_left_are_started_again(follow: Follow, terminal: Terminal,
     assert terminal.said.count("a node is about to be taken away: the run goes on elsewhere") == nodes
 
 
-def test_a_run_that_is_stopped_meanwhile_is_not(follow: Follow) -> None:
-    assert follow(leave_and_be_stopped, finish) == ({"status": "KILLED", "signal": 15}, 1)
+def test_a_run_that_is_stopped_meanwhile_is_not(
+    follow: Follow, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = WorkerChannel.collect
+
+    def stop_after(channel: WorkerChannel, signal: int) -> Any:
+        terminal.signal = 15  # heard while the driver looks
+        return looked(channel, signal)
+
+    monkeypatch.setattr(WorkerChannel, "collect", stop_after)
+    assert follow(leave, finish) == ({"status": "KILLED", "signal": 15}, 1)
 
 
 def test_nor_is_one_that_failed(follow: Follow) -> None:
     outcome, calls = follow(leave_and_fail, finish)
     assert (outcome["status"], calls) == ("FAILED", 1)
     assert outcome["error"].startswith("Ray Train gave up")
+
+
+@pytest.mark.parametrize(
+    ("alone", "there", "count", "on_gpu"),
+    [
+        (True, {"CPU": 2.0}, 2, False),
+        (True, {"CPU": 16.0, "GPU": 1.0}, 1, True),
+        (False, {"CPU": 2.0}, (1, 4), False),
+    ],
+)
+def test_a_cluster_of_its_own_gives_what_it_has(
+    alone: bool,
+    there: dict[str, float],
+    count: int | tuple[int, int],
+    on_gpu: bool,
+    no_ray: Callable[..., None],
+    terminal: Terminal,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: Actor(WorkerChannel())))
+    node = SimpleNamespace(get_node_id=lambda: "0" * 56)
+    no_ray(
+        ray_train,
+        cluster_resources=lambda: there,
+        get_runtime_context=lambda: node,
+        remote=lambda **_: lambda kind: actor,
+    )
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray_train, "LeanTrainer", lambda *_, **named: given.update(named))
+    run = preset("digits_smoke")
+    run = replace(run, scaling=ScalingConfig(workers="1:4"), storage=StorageConfig(uri=str(tmp_path)))
+    Job(run, "owner", False, terminal, alone=alone)  # type: ignore[arg-type]
+    assert (given["scaling_config"].num_workers, given["scaling_config"].use_gpu) == (count, on_gpu)
