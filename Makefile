@@ -54,7 +54,7 @@ lint: .venv/dev
 	.venv/bin/uv pip install --quiet --python $(RUN) --require-hashes --compile-bytecode -r tests/requirements.lock
 	touch $@
 
-lock: .venv/uv  ## resolve the lock files anew
+lock: .venv/uv  ## resolve the lock files again
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate pyproject.toml -o requirements.lock
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

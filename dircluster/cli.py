@@ -143,7 +143,7 @@ class TuneJob(DefenseJob):
 
 @dataclass(frozen=True)
 class ReproduceJob(Job):
-    """Make tables and figures of the DIR paper again: every system that they compare, trained and judged alike.
+    """Make tables and figures of the DIR paper again: every system that they compare, by one recipe and suite.
 
     The first word says what: table1 to table5, ratio, fig2, fig4, fig5, fig6a, fig6b, fig7, no-pretrain, or all; the
     preset after it is digits, cifar10, svhn, or NAME_smoke of one. What cells share is trained once, what is finished
@@ -173,7 +173,7 @@ class ReproduceJob(Job):
 
 @dataclass(frozen=True)
 class BenchmarkJob(DefenseJob):
-    """Time the phases of a training step on real images; for DIR: craft, restore, perturb, update."""
+    """Time the phases of a training step on real images: draws, attack, forward, backward, update."""
 
     steps: int = 5
     """Steps timed, after one that is not."""

@@ -25,6 +25,9 @@ class RunConfig:
     crafting: ClassVar[tuple[str, ...]] = ("pgd",)
     """What ``attack.crafting`` may be: more where the defense is trained against attacks on its whole pipeline."""
 
+    later: ClassVar[Mapping[str, Any]] = {}
+    """As LATER_FIELDS, of the defense's own sections."""
+
     name: str = "digits"
     """Names the run and its model, DEFENSE-NAME; the preset's name unless given."""
     seed: int = 0
@@ -107,31 +110,25 @@ LATER_FIELDS: dict[str, Any] = {
     "target.mean": None,
     "target.std": None,
     "target.entry": None,
-    "dir.ema": None,
-    "dir.perturb_step_size": None,
-    "dir.keep": "best",
     "target.optimizer.gamma": 0.1,
-    "pretrain.optimizer.gamma": 0.1,
-    "dir.optimizer.gamma": 0.1,
-    "dir.target_optimizer.gamma": 0.1,
-    "hgd.optimizer.gamma": 0.1,
 }
-"""Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys."""
+"""Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys: those
+of the sections that all defenses share."""
 
 
 SAME_NUMBERS = ("training.draws_ahead", "training.capture")
 """Settings, by dotted name, that decide how a number is computed and not which: keys do not hold them."""
 
 
-def as_hashed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def as_hashed(settings: Mapping[str, Any], later: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as keys hash them: without those of SAME_NUMBERS.
 
-    A setting of LATER_FIELDS is absent while it has the value given there.
+    A setting that is ``later``, by dotted name, is absent while it has the value given there.
     """
     kept: dict[str, Any] = {}
     for name, value in settings.items():
         dotted = f"{prefix}{name}"
-        if dotted in SAME_NUMBERS or (dotted in LATER_FIELDS and value == LATER_FIELDS[dotted]):
+        if dotted in SAME_NUMBERS or (dotted in later and value == later[dotted]):
             continue
-        kept[name] = as_hashed(value, f"{dotted}.") if isinstance(value, Mapping) else value
+        kept[name] = as_hashed(value, later, f"{dotted}.") if isinstance(value, Mapping) else value
     return kept

@@ -361,7 +361,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The evaluation on the test split: what a defense must face, and how surely it is said."""
+    """The evaluation on the test split: what a defense must face, and on how many images."""
 
     suite: Literal["quick", "paper", "rigorous"] = "quick"
     """quick: PGD and MALT; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
@@ -381,11 +381,12 @@ class EvaluationConfig:
     """What attacks are crafted in; auto: bf16 on a GPU, fp32 on a CPU and for networks whose first layers bf16 would
     round. Final predictions are always made in fp32 without TF32."""
     steps: int | None = None
-    """Steps of every iterative attack; each suite's own when not given (20, or 200 in rigorous; MALT and PMA 100)."""
+    """Steps of every iterative attack; each suite's own when not given: 20, or 200 in rigorous; MALT 30, in quick 20;
+    PMA 100."""
     restarts: int | None = None
     """Random starts of PGD, of which the strongest counts; 1, or 2 against fixed masks in rigorous, when not given."""
     eot: int | None = None
-    """Mask draws whose gradients are averaged at each step against fresh masks; 8 in quick, else 20, when not given."""
+    """Mask draws whose gradients are averaged at each step against fresh masks; 4 in quick, else 20, when not given."""
     draws: int | None = None
     """Fresh mask draws on which every final image is judged again; 10 in quick, else 20, when not given."""
     resubmissions: int | None = None

@@ -51,7 +51,7 @@ class Recipe(nn.Module):
 
     @property
     def alone(self) -> str | None:
-        """Why several workers cannot share a step, told of the stage; None where they can."""
+        """Why several workers cannot share a step; None where they can."""
         return "has several updates a step, which one worker makes" if len(self.updates) > 1 else None
 
     @property

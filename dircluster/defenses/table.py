@@ -25,6 +25,8 @@ DEFENSES = {
     "ebm": "dircluster.defenses.ebm",
 }
 """The module that holds each as ``DEFENSE``, or under the name behind the colon."""
+UNNAMED = "dir"
+"""The defense of a folder that names none: the only one that there was."""
 COMPARED = {"dir": "dircluster.defenses.plain_dir"}
 """Modules whose ``compared`` says what a defense's step is timed against, by the defense's name."""
 

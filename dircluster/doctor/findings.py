@@ -71,7 +71,7 @@ def at_least(
 
 
 def seen(name: str, figure: float | None = None, unit: str = "", note: str = "") -> Finding:
-    """What is told and held against nothing."""
+    """A figure that is held against nothing."""
     return Finding(name, "ok", figure, unit, note=note)
 
 

@@ -16,7 +16,7 @@ ROUNDING = 1e-6
 
 
 def as_images(given: Any) -> tuple[Tensor, list[str]]:
-    """Images (N, C, H, W) in [0, 1], float32, detached, and what had to be said. Raises ConfigError for any others."""
+    """Images (N, C, H, W) in [0, 1], float32, detached, and notes on what changed. Raises ConfigError for others."""
     images = _tensor("images", given)
     if images.ndim != 4:
         raise ConfigError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")

@@ -15,7 +15,7 @@ WORDS: dict[Kind, str] = {
     "ascent": "loss ended below its start: {:.1f} % of images",
     "finite": "logits not finite, which counts as wrong: {:.1f} %",
 }
-"""What is said of a share in [0, 1]."""
+"""The text of a mark, given its share in [0, 1]."""
 MEANING: dict[Kind, str] = {
     "gradient": "The attack could not see where to go: no gradient, or none that is a number, came back.",
     "slope": "The gradient does not say how the loss moves: the attack went where nothing is gained.",

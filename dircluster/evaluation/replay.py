@@ -1,4 +1,4 @@
-"""A row of a report or a claim found again: which one is meant, how it is computed anew, and whether it is the same."""
+"""A row of a report or a claim found again: which one is meant, how it is computed, and whether it is the same."""
 
 from __future__ import annotations
 

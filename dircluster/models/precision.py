@@ -1,4 +1,4 @@
-"""In which precision things are computed, said once.
+"""In which precision things are computed.
 
 What finds samples runs in bf16 by autocast where ``training.precision`` and ``evaluation.precision`` ask for it, or by
 itself on a GPU: crafting, updates of weights, held-out selection. What is claimed runs in true fp32: the final

@@ -144,6 +144,14 @@ class DirRun(RunConfig):
 
     defense: ClassVar[str] = "dir"
     crafting: ClassVar[tuple[str, ...]] = ("pgd", "target_first", "straight_through", "n_fgsm")
+    later: ClassVar[Mapping[str, Any]] = {
+        "dir.ema": None,
+        "dir.perturb_step_size": None,
+        "dir.keep": "best",
+        "pretrain.optimizer.gamma": 0.1,
+        "dir.optimizer.gamma": 0.1,
+        "dir.target_optimizer.gamma": 0.1,
+    }
 
     masking: MaskingConfig = MaskingConfig()
     model: ModelConfig = ModelConfig()

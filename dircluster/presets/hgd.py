@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dircluster.config import DataConfig, OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base
@@ -70,6 +70,7 @@ class HgdRun(RunConfig):
     """One whole run of HGD: target, denoiser, evaluation."""
 
     defense: ClassVar[str] = "hgd"
+    later: ClassVar[Mapping[str, Any]] = {"hgd.optimizer.gamma": 0.1}
 
     model: UNetConfig = UNetConfig(widths=(64, 128, 256), units=(2, 3, 3))  # of the default data, 8x8 digits
     hgd: HgdConfig = HgdConfig()

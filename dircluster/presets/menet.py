@@ -49,7 +49,7 @@ class MenetConfig:
     """Training: the classifier of section ``target`` learns on estimated images alone."""
 
     lowest: float = 0.4
-    """Each image's chance of an entry to be kept is drawn anew every time, uniform from this ..."""
+    """Each image's chance of an entry to be kept is drawn every time again, uniform from this ..."""
     highest: float = 0.6
     """... to this."""
 

@@ -1,4 +1,4 @@
-"""What a plan takes, told before it is paid for, and what is timed instead of attacked."""
+"""What a plan takes, before it is paid for, and what is timed instead of attacked."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dircluster.config import ConfigError, RunConfig, first_line, local_path
 from dircluster.defenses.base import Defended
 from dircluster.defenses.identity import Identity
-from dircluster.defenses.table import DEFENSES, find_defense
+from dircluster.defenses.table import DEFENSES, UNNAMED, find_defense
 from dircluster.models import classifiers, weight_files, weights
 from dircluster.models.modules import TooLargeError, at_most, plain_torch
 from dircluster.training import checkpoint, hub_folder
@@ -31,7 +31,7 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
     """
     facts, tensors = hub_folder.read(folder) if hub_folder.is_one(folder) else _finished(folder)
     try:
-        name, wanted = str(facts.get("name", "dir")), str(facts["architecture"])
+        name, wanted = str(facts.get("name", UNNAMED)), str(facts["architecture"])
         own = [text for text in (wanted,) if ":" in text and not text.startswith("timm:")]
         own += [] if name in DEFENSES else [name]
         if own and not trust_code:
@@ -105,7 +105,7 @@ class GivenTarget:
     sha256: str
     """Of the file; of the manifest where it is the folder of a checkpoint; of the weights where timm has them."""
     notes: list[str]
-    """What has to be said of how it was taken, a line each."""
+    """How it was taken, a line each."""
 
 
 def given_target(config: RunConfig, open_path: Callable[[str], Path] = local_path) -> GivenTarget:

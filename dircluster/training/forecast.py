@@ -1,4 +1,4 @@
-"""What a run will take, told before it is paid for: from some seconds of its own steps on this machine, or another's.
+"""What a run will take, before it is paid for: from some seconds of its own steps on this machine, or another's.
 
 A stage's step is timed on random images of the run's shape, on the whole batch where that takes seconds and else on as
 many images as do; operations, counted on the step itself, carry it over to the whole. What storage, a network between

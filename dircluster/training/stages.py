@@ -50,7 +50,7 @@ def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
 
 def stage_key(config: RunConfig, stage: Stage, inputs: Mapping[str, str | None]) -> str:
     """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
-    settings = as_hashed(stage_settings(config, stage))
+    settings = as_hashed(stage_settings(config, stage), {**LATER_FIELDS, **config.later})
     return digest({"format": FORMAT, "stage": stage.name, "inputs": dict(inputs), **settings})
 
 

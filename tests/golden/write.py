@@ -6,7 +6,7 @@ writes the golden files of these runs again, or all of them. It uses nothing but
 run leaves, so that it outlives any move of modules. Say in the commit why a golden file changes.
 
 ``torch-VERSION/NAME.json`` holds weights (a SHA-256 of each stage's), stage keys, held-out accuracies and result rows
-of a run on one thread of a CPU. ``commands/`` holds the settings of every preset and the help of every job.
+of a run on one thread of a CPU. ``commands/`` holds the settings of the presets in PRESETS and the help of JOBS.
 """
 
 from __future__ import annotations

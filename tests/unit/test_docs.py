@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import runpy
 import shlex
@@ -53,17 +54,26 @@ def blocks(page: Path) -> list[str]:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every ``python jobs/NAME.py ...`` that stands on a line of code of its own: page and line, and the command.
+    """Every ``python jobs/NAME.py ...`` or torchrun's that stands on a line of code: page and line, and the command.
 
     Not replay's, whose words are a file that a reader has and a row of it.
     """
+    for place, whole in lines_of_code():
+        if found := re.match(
+            r"(?:.*? -- )?(?:python|torchrun --nproc-per-node \d+) (jobs/(?!replay)\w+\.py .*)", whole
+        ):
+            yield place, found[1].rstrip("'")
+
+
+def lines_of_code() -> Iterator[tuple[str, str]]:
+    """Page and line number, and the line; one that ends in a backslash is one with the next."""
     for page in PAGES:
         waiting = ""
         for number, line, code in prose_and_code(page.read_text(encoding="utf-8")):
             whole = waiting + line.strip() if code else ""
             waiting = whole[:-1] if whole.endswith("\\") else ""
-            if not waiting and (found := re.match(r"(?:.*? -- )?python (jobs/(?!replay)\w+\.py .*)", whole)):
-                yield f"{name_of(page)}:{number}", found[1].rstrip("'")
+            if whole and not waiting:
+                yield f"{name_of(page)}:{number}", whole
 
 
 def slug(heading: str) -> str:
@@ -147,6 +157,17 @@ def test_commands_are_understood(
     assert ended.value.code == 0, f"{place}: {capsys.readouterr().err}"
 
 
+def test_what_make_and_python_are_asked_for_is_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    made, modules = set[str](), set[str]()
+    for _, line in lines_of_code():
+        made |= set(re.findall(r"^make ([a-z][\w-]*)", line))
+        modules |= set(re.findall(r"\bpython -m ([\w.]+)", line))
+    assert {"train", "test", "cluster"} <= made <= targets
+    assert modules
+    assert not [name for name in modules if importlib.util.find_spec(name) is None]
+
+
 @pytest.mark.long
 def test_the_examples_of_extend_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs" / "extend.md"
@@ -163,10 +184,10 @@ def test_the_examples_of_extend_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.long
-def test_the_examples_of_the_reference_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "api.md"
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "api.md"], ids=name_of)
+def test_the_examples_that_a_reader_copies_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    names: dict[str, object] = {"__name__": "api"}
+    names: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):
         exec(compile(block, name_of(page), "exec"), names)
 
