@@ -73,7 +73,7 @@ class Adapted(nn.Module):
         return self.answer(self.inner, images)
 
     def answer(self, part: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-        """What ``part`` of the module gives for images, as float32 on their device."""
+        """What ``part`` of the module gives for images (N, C, H, W), (N, ...) in float32 on their device."""
         with nullcontext() if self.place is None else self.place, drawing_from_torch(self.drawing):
             found, self.form = unpacked(part(images.clone().to(self.dtype)))
         if not isinstance(found, Tensor) or found.ndim < 2:

@@ -74,11 +74,12 @@ def _passes(model: Model, images: Tensor, draws: int, at_once: int) -> Iterator[
 
 
 def _fresh(model: Model, images: Tensor, draws: int, at_once: int) -> Tensor:
+    """The answer to each of images (N, C, H, W) in each draw: (N, draws)."""
     return torch.cat([answers(logits) for logits in _passes(model, images, draws, at_once)]).T
 
 
 def _votes(model: Model, images: Tensor, spec: AttackSpec, at_once: int) -> Tensor:
-    """What the majority of ``average`` draws answers, ``draws`` times; probability decides among equals."""
+    """The majority's answer of ``average`` draws, ``draws`` times: (N, draws); probability decides among equals."""
     columns = []
     for _ in range(spec.draws):
         counted: Tensor | float = 0.0

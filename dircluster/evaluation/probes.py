@@ -51,7 +51,10 @@ Probe = Callable[[Question, Tensor, Tensor], Tensor]
 
 
 def has_gradient(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether a gradient leads back that is a number in all elements, and one that does not vanish."""
+    """Whether a gradient leads back that is a number in all elements, and one that does not vanish.
+
+    Images (N, C, H, W) in [0, 1], labels (N,) -> (N,) bool.
+    """
     model = question.victim.model(question.randomness, question.seed)
     summed = torch.zeros_like(images)
     for _ in range(question.draws):
@@ -66,6 +69,8 @@ def follows_gradient(question: Question, images: Tensor, labels: Tensor) -> Tens
     The step follows the gradient's signs, and random ones where it is zero. It starts near the image, away from ties
     of equal pixels, and stays in the pixel range. Of what steps of random signs do, the gradient must explain most: one
     of some pixels alone, or of one branch of two, does not. An image without a gradient passes: another probe names it.
+
+    Images (N, C, H, W) in [0, 1], labels (N,) -> (N,) bool.
     """
     model, epsilon = question.held(), question.epsilon
     generator = rng.generator(question.seed, "slope")
@@ -92,7 +97,7 @@ def follows_gradient(question: Question, images: Tensor, labels: Tensor) -> Tens
 
 
 def alike_with_gradients(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether the logits are the same while gradients are recorded."""
+    """Whether the logits of images (N, C, H, W) are the same while gradients are recorded, (N,) bool."""
     model = question.held()
     plain = model(images)
     with torch.enable_grad():
@@ -101,7 +106,10 @@ def alike_with_gradients(question: Question, images: Tensor, labels: Tensor) -> 
 
 
 def alike_in_company(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether an image's logits are the same beside other images, which are the negatives of those beside it."""
+    """Whether an image's logits are the same beside other images, which are the negatives of those beside it.
+
+    Images (N, C, H, W) in [0, 1] -> (N,) bool.
+    """
     model = question.held()
     plain = model(images)
     even = torch.arange(len(images), device=images.device) % 2 == 0
@@ -113,7 +121,10 @@ def alike_in_company(question: Question, images: Tensor, labels: Tensor) -> Tens
 
 
 def alike_in_numbers(question: Question, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether an image's logits are the same alone and in batches of every size up to what attacks pass together."""
+    """Whether an image's logits are the same alone and in batches of every size up to what attacks pass together.
+
+    Images (N, C, H, W) in [0, 1] -> (N,) bool.
+    """
     model, count = question.held(), len(images)
     few = torch.cat([model(images[first : first + SMALL]) for first in range(0, count, SMALL)])
     many = model(images.repeat(max(1, question.most_rows // count), 1, 1, 1))[:count]
@@ -134,6 +145,7 @@ def alike_each_time(question: Question, images: Tensor, labels: Tensor) -> Tenso
     """Whether the logits of a few images stay what they are over many calls; one answer for all images.
 
     They must be the same too after images that lie near, as an attack passes one after another, and after others.
+    Images (N, C, H, W) in [0, 1] -> (N,) bool.
     """
     model, few = question.victim.model("fresh", question.seed), images[:ASKED]
     first = model(few)
@@ -154,7 +166,7 @@ def same(one: Tensor, other: Tensor, tolerance: float = TOLERANCE) -> Tensor:
 
 
 def _gradient(model: Model, images: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    """The loss's gradient as it comes back, NaN and all; zero where none does."""
+    """The loss's gradient at images (N, C, H, W), of their shape, as it comes back; zero where none does."""
     with torch.enable_grad():
         asked = images.detach().requires_grad_(True)
         values = loss(model(asked), labels)

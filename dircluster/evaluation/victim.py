@@ -197,10 +197,12 @@ class VictimModel:
         return Adapted(classifier, "its classifier", self.module.place)
 
     def _logits(self, images: Tensor, draws: Tensor | None) -> Tensor:
+        """(N, C, H, W) in [0, 1], one row of draws an image -> (N, classes)."""
         logits: Tensor = self.module(images) if draws is None else self._defense.logits(images, draws)
         return logits
 
     def _restore(self, images: Tensor, draws: Tensor | None) -> Tensor:
+        """(N, C, H, W) in [0, 1], one row of draws an image -> (N, C, H, W)."""
         module: Any = self.module
         if isinstance(module, Adapted):
             return module.answer(module.inner.restore, images)  # type: ignore[attr-defined]
@@ -230,6 +232,7 @@ class VictimModel:
         return generator, self._draw(generator, images) if form == "fixed" else None
 
     def _draw(self, generator: torch.Generator, images: int) -> Tensor:
+        """One row for each of so many images, (images, ...)."""
         drawn = self._defense.purifier.draw(generator, images)
         assert drawn is not None
         return drawn

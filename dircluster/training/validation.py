@@ -66,6 +66,7 @@ class Judge:
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, classes), (N,) -> (N,) bool."""
     return logits.argmax(dim=1) == labels
 
 
