@@ -30,7 +30,7 @@ test: .venv/dev lint  ## every test that CI runs; ARGS=--cov counts what they co
 proofs: .venv/dev  ## the longer proofs: 20 kills, lost nodes and heads, outages of a minute (80 minutes)
 	$(RUN) -m pytest -m slow $(ARGS)
 
-fuzz: .venv/dev  ## 1,000 random command lines and 200 damaged files of each kind: no traceback, no hang (10 minutes)
+fuzz: .venv/dev  ## 1,000 random command lines and 200 damaged files of each kind: no traceback, no hang (2 minutes)
 	$(RUN) -m tests.fuzz $(ARGS)
 
 lint: .venv/dev

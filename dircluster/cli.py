@@ -204,6 +204,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
     words = list(argv)
+    _refuse_nul(words)
     name = _take_preset(words)
     of_own = issubclass(kind, DefenseJob)
     defense = (value_of("--defense", words) or name.rpartition(":")[0]) if of_own else ""
@@ -221,6 +222,7 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if file := value_of("--config", words):
         switches = {*_flags(kind, bool), *_flags(type(run), bool)}
         words = [*_words_of(Path(file), switches), *words]
+        _refuse_nul(words)
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
     if job.preset != name:
@@ -229,6 +231,13 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
         raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
     flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
+
+
+def _refuse_nul(words: Sequence[str]) -> None:
+    """Raise ConfigError where a word holds a NUL character, which YAML can write and no file may be called."""
+    for word in words:
+        if "\0" in word:
+            raise ConfigError(f"{word!r} holds a NUL character")
 
 
 SPINS = "3000"

@@ -68,6 +68,7 @@ class RunConfig:
             require(small, f"{name} is too large, got {value}")
             if isinstance(value, str):
                 refuse_secret(name, value)
+                require("\0" not in value, f"{name} holds a NUL character, got {value!r}")
                 bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
                 require(bucket, f"{name} must name a bucket, s3://BUCKET/PREFIX, got {value!r}")
 

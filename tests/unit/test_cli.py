@@ -220,6 +220,8 @@ def test_what_a_job_changes_can_be_typed_again() -> None:
         ("[" * 3000, None, "nests too deep"),
         ("model: {width: 1000000000000000000}", None, "model.width is too large, got 1000000000000000000"),
         ("data: {limit: 99999999999}", None, "data.limit is too large"),
+        ('target: {uri: "a\\0b"}', None, "holds a NUL character"),
+        ('defense: "\\0"', None, "holds a NUL character"),
     ],
 )
 def test_a_file_means_what_it_looks_like(tmp_path: Path, line: str, name: str | None, value: object) -> None:

@@ -56,6 +56,11 @@ def test_every_number_must_be_finite() -> None:
         dataclasses.replace(preset("digits"), dir=d.DirConfig(alpha=float("inf")))
 
 
+def test_a_name_that_no_file_may_have_is_refused() -> None:
+    with pytest.raises(c.ConfigError, match=r"target.uri holds a NUL character, got 'a\\x00b'"):
+        c.with_values(preset("digits"), {"target.uri": "a\0b"})
+
+
 def test_every_worker_has_an_image_of_a_batch() -> None:
     with pytest.raises(c.ConfigError, match=r"training.batch_size must be at least scaling.workers 200"):
         dataclasses.replace(preset("digits"), scaling=c.ScalingConfig(workers="1:200"))
