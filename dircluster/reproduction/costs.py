@@ -47,12 +47,19 @@ def calibrated(plan: Plan, parallel: Parallel, budget: float, launcher: str) -> 
     }
 
 
-def costs(plan: Plan, known: Mapping[str, Calibration], sizes: Sizes, launcher: str) -> list[Cost]:
-    """What each training, transfer and judging of the plan takes; a stage that several share counts for the first."""
+def costs(
+    plan: Plan, known: Mapping[str, Calibration], sizes: Sizes, launcher: str, *, judged_too: bool = True
+) -> list[Cost]:
+    """What each training and transfer of the plan takes; a stage that several share counts for the first.
+
+    Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
+    """
     made, seen, met = list[Cost](), set[str](), dict[str, float]()
     judged: dict[str, tuple[float, tuple[str, ...]]] = {}
 
     def judging(run: RunConfig, training: Training) -> tuple[float, tuple[str, ...]]:
+        if not judged_too:
+            return 0.0, ()
         same = digest({**run.identity, "seed": 0})
         if same not in judged:
             judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])

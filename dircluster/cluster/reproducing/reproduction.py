@@ -15,7 +15,7 @@ from dircluster.cluster.reproducing.units import Listening, Units
 from dircluster.cluster.storage import open_path, opener
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import commit
-from dircluster.config import digest
+from dircluster.config import RunConfig, digest
 from dircluster.data.layout import split_sizes
 from dircluster.distributed.launch import local_workers
 from dircluster.reproduction.costs import TIMED, Cost, calibrated, costs, factor_for
@@ -127,14 +127,17 @@ class Reproduction:
         with local_workers(as_launched(self.config, self.job.launcher).scaling) as parallel:
             found = calibrated(self.plan, parallel, TIMED, self.job.launcher)
         if budget is not None and not known:
-            factor = factor_for(budget, self._costs(found))
+            factor = factor_for(budget, self._costs(found, judged_too=False))
             self.plan = self.asked.plan(factor)
             if not self.job.dry_run:
                 self.store.put("factor", {"factor": factor})
         return self._costs(found)
 
-    def _costs(self, known: Mapping[str, Any]) -> list[Cost]:
-        return costs(self.plan, known, lambda run: split_sizes(run.data, opener(run.storage)), self.job.launcher)
+    def _costs(self, known: Mapping[str, Any], *, judged_too: bool = True) -> list[Cost]:
+        def sizes(run: RunConfig) -> tuple[int, int, int]:
+            return split_sizes(run.data, opener(run.storage))
+
+        return costs(self.plan, known, sizes, self.job.launcher, judged_too=judged_too)
 
     def _show(self, found: list[Cost]) -> None:
         """The plan as a table, a row a unit, with minutes where they are known."""

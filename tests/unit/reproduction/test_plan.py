@@ -121,6 +121,11 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(cost.judging, cost.left) for cost in found] == [(30.0, ("autoattack-standard",))] * 4
     stages = ["dir", "hgd", "hgd_a", "pretrain", "target"]
     assert sorted(asked) == sorted([*stages, "dir judged", "hgd_a judged"])  # seeds cost the same
+    asked.clear()
+    known = dict.fromkeys(("digits", "digits_hgd_a"), nothing)
+    trained = costs(plan, known, lambda run: (1294, 144, 359), "ray", judged_too=False)
+    assert [cost.seconds for cost in trained] == [cost.seconds for cost in found]
+    assert sorted(asked) == stages
 
 
 def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
