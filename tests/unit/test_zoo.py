@@ -71,7 +71,12 @@ def test_its_target_is_one_to_defend() -> None:
     assert torch.equal(found, wanted)
 
 
-def test_an_unknown_name_is_one_line_that_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_one_line_that_lists_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()  # somebody's other MLflow: not ours to ask
     there = "there is no zoo:nothing; there are zoo:"
     with pytest.raises(ConfigError, match=there):
         dircluster.load_defense("zoo:nothing")
@@ -84,6 +89,9 @@ def test_an_unknown_name_is_one_line_that_lists_them(capsys: pytest.CaptureFixtu
         preflight.check_target(given(preset("digits"), "zoo:nothing"))
     with pytest.raises(ConfigError, match="there is no model 'none' for digits"):
         dircluster.load_model("none", "digits")
+    assert [file.name for file in tmp_path.iterdir()] == ["mlruns"]  # asking made no record
+    with pytest.raises(ConfigError, match=r"there is no record .*absent\.db"):
+        dircluster.load_model("none", "digits", tracking_uri=f"sqlite:///{tmp_path / 'absent.db'}")
 
 
 def test_what_is_damaged_is_refused(copied: Path) -> None:

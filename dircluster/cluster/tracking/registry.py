@@ -155,9 +155,9 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     Without ``tracking_uri`` and MLFLOW_TRACKING_URI, the store of the embedded default, runs/mlflow.db, is asked.
     """
     store = _store(tracking_uri)
-    file = file_of(store or "")
-    if file is not None and not file.exists():
-        raise ConfigError(f"{uri} cannot be fetched: there is no record {file} that could know it")
+    missing = _missing(store)
+    if missing is not None:
+        raise ConfigError(f"{uri} cannot be fetched: there is no record {missing} that could know it")
     try:
         with _quiet(), _tracking(store):
             local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
@@ -169,21 +169,33 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     return folders[0].parent
 
 
-def _store(tracking_uri: str | None) -> str | None:
-    """Where models are looked up: ``tracking_uri``, or the embedded default where nothing else is named."""
-    embedded = Path("runs/mlflow.db").resolve()
-    if tracking_uri is None and TRACKING not in os.environ and embedded.exists():
-        return f"sqlite:///{embedded}"
-    return tracking_uri
+def _store(tracking_uri: str | None) -> str:
+    """Where models are looked up: ``tracking_uri``, MLFLOW_TRACKING_URI, or the embedded default.
+
+    Never MLflow's own default: a file in whatever folder the person stands in, made by asking it.
+    """
+    return tracking_uri or os.environ.get(TRACKING) or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+
+
+def _missing(store: str) -> Path | None:
+    """The file of an SQLite store that is not there; MLflow would make it."""
+    file = file_of(store)
+    return None if file is None or file.exists() else file
 
 
 def find_champion(names: list[str], dataset: str, threat: str, tracking_uri: str | None = None) -> str | None:
     """URI of the first champion under one of ``names`` that is of this data set and threat; None where there is none.
 
-    Raises ConfigError where the tracking server does not answer.
+    Raises ConfigError where the tracking server does not answer, or the store that was named is not there.
     """
+    store = _store(tracking_uri)
+    missing = _missing(store)
+    if missing is not None and (tracking_uri or os.environ.get(TRACKING)):
+        raise ConfigError(f"there is no record {missing} that could know a champion")
+    if missing is not None:
+        return None  # nothing was recorded here yet
     try:
-        client = MlflowClient(_store(tracking_uri))
+        client = MlflowClient(store)
         for name in names:
             if not client.search_registered_models(f"name = '{name}'"):
                 continue
