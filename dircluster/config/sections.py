@@ -214,6 +214,7 @@ ARCHITECTURES = (
     "preactresnet18-raw",
     "preactresnet18-nobn",
     "preactresnet18-raw-nobn",
+    "wrn-10-2",
     "wrn-28-10",
     "wrn-34-10",
 )
@@ -228,8 +229,8 @@ class TargetConfig:
     """An existing target instead of training one: weights as .safetensors, .pt or .pth, the folder of a checkpoint, a
     models:/ URI, zoo:NAME, or timm:NAME."""
     architecture: str = "resnet18"
-    """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME, or
-    package.module:factory (called with classes and channels, or num_classes and in_chans). preactresnet18-raw: its
+    """small_cnn, resnet18 or preactresnet18 (CIFAR stem), wrn-10-2, wrn-28-10 or wrn-34-10 (WideResNet), timm:NAME,
+    or package.module:factory (called with classes and channels, or num_classes and in_chans). preactresnet18-raw: its
     shortcuts take a block's raw input; -nobn: no normalization before the linear layer."""
     mean: tuple[float, ...] | None = None
     """What is subtracted from images in [0, 1] before the network, for each channel or for all: for weights that do not

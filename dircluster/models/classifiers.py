@@ -184,6 +184,7 @@ ARCHITECTURES: dict[str, Callable[[DataConfig], nn.Module]] = {
     "preactresnet18-raw": lambda data: PreActResNet18(data.classes, data.channels, raw=True),
     "preactresnet18-nobn": lambda data: PreActResNet18(data.classes, data.channels, normalized=False),
     "preactresnet18-raw-nobn": lambda data: PreActResNet18(data.classes, data.channels, raw=True, normalized=False),
+    "wrn-10-2": lambda data: WideResNet(10, 2, data.classes, data.channels),
     "wrn-28-10": lambda data: WideResNet(28, 10, data.classes, data.channels),
     "wrn-34-10": lambda data: WideResNet(34, 10, data.classes, data.channels),
 }

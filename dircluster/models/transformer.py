@@ -6,8 +6,11 @@ than importing torch.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dircluster.models.precision import outside_autocast
 
 EPS = 1e-6
 """Added to the variance in a normalization, as timm's blocks have it."""
@@ -27,8 +30,19 @@ class Attention(nn.Module):
         n, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, dim))
+        mixed: Tensor = self.proj(_attend(q, k, v).transpose(1, 2).reshape(n, tokens, dim))
         return mixed
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of (N, heads, T, d) each, -> the same.
+
+    bf16 on a CPU is computed in fp32: there its backward pass took eight times as long (docs/results.md).
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    with outside_autocast(q.device):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Mlp(nn.Module):

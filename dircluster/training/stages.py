@@ -13,6 +13,7 @@ from dircluster.defenses.base import Purifier
 from dircluster.defenses.stage import Defense, Stage
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
+from dircluster.models.precision import channels_last
 from dircluster.training.compiling import compile_blocks
 
 CRAFTING = ("crafting", "pipeline_steps", "pipeline_every")
@@ -79,7 +80,7 @@ class Networks(Mapping[str, nn.Module]):
             made = self.defense.build(config, name).to(parallel.device)
             if isinstance(made, Purifier):
                 made.recompute = config.parallel.activation_checkpointing
-            if name == "classifier" and parallel.device.type == "cuda":
+            if name == "classifier" and channels_last(config.training.precision, parallel.device):
                 made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             parallel.synchronize_statistics(made)
             if config.training.compile:

@@ -23,6 +23,7 @@ from dircluster.evaluation.sample import judged_rows, row_numbers
 from dircluster.evaluation.session import Plan, plan
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
+from dircluster.models.precision import channels_last
 from dircluster.presets import run_from_plain
 from dircluster.training import checkpoint
 from dircluster.training.run import data_cache
@@ -37,7 +38,7 @@ class EvaluationJob:
         self.device, self.settings = device, self.config.evaluation
         choose_kernels(device)
         module = load_module(job_spec, self.config).to(device)
-        if isinstance(module, Defended) and device.type == "cuda":
+        if isinstance(module, Defended) and channels_last(self.settings.precision, device):
             module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
         self.classes = data.classes
