@@ -68,6 +68,7 @@ LAYOUTS: dict[str, list[Rule]] = {
     "preactresnet18-raw": _preactresnet18(True),
     "preactresnet18-nobn": _preactresnet18(False),
     "preactresnet18-raw-nobn": _preactresnet18(False),
+    "wrn-10-2": _wide_resnet(1),
     "wrn-28-10": _wide_resnet(4),
     "wrn-34-10": _wide_resnet(5),
 }

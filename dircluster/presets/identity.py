@@ -41,6 +41,14 @@ def cifar10_identity() -> IdentityRun:
     return base.cifar10(IdentityRun, name="cifar10_identity")
 
 
+def cifar10_small_identity() -> IdentityRun:
+    """The target of ``cifar10_small`` behind nothing.
+
+    ``python jobs/train.py cifar10_small_identity`` costs what the target and an evaluation do.
+    """
+    return base.cifar10_small(IdentityRun, name="cifar10_small_identity")
+
+
 def svhn_identity() -> IdentityRun:
     """The target of ``svhn`` behind nothing.
 
@@ -50,4 +58,4 @@ def svhn_identity() -> IdentityRun:
     return as_svhn(cifar10_identity())
 
 
-PRESETS = with_smoke_twins((digits_identity, cifar10_identity, svhn_identity), lambda run: run)
+PRESETS = with_smoke_twins((digits_identity, cifar10_identity, cifar10_small_identity, svhn_identity), lambda run: run)

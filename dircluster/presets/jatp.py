@@ -13,7 +13,7 @@ from dircluster.config import OptimizerConfig, RunConfig, require, require_posit
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, with_smoke_twins
 from dircluster.presets.compared import as_svhn
-from dircluster.presets.hgd import UNetConfig, digits_hgd
+from dircluster.presets.hgd import UNetConfig, cifar10_small_hgd, digits_hgd
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,20 @@ def cifar10_jatp() -> JatpRun:
     return base.cifar10(JatpRun, name="cifar10_jatp", model=UNetConfig())
 
 
+def cifar10_small_jatp() -> JatpRun:
+    """JATP on CIFAR-10 for two CPU cores, our reconstruction: target of ``cifar10_small``, the U-net of its HGD.
+
+    ``python jobs/train.py cifar10_small_jatp``. Its accuracy has not been measured yet.
+    """
+    optimizer = replace(JatpConfig().optimizer, milestones=(6, 7, 9))
+    return base.cifar10_small(
+        JatpRun,
+        name="cifar10_small_jatp",
+        model=cifar10_small_hgd().model,
+        jatp=JatpConfig(epochs=10, optimizer=optimizer),
+    )
+
+
 def svhn_jatp() -> JatpRun:
     """JATP on SVHN, our reconstruction: as ``cifar10_jatp``, without flips.
 
@@ -117,4 +131,4 @@ def smaller(run: JatpRun) -> JatpRun:
     )
 
 
-PRESETS = with_smoke_twins((digits_jatp, cifar10_jatp, svhn_jatp), smaller)
+PRESETS = with_smoke_twins((digits_jatp, cifar10_jatp, cifar10_small_jatp, svhn_jatp), smaller)

@@ -142,6 +142,19 @@ def cifar10_nrp() -> NrpRun:
     return base.cifar10(NrpRun, name="cifar10_nrp")
 
 
+def cifar10_small_nrp() -> NrpRun:
+    """NRP on CIFAR-10 for two CPU cores: over the target of ``cifar10_small``, one block of a quarter of the channels.
+
+    ``python jobs/train.py cifar10_small_nrp``. Its accuracy has not been measured yet.
+    """
+    return base.cifar10_small(
+        NrpRun,
+        name="cifar10_small_nrp",
+        model=NrpNetConfig(blocks=1, features=16, growth=8, critic_features=8),
+        nrp=NrpConfig(epochs=10, optimizer=replace(ADAM, lr=1e-3, milestones=(6, 9))),
+    )
+
+
 def svhn_nrp() -> NrpRun:
     """NRP on SVHN: as ``cifar10_nrp``, without flips.
 
@@ -195,6 +208,6 @@ def smaller_a(run: NrpAdversarialRun) -> NrpAdversarialRun:
 
 
 PRESETS = {
-    **with_smoke_twins((digits_nrp, cifar10_nrp, svhn_nrp), smaller),
+    **with_smoke_twins((digits_nrp, cifar10_nrp, cifar10_small_nrp, svhn_nrp), smaller),
     **with_smoke_twins((digits_nrp_a, cifar10_nrp_a, svhn_nrp_a), smaller_a),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict, with_values
-from dircluster.presets import preset
+from dircluster.presets import PRESETS, preset
 from dircluster.reproduction.exhibits import Exhibit, Line, Settings, System
 from dircluster.training.stages import stages_of
 
@@ -106,6 +106,8 @@ def make_plan(
         name, settings = preset_of(family, system.name), {**given, **system.settings, "seed": seed}
         called = digest([name, settings])
         if called not in met:  # keys take a while to make
+            if name not in PRESETS:
+                raise ConfigError(f"there is no preset {name}: leave {system.name} out by --only")
             run = shortened(with_settings(preset(name), settings), factor)
             stages = {stage.name: key_of(run, stage.name) for stage in stages_of(run)}
             met[called] = key = list(stages.values())[-1]

@@ -42,11 +42,17 @@ def test_resnet18_has_the_published_size() -> None:
 #
 # WideResNet: stem 27*16 = 432; 16 to 160: 256,352, then 461,440 a block; to 320: 1,434,560, then 1,844,480; to 640:
 # 5,736,320, then 7,375,360; end 2*640 + 6,410 = 7,690. WRN-28 has 3 blocks after the first of a stage, WRN-34 has 4.
+# WRN-10-2 has none: 432; 16 to 32: 14,432; to 64: 57,536; to 128: 229,760; end 2*128 + 1,290 = 1,546.
 # Another WRN-28-10 of the literature (the classifier of EBM defenses) has a bias in every convolution as well:
 # 16 + 9 * (160 + 320 + 640) = 10,096 more, 36,489,290 in all.
 @pytest.mark.parametrize(
     ("architecture", "parameters", "gmac"),
-    [("preactresnet18", 11_172_170, 0.56), ("wrn-28-10", 36_479_194, 5.24), ("wrn-34-10", 46_160_474, 6.66)],
+    [
+        ("preactresnet18", 11_172_170, 0.56),
+        ("wrn-10-2", 303_706, 0.04),
+        ("wrn-28-10", 36_479_194, 5.24),
+        ("wrn-34-10", 46_160_474, 6.66),
+    ],
 )
 def test_pre_activation_networks_have_the_published_sizes(architecture: str, parameters: int, gmac: float) -> None:
     with torch.device("meta"):
@@ -57,7 +63,7 @@ def test_pre_activation_networks_have_the_published_sizes(architecture: str, par
     assert round(counter.get_total_flops() / 2e9, 2) == gmac
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "preactresnet18", "wrn-28-10"])
+@pytest.mark.parametrize("architecture", ["resnet18", "preactresnet18", "wrn-10-2", "wrn-28-10"])
 @pytest.mark.parametrize(("channels", "height", "width", "classes"), [(1, 8, 8, 10), (1, 28, 28, 4), (3, 17, 9, 100)])
 def test_networks_with_global_pooling_take_any_images(
     architecture: str, channels: int, height: int, width: int, classes: int

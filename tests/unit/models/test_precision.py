@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dircluster.config import DataConfig
@@ -22,11 +23,13 @@ from dircluster.models.precision import (
     WholeConv2d,
     WholeLinear,
     autocast,
+    channels_last,
     half_weights,
     is_half,
     keep_whole,
     reads_images_whole,
 )
+from dircluster.models.transformer import Attention
 from dircluster.models.unet import DUNet
 from dircluster.presets.dir import ModelConfig
 
@@ -53,6 +56,37 @@ def test_auto_is_bf16_on_a_gpu_alone() -> None:
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
     with autocast("auto", CPU):
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_channels_lie_innermost_where_that_is_faster() -> None:
+    gpu = torch.device("cuda")
+    assert [channels_last("auto", device) for device in (CPU, gpu)] == [False, True]
+    assert [channels_last("bf16", CPU), channels_last("fp32", gpu)] == [True, True]
+
+
+def test_attention_in_bf16_on_a_cpu_is_that_of_fp32_rounded_once() -> None:
+    """Its own backward pass in bf16 takes many times as long there."""
+    torch.manual_seed(0)
+    attention, x = Attention(24, 3), torch.randn(2, 9, 24, requires_grad=True)
+    seen: list[torch.dtype] = []
+
+    class Dtypes(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen.extend(each.dtype for each in args)
+            return func(*args, **(kwargs or {}))
+
+    with Dtypes(), autocast("bf16", CPU):
+        half = attention(x)
+    assert half.dtype == torch.bfloat16
+    assert seen == [torch.float32] * 3
+    (gradient,) = torch.autograd.grad(half.float().square().sum(), x)
+    whole = attention(x)
+    (wanted,) = torch.autograd.grad(whole.square().sum(), x)
+    torch.testing.assert_close(half.float(), whole, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(gradient, wanted, atol=0.05, rtol=0.05)
+    own = attention.bfloat16()(x.detach().bfloat16())  # without autocast, a module that is bf16 itself
+    assert own.dtype == torch.bfloat16
 
 
 STATES = {

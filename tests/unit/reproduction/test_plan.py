@@ -25,8 +25,9 @@ def planned(
     return make_plan(chosen, family, settings, range(seeds), only.split(",") if only else (), key_of, factor)
 
 
-def test_a_table_takes_a_training_a_system() -> None:
-    plan = planned("table1")
+@pytest.mark.parametrize("family", ["digits", "cifar10", "cifar10_small", "svhn"])
+def test_a_table_takes_a_training_a_system(family: str) -> None:
+    plan = planned("table1", family=family)
     names = [training.system.name for training in plan.trainings.values()]
     assert names == ["identity", "finetune", "apegan", "hgd", "nrp", "jatp", "dir"]
     assert {training.run.evaluation.suite for training in plan.trainings.values()} == {"paper"}
@@ -68,6 +69,12 @@ def test_seeds_and_only() -> None:
     assert len(plan.served["table1", "HGD"]) == 3
     with pytest.raises(ConfigError, match="leaves nothing of fig6b, which has identity, finetune, apegan_a"):
         planned("fig6b", only="menet")
+
+
+def test_a_system_without_a_preset_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="there is no preset cifar10_small_menet: leave menet out by --only"):
+        planned("table3", family="cifar10_small")
+    assert len(planned("table3", family="cifar10_small", only="identity,finetune,jatp,dir").trainings) == 4
 
 
 def test_settings_are_those_of_all_systems() -> None:
