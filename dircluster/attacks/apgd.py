@@ -121,7 +121,7 @@ def apgd(
         higher = margin > highest[rows]
         better = rows[higher]
         best[better], highest[better] = at[better], margin[higher]
-        values = torch.zeros(len(images), device=images.device).index_copy(0, rows, some)
+        values = torch.zeros(len(images), device=images.device).index_copy(0, rows, some.float())
         gradient = torch.zeros_like(at).index_copy(0, rows, steep.to(at))
         losses[:] = [values + ((candidates - at) * gradient).flatten(1).sum(dim=1)]
         return torch.zeros(len(images), seen.shape[1], device=images.device).index_copy(0, rows, seen)

@@ -13,10 +13,24 @@ from torch import Tensor
 from dircluster import rng
 from dircluster.attacks.apgd import ascents, dlr_loss, listening
 from dircluster.attacks.expectation import expected_values
-from dircluster.attacks.gradient import Loss, Model, Objective, cross_entropy_loss, margin_loss
+from dircluster.attacks.gradient import (
+    Loss,
+    Model,
+    Objective,
+    cross_entropy_loss,
+    margin_loss,
+    refuse_inference,
+)
 from dircluster.attacks.threat import L2, LInf
 
-RAND: dict[str, Loss] = {"apgd-ce": cross_entropy_loss, "apgd-dlr": dlr_loss}
+
+def _steep_dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """DLR, and past the boundary, where it is 1 and flat from the true class's third rank on, the margin."""
+    margin = margin_loss(logits.float(), labels)
+    return torch.where(margin < 0, dlr_loss(logits, labels), margin)
+
+
+RAND: dict[str, Loss] = {"apgd-ce": cross_entropy_loss, "apgd-dlr": _steep_dlr}
 """The attacks of `rand`, and their losses."""
 
 
@@ -37,7 +51,9 @@ def autoattack(
     (N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what the library warned of. With fewer than four
     classes the attacks that need more are left out, and a warning says so. Standard is the library's own, to the
     image: what one of its attacks fools faces no later one. In rand the ``eot`` draws of a step pass side by side.
+    Raises ConfigError inside ``torch.inference_mode()``.
     """
+    refuse_inference()
     if version == "rand":
         return _rand(model, images, labels, threat, seed, eot, most_rows)
     from pyautoattack import AutoAttack

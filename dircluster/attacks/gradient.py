@@ -44,6 +44,12 @@ def cross_entropy(model: Model, labels: Tensor, loss: Loss = cross_entropy_loss)
     return objective
 
 
+def refuse_inference() -> None:
+    """Raise ConfigError inside ``torch.inference_mode()``."""
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("attacks need gradients, which torch.inference_mode() forbids: use torch.no_grad()")
+
+
 def value_and_grad(objective: Objective) -> ValueAndGrad:
     """Values and gradient of an objective. The gradient is zero where nothing, or nothing finite, leads back.
 
@@ -51,8 +57,7 @@ def value_and_grad(objective: Objective) -> ValueAndGrad:
     """
 
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_inference_mode_enabled():
-            raise ConfigError("attacks need gradients, which torch.inference_mode() forbids: use torch.no_grad()")
+        refuse_inference()
         with torch.enable_grad():
             asked = images.detach().requires_grad_(True)
             values = objective(asked)

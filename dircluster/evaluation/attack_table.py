@@ -212,6 +212,8 @@ class Attack:
     """Whether it passes all images of a shard together: a purifier's known draws are then each image's own."""
     past_purifier: bool = False
     """Whether its images are made for the bare classifier, and judged by it."""
+    own_gradient: bool = True
+    """Whether the gradient that it follows is the judged model's, as it comes back."""
     gradients: Callable[[AttackSpec, int], float] | None = None
     """How many it takes for an image, by its spec and the number of classes, where its cost depends on what it finds:
     so it can be foretold. None where its cost is that of its steps, or is not foretold.
@@ -367,7 +369,7 @@ ATTACKS: dict[str, Attack] = {
     "pgd": Attack(first_order(_pgd), labeled=True, code=FOLLOWED),
     "mifgsm": Attack(first_order(_momentum), labeled=True, code=FOLLOWED),
     "vnifgsm": Attack(first_order(_neighbors), labeled=True, code=FOLLOWED),
-    "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED),
+    "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED, own_gradient=False),
     "malt": Attack(
         _malt,
         counts="steps of APGD a class",
@@ -386,7 +388,11 @@ ATTACKS: dict[str, Attack] = {
     "square": Attack(_square, counts="queries of Square", code=(square,)),
     "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),
     "restored": Attack(
-        _restored, needs=frozenset({"purifier"}), code=(restored_attack, projected_ascent), past_purifier=True
+        _restored,
+        needs=frozenset({"purifier"}),
+        code=(restored_attack, projected_ascent),
+        past_purifier=True,
+        own_gradient=False,
     ),
 }
 """All attacks by name. One of your own is an entry that you add, before an evaluation names it in a spec."""

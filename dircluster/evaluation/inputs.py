@@ -36,7 +36,7 @@ def as_images(given: Any) -> tuple[Tensor, list[str]]:
 def as_labels(given: Any, images: int) -> Tensor:
     """Labels (N,), int64, from 0. Raises ConfigError for any others."""
     labels = _tensor("labels", given)
-    if labels.shape != (images,) or labels.is_floating_point() or labels.is_complex():
+    if labels.shape != (images,) or labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ConfigError(f"labels must be {images} whole numbers, got {labels.dtype} {tuple(labels.shape)}")
     labels = labels.long()
     if int(labels.min()) < 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dircluster.evaluation.statistics import wilson_interval
@@ -23,6 +23,8 @@ MEANING: dict[Kind, str] = {
     "finite": "The defense answered NaN or infinity while it was attacked.",
 }
 """What that tells a reader."""
+MISLEADING: tuple[Kind, ...] = ("slope", "ascent")
+"""What tells of the gradient itself, whichever attack follows it."""
 DEAD = 0.01
 """Share of gradients that may be missing, NaN or zero."""
 FALLEN = 0.08
@@ -38,9 +40,12 @@ class Mark:
     kind: Kind
     share: float
     """Of what its attack asked for, in [0, 1]."""
+    seen_in: str = ""
+    """The row that showed it, where this row's attack follows the same gradient and does not look itself."""
 
     def __str__(self) -> str:
-        return WORDS[self.kind].format(100 * self.share)
+        words = WORDS[self.kind].format(100 * self.share)
+        return f"in {self.seen_in}: {words}" if self.seen_in else words
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,17 @@ class Seen:
             "finite": self.share("finite") > 0,
         }
         return tuple(Mark(kind, self.share(kind)) for kind, marked in found.items() if marked)
+
+
+def shared_marks(rows: Sequence[tuple[str, Sequence[Mark]]]) -> list[tuple[Mark, ...]]:
+    """The marks of rows whose attacks follow one gradient: what one of them shows of it holds for all.
+
+    Each row is its attack's name and its own marks. A gradient that points the wrong way is seen by attacks that climb
+    one loss from known draws alone: others change their loss, or meet other draws, on the way.
+    """
+    seen = [replace(mark, seen_in=name) for name, own in rows for mark in own if mark.kind in MISLEADING]
+    shown = {mark.kind: mark for mark in reversed(seen)}  # the first that showed it
+    return [(*own, *(m for m in shown.values() if m.kind not in {o.kind for o in own})) for _, own in rows]
 
 
 def explained(mark: Mapping[str, Any]) -> str:

@@ -101,11 +101,15 @@ def worst_attacked(rows: Sequence[Mapping[str, Any]], norm: str) -> Mapping[str,
 
 
 def headline(rows: Sequence[Mapping[str, Any]], norm: str) -> dict[str, float]:
-    """What defenses are ranked by: accuracy on natural images, under the strongest attack, and that one's lower end."""
+    """What defenses are ranked by: accuracy on natural images, under the strongest attack, and that one's lower end.
+
+    ``marked_rows``, of the defense, counts those whose accuracy may flatter.
+    """
     natural = next((row for row in rows if row["defense"] != "none" and row["attack"] == "natural"), None)
     found = {} if natural is None else {"natural_accuracy": natural["accuracy"]}
     if (worst := worst_attacked(rows, norm)) is not None:
         found |= {"robust_accuracy": worst["accuracy"], "robust_accuracy_low": worst["interval"][0]}
+        found["marked_rows"] = float(sum(bool(row.get("marks")) for row in rows if row["defense"] != "none"))
     return found
 
 

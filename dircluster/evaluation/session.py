@@ -18,6 +18,7 @@ from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number
+from dircluster.evaluation.marks import shared_marks
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.sample import judged_rows
@@ -132,10 +133,11 @@ class EvaluationReport:
 
 def report(evaluation: Evaluation, planned: Plan, defense: str, settings: EvaluationConfig) -> EvaluationReport:
     """The table and the verdict of an evaluation whose shards are all finished."""
+    rows = [dataclasses.replace(evaluation.result(spec, defense), sample=settings.sample) for spec in planned.table]
     return EvaluationReport(
         defense,
         settings.suite,
-        [dataclasses.replace(evaluation.result(spec, defense), sample=settings.sample) for spec in planned.table],
+        _marked(rows, planned.table, evaluation),
         gradient_masking.checks(planned.checks, evaluation.shares, evaluation.seen) if planned.checks else [],
         gradient_masking.curves(planned.checks, evaluation.shares),
         evaluation.seed,
@@ -144,6 +146,19 @@ def report(evaluation: Evaluation, planned: Plan, defense: str, settings: Evalua
         evaluation,
         list(evaluation.victim.notes),
     )
+
+
+def _marked(rows: list[Result], specs: Sequence[AttackSpec], evaluation: Evaluation) -> list[Result]:
+    """``rows``, each with what another row has shown of the gradient that both follow."""
+    made, groups = list(rows), dict[tuple[str, str], list[int]]()
+    for number, spec in enumerate(specs):
+        if find_attack(spec.attack).own_gradient and evaluation.seen(spec).counts.get("gradient"):
+            groups.setdefault((spec.on, spec.judged), []).append(number)
+    for group in groups.values():
+        marks = shared_marks([(rows[number].attack, rows[number].marks) for number in group])
+        for number, found in zip(group, marks, strict=True):
+            made[number] = dataclasses.replace(rows[number], marks=found)
+    return made
 
 
 def evaluate(

@@ -37,6 +37,8 @@ class Trial:
     """From the start of its last attempt to its end."""
     checkpoint: str = ""
     error: str = ""
+    marked: bool = False
+    """Whether a row of the defense is marked: an attack may have been weak."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def table(
         for column, name in (("held-out", "held_out"), ("natural", "natural"), ("robust", "robust")):
             spread = point.spread(name)  # type: ignore[arg-type]
             line[column] = "" if spread is None else spread.percent()
+        line["robust"] += " !" if line["robust"] and any(trial.marked for trial in point.trials) else ""
         printed = published(point.settings)
         line[PAPER] = "" if printed is None else f"{printed[0]:.2f} / {printed[1]:.2f}"
         count = Counter(trial.status for trial in point.trials)

@@ -31,6 +31,8 @@ class Found:
     """As rows of results call it, with what the attacker knows."""
     how: str = ""
     """Its settings."""
+    marked: bool = False
+    """Whether a seed's row is marked: its attack may have been weak."""
 
     @property
     def mean(self) -> float:
@@ -156,4 +158,5 @@ def _found(ended: Sequence[Outcome], column: str, norm: str) -> Found | None:
         return None
     names = (f"{row['attack']}, {row['randomness']}".removesuffix(", none") for row in rows)
     values = tuple(row["accuracy"] for row in rows)
-    return Found(values, rows[0]["total"], " / ".join(dict.fromkeys(names)), how(rows[0], columns=True))
+    marked = any(row.get("marks") for row in rows)
+    return Found(values, rows[0]["total"], " / ".join(dict.fromkeys(names)), how(rows[0], columns=True), marked)

@@ -138,8 +138,8 @@ def _number(column: str, value: float) -> str:
 
 
 def _ours(column: str, found: Found) -> str:
-    ours = _number(column, found.mean)
-    return ours if math.isnan(found.deviation) else f"{ours} ± {_number(column, found.deviation)}"
+    ours, marked = _number(column, found.mean), " !" if found.marked else ""
+    return (ours if math.isnan(found.deviation) else f"{ours} ± {_number(column, found.deviation)}") + marked
 
 
 def _printed(cell: Cell) -> str:

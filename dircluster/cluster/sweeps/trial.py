@@ -170,6 +170,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         accuracies(rows, "none"),
         time.monotonic() - began,
         outcome.get("checkpoint", ""),
+        marked=any(row.get("marks") for row in rows if row["defense"] == run.defense),
     )
     store(run, trial, task.until)
     return trial

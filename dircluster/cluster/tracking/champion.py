@@ -46,6 +46,8 @@ class Evidence:
     images: int
     flags: int | None = None
     """Questions of the verdict that are flagged; None where it was not asked."""
+    marked: bool = False
+    """Whether the row of that attack is marked: it may flatter."""
 
 
 def evidence_of(
@@ -59,7 +61,8 @@ def evidence_of(
     if worst is None:
         return None
     met = [[row.get(name) for name in (*ATTACK, "total", "sample")] for row in rows if row["defense"] != "none"]
-    evidence = Evidence(worst["attack"], worst["accuracy"], worst["interval"][0], worst["total"], flags)
+    marked = bool(worst.get("marks"))
+    evidence = Evidence(worst["attack"], worst["accuracy"], worst["interval"][0], worst["total"], flags, marked)
     return digest([data, met])[:12], evidence
 
 
@@ -84,12 +87,15 @@ def crown(client: MlflowClient, version: ModelVersion) -> str:
     """Make the version champion where it has earned it: -> a line that says so, or why not."""
     name, number, own = version.name, version.version, evidence_by_key(version)
     flags = sum(evidence.flags or 0 for evidence in own.values())
+    marked = next((each.attack for each in own.values() if each.marked), "")
     flagged = f"the verdict flags {flags} question{'s' if flags > 1 else ''} of it"
+    if not flags and marked:
+        flagged = f"its strongest row, {marked}, is marked: it may flatter"
     asked = "" if any(each.flags is not None for each in own.values()) else "; no verdict was asked"
     holder = champion_of(client, name)
     if holder is not None and holder.version == number:
-        return f"version {number} is champion already" + (f", although {flagged}" if flags else asked)
-    if flags:
+        return f"version {number} is champion already" + (f", although {flagged}" if flags or marked else asked)
+    if flags or marked:
         return f"version {number} stays candidate: {flagged}"
     if holder is not None:
         other = evidence_by_key(holder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dircluster import rng
+from dircluster import load_defense, rng
 from dircluster.attacks.gradient import kl_ascent, kl_divergence
 from dircluster.attacks.threat import LInf
 from dircluster.config import DataConfig
@@ -146,6 +146,7 @@ FAULTS: dict[str, tuple[Make, str]] = {
     "a gradient of other pixels": (backward(lambda g: g.flip(2)), SLOPE),
     "two levels, straight through": (around(lambda h, x: h(straight_through(x, (x > 0.5).float()))), SLOPE),
     "small logits": (around(lambda h, x: 0.01 * h(x)), SCALE),
+    "logits times 0.1": (around(lambda h, x: 0.1 * h(x)), SCALE),
     "batch statistics": (around(batch_statistics), COMPANY),
     "one image differs": (around(lambda h, x: h(x) * (1 + (len(x) == 1) * torch.linspace(0, 1, 10))), NUMBERS),
     "noise in large batches": (around(lambda h, x: h(x) + (len(x) > 200) * torch.randn(len(x), 10)), NUMBERS),
@@ -212,7 +213,10 @@ HONEST: dict[str, Make] = {
     "a purifier that takes noise away": lambda h: Defended(Residual(), h),
     "noise on the input": around(lambda h, x: h(x + 0.05 * torch.randn_like(x))),
     "one answer in ten is wrong": wrong_in(0.1),
-    "a median filter": around(lambda h, x: h(0.5 * x + 0.5 * median(x))),
+    "a median filter": around(lambda h, x: h(median(x))),
+    "half of a median filter": around(lambda h, x: h(0.5 * x + 0.5 * median(x))),
+    "a shipped DIR": lambda h: load_defense("zoo:digits-dir"),
+    "a shipped HGD": lambda h: load_defense("zoo:digits-hgd"),
     "logarithms of probabilities": around(lambda h, x: h(x).log_softmax(1)),
     "float16": around(lambda h, x: h(x).half()),
 }

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dircluster import evaluate
+from dircluster import evaluate, load_defense
 from dircluster.config import ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.session import EvaluationReport
@@ -170,6 +170,16 @@ def test_half_modules_are_judged(dtype: torch.dtype) -> None:
     assert found.notes == [f"the defense takes {str(dtype)[6:]}: images are passed on as that"]
     assert abs(found.rows[0].correct - REFERENCE.rows[0].correct) <= 1
     assert found.rows[1].marks == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_loaded_defense_of_another_dtype_is_judged(dtype: torch.dtype) -> None:
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    defense = load_defense("zoo:digits-dir")
+    labels = defense.fixed(0)(images).argmax(dim=1)
+    whole, found = (judged(module, images, labels) for module in (defense, copy.deepcopy(defense).to(dtype)))
+    assert [row.attack for row in found.rows] == [row.attack for row in whole.rows]
+    assert all(abs(one.accuracy - two.accuracy) <= 0.25 for one, two in zip(found.rows, whole.rows, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -364,6 +374,7 @@ class Numpy(nn.Module):
         ({"labels": ["cat"] * 12}, "labels must be a tensor, an array or a list of numbers"),
         ({"labels": LABELS.float()}, "labels must be 12 whole numbers"),
         ({"labels": LABELS[:5]}, "labels must be 12 whole numbers"),
+        ({"labels": LABELS > 3}, "labels must be 12 whole numbers, got torch.bool"),
         ({"images": (IMAGES * 255).byte().numpy()}, "divide by 255"),
         ({"images": "photos/"}, "images must be a tensor, an array or a list of numbers"),
         ({"images": IMAGES.to("meta")}, "images lie on the meta device"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster import rng
+from dircluster.attacks.apgd import malt
+from dircluster.attacks.autoattack import autoattack
 from dircluster.attacks.gradient import pgd
 from dircluster.attacks.threat import LInf
 from dircluster.config import ConfigError, DataConfig, EvaluationConfig
@@ -97,6 +100,51 @@ def test_a_row_is_marked_without_a_verdict(
     assert found.rows[0].marks == ()
 
 
+FLIPPED = "a flipped gradient"
+MISLED = {
+    FLIPPED: FAULTS[FLIPPED][0],
+    "a random gradient": FAULTS["a random gradient"][0],
+    "a flipped gradient behind noise": lambda h: Noisy(FAULTS[FLIPPED][0](h)),
+}
+
+
+class Noisy(nn.Module):
+    """A random module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images + 0.02 * torch.randn_like(images))
+        return logits
+
+
+@pytest.mark.parametrize("name", MISLED)
+@pytest.mark.parametrize("suite", ["quick", "rigorous"])
+def test_all_rows_that_follow_a_misleading_gradient_are_marked(
+    small: nn.Module, digits: tuple[Tensor, Tensor], name: str, suite: str
+) -> None:
+    """Which of them looks at the gradient itself does not matter: the lowest of them is what a reader takes away."""
+    settings = dataclasses.replace(SETTINGS, resubmissions=2, votes=3)
+    found = evaluate(MISLED[name](small), *digits, suite, epsilon=EPSILON, settings=settings, step_size=EPSILON / 2)
+    rows = [row for row in found.rows if row.epsilon and not row.attack.startswith(("noise", "square"))]
+    assert {row.attack.partition("-")[0] for row in rows} >= {"pgd5", "malt"}
+    assert [row.attack for row in rows if not row.marks] == []
+    assert not any(row.marks for row in found.rows if row not in rows)
+    shown = next(row for row in rows if row.attack == "malt").marks[0]
+    assert shown.seen_in.startswith("pgd5")
+    assert str(shown).startswith(f"in {shown.seen_in}: loss ")
+
+
+@pytest.mark.parametrize("name", ["one answer in ten is wrong", "noise on the input"])
+def test_an_honest_random_module_has_no_mark_under_the_hardest_suite(
+    small: nn.Module, digits: tuple[Tensor, Tensor], name: str
+) -> None:
+    found = evaluate(HONEST[name](small), *digits, "rigorous", epsilon=EPSILON, settings=SETTINGS)
+    assert [(row.attack, str(mark)) for row in found.rows for mark in row.marks] == []
+
+
 def test_logits_that_are_no_numbers_are_wrong(small: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits[0][:32], torch.zeros(32).long()
     broken = torch.arange(32) % 2 == 1
@@ -111,5 +159,12 @@ def test_logits_that_are_no_numbers_are_wrong(small: nn.Module, digits: tuple[Te
 
 
 def test_an_attack_inside_inference_mode_says_so(small: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
-    with torch.inference_mode(), pytest.raises(ConfigError, match=r"use torch.no_grad\(\)"):
-        pgd(small, *digits, LInf(EPSILON), 2, EPSILON / 2)
+    attacks = (
+        lambda: pgd(small, *digits, LInf(EPSILON), 2, EPSILON / 2),
+        lambda: malt(small, *digits, LInf(EPSILON), 2, 0),
+        lambda: autoattack(small, *digits, LInf(EPSILON), "standard", 0),
+        lambda: autoattack(small, *digits, LInf(EPSILON), "rand", 0, eot=2),
+    )
+    for attack in attacks:
+        with torch.inference_mode(), pytest.raises(ConfigError, match=r"use torch.no_grad\(\)"):
+            attack()

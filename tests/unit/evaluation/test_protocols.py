@@ -14,7 +14,7 @@ from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import judge
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.results import Result, to_plain
-from dircluster.evaluation.session import evaluate
+from dircluster.evaluation.session import EvaluationReport, evaluate
 from dircluster.evaluation.suites import SUITES, how, suite
 from dircluster.evaluation.victim import VictimModel
 from tests.unit.evaluation.conftest import EPSILON
@@ -41,7 +41,10 @@ def rows(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> dict[str, Result
     mv = AttackSpec("pgd", "fresh", epsilon=EPSILON, step_size=step, steps=3, draws=4, average=5)
     mv = replace(mv, protocol="mv", label="mv")
     wor = replace(mv, protocol="wor", eot=2, draws=2, average=1, label="pgd3-wor2")
-    found = evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=SETTINGS, attacks=[wor, mv])
+    return by_name(evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=SETTINGS, attacks=[wor, mv]))
+
+
+def by_name(found: EvaluationReport) -> dict[str, Result]:
     return {f"{row.protocol} {row.attack}": row for row in found.rows}
 
 
@@ -57,6 +60,19 @@ def test_no_row_of_an_honest_module_falls_below_what_its_control_explains(
         assert row.noise is not None
         assert row.accuracy >= sure * row.natural.accuracy - 0.06, (name, row)
         assert row.always >= sure * row.natural.always - 0.06, (name, row)
+
+
+@pytest.mark.parametrize("name", ["quick", pytest.param("paper", marks=pytest.mark.slow), "rigorous"])
+def test_nor_does_any_row_of_a_suite(at_model: nn.Module, digits: tuple[Tensor, Tensor], name: Any) -> None:
+    some, settings = (digits[0][:96], digits[1][:96]), replace(SETTINGS, queries=200)
+    both = [evaluate(m, *some, name, epsilon=EPSILON, settings=settings) for m in (at_model, Errs(at_model))]
+    plain, erring = ([row for row in each.rows if row.epsilon] for each in both)
+    sure = {row.attack: row.accuracy / both[0].rows[0].accuracy for row in plain}
+    lowest = min(sure.values())
+    for row in erring:
+        if row.natural is not None:
+            assert row.accuracy >= sure.get(row.attack, lowest) * row.natural.accuracy - 0.08, row
+    assert len([row for row in erring if row.natural is not None]) >= {"quick": 4, "paper": 8, "rigorous": 8}[name]
 
 
 def test_a_row_says_how_much_is_luck(rows: dict[str, Result]) -> None:

@@ -88,3 +88,13 @@ def test_other_images_or_attacks_are_no_comparison() -> None:
 
 def test_no_attack_is_no_evidence() -> None:
     assert evidence_of([row("natural", 0.9, epsilon=0.0)], "linf", "data") is None
+
+
+def test_a_row_that_may_flatter_earns_nothing() -> None:
+    registry, marked = Registry(), [{"kind": "slope", "share": 0.5}]
+    line = judged(registry, registry.add(), 0.5, marks=marked)
+    assert line == "version 1 stays candidate: its strongest row, pgd20-eot8, is marked: it may flatter"
+    assert judged(registry, registry.add(), 0.4, marks=[]).startswith("version 2 is champion: there was none")
+    assert judged(registry, registry.add(), 0.9, marks=marked).startswith("version 3 stays candidate: its strongest")
+    line = judged(registry, registry.versions["2"], 0.4, marks=marked)
+    assert line.startswith("version 2 is champion already, although its strongest row, pgd20-eot8, is marked")
