@@ -1,9 +1,10 @@
 """A finished defense as one of the zoo: rounded to bf16, judged as it is stored, with its card and claims.
 
-    python infra/write_zoo.py digits-dir RUNS/dir-.../final --preset digits --target digits-at [--suite quick]
+    python infra/write_zoo.py digits-dir RUNS/dir-.../final --preset digits --target digits-at [--suite quick] [...]
 
-It writes dircluster/zoo/NAME: weights, README.md, and the claims NAME.json and, with ``--target``, that of the target
-which the defense protects. The claims go to docs/claims too, and the line of the table in dircluster/zoo is printed.
+Settings of the judging, such as --evaluation.images 1000, stand at the end. It writes dircluster/zoo/NAME: weights,
+README.md, and the claims NAME.json and, with ``--target``, that of the target which the defense protects. The claims go
+to docs/claims too, and the line of the table in dircluster/zoo is printed.
 """
 
 from __future__ import annotations
@@ -88,16 +89,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trained", default=commit(), help="the commit that trained it; this one when not given")
     parser.add_argument("--target", help="the name of its target alone in the zoo; one that is there when not given")
     parser.add_argument("--suite", default="quick")
-    given = parser.parse_args(argv)
+    parser.add_argument("--with", dest="settings_of_training", default="", help="the settings that it was trained with")
+    given, settings = parser.parse_known_args(argv)
     run, into = preset(given.preset), zoo.HERE / given.name
-    command = f"python jobs/train.py {given.preset} --seed {given.seed}"
+    own = [word for word in given.settings_of_training.split() if word]
+    command = " ".join(["python jobs/train.py", given.preset, "--seed", str(given.seed), *own])
     made = {"command": command, "commit": given.trained, "seed": given.seed, "precision": "weights rounded to bf16"}
     try:
         sha = rounded(given.folder, into, made)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    words = [given.preset, "--seed", str(given.seed), "--suite", given.suite]
+    words = [given.preset, "--seed", str(given.seed), "--suite", given.suite, *settings]
     claims = {given.name: judged([*words, "--defense", str(into)], f"zoo:{given.name}")}
     if given.target:
         bare = [*words, "--defense", "none", "--target.uri", str(into)]

@@ -18,11 +18,15 @@ from dircluster.models.modules import frozen
 EPSILON = 0.15
 
 
-@pytest.fixture(scope="session")
-def digits() -> tuple[Tensor, Tensor]:
+def judged_digits() -> tuple[Tensor, Tensor]:
     """128 test images (N, 1, 8, 8) and labels."""
     test = load(DataConfig(), 0).test
     return test.pixels(slice(128)), test.labels[:128]
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[Tensor, Tensor]:
+    return judged_digits()
 
 
 @pytest.fixture(scope="session")

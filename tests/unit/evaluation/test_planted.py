@@ -33,9 +33,8 @@ def quick_and_slow(names: Iterable[str]) -> list[ParameterSet]:
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(scope="module")
-def small() -> nn.Module:
-    """A perceptron, trained against PGD-3 for a second."""
+def perceptron() -> nn.Module:
+    """One of 64 units, trained against PGD-3 for a second."""
     train = load(DataConfig(), 0).train
     with rng.seeded_torch_rng(0, "tests/weights"):
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -49,6 +48,11 @@ def small() -> nn.Module:
             F.cross_entropy(model(found), y).backward()
             optimizer.step()
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    return perceptron()
 
 
 def judged(module: nn.Module, digits: tuple[Tensor, Tensor], verdict: bool = True) -> EvaluationReport:
