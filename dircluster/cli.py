@@ -146,9 +146,9 @@ class ReproduceJob(Job):
     """Make tables and figures of the DIR paper again: every system that they compare, by one recipe and suite.
 
     The first word says what: table1 to table5, ratio, fig2, fig4, fig5, fig6a, fig6b, fig7, no-pretrain, or all; the
-    preset after it is digits, cifar10, svhn, cifar10_small (the systems of Table 1), or NAME_smoke of one. What cells
-    share is trained once, what is finished is kept, and the same command goes on. Settings are those of all systems:
-    --evaluation.images 1000, --storage.uri.
+    preset after it is digits, cifar10, svhn, cifar10_small (Table 1's systems alone), or NAME_smoke of one. What cells
+    share is trained once, what is finished is kept, and the same command goes on. Settings, such as
+    --evaluation.images 1000, are those of all systems.
     """
 
     what: str = ""

@@ -331,8 +331,8 @@ def cifar10_small() -> DirRun:
         base.cifar10_small(
             DirRun,
             model=ModelConfig(patch=4, width=96, heads=3, encoder_depth=4, decoder_depth=1),
-            pretrain=PretrainConfig(epochs=5, optimizer=adamw),
-            dir=DirConfig(epochs=8, keep="last", ema=0.998, optimizer=adamw),
+            pretrain=PretrainConfig(epochs=3, optimizer=adamw),
+            dir=DirConfig(epochs=6, keep="last", ema=0.998, optimizer=adamw),
         )
     )
 

@@ -38,8 +38,11 @@ QUIET = ("--launcher", "local", "--tracking.no-enabled", "--scaling.device", "cp
 SHORT = ("--pretrain.epochs", "1", "--dir.epochs", "1", "--target.epochs", "1", "--evaluation.images", "8")
 JOINT = ("--dir.joint", "--pretrain.epochs", "0", "--dir.crafting-masks", "fresh", "--dir.mse-weight", "0.1")
 COMPARED = ("apegan", "apegan_a", "hgd", "hgd_a", "nrp", "nrp_a", "jatp", "menet", "menet_a", "identity", "finetune")
-COMPARED += ("ebm", "ebm_short")
-PRESETS = ("digits", "cifar10", "cifar10_joint", "svhn", *(f"cifar10_{name}" for name in COMPARED))
+COMPARED += ("ebm",)
+PRESETS = (
+    *("digits", "cifar10", "cifar10_fast", "cifar10_small", "cifar10_joint", "cifar10_ebm_short", "svhn"),
+    *(f"{family}_{name}" for family in ("digits", "cifar10") for name in COMPARED),
+)
 JOBS = ("train", "evaluate", "tune", "benchmark", "doctor", "reproduce")
 FIRST = {"reproduce": ("table1",)}
 """Words before the preset, by job."""
