@@ -147,8 +147,8 @@ class ReproduceJob(Job):
 
     The first word says what: table1 to table5, ratio, fig2, fig4, fig5, fig6a, fig6b, fig7, no-pretrain, or all; the
     preset after it is digits, cifar10, svhn, cifar10_small (Table 1's systems alone), or NAME_smoke of one. What cells
-    share is trained once, what is finished is kept, and the same command goes on. Settings, such as
-    --evaluation.images 1000, are those of all systems.
+    share is trained once, what is finished is kept, and the same command goes on. Settings are those of all systems,
+    such as --evaluation.images 1000.
     """
 
     what: str = ""
