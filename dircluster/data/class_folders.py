@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dircluster.config import ConfigError, first_line
-from dircluster.data.files import IMAGE_SUFFIXES, Found, Listing
+from dircluster.data.files import IMAGE_SUFFIXES, Found, Listing, one_line
 from dircluster.data.split_names import split_name
 
 SIDE_SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".mat"}
@@ -154,7 +154,7 @@ def _labeled(split: list[_Placed], names: tuple[str, ...], found: Listing) -> li
     else:
         labeled = [(one.file.path, one.name) for one in split]
     if unknown := sorted({name for _, name in labeled} - set(names)):
-        raise ConfigError(f"the test split has classes that the training split has not: {', '.join(unknown[:5])}")
+        raise ConfigError(f"the test split has classes that the training split has not: {one_line(unknown[:5])}")
     return labeled
 
 

@@ -31,6 +31,8 @@ class Layout:
 
     train: list[Path]
     test: list[Path]
+    root: Path | None = None
+    """What ``data.uri`` names: folders below it may hold labels (label=3), those above do not."""
     folders: ClassFolders | None = None
     """Set for images in folders."""
     notes: tuple[str, ...] = ()
@@ -52,18 +54,20 @@ def layout_of(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
     files = [Found((path.name,), path)] if found is None else found.files
     tables = [file for file in files if file.suffix in PARQUET_SUFFIXES]
     images = [file for file in files if file.suffix in IMAGE_SUFFIXES]
+    left_out = found.notes if found else ()
     if tables:
-        train, test = table_splits(tables, str(path))
+        labels = (*parquet.LABEL_COLUMNS, *filter(None, [config.label_column]))
+        train, test = table_splits(tables, str(path), labels)
         beside = [f"{len(images)} images beside the parquet files are not read"] if images else []
-        made = Layout(train, test, None, (*missing_shards([*train, *test]), *beside))
+        made = Layout(train, test, path, None, (*missing_shards([*train, *test]), *beside, *left_out))
     elif images and found is not None:
         if config.label_column or config.image_column:
             raise ConfigError(f"data.uri {str(path)!r} holds images in folders, not columns: see data.label_column")
         folders = class_folders(found, str(path))
         train, test = [file for file, _ in folders.train], [file for file, _ in folders.test]
-        made = Layout(train, test, folders, folders.notes)
+        made = Layout(train, test, path, folders, (*folders.notes, *left_out))
     else:
-        beside = [f" (but {files[0].path.name})"] if files else []
+        beside = [f" (but {files[0].path.name})"] if files else [f"; {note}" for note in left_out]
         raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images{''.join(beside)}")
     if not made.train:
         raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
@@ -119,8 +123,8 @@ def _first_images(layout: Layout, config: DataConfig) -> list[Blob]:
     if layout.folders:
         check_names(layout.folders.names, config)
         return [*layout.train[:1], *layout.test[:1]]
-    train = parquet.choose_all(layout.train, config)
-    test = parquet.choose_all(layout.test, config) if layout.test else {}
+    train = parquet.choose_all(layout.train, config, layout.root)
+    test = parquet.choose_all(layout.test, config, layout.root) if layout.test else {}
     parquet.same_columns(train | test, config)
     for file, columns in (train | test).items():
         if not config.stream:  # whose labels are many

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError, DataConfig, first_line
+from dircluster.data.files import one_line
 from dircluster.data.picture import Cell
 
 LABEL_COLUMNS = (
@@ -30,18 +31,22 @@ IMAGE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a parquet file that are read. ``label_value`` stands for a label that a folder says (label=3)."""
+    """The columns of a parquet file that are read. ``label_value`` is the label that a folder says (label=3)."""
 
     image: str
     label: str
     classes: tuple[str, ...] = ()
     """Names of the classes that the file's metadata holds (ClassLabel of Hugging Face), by label."""
     label_value: str | None = None
+    has_labels: bool = True
+    """Whether the file has the label column too; then both must say the same."""
+    class_count: int | None = None
+    """How many classes the metadata says."""
     notes: tuple[str, ...] = ()
 
     @property
     def stored(self) -> list[str]:
-        return [self.image] if self.label_value is not None else [self.image, self.label]
+        return [self.image, self.label] if self.has_labels else [self.image]
 
 
 @contextlib.contextmanager
@@ -76,9 +81,7 @@ def contents(table: Any, chosen: Columns, source: Path, first: int = 0) -> tuple
 def labels_of(file: Path, chosen: Columns) -> list[int]:
     """All labels of a file; of its images nothing is read. Raises ConfigError."""
     with opened(file) as table:
-        if chosen.label_value is not None:
-            return labels(table.read(columns=[]), chosen, file)
-        return labels(table.read(columns=[chosen.label]), chosen, file)
+        return labels(table.read(columns=chosen.stored[1:]), chosen, file)
 
 
 def first_image(file: Path, chosen: Columns) -> Cell:
@@ -90,8 +93,8 @@ def first_image(file: Path, chosen: Columns) -> Cell:
         return _cells(pa.Table.from_batches([batch]), chosen, file, 0)[0]
 
 
-def choose_all(files: Sequence[Path], config: DataConfig) -> dict[Path, Columns]:
-    """The columns of all files that have rows, from their footers.
+def choose_all(files: Sequence[Path], config: DataConfig, root: Path | None = None) -> dict[Path, Columns]:
+    """The columns of all files that have rows, from their footers; folders below ``root`` may hold labels.
 
     Raises ConfigError where all are empty, one has no images or labels, or two differ in what they hold.
     """
@@ -100,29 +103,37 @@ def choose_all(files: Sequence[Path], config: DataConfig) -> dict[Path, Columns]
         with opened(file) as table:
             rows, schema = table.metadata.num_rows, table.schema_arrow
         if rows:
-            chosen[file] = choose(schema, file, config)
+            chosen[file] = choose(schema, file, config, root)
     if not chosen:
         raise ConfigError(f"{files[0]} holds no rows")
     same_columns(chosen, config)
     return chosen
 
 
-def choose(schema: Any, source: Path, config: DataConfig | None = None) -> Columns:
-    """The columns of ``source`` that hold images and labels. Raises ConfigError where that is not plain."""
+def choose(schema: Any, source: Path, config: DataConfig | None = None, root: Path | None = None) -> Columns:
+    """The columns of ``source``, or folders between it and ``root``, that hold images and labels.
+
+    Raises ConfigError where that is not plain.
+    """
     wanted_image, wanted_label = (config.image_column, config.label_column) if config else (None, None)
     names = list(schema.names)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{source} has two columns called {twice[0]!r}")
-    values = dict(re.findall(r"(?:^|/)(\w+)=([^/]*)(?=/)", source.as_posix()))
+    folders = source.relative_to(root).parts[:-1] if root else ()
+    said = [re.fullmatch(r"(\w+)=(.*)", folder) for folder in folders]
+    values = {match[1]: match[2] for match in said if match}
     features = _features(schema)
     label, notes = _label_column({**dict.fromkeys(names), **dict.fromkeys(values)}, features, source, wanted_label)
     image, more = _image_column(schema, label, source, wanted_image)
+    classes, count = features.get(label, ((), None))
     return Columns(
         image,
         label,
-        tuple(features.get(label, ())),
-        None if label in names else values[label],
-        (*notes, *more),
+        classes,
+        values.get(label),
+        has_labels=label in names,
+        class_count=count,
+        notes=(*notes, *more),
     )
 
 
@@ -188,13 +199,15 @@ def _several(what: str, found: Sequence[str], flag: str) -> tuple[str, ...]:
     return (f"{what} are taken from column {found[0]!r}, not from {', '.join(map(repr, found[1:]))} ({flag})",)
 
 
-def _features(schema: Any) -> dict[str, tuple[str, ...]]:
-    """Names of classes by column, from the metadata that Hugging Face's datasets writes; none where it is no JSON."""
+def _features(schema: Any) -> dict[str, tuple[tuple[str, ...], int]]:
+    """Names and number of classes by column, from the metadata that Hugging Face's datasets writes, if it is JSON."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
-        return {name: tuple(map(str, kind["names"])) for name, kind in kinds.items() if kind.get("names")}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        names = {name: tuple(map(str, kind.get("names") or ())) for name, kind in kinds.items()}
+        counts = {name: len(names[name]) or int(kind.get("num_classes") or 0) for name, kind in kinds.items()}
+        return {name: (names[name], count) for name, count in counts.items() if count}
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 
@@ -227,10 +240,12 @@ def labels(table: Any, chosen: Columns, source: Path) -> list[int]:
     """Labels of a table: integers, or what is one without a doubt. Raises ConfigError."""
     import pyarrow as pa
 
-    if chosen.label_value is not None:
-        if not re.fullmatch(r"-?\d+", chosen.label_value):
-            raise ConfigError(f"{source}: the folder {chosen.label}={chosen.label_value} says no integer; {_INTEGERS}")
-        return [int(chosen.label_value)] * table.num_rows
+    if chosen.label_value is not None and not re.fullmatch(r"-?\d+", chosen.label_value):
+        folder = one_line([f"{chosen.label}={chosen.label_value}"])
+        raise ConfigError(f"{source}: the folder {folder} says no integer; {_INTEGERS}")
+    said = None if chosen.label_value is None else int(chosen.label_value)
+    if said is not None and not chosen.has_labels:
+        return [said] * table.num_rows
     column, name = table.column(chosen.label), chosen.label
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -250,7 +265,14 @@ def labels(table: Any, chosen: Columns, source: Path) -> list[int]:
     broken = next((row for row, value in enumerate(values) if not math.isfinite(value) or int(value) != value), None)
     if broken is not None:
         raise ConfigError(f"{source}, row {broken}: the label {values[broken]} is no whole number; {_INTEGERS}")
-    return [int(value) for value in values]
+    found = [int(value) for value in values]
+    other = next((row for row, label in enumerate(found) if said is not None and label != said), None)
+    if other is not None:
+        raise ConfigError(
+            f"{source}, row {other}: the column {name!r} says {found[other]}, but the folder {name}={said}; rename the"
+            " folder, or name another column: --data.label-column NAME"
+        )
+    return found
 
 
 _INTEGERS = "write integers from 0 to data.classes - 1"
@@ -284,11 +306,10 @@ def same_columns(chosen: Mapping[Path, Columns], config: DataConfig) -> Columns:
                 )
         if other.classes and one.classes and other.classes != one.classes:
             raise ConfigError(f"{first} and {file} name the classes of {one.label!r} differently")
-    named = next((other for other in chosen.values() if other.classes), one)
-    if named.classes and len(named.classes) != config.classes:
-        some = ", ".join(named.classes[:3])
-        raise ConfigError(
-            f"the column {named.label!r} has {len(named.classes)} classes ({some}, ...), but data.classes is"
-            f" {config.classes}; set it, or name another column: --data.label-column"
-        )
-    return named
+        if other.class_count is not None and other.class_count != config.classes:
+            some = f" ({one_line(other.classes[:3])}, ...)" if other.classes else ""
+            raise ConfigError(
+                f"{file}: the column {other.label!r} has {other.class_count} classes{some}, but data.classes is"
+                f" {config.classes}; set it, or name another column: --data.label-column NAME"
+            )
+    return next((other for other in chosen.values() if other.classes), one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -61,6 +62,7 @@ def pixels(blob: Blob, config: DataConfig) -> Pixels:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a photo's MPO holds previews of it
                 raise ConfigError(f"it holds {frames} frames or pages; store the one that counts")
+            _check_colors(image, encoded)
             image.load()
             made = _upright(_in_eight_bits(image), image)
             if made.mode != mode:
@@ -141,11 +143,51 @@ def _scaled(image: Any) -> Pixels:
     if image.mode == "I" and image.format != "PPM":
         raise ConfigError("its integers are signed or of 32 bits, and nothing says which is white; save it with 8 bits")
     white = 4095 if tags.get(258) == (12,) else 65535
-    if 0 < pixels.max() <= 255 and white > 4095:
-        raise ConfigError(f"its 16 bits hold values up to {pixels.max()} alone, nearly black; save it with 8 bits")
+    if white > 4095:
+        _check_range(int(pixels.max()))
     levels = pixels.astype(np.int64)
     levels = white - levels if inverted else levels
     return ((levels * 255 + white // 2) // white).astype(np.uint8)
+
+
+def _check_range(highest: int) -> None:
+    """Raise ConfigError where an image of 16 bits has values of 12 bits or fewer: its white is not 65535."""
+    if 0 < highest <= 4095:
+        raise ConfigError(f"its 16 bits hold values up to {highest} alone, nearly black; save it with 8 bits")
+
+
+_LOW_BYTES: dict[str, tuple[str, slice]] = {
+    "RGB;16B": ("RGB;16L", slice(0, 3)),
+    "RGB;16L": ("RGB;16B", slice(0, 3)),
+    "RGB;16N": ("RGB;16B" if sys.byteorder == "little" else "RGB;16L", slice(0, 3)),
+    "RGBA;16B": ("RGBA;16L", slice(0, 3)),
+    "RGBA;16L": ("RGBA;16B", slice(0, 3)),
+    "RGBA;16N": ("RGBA;16B" if sys.byteorder == "little" else "RGBA;16L", slice(0, 3)),
+    "LA;16B": ("RGBA", slice(1, 2)),  # its four bytes as they lie there
+}
+"""How Pillow unpacks 16 bits a color, of which it keeps the high byte; how it unpacks the low ones, and where to."""
+
+
+def _check_colors(image: Any, encoded: bytes) -> None:
+    """Raise ConfigError where colors of 16 bits have values of 12 bits or fewer, as gray does in ``_scaled``."""
+    from PIL import Image
+
+    given: Any = image.tile[0].args if image.tile else None  # how the pixels are packed, alone or first of several
+    known = _LOW_BYTES.get(given[0] if isinstance(given, tuple) and given else given)
+    if known is None:
+        return
+    image.load()
+    high = np.asarray(image)[..., :3].astype(np.int64)
+    if high.max() > 15:
+        return
+    unpacked, bands = known
+    with Image.open(io.BytesIO(encoded)) as again:
+        again.tile = [
+            tile._replace(args=(unpacked, *tile.args[1:]) if isinstance(tile.args, tuple) else unpacked)
+            for tile in again.tile
+        ]
+        again.load()
+        _check_range(int((256 * high + np.asarray(again)[..., bands]).max()))
 
 
 def _upright(made: Any, image: Any) -> Any:

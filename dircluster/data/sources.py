@@ -18,6 +18,7 @@ from dircluster.config import ConfigError, DataConfig, first_line, local_path
 from dircluster.data import parquet
 from dircluster.data.class_folders import ClassFolders
 from dircluster.data.decode import check_size, decode
+from dircluster.data.files import one_line
 from dircluster.data.layout import check_names, layout_of
 from dircluster.data.picture import Blob
 from dircluster.data.split import Dataset, Split
@@ -103,8 +104,8 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
     layout = layout_of(config, open_path)
     if layout.folders or not layout.test:
         raise ConfigError(f"data.stream needs parquet shards train* and test* in data.uri {config.uri!r}")
-    shards = open_shards(layout.train, config)
-    test = parquet.choose_all(layout.test, config)
+    shards = open_shards(layout.train, config, layout.root)
+    test = parquet.choose_all(layout.test, config, layout.root)
     parquet.same_columns({group.shard: group.columns for group in shards.groups} | test, config)
     rest, off = shards.split_off(config.held_out, MOST_HELD_OUT, seed)
     read = [read_group(group) for group in off.groups]
@@ -135,7 +136,7 @@ def _class_notes(labels: Tensor | None, names: tuple[str, ...], config: DataConf
     """What a reader of the log should see: how classes are called, and which of them no training image has."""
     notes = []
     if names:
-        notes.append(f"classes 0 to {len(names) - 1} are {', '.join(names[:10])}{', ...' * (len(names) > 10)}")
+        notes.append(f"classes 0 to {len(names) - 1} are {one_line(names[:10])}{', ...' * (len(names) > 10)}")
     if labels is not None and config.limit is None:
         empty = (torch.bincount(labels, minlength=config.classes) == 0).nonzero().flatten().tolist()
         if empty:
@@ -195,9 +196,9 @@ DATASETS: dict[str, Callable[[Path], tuple[Split, Split | None]]] = {
 def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> Source:
     layout = layout_of(config, open_path)
     if layout.folders:
-        return _read_folders(layout.folders, config)
-    train = parquet.choose_all(layout.train, config)
-    test = parquet.choose_all(layout.test, config) if layout.test else {}
+        return _read_folders(layout.folders, config, layout.notes)
+    train = parquet.choose_all(layout.train, config, layout.root)
+    test = parquet.choose_all(layout.test, config, layout.root) if layout.test else {}
     chosen = parquet.same_columns(train | test, config)
     first, second = _read_tables(train, config), _read_tables(test, config) if test else None
     return Source(first, second, chosen.classes, (*layout.notes, *chosen.notes))
@@ -215,7 +216,7 @@ def _read_tables(chosen: Mapping[Path, parquet.Columns], config: DataConfig) -> 
     return Encoded(cells, torch.tensor(labels, dtype=torch.int64))
 
 
-def _read_folders(folders: ClassFolders, config: DataConfig) -> Source:
+def _read_folders(folders: ClassFolders, config: DataConfig, notes: tuple[str, ...]) -> Source:
     names = folders.names
     check_names(names, config)
     label = {name: number for number, name in enumerate(names)}
@@ -223,4 +224,4 @@ def _read_folders(folders: ClassFolders, config: DataConfig) -> Source:
         Encoded([file for file, _ in split], torch.tensor([label[name] for _, name in split], dtype=torch.int64))
         for split in (folders.train, folders.test)
     ]
-    return Source(splits[0], splits[1] if len(splits[1]) else None, names, folders.notes)
+    return Source(splits[0], splits[1] if len(splits[1]) else None, names, notes)

@@ -79,12 +79,13 @@ class Shards:
         return digest.hexdigest()
 
 
-def open_shards(files: list[Path], config: DataConfig) -> Shards:
+def open_shards(files: list[Path], config: DataConfig, root: Path | None = None) -> Shards:
     """The row groups of parquet ``files``: their footers and labels are read and checked, their images are not.
 
-    Raises ConfigError where one is no parquet file, has no images or labels, or has others than the rest.
+    Folders below ``root`` may hold labels. Raises ConfigError where a file is no parquet file, has no images or
+    labels, or has others than the rest.
     """
-    chosen = parquet.choose_all(files, config)
+    chosen = parquet.choose_all(files, config, root)
     groups: list[RowGroup] = []
     for file, columns in chosen.items():
         with parquet.opened(file) as table:

@@ -84,6 +84,17 @@ READ: dict[str, dict[str, int | str]] = {
     },
     "other suffixes": {"train/cat/y.TIF": 10, "train/dog/y.gif": 20, "test/dog/y.ppm": 21},
     "side files": {"README.md": "", "labels.csv": "", "train/labels.csv": "", "train/cat/boxes.txt": "", "LICENSE": ""},
+    "what systems keep": {
+        "train/_trash/x.png": 99,
+        "_MACOSX/cat/x.png": 99,
+        "train/Recycled/x.png": 99,
+        "train/$RECYCLE.BIN/x.png": 99,
+        "train/System Volume Information/x.png": 99,
+        "train/lost+found/x.png": 99,
+        "train/LOST.DIR/x.png": 99,
+        "test/_trash/x.png": 99,
+    },
+    "photos of a camera": {"train/cat/_MG_0001.JPG": "", "train/cat/_MG_.png": 10, "test/dog/_MG_.png": 21},
     "extra": {"extra/cat/x.png": 99, "unlabeled/x/x.png": 99},
     "val beside test": {"val/cat/x.png": 99},
 }
@@ -92,9 +103,27 @@ READ: dict[str, dict[str, int | str]] = {
 @pytest.mark.parametrize("name", READ)
 def test_what_lies_beside_classes_moves_no_label(tmp_path: Path, name: str) -> None:
     grow(tmp_path, CLASSES | READ[name])
+    if (photo := tmp_path / "train" / "cat" / "_MG_0001.JPG").exists():
+        photo.write_bytes(png(10))
     data = read(tmp_path)
     assert seen(data) == ({10: 0, 20: 1}, {11: 0, 21: 1})
     assert data.classes == ("cat", "dog")
+
+
+def test_what_might_have_been_a_class_is_said_to_be_left_out(tmp_path: Path) -> None:
+    grow(tmp_path, CLASSES | {"train/_trash/x.png": 99, "test/_trash/x.png": 99, "train/Recycled/x.png": 99})
+    assert read(tmp_path).notes[0] == "left out, as systems use such names or they begin with _: Recycled, _trash"
+    grow(tmp_path / "alone", {"_set/train/cat/x.png": 1})
+    with pytest.raises(ConfigError, match=r"neither parquet files nor images; left out, .*: _set"):
+        read(tmp_path / "alone")
+
+
+def test_a_name_that_breaks_the_line_is_quoted(tmp_path: Path) -> None:
+    grow(tmp_path, CLASSES | {"train/a\nb/x.png": 1})
+    assert read(tmp_path).notes[0] == r"classes 0 to 2 are 'a\nb', cat, dog"
+    grow(tmp_path, {"test/c\nd/x.png": 1})
+    with pytest.raises(ConfigError, match=r"the training split has not: 'c\\nd'"):
+        read(tmp_path)
 
 
 LAYOUTS: dict[str, tuple[dict[str, int | str], dict[int, int], dict[int, int]]] = {
@@ -242,6 +271,45 @@ TABLES: dict[str, dict[str, int | str]] = {
     "extra": {"train.parquet": 1, "test.parquet": 3, "extra.parquet": 9, "unsupervised-0.parquet": 9, "dev.parquet": 8},
     "hashes": {"train/part-0-4f1c9.parquet": 1, "train/part-1-77ab0.parquet": 2, "test/part-0-1d.parquet": 3},
     "beside text": {"train.parquet": 1, "test.parquet": 3, "README.md": "", "dataset_infos.json": ""},
+    **{
+        f"hive, {key}": {f"{key}=train/0.parquet": 1, f"{key}=test/0.parquet": 3}
+        for key in ("set", "fold", "phase", "mode", "part", "split_name", "Stage")
+    },
+    "hive, a word": {"file=cifar_train/0.parquet": 1, "file=cifar_test/0.parquet": 3},
+    "hive, below": {"split=train/fold=0/0.parquet": 1, "split=train/fold=1/0.parquet": 2, "split=test/0.parquet": 3},
+    "hive, above": {
+        "day=1/split=train/0.parquet": 1,
+        "day=2/split=train/0.parquet": 2,
+        "day=1/split=test/0.parquet": 3,
+    },
+    "spark": {
+        "train/_SUCCESS": "",
+        "train/_temporary/0/part-00000.parquet": 9,
+        "train/_metadata.parquet": 9,
+        "train/part-00000-3f2504e0-4f89-11d3-9a0c-0305e82c3301-c000.snappy.parquet": 1,
+        "train/part-00007-3f2504e0-4f89-11d3-9a0c-0305e82c3301-c000.snappy.parquet": 2,
+        "test/part-00000-7a0b04e0-4f89-11d3-9a0c-0305e82c3301-c000.snappy.parquet": 3,
+    },
+    "spark, partitioned": {
+        "split=train/label=1/part-00000-3f2504e0-4f89-11d3-9a0c-0305e82c3301.c000.parquet": 1,
+        "split=train/label=2/part-00003-3f2504e0-4f89-11d3-9a0c-0305e82c3301.c000.parquet": 2,
+        "split=test/label=3/part-00000-3f2504e0-4f89-11d3-9a0c-0305e82c3301.c000.parquet": 3,
+    },
+    "delta": {"_delta_log/00000000000000000010.checkpoint.parquet": 9, "train/0.parquet": 1, "test/0.parquet": 3},
+    "hub, with hashes": {
+        "data/train-00000-of-00002-1359597a978bc4fa.parquet": 1,
+        "data/train-00001-of-00002-abcdefabcdefabcd.parquet": 2,
+        "data/valid-00000-of-00001-70d52db3c749a935.parquet": 3,
+    },
+    "chunks in folders": {
+        "train/chunk-000/file-000.parquet": 1,
+        "train/chunk-001/file-000.parquet": 2,
+        "test/chunk-000/file-000.parquet": 3,
+    },
+    "two ways to number": {"train-0.parquet": 1, "train_1.parquet": 2, "test.parquet": 3},
+    "numbers alone": {"train/0.parquet": 1, "train/1.parquet": 2, "test/0.parquet": 3},
+    "a number in the name": {"cifar10-train-1.parquet": 1, "cifar10-train-2.parquet": 2, "cifar10-test.parquet": 3},
+    "a version in the name": {"train-v2-0.parquet": 1, "train-v2-1.parquet": 2, "test-v2-0.parquet": 3},
 }
 
 
@@ -275,6 +343,35 @@ MIXED: dict[str, tuple[dict[str, int | str], str]] = {
         "test easy, test hard",
     ),
     "test alone": ({"my-test.parquet": 1}, "has no training split"),
+    "two sets below the split": (
+        {"train/cifar/0.parquet": 1, "train/svhn/0.parquet": 2, "test/cifar/0.parquet": 3},
+        "2 sets of files for one split: train/cifar/0, train/svhn/0",
+    ),
+    "an old copy": ({"train/0.parquet": 1, "train/old/0.parquet": 2, "test/0.parquet": 3}, "train/0, train/old/0"),
+    "file and folder": ({"train.parquet": 1, "train/0.parquet": 2, "test.parquet": 3}, "train, train/0"),
+    "file and folder of hashes": (
+        {"train.parquet": 1, "train/3f2504e0-4f89-11d3-9a0c-0305e82c3301.parquet": 2},
+        "train, train/...",
+    ),
+    "downloaded twice": ({"train.parquet": 1, "train (1).parquet": 2, "test.parquet": 3}, "train, train 1"),
+    "copied": ({"train/0.parquet": 1, "train/0 (copy).parquet": 1, "test/0.parquet": 3}, "train/0, train/0 copy"),
+    "two versions": (
+        {"train-v1.parquet": 1, "train-v2.parquet": 2, "test.parquet": 3},
+        "train v1, train v2; name one of them extra-*, or move it away (shards of one set are numbered from 0",
+    ),
+    "two sizes": ({"train-224.parquet": 1, "train-32.parquet": 2, "test.parquet": 3}, "train 224, train 32"),
+    "two sets with numbers": (
+        {"cifar10-train.parquet": 1, "cifar100-train.parquet": 2, "cifar10-test.parquet": 3},
+        "cifar10 train, cifar100 train",
+    ),
+    "two sets with numbers, no split": ({"cifar10.parquet": 1, "cifar100.parquet": 2}, "cifar10, cifar100"),
+    "two ways to cut": (
+        {"train-00000-of-00001.parquet": 1, "train-00000-of-00002.parquet": 2, "train-00001-of-00002.parquet": 2},
+        "train * of 00001, train * of 00002; name one of them extra-*, or move it away",
+    ),
+    "two test sets": ({"train.parquet": 1, "test/a/0.parquet": 2, "test/b/0.parquet": 3}, "test/a/0, test/b/0"),
+    "hive, two words": ({"set=train/phase=test/0.parquet": 1}, "'set=train' says another split than 'phase=test'"),
+    "hive, a truth value": ({"is_test=0/0.parquet": 1, "is_test=1/0.parquet": 2}, "call the folder split=train"),
 }
 
 
@@ -285,6 +382,7 @@ def test_files_that_could_be_two_splits_are_refused(tmp_path: Path, name: str) -
     with pytest.raises(ConfigError) as refusal:
         read(tmp_path)
     assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_shard_is_noted(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ REFUSED = {
     "floats below 0": (encoded(Image.fromarray(RAMP / np.float32(255) - 1), "TIFF"), "floats reach from -1"),
     "no number": (encoded(Image.fromarray(RAMP * np.float32("nan")), "TIFF"), "floats reach from nan"),
     "8 bits in 16": (encoded(sixteen(RAMP)), "values up to 252 alone"),
+    "12 bits in 16": (encoded(sixteen(RAMP.astype(int) * 16)), "values up to 4032 alone, nearly black; save it"),
+    "12 bits in a tiff of 16": (encoded(sixteen(RAMP.astype(int) * 16), "TIFF"), "values up to 4032 alone"),
     "200 megapixels": (HUGE, "pixels"),
     "nothing": (b"", "no bytes"),
     "null": (None, "no bytes"),
@@ -194,3 +196,46 @@ def test_a_picture_of_many_megapixels_is_read_or_named(side: int, message: str) 
     content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(9)))
     with pytest.raises(ConfigError, match=message):
         read(Cell(content, Path("a.parquet"), 3))
+
+
+def wide_png(values: Any, kind: int) -> bytes:
+    """Gray ``values`` of 16 bits as a PNG of color type ``kind``: 2 color, 4 gray and alpha, 6 color and alpha."""
+    gray = np.asarray(values)
+    opaque = [np.full_like(gray, 65535)] * (kind > 3)
+    rows = np.stack([*[gray] * (1 if kind == 4 else 3), *opaque], -1).astype(">u2")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", gray.shape[1], gray.shape[0], 16, kind, 0, 0, 0))
+    content = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + content + chunk(b"IEND", b"")
+
+
+def wide_tiff(values: Any, order: str) -> bytes:
+    """The same as an uncompressed color TIFF, whose bytes are in ``order``: < or >."""
+    gray = np.asarray(values)
+    height, width = gray.shape
+    content = np.stack([gray] * 3, -1).astype(f"{order}u2").tobytes()
+    sizes, start = 8 + 2 + 9 * 12 + 4, 8 + 2 + 9 * 12 + 4 + 6
+    tags = ((256, 1, width), (257, 1, height), (258, 3, sizes), (259, 1, 1), (262, 1, 2), (273, 1, start), (277, 1, 3))
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4 if count == 1 else 3, count, of) for tag, count, of in tags)
+    entries += struct.pack(f"{order}HHII", 278, 4, 1, height) + struct.pack(f"{order}HHII", 279, 4, 1, len(content))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    return head + struct.pack(f"{order}H", 9) + entries + bytes(4) + struct.pack(f"{order}3H", 16, 16, 16) + content
+
+
+COLORS: dict[str, Any] = {
+    "png of color": lambda values: wide_png(values, 2),
+    "png of gray and alpha": lambda values: wide_png(values, 4),
+    "png of color and alpha": lambda values: wide_png(values, 6),
+    "tiff, little endian": lambda values: wide_tiff(values, "<"),
+    "tiff, big endian": lambda values: wide_tiff(values, ">"),
+}
+
+
+@pytest.mark.parametrize("name", COLORS)
+def test_colors_of_16_bits_are_as_wide_as_they_say(name: str) -> None:
+    make = COLORS[name]
+    assert np.array_equal(read(make(WIDE), 3), np.stack([RAMP] * 3))
+    assert not read(make(0 * WIDE), 3).any()
+    assert read(make(WIDE // 257 * 17), 3).max() == 252 * 17 >> 8  # white is 4284: dark, but of more than 12 bits
+    for factor, highest in ((1, 252), (16, 4032)):
+        with pytest.raises(ConfigError, match=f"its 16 bits hold values up to {highest} alone, nearly black"):
+            read(make(RAMP.astype(int) * factor), 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
+from dircluster.data.layout import check
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.stream import Shards, StreamLoader
@@ -38,12 +40,15 @@ def config(root: Path, **changes: Any) -> DataConfig:
     return DataConfig(**{"name": "custom", "uri": str(root), "height": 4, "width": 4} | changes)
 
 
-def write(path: Path, names: dict[str, list[str]] | None = None, **columns: Any) -> None:
-    """A table; ``names`` are those of classes by column, as Hugging Face's datasets stores them."""
+def write(path: Path, names: Mapping[str, list[str] | float] | None = None, **columns: Any) -> None:
+    """A table; ``names`` of classes, or their number, by column, as Hugging Face's datasets stores them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(columns)
     if names:
-        features = {name: {"names": of, "_type": "ClassLabel"} for name, of in names.items()}
+        features = {
+            name: {"names" if isinstance(of, list) else "num_classes": of, "_type": "ClassLabel"}
+            for name, of in names.items()
+        }
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, path, row_group_size=5)
 
@@ -259,6 +264,66 @@ def test_labels_in_the_names_of_folders(tmp_path: Path, stream: bool) -> None:
     write(tmp_path / "train" / "label=cat" / "0.parquet", image=PNGS)
     with pytest.raises(ConfigError, match="label=cat says no integer"):
         load(config(tmp_path, stream=stream), 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_folders_above_the_data_say_no_label(tmp_path: Path, stream: bool) -> None:
+    root = tmp_path / "label=3" / "split=test" / "set"
+    for split in ("train", "test"):
+        write(root / f"{split}.parquet", image=PNGS, target=LABELS)
+    data = load(config(root, stream=stream), 0)
+    assert right(data)
+    assert not data.notes
+    assert right(load(config(root / "train.parquet"), 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_and_a_column_that_say_other_labels(tmp_path: Path, stream: bool) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / split / "label=3" / "0.parquet", image=[png(3)] * ROWS, label=[3] * ROWS, kind=[3] * ROWS)
+    assert right(load(config(tmp_path, stream=stream), 0))
+    write(tmp_path / "train" / "label=3" / "0.parquet", image=PNGS, label=[3, 5] * 10, kind=LABELS)
+    with pytest.raises(ConfigError) as refusal:
+        load(config(tmp_path, stream=stream), 0)
+    words = "0.parquet, row 1: the column 'label' says 5, but the folder label=3; rename the folder, or name"
+    assert words in str(refusal.value)
+    with pytest.raises(ConfigError, match="row 1: the column 'label' says 5"):
+        check(config(tmp_path))
+    assert right(load(config(tmp_path, stream=stream, label_column="kind"), 0))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_number_of_classes_without_names(tmp_path: Path, stream: bool) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", {"kind": 10}, image=PNGS, kind=LABELS)
+    data = load(config(tmp_path, stream=stream), 0)
+    assert right(data)
+    assert (data.classes, data.notes) == ((), ())
+    write(tmp_path / "test.parquet", {"kind": float("inf")}, image=PNGS, label=LABELS)
+    with pytest.raises(ConfigError, match="in column 'kind'"):
+        load(config(tmp_path, stream=stream), 0)
+    write(tmp_path / "test.parquet", {"kind": 12}, image=PNGS, kind=LABELS)
+    with pytest.raises(ConfigError, match=r"test\.parquet: the column 'kind' has 12 classes, but data\.classes is 10"):
+        load(config(tmp_path, stream=stream), 0)
+
+
+def test_a_class_whose_name_breaks_the_line_is_quoted(tmp_path: Path) -> None:
+    names = ["a\nb", *(f"c{i}" for i in range(9))]
+    write(tmp_path / "x.parquet", {"label": names}, image=PNGS, label=LABELS)
+    data = load(config(tmp_path), 0)
+    assert data.classes == tuple(names)
+    assert data.notes[0].startswith(r"classes 0 to 9 are 'a\nb', c0, c1")
+    with pytest.raises(ConfigError, match=r"10 classes \('a\\nb', c0, c1, \.\.\.\)"):
+        load(config(tmp_path, classes=12), 0)
+
+
+def test_a_folder_that_holds_a_label_says_no_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in (0, 1):
+            write(tmp_path / split / f"is_test={label}" / "0.parquet", image=[png(label)] * ROWS)
+    assert right(load(config(tmp_path, label_column="is_test"), 0))
+    with pytest.raises(ConfigError, match="'is_test=0' may say a split"):
+        load(config(tmp_path), 0)
 
 
 def everything(wanted: DataConfig) -> list[Any]:
