@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -221,17 +223,28 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if isinstance(base, DefenseJob):
         base = dataclasses.replace(base, defense=run.defense)
     if file := value_of("--config", words):
-        switches = {*_flags(kind, bool), *_flags(type(run), bool)}
-        words = [*_words_of(Path(file), switches), *words]
+        words = [*_words_of(Path(file), _Flags.of(kind, type(run))), *words]
         _refuse_nul(words)
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
     if job.preset != name:
+        _refuse_value_of_a_switch(job.preset, words, _Flags.of(kind, type(run)).switches)
         raise ConfigError(f"the preset is the first word alone, got {job.preset!r} after it (the preset is {name})")
     if isinstance(job, DefenseJob) and job.defense != run.defense:
         raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
     flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
+
+
+def _refuse_value_of_a_switch(value: str, words: Sequence[str], switches: Container[str]) -> None:
+    """Raise ConfigError where ``value`` says yes or no behind a flag that is on or off."""
+    if value.lower() not in (*SWITCHED, "y", "n", "1", "0", "t", "f"):
+        return
+    for word, after in itertools.pairwise([*words, ""]):
+        flag, _, given = word.replace("_", "-").partition("=")
+        flag = flag.replace(".no-", ".")
+        if value in (given, after) and flag in switches:
+            raise ConfigError(f"{flag} takes no value, got {value!r}: it is {' or '.join(_forms(flag))}")
 
 
 def _refuse_nul(words: Sequence[str]) -> None:
@@ -272,17 +285,30 @@ def lead_nowhere(output: int) -> None:
     os.close(nowhere)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a file says that takes no more."""
+
+
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Inside, who reads what is printed may leave before its end (``--help | head``): exit 141, as of any program."""
+    """Inside, who reads what is printed may leave before its end (``--help | head``): exit 141, as of any program.
+
+    Where it goes to a disk that is full, it ends with one line on stderr and exit code 1.
+    """
     try:
         try:
             yield
         finally:
-            print(end="", flush=True)  # nothing where there is no standard output
+            if sys.stdout is not None:  # its descriptor was closed (`>&-`)
+                sys.stdout.flush()
     except BrokenPipeError:
         lead_nowhere(sys.stdout.fileno())  # else Python tries again at its end
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        lead_nowhere(sys.stdout.fileno())
+        sys.exit(f"error: what is printed cannot be written: {error.strerror}; give it another place, or make room")
 
 
 def write_summary(job: Job, outcome: dict[str, Any]) -> None:
@@ -323,12 +349,12 @@ def _with_decimals(kind: type, run: type, words: Sequence[str]) -> list[str]:
 
 
 def _flags(kind: type, *types: type, prefix: str = "--") -> Iterator[str]:
-    """The flags of a job or section whose values are of one of ``types``."""
+    """The flags of a job or section whose values are of one of ``types``, or of any where none are given."""
     for name, annotation in get_type_hints(kind).items():
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             inner = prefix if name == "run" else f"{prefix}{name.replace('_', '-')}."
             yield from _flags(annotation, *types, prefix=inner)
-        elif {*types} & {annotation, *get_args(annotation)}:
+        elif not types or {*types} & {annotation, *get_args(annotation)}:
             yield prefix + name.replace("_", "-")
 
 
@@ -339,38 +365,120 @@ def _as_decimal(word: str) -> str:
     return f"{fraction[1] or ''}{float(fraction[2]) / float(fraction[3])!r}"
 
 
+@dataclass(frozen=True)
+class _Flags:
+    """The flags of a job, by what their values may be."""
+
+    known: frozenset[str]
+    switches: frozenset[str]
+    """On or off; those of sections have a form for off, --data.no-flip."""
+    optional: frozenset[str]
+    """None is a value of theirs."""
+
+    @staticmethod
+    def of(kind: type, run: type) -> _Flags:
+        """The flags of a job of that kind over a run of that type."""
+
+        def found(*types: type) -> frozenset[str]:
+            return frozenset([*_flags(kind, *types), *_flags(run, *types)])
+
+        return _Flags(found(), found(bool), found(type(None)))
+
+
 class _AsWritten(yaml.SafeLoader):
-    """YAML whose numbers stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake."""
+    """YAML whose numbers stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake.
+
+    What refers to another place of the file is refused: settings do not need it, and nine lines of it are a billion.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as its class has it
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise ConfigError(f"line {event.start_mark.line + 1} refers to another by *{event.anchor}: write it out")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 _AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), None)
-SWITCHED = {"on": True, "yes": True, "off": False, "no": False}
-"""What YAML 1.1 takes for true or false, and is that for a switch alone: ``training.capture: on`` is a word."""
+SWITCHED = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+"""What is true or false for a switch alone, quoted or not: ``training.capture: on`` is a word."""
+LONGEST = 1 << 16
+"""Characters of a file of settings; all settings of a run are a tenth of it."""
+MOST_WORDS = 1000
+"""Names and values of a file of settings; a run has some 150 settings."""
 
 
-def _words_of(file: Path, switches: Container[str]) -> Iterator[str]:
-    """A YAML file of settings as command-line words, so that both are checked in the same way.
-
-    ``switches`` are the flags that are on or off. Raises ConfigError, also for what refers to itself.
-    """
+def _words_of(file: Path, flags: _Flags) -> list[str]:
+    """A YAML file of settings as command-line words, so that both are checked in the same way. Raises ConfigError."""
     try:
-        settings = yaml.load(file.read_text(), _AsWritten)
-        flat = flatten(settings) if isinstance(settings, dict) else None
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ConfigError(f"it is longer than {LONGEST} characters: give the settings that change alone")
+        words = [word for name, value in _settings_of(text).items() for word in _checked_words(name, value, flags)]
+        if len(words) > MOST_WORDS:
+            raise ConfigError(f"it holds {len(words)} names and values, more than the {MOST_WORDS} that a run may need")
+    except ConfigError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
     except OSError as error:
         raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not YAML: {first_line(error)}") from error
     except RecursionError as error:
-        raise ConfigError(f"--config {file} refers to itself, or nests too deep for settings") from error
-    if flat is None:
-        raise ConfigError(f"--config {file} must hold settings, one a line, got {type(settings).__name__}")
-    for name, value in flat.items():
-        words = as_words(name, value)
-        switched = SWITCHED.get(str(value).lower()) if words[0] in switches else None
-        yield from words if switched is None else as_words(name, switched)
+        raise ConfigError(f"--config {file} nests too deep for settings") from error
+    return words
+
+
+def _settings_of(text: str) -> dict[str, Any]:
+    """YAML as settings by their dotted names. Raises ConfigError where one is given twice."""
+    loader = _AsWritten(text)
+    try:
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            found = "nothing" if root is None else f"a {'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
+            raise ConfigError(f"it must hold settings, one a line, got {found}")
+        lines: dict[str, int] = {}
+        for name, line in _named(root):
+            if name in lines:
+                raise ConfigError(f"{name} is given in line {lines[name]} and again in line {line}: leave one out")
+            lines[name] = line
+        return flatten(loader.construct_document(root))
+    finally:
+        loader.dispose()
+
+
+def _named(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The dotted names of settings and sections, as fields are written, and the lines that they stand in."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}".replace("-", "_")
+        yield name, key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _named(value, f"{name}.")
+
+
+def _checked_words(name: str, value: Any, flags: _Flags) -> list[str]:
+    """A setting of a file as command-line words. Raises ConfigError where they could not say its value."""
+    flag = as_words(name, "")[0]
+    if flag in flags.switches:
+        switched = SWITCHED.get(str(value).lower())
+        if switched is None:
+            got = "null" if value is None else repr(value)
+            raise ConfigError(f"{name} must be true or false, got {got}")
+        return as_words(name, switched) if switched or "." in name else []
+    if value is None and flag in flags.known - flags.optional:
+        raise ConfigError(f"{name} must have a value, got null: give one, or leave the line out")
+    if value is None and any(known.startswith(f"{flag}.") for known in flags.known):
+        raise ConfigError(f"{name} is a section without settings: give one, or leave the line out")
+    return as_words(name, value)
+
+
+def _forms(flag: str) -> list[str]:
+    """How a switch is typed: on, and off where it has a form for that."""
+    section, dot, field = flag[2:].rpartition(".")
+    return [flag, *([f"--{section}.no-{field}"] if dot else [])]
 
 
 def as_words(name: str, value: Any) -> list[str]:

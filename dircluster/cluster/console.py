@@ -10,7 +10,9 @@ import time
 from datetime import timedelta
 from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.console import Console as Rich
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +26,10 @@ EVERY = 10.0
 """Seconds between two progress lines in a log."""
 
 
+LOG_WIDTH = 118
+"""Columns of a table in a log, where COLUMNS does not say."""
+
+
 def progress_line(status: Status) -> str:
     """stage, epoch, step, loss terms, images/s, ETA."""
     terms = ", ".join(f"{name} {value:.4f}" for name, value in status.terms.items() if name != "loss")
@@ -32,6 +38,29 @@ def progress_line(status: Status) -> str:
         f"  loss {status.terms['loss']:.4f}{f' ({terms})' if terms else ''}  {status.images_per_second:,.0f} images/s"
         f"  ETA {timedelta(seconds=round(status.eta_seconds))}"
     )
+
+
+def least_width(table: Table) -> int:
+    """Columns of a terminal below which cells of a table would be cut."""
+    width = 1
+    for column in table.columns:
+        texts = [str(column.header), *map(str, column.cells)]
+        pieces = texts if column.no_wrap else [word for text in texts for word in text.split()]
+        width += 3 + max(map(cell_len, pieces), default=0)
+    return width
+
+
+def blocks(table: Table) -> Group:
+    """A table as its title and a block a row, one line a cell: for a terminal that is too narrow for it."""
+    parts: list[Any] = [Text(str(table.title))]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        block = Table.grid(padding=(0, 2))
+        block.add_column(no_wrap=True)
+        block.add_column(overflow="fold")
+        for column, cell in zip(table.columns, row, strict=True):
+            block.add_row(column.header, cell)
+        parts += [Text(""), block]
+    return Group(*parts)
 
 
 class _Output(Rich):
@@ -112,9 +141,10 @@ class Terminal:
         self._print(table)
 
     def _print(self, table: Table) -> None:
-        wide = _Output(highlight=False, width=max(self.rich.width, 118)) if not self.rich.is_terminal else self.rich
+        asked = self.rich.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+        wide = self.rich if asked else _Output(highlight=False, width=max(self.rich.width, LOG_WIDTH))
         with contextlib.suppress(OSError):
-            wide.print(table)
+            wide.print(table if least_width(table) <= wide.width else blocks(table), soft_wrap=False)
         self._flush()
 
     def __enter__(self) -> Self:

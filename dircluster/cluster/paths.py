@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from dircluster.cluster.storage import endpoint, is_remote
 from dircluster.config import ConfigError, RunConfig
 
+ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]+:/|zoo:|timm:")
+"""How what is no file of this machine begins: s3://, models:/, and networks by name. A folder may hold a colon."""
+
+
+def absolute(uri: str) -> str:
+    """``uri`` as any folder of this machine would understand it."""
+    path = uri.removeprefix("file://")
+    return path if ELSEWHERE.match(path) else str(Path(path).expanduser().resolve())
+
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Workers live in other folders: what names a file here must name it there."""
-
-    def absolute(uri: str) -> str:
-        return uri if ":" in uri else str(Path(uri).expanduser().resolve())
 
     def replaced(section: Any) -> Any:
         return section if section.uri is None else dataclasses.replace(section, uri=absolute(section.uri))
 
     uri = config.storage.uri.removeprefix("file://")
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and ":" not in uri and not Path(uri).expanduser().is_absolute():
+    here = ELSEWHERE.match(uri) is None and not Path(uri).expanduser().is_absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and here:
         raise ConfigError(
             f"storage.uri {uri!r} would lie in a copy of the working directory that ends with the job;"
             " give s3://BUCKET/PREFIX, or the absolute path of a folder that all nodes share"

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from dircluster.config.errors import refuse_secret, require
 from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
-from dircluster.config.sections import AttackConfig, DataConfig, EvaluationConfig, TargetConfig, TrainingConfig
+from dircluster.config.sections import (
+    AttackConfig,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    TargetConfig,
+    TrainingConfig,
+)
 from dircluster.config.serialize import flatten, to_dict
 
 AnyRun = TypeVar("AnyRun", bound="RunConfig")
@@ -84,7 +91,15 @@ class RunConfig:
 
         A defense whose own sections derive values overrides it.
         """
-        return replace(self, attack=self.attack.canonical, target=self.target.canonical)
+        sections: dict[str, Any] = {
+            "data": self.data.canonical,
+            "attack": self.attack.canonical,
+            "target": self.target.canonical,
+            "training": self.training.canonical_under(self.attack),
+            "evaluation": self.evaluation.canonical,
+        }
+        names = [each.name for each in fields(self)]
+        return replace(self, **{name: _with_optimizers(sections.get(name, getattr(self, name))) for name in names})
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
@@ -94,6 +109,15 @@ class RunConfig:
     def printed_ablation(self) -> tuple[float, float] | None:
         """Natural accuracy and that under PGD-20 that the paper prints where all but what it varies is its preset's."""
         return None
+
+
+def _with_optimizers(section: Any) -> Any:
+    """``section`` with its optimizers in one form; what is no section as it is."""
+    if not is_dataclass(section) or isinstance(section, type):
+        return section
+    values = {each.name: getattr(section, each.name) for each in fields(section)}
+    made = {name: value.canonical for name, value in values.items() if isinstance(value, OptimizerConfig)}
+    return replace(section, **made)
 
 
 LATER_FIELDS: dict[str, Any] = {

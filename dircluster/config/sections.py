@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from dircluster.config.errors import require, require_positive, require_share
 
@@ -80,6 +80,16 @@ class DataConfig:
                 f"data.{name} {getattr(self, name)!r} has no use without --data.uri PATH of parquet files",
             )
         require(not self.stream or self.limit is None, f"data.limit has no use in a stream, got {self.limit}")
+
+    @property
+    def canonical(self) -> DataConfig:
+        """The same images in one form: a folder's address is its path."""
+        return replace(self, uri=_as_path(self.uri))
+
+
+def _as_path(uri: str | None) -> str | None:
+    """``uri`` as a path, where it is the address of one (file:///PATH)."""
+    return None if uri is None else uri.removeprefix("file://")
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,16 @@ class OptimizerConfig:
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return self.lr
 
+    @property
+    def canonical(self) -> OptimizerConfig:
+        """The same optimizer in one form: what its kind and schedule do not read is as it is by itself."""
+        made, usual = self, OptimizerConfig()
+        if self.schedule != "step":
+            made = replace(made, milestones=usual.milestones, gamma=usual.gamma)
+        if self.name == "sgd":
+            made = replace(made, beta2=usual.beta2)
+        return made
+
 
 ARCHITECTURES = (
     "small_cnn",
@@ -284,12 +304,12 @@ class TargetConfig:
 
     @property
     def canonical(self) -> TargetConfig:
-        """The same target in one form: what would be derived is not given."""
-        made = self
-        if self.beta is not None and self.beta == replace(self, beta=None).weight:
+        """The same target in one form: what would be derived is not given, what has no use is as it is by itself."""
+        made = replace(self, uri=_as_path(self.uri), awp=self.awp or None, ema=self.ema or None)
+        if self.objective not in ("trades", "mart") or self.beta == replace(self, beta=None).weight:
             made = replace(made, beta=None)
-        if not self.awp:
-            made = replace(made, awp=None)
+        if self.objective != "trades":
+            made = replace(made, trades_steps=TargetConfig.trades_steps)
         if self.normalization is not None:
             mean, std = (_shortest(values) for values in self.normalization)
             own = self.uri is None and self.architecture in ARCHITECTURES and mean == std == (0.5,)
@@ -359,6 +379,15 @@ class TrainingConfig:
             f"training.select_steps must be positive, got {self.select_steps}",
         )
 
+    def canonical_under(self, attack: AttackConfig) -> TrainingConfig:
+        """The same settings in one form where samples are crafted by ``attack``: what would be derived is not given."""
+        made = self
+        if self.microbatch is not None and self.microbatch >= self.batch_size:
+            made = replace(made, microbatch=None)
+        if self.select_steps == attack.steps and attack.step == attack.step_for(attack.steps):
+            made = replace(made, select_steps=None)
+        return made
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -410,3 +439,23 @@ class EvaluationConfig:
             self.sample is None or self.images is not None,
             "evaluation.images is missing: evaluation.sample draws so many from the test split",
         )
+
+    @property
+    def canonical(self) -> EvaluationConfig:
+        """The same evaluation in one form: what all of its attacks would derive is not given."""
+        same: dict[str, Any] = {name: None for name, value in self.derived.items() if getattr(self, name) == value}
+        return replace(self, **same)
+
+    @property
+    def derived(self) -> dict[str, int]:
+        """What settings that are not given are, where that is one number in the suite and in the verdict alike."""
+        quick, found = self.suite == "quick", {"resubmissions": 10, "votes": 11}
+        if quick:
+            found["steps"] = 20
+        if self.suite != "rigorous":
+            found["restarts"] = 1
+        if quick or not self.verdict:
+            found["draws"] = 10 if quick else 20
+        if quick and not self.verdict:
+            found["eot"] = 4
+        return found

@@ -196,7 +196,7 @@ class DirRun(RunConfig):
             masking = replace(masking, count=None)
         if knobs.perturb_step_size == run.attack.step_for(knobs.perturb_steps):
             knobs = replace(knobs, perturb_step_size=None)
-        return replace(run, masking=masking, dir=knobs)
+        return replace(run, masking=masking, dir=replace(knobs, ema=knobs.ema or None))
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:

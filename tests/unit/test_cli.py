@@ -123,6 +123,23 @@ def test_who_reads_help_or_settings_may_leave_before_their_end(root: Path, flag:
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("digtis", 2, "error: unknown preset 'digtis'; did you mean digits"),
+        ("digits --print-config", 1, "error: what is printed cannot be written: No space left on device"),
+        ("--help", 1, "error: what is printed cannot be written: No space left on device"),
+    ],
+)
+def test_a_full_disk_under_what_is_printed_is_one_line(root: Path, words: str, code: int, said: str) -> None:
+    command = f"{sys.executable} jobs/train.py {words} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
+    assert done.returncode == code
+    assert done.stderr.startswith(said)
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_job_needs_no_standard_output(root: Path) -> None:
     command = f"{sys.executable} jobs/train.py digits_smoke --print-config >&-"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
@@ -163,6 +180,11 @@ def test_the_names_that_others_script_against() -> None:
         ("digits svhn", "the preset is the first word alone, got 'svhn' after it (the preset is digits)"),
         ("--seed 3 svhn", "the preset is the first word alone, got 'svhn' after it (the preset is digits)"),
         ("--tracking.experiment digits cifar10", "got 'cifar10' after it"),
+        ("digits --data.flip true", "--data.flip takes no value, got 'true': it is --data.flip or --data.no-flip"),
+        ("digits --data.flip=true", "--data.flip takes no value, got 'true'"),
+        ("digits --data.no_flip 1", "--data.flip takes no value, got '1'"),
+        ("digits --fresh yes --seed 1", "--fresh takes no value, got 'yes': it is --fresh"),
+        ("--fresh svhn", "the preset is the first word alone, got 'svhn' after it"),
     ],
 )
 def test_errors_are_one_line(words: str, message: str) -> None:
@@ -200,6 +222,13 @@ def test_what_a_job_changes_can_be_typed_again() -> None:
     assert parse("digits", *words).run == job.run
 
 
+LAUGHS = "a0: &a0 {0}{2}x, {3}x{1}\n" + "".join(
+    f"a{line}: &a{line} {{0}}{', '.join(f'{{{place}}}*a{line - 1}' for place in range(2, 12))}{{1}}\n"
+    for line in range(1, 9)
+)
+"""Nine lines of lists, or of maps, that are a billion values; to be formatted with brackets and ten names."""
+
+
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [
@@ -216,7 +245,26 @@ def test_what_a_job_changes_can_be_typed_again() -> None:
         ("dir: {epochs: 010}", "dir.epochs", 10),
         ("training.microbatch: ~", "training.microbatch", None),
         ("attack: {epsilon: 1/10}", "attack.epsilon", 0.1),
-        ("a: &a\n  b: *a", None, "refers to itself"),
+        ("data: {flip: 'true'}", "data.flip", True),
+        ("data: {flip: Off}", "data.flip", False),
+        ("data: {flip: y}", None, "data.flip must be true or false, got 'y'"),
+        ("data: {flip: 1}", None, "data.flip must be true or false, got '1'"),
+        ("data: {flip: }", None, "data.flip must be true or false, got null"),
+        ("fresh: false", "seed", 0),
+        ("storage: {uri: ~}", None, "storage.uri must have a value, got null: give one, or leave the line out"),
+        ("name: null", None, "name must have a value, got null"),
+        ("seed:", None, "seed must have a value, got null"),
+        ("data: {uri: null}", "data.uri", None),
+        ("dir:", None, "dir is a section without settings"),
+        ("seed: 1\nname: a\nseed: 2", None, "seed is given in line 1 and again in line 3: leave one out"),
+        ("dir: {alpha: 1}\ndir: {epochs: 3}", None, "dir is given in line 1 and again in line 2"),
+        ("dir: {alpha: 1}\ndir.alpha: 2", None, "dir.alpha is given in line 1 and again in line 2"),
+        ("data: {held_out: 0.1,\n  held-out: 0.2}", None, "data.held_out is given in line 1 and again in line 2"),
+        ("a: &a\n  b: *a", None, "line 2 refers to another by *a: write it out"),
+        (LAUGHS.format("[", "]", *[""] * 10), None, "line 2 refers to another by *a0"),
+        (LAUGHS.format("{", "}", *(f"k{index}: " for index in range(10))), None, "line 2 refers to another by *a0"),
+        ("\n".join(f"k{index}: 1" for index in range(600)), None, "it holds 1200 names and values, more than the 1000"),
+        ("\n".join(f"k{index}: 1" for index in range(20_000)), None, "it is longer than 65536 characters"),
         ("[" * 3000, None, "nests too deep"),
         ("model: {width: 1000000000000000000}", None, "model.width is too large, got 1000000000000000000"),
         ("data: {limit: 99999999999}", None, "data.limit is too large"),
@@ -228,8 +276,9 @@ def test_a_file_means_what_it_looks_like(tmp_path: Path, line: str, name: str | 
     file = tmp_path / "mine.yaml"
     file.write_text(line)
     if name is None:
-        with pytest.raises(ConfigError, match=re.escape(str(value))):
+        with pytest.raises(ConfigError, match=re.escape(str(value))) as refusal:
             parse("digits", "--config", str(file))
+        assert "\n" not in str(refusal.value)
     else:
         assert flatten(to_dict(parse("digits", "--config", str(file)).run))[name] == value
 

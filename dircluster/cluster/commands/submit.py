@@ -50,7 +50,7 @@ def checked(argv: Sequence[str]) -> list[str]:
 
 def _look_at(folder: Path, careless: bool) -> None:
     from dircluster.cluster.runtime.upload import files_sent
-    from dircluster.cluster.working_dir import secrets_among
+    from dircluster.cluster.working_dir import large_among, secrets_among
 
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {folder} is no folder")
@@ -64,3 +64,6 @@ def _look_at(folder: Path, careless: bool) -> None:
         )
     size = sum(file.stat().st_size for file in files)
     print(f"sending {len(files)} files of {folder.resolve()}, {size / 1e6:.1f} MB before they are packed")
+    if large := large_among(files):
+        names = (f"{f.relative_to(folder.absolute())} ({f.stat().st_size / 1e6:.1f} MB)" for f in large[:SHOWN])
+        print(f"large: {', '.join(names)}; name in .rayignore what the job does not need")

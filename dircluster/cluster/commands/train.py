@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import platform
+import shlex
 import sys
 import time
 import uuid
@@ -194,10 +195,10 @@ class Launch:
                 terminal.say(f"champion  {outcome['champion']}")
         if self.record is not None:
             uri = self.record.uri
-            look = f"make ui, or: mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite") else uri
+            look = f"make ui, or: mlflow ui --backend-store-uri {shlex.quote(uri)}" if uri.startswith("sqlite") else uri
             terminal.say(f"MLflow    {look}  (run {self.record.run_id})")
         if outcome["status"] == "FINISHED":
-            terminal.say(f"judge it  {command(self.job, 'evaluate')} --defense {outcome['checkpoint']}")
+            terminal.say(f"judge it  {command(self.job, 'evaluate')} --defense {shlex.quote(outcome['checkpoint'])}")
             terminal.say(f"took      {seconds:.0f} s")
         if outcome["status"] == "KILLED":
             terminal.say(f"stopped by signal {outcome['signal']}; resume with: {command(self.job)}")

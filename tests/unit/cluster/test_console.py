@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console as Rich
 
 from dircluster.cluster.console import Terminal
 
@@ -74,3 +76,47 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(root: Path) -> None:
     os.close(writer)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, b"went on")
+
+
+ROW = {
+    "defense": "dir",
+    "attack": "transfer-pgd20",
+    "randomness": "fixed",
+    "protocol": "deterministic white box",
+    "accuracy": 0.875,
+    "interval": (0.812, 0.931),
+    "total": 359,
+    "epsilon": 0.15,
+    "norm": "linf",
+    "steps": 20,
+    "step_size": 0.0375,
+    "restarts": 2,
+    "eot": 1,
+    "average": 1,
+    "draws": 1,
+}
+CELLS = ("transfer-pgd20", "deterministic white box", "87.5 %", "81.2 - 93.1", "359", "eps 0.15", "0.0375;")
+
+
+@pytest.mark.parametrize(("width", "is_table"), [(40, False), (80, False), (140, True)])
+def test_a_terminal_of_any_width_shows_every_cell(width: int, is_table: bool) -> None:
+    terminal, shown = Terminal(), io.StringIO()
+    terminal.rich = Rich(file=shown, force_terminal=True, color_system=None, width=width, soft_wrap=True)
+    terminal.table([ROW, ROW])
+    lines = shown.getvalue().splitlines()
+    assert ("┃" in shown.getvalue()) == is_table
+    assert max(map(len, lines)) <= width
+    assert all(any(cell in line for line in lines) for cell in CELLS)
+    assert "…" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("40", 40), (None, 118), ("wide", 118)])
+def test_a_log_is_as_wide_as_columns_says(columns: str | None, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", shown := io.StringIO())
+        Terminal().lines("Points", [{"point": "alpha 2", "said": "word " * 60, "robust": "55.1 %"}])
+    assert widest - 12 < max(map(len, shown.getvalue().splitlines())) <= widest
+    assert "55.1 %" in shown.getvalue()

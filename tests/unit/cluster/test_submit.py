@@ -8,7 +8,7 @@ import pytest
 
 from dircluster.cluster.commands.submit import checked
 from dircluster.cluster.runtime.upload import files_sent
-from dircluster.cluster.working_dir import secrets_among
+from dircluster.cluster.working_dir import large_among, secrets_among
 from dircluster.config import ConfigError
 
 LEFT_OUT = (
@@ -16,14 +16,35 @@ LEFT_OUT = (
     *("my-service-account.json", "infra/auth_token", "terraform.tfstate", ".aws/config", ".ssh/known_hosts"),
     *("big.parquet", "data/train/0.png", "weights.safetensors", "net.pt", "a/last.ckpt", "wandb/run-1/x", "mlruns/0/m"),
     *("notes/.ipynb_checkpoints/a-checkpoint.ipynb", "notes/a.ipynb", "runs/mlflow.db", "cifar-10-python.tar.gz"),
+    *("labels.csv", "rows.jsonl", "llm.gguf", "a.hdf", "a.joblib", "a.feather", "a.xz", "a.zst", "a.rar"),
+    *("a.lmdb/data", "nohup.out", "slurm-7.out", "a.prof", "a.tflite", "a.beton", "images/1.JPG"),
+    *("ray_results/a/b.json", "logs/events.out.tfevents.1", "core.123", "talk.mp4", "train-images-idx3-ubyte"),
+    *("cifar-10-batches-py/data_batch_1", "cifar/train/cat/1.png", "imagenet/train/n01/a.JPEG", "a.onnx.data"),
+    *("kaggle.json", "putty.ppk", "keys.gpg", "home.ovpn", "rclone.conf", ".s3cfg", ".docker/config.json"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run", ".pre-commit-config.yaml", "docs/api.md"),
 )
-SENT = ("jobs/train.py", "dircluster/data/loader.py", "my_defense.py", "settings.yaml", "tune_spaces/mine.py")
+SENT = (
+    *("jobs/train.py", "dircluster/data/loader.py", "my_defense.py", "settings.yaml", "tune_spaces/mine.py"),
+    *("mine/core.py", "mine/README.md", "dircluster/evaluation/html_report.html"),
+)
 PRIVATE = "-----BEGIN RSA PRIVATE " + "KEY-----\nMIIE"
 HIDDEN = {
     "prod.env.txt": None,
     "deploy.md": PRIVATE,
     "settings.yaml": "aws_secret_access_key: " + 40 * "a",
     "login.py": f"token = 'ghp_{36 * 'b'}'",
+    "fine.py": f"token = 'github_pat_{22 * 'b'}_{40 * 'c'}'",
+    "llm.toml": f'key = "sk-{48 * "d"}"',
+    "session.json": '{"id": "ASIA' + 16 * "E" + '"}',
+    "maps.js": f"const key = 'AIza{35 * 'f'}';",
+    "remotes.ini": "secret_access_key = " + 40 * "g",
+    "camel.json": '{"secretAccessKey": "' + 40 * "h" + '"}',
+    "config.json": '{"auths": {"registry": {"auth": "bWU6cGFzc3dvcmQ="}}}',
+    "azure.txt": f"DefaultEndpointsProtocol=https;AccountKey={86 * 'i'}==",
+    "mine.json": f'{{"username": "me", "key": "{16 * "0f"}"}}',
+    "database.yaml": "uri: postgresql://me:hunter" + "2@host:5432/mlflow",
+    "token.txt": None,
+    "notes/api-key": None,
 }
 """Files that no pattern of .rayignore names, by what they hold."""
 
@@ -61,9 +82,46 @@ def test_a_secret_that_would_be_sent_is_named(name: str, clone: Path, monkeypatc
     assert checked(["--send-secrets", "--", "python"]) == ["--working-dir", ".", "--", "python"]
 
 
+def test_a_large_file_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--working-dir", str(clone), "--", "python", "jobs/train.py"]
+    checked(words)
+    assert "large:" not in capsys.readouterr().out
+    write(clone, "tables/words.json", "1" * 2_500_000)
+    checked(words)
+    assert "large: tables/words.json (2.5 MB); name in .rayignore" in capsys.readouterr().out
+
+
+HARMLESS = {
+    "reader.py": "uri = f'postgresql://{user}:{password}@{host}'\nsplit = url.split('://')[1]\nat = 'a@b'",
+    "notes.txt": "s3://bucket/prefix http://127.0.0.1:8265 git@github.com:me/mine.git task-with-a-long-name-of-its-own",
+    "tokenizer.json": '{"key": "value", "auth": "none"}',
+    "digest.json": f'{{"sha256": "{64 * "a"}"}}',
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_is_no_secret_is_sent(name: str, tmp_path: Path) -> None:
+    write(tmp_path, name, HARMLESS[name])
+    assert secrets_among([tmp_path / name]) == []
+
+
+PARTS = ("jobs", "dircluster", "tune_spaces", "pyproject.toml", "README.md", "LICENSE", ".rayignore", ".gitignore")
+"""What of a checkout a job imports, or may be installed from."""
+
+
 def test_a_checkout_holds_nothing_that_looks_like_a_secret_and_is_small(root: Path) -> None:
-    files = [root / name for name in ("jobs", "dircluster", "tune_spaces", "pyproject.toml", "README.md")]
-    assert secrets_among(file for place in files for file in (place, *place.rglob("*")) if file.is_file()) == []
+    files = [file for file in files_sent(root) if file.relative_to(root).parts[0] in PARTS]
+    assert secrets_among(files) == []
+    assert large_among(files) == []
+    sizes = {file: file.stat().st_size for file in files}  # Ray packs without compression
+    assert sum(sizes.values()) < 2_000_000
+    assert sum(size for file, size in sizes.items() if file.suffix != ".py") < 500_000
+
+
+def test_large_files_are_found_the_largest_first(tmp_path: Path) -> None:
+    for name, size in (("a", 2 << 20), ("b", 1 << 20), ("c", 3 << 20)):
+        write(tmp_path, name, size * "x")
+    assert large_among(tmp_path / name for name in "abc") == [tmp_path / "c", tmp_path / "a"]
 
 
 def test_a_command_that_is_missing() -> None:

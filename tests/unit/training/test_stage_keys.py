@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,6 +16,7 @@ from dircluster.config import (
     LATER_FIELDS,
     SAME_NUMBERS,
     AttackConfig,
+    EvaluationConfig,
     RunConfig,
     as_hashed,
     digest,
@@ -19,12 +24,16 @@ from dircluster.config import (
     to_dict,
     with_values,
 )
+from dircluster.defenses.base import AdaptiveAttack
+from dircluster.evaluation.adaptive import adaptive_specs
+from dircluster.evaluation.gradient_masking import check_specs
+from dircluster.evaluation.suites import SUITES, SuiteName, suite
 from dircluster.presets import PRESETS, preset
 from dircluster.presets.dir import DirRun
 from dircluster.training.stages import find_stage, stage_key, stage_settings, stages_of
 
 INPUTS: dict[str, str | None] = {"data": "0" * 64}
-NEWER = ("cifar10_fast", "digits_", "cifar10_jatp", "svhn_jatp")
+NEWER = ("cifar10_fast", "cifar10_small", "digits_", "cifar10_jatp", "svhn_jatp")
 """Presets younger than these settings."""
 KEYS = {  # computed at d27d5de, before there were other norms than linf
     "digits": {
@@ -145,21 +154,165 @@ def test_the_same_settings_are_the_same_run_however_they_are_typed(name: str, tm
         assert keys(with_values(run, forms)) == keys(run), forms
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@dataclass(frozen=True)
+class Derived:
+    """What a setting is by itself, another value, and the settings under which it is read."""
+
+    value: object
+    other: object
+    base: dict[str, object] = field(default_factory=dict)
+
+
+def _evaluation(name: str) -> Callable[[RunConfig], Derived | None]:
+    def derived(run: RunConfig) -> Derived | None:
+        value = run.evaluation.derived.get(name)
+        return None if value is None else Derived(value, 3 * value)
+
+    return derived
+
+
+def _select_steps(run: RunConfig) -> Derived | None:
+    steps = run.attack.steps
+    return Derived(steps, 2 * steps) if run.attack.step == run.attack.step_for(steps) else None
+
+
+def _perturb_step_size(run: RunConfig) -> Derived:
+    assert isinstance(run, DirRun)
+    size = run.attack.step_for(run.dir.perturb_steps)
+    return Derived(size, 2 * size)
+
+
+def _masks(run: RunConfig) -> Derived:
+    assert isinstance(run, DirRun)
+    return Derived(run.masking.masks, 2 * run.masking.masks)
+
+
+DERIVED: dict[str, Callable[[RunConfig], Derived | None]] = {
+    "attack.step_size": lambda run: Derived(run.attack.epsilon / 4, run.attack.epsilon / 2),
+    "attack.training_step_size": lambda run: Derived(run.attack.step, 2 * run.attack.step),
+    "target.beta": lambda run: (
+        None if run.defense == "menet" else Derived(6.0, 12.0, {"target.objective": "trades"})  # which has no such term
+    ),
+    "target.awp": lambda run: Derived(0.0, 0.5),
+    "target.ema": lambda run: Derived(0.0, 0.5),
+    "training.microbatch": lambda run: Derived(run.training.batch_size, run.training.batch_size // 2),
+    "training.select_steps": _select_steps,
+    **{
+        f"evaluation.{name}": _evaluation(name)
+        for name in ("steps", "restarts", "eot", "draws", "resubmissions", "votes")
+    },
+    "masking.count": _masks,
+    "dir.perturb_step_size": _perturb_step_size,
+    "dir.ema": lambda run: Derived(0.0, 0.5),
+}
+"""Settings that are None by themselves and mean a value then: a run that has none of that value gives None."""
+NO_VALUE = {
+    *("data.uri", "data.label_column", "data.image_column", "data.limit", "target.uri", "target.entry"),
+    *("target.mean", "target.std"),  # each by itself is no setting
+    *("evaluation.images", "evaluation.sample"),
+    *("scaling.threads", "storage.endpoint", "storage.region", "tracking.uri"),
+}
+"""Those that mean no value that settings alone could say; ``clip`` of any optimizer too."""
+
+
+def names_of_none(run: RunConfig) -> set[str]:
+    """Settings that are None in ``run`` or in what its kind of run has by itself."""
+    plain = [flatten(to_dict(each)) for each in (run, type(run)())]
+    return {name for each in plain for name, value in each.items() if value is None}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_smoke") else []) for name in PRESETS]
+)
 def test_a_value_given_is_the_same_value_derived(name: str) -> None:
     run = preset(name)
-    derived: dict[str, object] = {
-        "attack.step_size": run.attack.epsilon / 4,
-        "attack.training_step_size": run.attack.step,
-        "target.beta": run.target.weight,
+    empty = {name for name in names_of_none(run) if not name.endswith(".clip")}
+    assert empty <= {*DERIVED, *NO_VALUE}, "say what a new setting means that is None by itself"
+    for name in empty & set(DERIVED):
+        bare = with_values(run, {name: None})
+        derived = DERIVED[name](bare)
+        if derived is not None:
+            bare = with_values(bare, derived.base)
+            assert keys(with_values(bare, {name: derived.value})) == keys(bare), name
+            assert keys(with_values(bare, {name: derived.other})) != keys(bare), name
+
+
+def test_the_settings_that_presets_were_first_given_mean_what_they_meant() -> None:
+    run = preset("cifar10")
+    half = {"target.mean": (0.5,) * 3, "target.std": (0.5,) * 3}
+    assert keys(with_values(run, half)) == keys(run)
+    assert keys(with_values(run, half | {"target.std": (0.25,)})) != keys(run)
+    fast = preset("digits")  # its samples are crafted by larger steps than it is judged by
+    assert keys(with_values(fast, {"training.select_steps": fast.attack.steps})) != keys(fast)
+
+
+@pytest.mark.parametrize(
+    ("base", "unread"),
+    [
+        ({"target.objective": "at"}, {"target.trades_steps": 3, "target.beta": 2.0}),
+        ({"target.objective": "mart"}, {"target.trades_steps": 3}),
+        (
+            {"pretrain.optimizer.schedule": "cosine"},
+            {"pretrain.optimizer.milestones": (1, 2), "pretrain.optimizer.gamma": 0.5},
+        ),
+        ({"dir.optimizer.schedule": "constant"}, {"dir.optimizer.milestones": (1,)}),
+        ({"target.optimizer.name": "sgd"}, {"target.optimizer.beta2": 0.5}),
+    ],
+)
+def test_what_nothing_reads_is_in_no_key(base: dict[str, object], unread: dict[str, object]) -> None:
+    run = with_values(preset("cifar10"), base)
+    for name, value in unread.items():
+        assert keys(with_values(run, {name: value})) == keys(run), name
+    read = {
+        "target.objective": "trades",
+        "pretrain.optimizer.schedule": "step",
+        "dir.optimizer.schedule": "step",
+        "target.optimizer.name": "adam",
     }
-    if isinstance(run, DirRun):
-        size = run.dir.perturb_step_size
-        derived["masking.count"] = run.masking.masks
-        derived["dir.perturb_step_size"] = run.attack.step_for(run.dir.perturb_steps) if size is None else size
-    for field, value in derived.items():
-        assert keys(with_values(run, {field: value})) == keys(run), field
-        assert keys(with_values(run, {field: value * 2})) != keys(run), field  # type: ignore[operator]
+    run = with_values(run, read)
+    for name, value in unread.items():
+        assert keys(with_values(run, {name: value})) != keys(run), name
+
+
+@pytest.mark.parametrize("name", ["data.uri", "target.uri"])
+def test_a_place_is_the_same_place_however_it_is_written(name: str) -> None:
+    run = with_values(preset("digits"), {name: "/somewhere/there"})
+    assert keys(with_values(run, {name: "file:///somewhere/there"})) == keys(run)
+    assert keys(with_values(run, {name: "/somewhere/else"})) != keys(run)
+
+
+KNOWN = (AdaptiveAttack("full", "exact", 50), AdaptiveAttack("bpda", "identity", 50, step=0.25, eot=15))
+"""Attacks that know a purifier, which suites have beside their own."""
+
+
+def asked_by(settings: EvaluationConfig) -> list[object]:
+    """All attacks that an evaluation asks, of defenses of every kind and threats of both norms."""
+    found: list[object] = []
+    forms = itertools.product((AttackConfig(), AttackConfig(norm="l2", epsilon=0.5)), *[(False, True)] * 4)
+    for attack, randomized, purifies, transfers, masked in forms:
+        kind = {"randomized": randomized, "transfers": transfers}
+        victim: Any = SimpleNamespace(randomized=randomized, adaptive=KNOWN)
+        found.append(suite(settings.suite, attack, settings, **kind, purifies=purifies, masked=masked))
+        found.append(adaptive_specs(victim, attack, settings))
+        if settings.verdict:
+            found.append(check_specs(attack, settings, **kind))
+    return found
+
+
+@pytest.mark.parametrize("verdict", [False, True])
+@pytest.mark.parametrize("name", SUITES)
+def test_what_an_evaluation_derives_asks_for_the_same_attacks(name: SuiteName, verdict: bool) -> None:
+    bare = EvaluationConfig(suite=name, verdict=verdict)
+    assert bare.derived
+    for field_name, value in bare.derived.items():
+        given = replace(bare, **{field_name: value})
+        assert given.canonical == bare
+        assert asked_by(given) == asked_by(bare), field_name
+    for field_name in ("steps", "restarts", "eot", "draws"):
+        for value in {1, 2, 4, 10, 16, 20, 30, 40, 50, 100, 200} - {bare.derived.get(field_name)}:
+            given = replace(bare, **{field_name: value})
+            assert given.canonical == given
+            assert asked_by(given) != asked_by(bare), (field_name, value)
 
 
 def test_how_samples_are_crafted_on_a_pipeline_decides_nothing_of_what_has_none() -> None:
