@@ -44,6 +44,8 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code
         return load_shipped(str(uri))
 
     text = str(uri)
+    if "\0" in text:
+        raise ConfigError(f"{text!r} names nothing: no name holds a zero byte")
     try:
         if text.startswith(("models:/", "runs:/")):
             from dircluster.cluster.tracking.registry import fetch

@@ -20,13 +20,14 @@ import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 
-from dircluster.config import ConfigError, RunConfig, first_line, flatten, to_dict, without_secrets
+from dircluster.config import ConfigError, RunConfig, flatten, to_dict, without_secrets
 from dircluster.presets import RUNS, preset, presets_of, search_folder
+from dircluster.settings_file import SWITCHED, Flags, as_words, flags_of, forms_of, words_of
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -223,12 +224,12 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if isinstance(base, DefenseJob):
         base = dataclasses.replace(base, defense=run.defense)
     if file := value_of("--config", words):
-        words = [*_words_of(Path(file), _Flags.of(kind, type(run))), *words]
+        words = [*words_of(Path(file), Flags.of(kind, type(run))), *words]
         _refuse_nul(words)
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
     if job.preset != name:
-        _refuse_value_of_a_switch(job.preset, words, _Flags.of(kind, type(run)).switches)
+        _refuse_value_of_a_switch(job.preset, words, Flags.of(kind, type(run)).switches)
         raise ConfigError(f"the preset is the first word alone, got {job.preset!r} after it (the preset is {name})")
     if isinstance(job, DefenseJob) and job.defense != run.defense:
         raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
@@ -244,7 +245,7 @@ def _refuse_value_of_a_switch(value: str, words: Sequence[str], switches: Contai
         flag, _, given = word.replace("_", "-").partition("=")
         flag = flag.replace(".no-", ".")
         if value in (given, after) and flag in switches:
-            raise ConfigError(f"{flag} takes no value, got {value!r}: it is {' or '.join(_forms(flag))}")
+            raise ConfigError(f"{flag} takes no value, got {value!r}: it is {' or '.join(forms_of(flag))}")
 
 
 def _refuse_nul(words: Sequence[str]) -> None:
@@ -340,7 +341,7 @@ def value_of(flag: str, words: Sequence[str]) -> str:
 
 def _with_decimals(kind: type, run: type, words: Sequence[str]) -> list[str]:
     """``words`` with fractions as decimals, but for the values of texts: a folder may be named 1/2."""
-    texts, flag, made = {*_flags(kind, str, Path), *_flags(run, str, Path)}, "", []
+    texts, flag, made = {*flags_of(kind, str, Path), *flags_of(run, str, Path)}, "", []
     for word in words:
         if word.startswith("--"):
             flag = word.partition("=")[0].replace("_", "-")
@@ -348,147 +349,11 @@ def _with_decimals(kind: type, run: type, words: Sequence[str]) -> list[str]:
     return made
 
 
-def _flags(kind: type, *types: type, prefix: str = "--") -> Iterator[str]:
-    """The flags of a job or section whose values are of one of ``types``, or of any where none are given."""
-    for name, annotation in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            inner = prefix if name == "run" else f"{prefix}{name.replace('_', '-')}."
-            yield from _flags(annotation, *types, prefix=inner)
-        elif not types or {*types} & {annotation, *get_args(annotation)}:
-            yield prefix + name.replace("_", "-")
-
-
 def _as_decimal(word: str) -> str:
     fraction = re.fullmatch(r"(--[\w.-]+=)?(\d+(?:\.\d*)?)/(\d+(?:\.\d*)?)", word)
     if fraction is None or float(fraction[3]) == 0:
         return word
     return f"{fraction[1] or ''}{float(fraction[2]) / float(fraction[3])!r}"
-
-
-@dataclass(frozen=True)
-class _Flags:
-    """The flags of a job, by what their values may be."""
-
-    known: frozenset[str]
-    switches: frozenset[str]
-    """On or off; those of sections have a form for off, --data.no-flip."""
-    optional: frozenset[str]
-    """None is a value of theirs."""
-
-    @staticmethod
-    def of(kind: type, run: type) -> _Flags:
-        """The flags of a job of that kind over a run of that type."""
-
-        def found(*types: type) -> frozenset[str]:
-            return frozenset([*_flags(kind, *types), *_flags(run, *types)])
-
-        return _Flags(found(), found(bool), found(type(None)))
-
-
-class _AsWritten(yaml.SafeLoader):
-    """YAML whose numbers stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake.
-
-    What refers to another place of the file is refused: settings do not need it, and nine lines of it are a billion.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as its class has it
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            raise ConfigError(f"line {event.start_mark.line + 1} refers to another by *{event.anchor}: write it out")
-        node: yaml.Node | None = super().compose_node(parent, index)
-        return node
-
-
-_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), None)
-SWITCHED = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-"""What is true or false for a switch alone, quoted or not: ``training.capture: on`` is a word."""
-LONGEST = 1 << 16
-"""Characters of a file of settings; all settings of a run are a tenth of it."""
-MOST_WORDS = 1000
-"""Names and values of a file of settings; a run has some 150 settings."""
-
-
-def _words_of(file: Path, flags: _Flags) -> list[str]:
-    """A YAML file of settings as command-line words, so that both are checked in the same way. Raises ConfigError."""
-    try:
-        with file.open(encoding="utf-8") as opened:
-            text = opened.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise ConfigError(f"it is longer than {LONGEST} characters: give the settings that change alone")
-        words = [word for name, value in _settings_of(text).items() for word in _checked_words(name, value, flags)]
-        if len(words) > MOST_WORDS:
-            raise ConfigError(f"it holds {len(words)} names and values, more than the {MOST_WORDS} that a run may need")
-    except ConfigError as error:
-        raise ConfigError(f"--config {file}: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} is not YAML: {first_line(error)}") from error
-    except RecursionError as error:
-        raise ConfigError(f"--config {file} nests too deep for settings") from error
-    return words
-
-
-def _settings_of(text: str) -> dict[str, Any]:
-    """YAML as settings by their dotted names. Raises ConfigError where one is given twice."""
-    loader = _AsWritten(text)
-    try:
-        root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            found = "nothing" if root is None else f"a {'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
-            raise ConfigError(f"it must hold settings, one a line, got {found}")
-        lines: dict[str, int] = {}
-        for name, line in _named(root):
-            if name in lines:
-                raise ConfigError(f"{name} is given in line {lines[name]} and again in line {line}: leave one out")
-            lines[name] = line
-        return flatten(loader.construct_document(root))
-    finally:
-        loader.dispose()
-
-
-def _named(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The dotted names of settings and sections, as fields are written, and the lines that they stand in."""
-    for key, value in node.value:
-        name = f"{prefix}{key.value}".replace("-", "_")
-        yield name, key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _named(value, f"{name}.")
-
-
-def _checked_words(name: str, value: Any, flags: _Flags) -> list[str]:
-    """A setting of a file as command-line words. Raises ConfigError where they could not say its value."""
-    flag = as_words(name, "")[0]
-    if flag in flags.switches:
-        switched = SWITCHED.get(str(value).lower())
-        if switched is None:
-            got = "null" if value is None else repr(value)
-            raise ConfigError(f"{name} must be true or false, got {got}")
-        return as_words(name, switched) if switched or "." in name else []
-    if value is None and flag in flags.known - flags.optional:
-        raise ConfigError(f"{name} must have a value, got null: give one, or leave the line out")
-    if value is None and any(known.startswith(f"{flag}.") for known in flags.known):
-        raise ConfigError(f"{name} is a section without settings: give one, or leave the line out")
-    return as_words(name, value)
-
-
-def _forms(flag: str) -> list[str]:
-    """How a switch is typed: on, and off where it has a form for that."""
-    section, dot, field = flag[2:].rpartition(".")
-    return [flag, *([f"--{section}.no-{field}"] if dot else [])]
-
-
-def as_words(name: str, value: Any) -> list[str]:
-    """A setting by its dotted name as command-line words: ("dir.alpha", 2) -> ["--dir.alpha", "2"]."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        section, dot, field = flag[2:].rpartition(".")
-        return [flag if value else f"--{section}{dot}no-{field}"]
-    values = value if isinstance(value, list | tuple) else [value]
-    return [flag, *(str(item) for item in values)]
 
 
 @contextlib.contextmanager

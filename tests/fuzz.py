@@ -2,7 +2,7 @@
 
 python -m tests.fuzz [--lines N] [--files N] [--seed N]: -> exit code 1 where one does not. Nothing is trained: command
 lines are parsed and checked as a job does before it starts anything; files are read as a job reads them. What holds
-checksums (parquet, PNG, checkpoints) must also never come back changed.
+checksums (parquet, PNG, checkpoints, files of torch.save) must also never come back changed.
 """
 
 from __future__ import annotations
@@ -210,15 +210,28 @@ def make_defense(folder: Path) -> Path:
     return folder
 
 
+def hash_of(network: torch.nn.Module) -> str:
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
+
+
 def read_defense(folder: Path) -> str:
-    state = load_defense_folder(folder).state_dict()
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
+    return hash_of(load_defense_folder(folder))
 
 
 def make_target(folder: Path) -> Path:
     file = folder / "h.safetensors"
     save_file(find_defense(SMOKE.defense).build(SMOKE, "classifier").state_dict(), file)
     return file
+
+
+def make_saved(folder: Path) -> Path:
+    file = folder / "h.pt"
+    torch.save(find_defense(SMOKE.defense).build(SMOKE, "classifier").state_dict(), file)
+    return file
+
+
+def read_target(file: Path) -> str:
+    return hash_of(load_target(with_values(SMOKE, {"target.uri": str(file)})))
 
 
 def make_settings(folder: Path) -> Path:
@@ -252,9 +265,8 @@ KINDS: dict[str, Kind] = {
         for form in ("JPEG", "GIF", "TIFF", "BMP", "WEBP")
     },
     "checkpoint": Kind(make_defense, read_defense, sealed=True),
-    "safetensors": Kind(
-        make_target, lambda file: load_target(with_values(SMOKE, {"target.uri": str(file)})).state_dict() and None
-    ),
+    "safetensors": Kind(make_target, lambda file: read_target(file) and None),
+    "pt": Kind(make_saved, read_target, sealed=True),
     "yaml": Kind(make_settings, lambda file: parsed(cli.TrainJob, ["digits_smoke", "--config", str(file)]) and None),
     "calibration": Kind(make_calibration, lambda file: forecast(SMOKE, from_summary(file), 90, 10, 40) and None),
     "report": Kind(make_report, lambda file: read_report(file) and None),

@@ -1,7 +1,8 @@
-"""What can be known of a run before Ray and MLflow start: in about a second, without torch, and without a trace.
+"""What can be known of a run before Ray and MLflow start: in about a second, and without a trace.
 
 What lies on this machine is looked at; of what lies in object storage it is asked whether it exists. Paths that only
-the nodes of a cluster may have are left to its workers.
+the nodes of a cluster may have are left to its workers. PyTorch is imported, for a second or two more, where a target
+is given, or made by other code than this package's, and where sizes may be more than there is memory for.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ import re
 import socket
 import sys
 import urllib.request
+from dataclasses import fields
 from pathlib import Path
 
 from dircluster import zoo
 from dircluster.cluster import storage
-from dircluster.config import ConfigError, RunConfig, first_line, local_path, without_secrets
+from dircluster.config import ConfigError, RunConfig, first_line, flatten, local_path, to_dict, without_secrets
 from dircluster.data import layout
+from dircluster.presets import search_folder
 
 ANSWER = 3.0
 """Seconds that the head of a cluster has to accept a connection."""
 NEITHER = ("", "auto", "local")
 """RAY_ADDRESS without an address."""
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")
+"""How an address begins, and no path but a rare one."""
+LARGE = 1024
+"""Sizes of networks above it are looked at together: those below make none that a machine has no place for."""
+MOST_NUMBERS = 10**11
+"""In a network, on machines whose memory is not known here."""
 
 
 DOWNLOADS = {
@@ -47,8 +56,14 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
         count = config.scaling.workers
         raise ConfigError(f"--launcher local is one worker: start scaling.workers {count} by torchrun, or on Ray")
     check_target(config)
-    if "RANK" not in os.environ:  # of torchrun's processes the first one reads, and says for all what is wrong
+    reads = "RANK" not in os.environ  # of torchrun's processes the first one reads, and says for all what is wrong
+    if reads:
         _check_data(config, trains)
+    if not on_ray or _has_large(config):
+        _check_sizes(config)
+    if reads:
+        if trains:
+            _try_target(config)
         if download and config.data.uri is None and not elsewhere():
             check_download(config.data.name, config.storage.uri)
 
@@ -107,6 +122,53 @@ def check_target(config: RunConfig) -> None:
         check_code("target.architecture", architecture, os.getcwd())
 
 
+def _has_large(config: RunConfig) -> bool:
+    """Whether a number of the defense's own sections, or a size of the data, is above LARGE."""
+    shared = {each.name for each in fields(RunConfig)}
+    sizes = ("data.channels", "data.height", "data.width", "data.classes")
+    for name, value in flatten(to_dict(config)).items():
+        if name in sizes or name.partition(".")[0] not in shared:
+            values = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(each, int | float) and each > LARGE for each in values):
+                return True
+    return False
+
+
+def _check_sizes(config: RunConfig) -> None:
+    """Raise ConfigError where a network is more than this machine's memory, or that of any where others compute."""
+    from dircluster.training.export import check_sizes
+
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes of a number
+    check_sizes(config, MOST_NUMBERS if elsewhere() else min(here, MOST_NUMBERS))
+
+
+def _try_target(config: RunConfig) -> None:
+    """Load a target that is given on this machine, or make one of other code, as the run will. Raises ConfigError.
+
+    What is only fetched then is left out, and on a cluster code that may be on its nodes alone.
+    """
+    uri, architecture = config.target.uri, config.target.architecture
+    code = ":" in architecture and not architecture.startswith("timm:")
+    if code and elsewhere():
+        return
+    here = uri is not None and (zoo.is_shipped(uri) or (not _is_address(uri) and local_path(uri).exists()))
+    if not here and (uri is not None or ":" not in architecture):
+        return
+    from dircluster.training.export import check_takes_images, load_target
+
+    if code:
+        search_folder(os.getcwd())
+    if here:
+        load_target(config)
+    else:
+        check_takes_images(config)
+
+
+def _is_address(uri: str) -> bool:
+    """Whether ``uri`` begins with a scheme, and names no path on this machine."""
+    return ADDRESS.match(uri) is not None and not uri.startswith("file://") and not Path(uri).exists()
+
+
 def check_model(name: str, uri: str, config: RunConfig) -> None:
     """Raise ConfigError where the classifier or defense that the setting ``name`` names by ``uri`` is not there."""
     if zoo.is_shipped(uri):
@@ -115,10 +177,17 @@ def check_model(name: str, uri: str, config: RunConfig) -> None:
         storage.check_bucket(uri, config.storage, name=name)
     elif uri.startswith("timm:"):
         _check_timm(uri)
-    elif ":" not in uri.removeprefix("file://"):
+    elif name == "--defense" and ":" in uri and not uri.startswith(("file:", "runs:")) and "://" not in uri:
+        if "/" not in uri and ".py:" not in uri and not Path(uri).exists():
+            check_code(name, uri, os.getcwd())
+    elif _is_address(uri):
+        if not uri.startswith("models:/"):
+            raise ConfigError(
+                f"{name} {without_secrets(uri)!r} is an address of no kind that is known here: give a file, a folder,"
+                " s3://BUCKET/PATH, models:/NAME@ALIAS or zoo:NAME; of a classifier also timm:NAME"
+            )
+    else:
         _check_file(name, local_path(uri))
-    elif name == "--defense" and "/" not in uri and ".py:" not in uri:
-        check_code(name, uri, os.getcwd())
 
 
 def check_code(name: str, factory: str, folder: str) -> None:

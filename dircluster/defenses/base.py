@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, first_line
+from dircluster.models.modules import device_of
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Defended(nn.Module):
         return drawn
 
     def _taken(self, images: Tensor) -> Tensor:
-        """``images``. Raises ConfigError unless they are floats (N, C, H, W) of the size that the defense takes."""
+        """``images``. Raises ConfigError unless they are dense floats (N, C, H, W) of the size that is taken."""
         if not isinstance(images, Tensor):
             raise ConfigError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
         wanted, found = self.image_shape or self.purifier.image_shape, tuple(images.shape)
@@ -187,6 +188,10 @@ class Defended(nn.Module):
             raise ConfigError(f"images must be (N, {channels}, {height}, {width}), got {found}{hint}")
         if not images.is_floating_point():
             raise ConfigError(f"images must be floats in [0, 1], got {images.dtype}; divide by 255 if they are bytes")
+        if images.layout != torch.strided:
+            raise ConfigError(f"images must be dense, got {images.layout}: give images.to_dense()")
+        if images.device.type == "meta" and device_of(self).type != "meta":
+            raise ConfigError("images are on the meta device, which holds no values: give them where the weights are")
         return images
 
     def restore(self, images: Tensor) -> Tensor:
@@ -219,21 +224,44 @@ class Defended(nn.Module):
         """(N, C, H, W) in [0, 1] -> (N, classes), averaged over ``self.draws`` draws, in the dtype of the weights.
 
         With ``draws``, rows of :meth:`draw`, one an image, those alone count. Raises ConfigError for images that are
-        not floats, or not of the size that the defense takes.
+        not dense floats, or not of the size that the defense takes, and for other draws.
         """
         images = self._taken(images)
         count = images.shape[0]
         if count == 0:
             logits: Tensor = self.fixed(0)(images.new_zeros((1, *images.shape[1:])))
             return logits[:0]
-        if draws is not None and draws.shape[0] != count:
-            raise ConfigError(f"draws must be one row an image, got {draws.shape[0]} for {count} images")
-        if draws is not None or self.draws == 1 or not self.purifier.randomized:
-            return self.logits(images, _moved(self.draw(count) if draws is None else draws, images))
+        if draws is not None:
+            return self._under(draws, images)
+        if self.draws == 1 or not self.purifier.randomized:
+            return self.logits(images, _moved(self.draw(count), images))
         drawn = [self.draw(count, number) for number in range(self.draws)]
         rows = torch.cat([one for one in drawn if one is not None])
         repeated = images.repeat(self.draws, 1, 1, 1)
         return self.logits(repeated, _moved(rows, images)).view(self.draws, count, -1).mean(dim=0)
+
+    def _under(self, draws: Tensor, images: Tensor) -> Tensor:
+        """Logits under draws from outside. Raises ConfigError unless they are such as :meth:`draw` gives."""
+        if not isinstance(draws, Tensor) or draws.ndim == 0 or draws.shape[0] != images.shape[0]:
+            found = [*draws.shape, "()"][0] if isinstance(draws, Tensor) else type(draws).__name__
+            raise ConfigError(f"draws must be one row an image, got {found} for {images.shape[0]} images")
+        traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if traced or torch.compiler.is_compiling():
+            return self.logits(images, _moved(draws, images))
+        with torch.device("cpu"):
+            known = self.purifier.draw(torch.Generator(), 1)
+        if known is not None and (draws.dtype, draws.shape[1:]) != (known.dtype, known.shape[1:]):
+            wanted, given = ("x".join(map(str, each.shape[1:])) for each in (known, draws))
+            raise ConfigError(
+                f"draws must be rows of {wanted} {known.dtype}, got {given} {draws.dtype}: give"
+                " defense.draw(len(images))"
+            )
+        try:
+            return self.logits(images, _moved(draws, images))
+        except IndexError as error:
+            raise ConfigError(
+                f"draws hold what the defense does not draw ({first_line(error)}): give defense.draw(len(images))"
+            ) from error
 
 
 def _moved(draws: Tensor | None, images: Tensor) -> Tensor | None:

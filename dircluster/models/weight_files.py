@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +39,16 @@ HARMLESS: list[Any] = [
 def parse(blob: bytes, source: str) -> Any:
     """What a .safetensors, .pt or .pth holds, as plain data and tensors on the CPU. Nothing that is read can execute.
 
-    Raises ConfigError, one line, where it is damaged, or holds objects instead of weights.
+    Raises ConfigError, one line, where it is damaged, or holds objects instead of weights. The zip form of torch.save
+    has a checksum of each record, which torch.load does not look at; the old form has none.
     """
     if not blob.startswith((b"PK\x03\x04", b"\x80")):
         try:
             return parse_tensors(blob)
         except SafetensorError as error:
             raise ConfigError(f"{source} is not a sound safetensors file, nor one of torch.save: {error}") from error
+    if blob.startswith(b"PK") and (record := _damaged_record(blob)):
+        raise ConfigError(f"{source} is not a sound file of weights: {record} is damaged; copy it again")
     try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
@@ -59,6 +63,25 @@ def parse(blob: bytes, source: str) -> Any:
             ) from None
         reason = first_line(error).partition(". ")[0]
         raise ConfigError(f"{source} is not a sound file of weights: {reason}") from None
+
+
+def _damaged_record(blob: bytes) -> str:
+    """The record of a zip file that is not what its checksum says, the first one; "" where all are.
+
+    Files that were saved without checksums (torch.serialization.set_crc32_options) have zero for all of them.
+    """
+    reached = "its table of records"
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as records:
+            if any(record.CRC for record in records.infolist()):
+                for name in records.namelist():
+                    reached = f"record {name!r}"
+                    with records.open(name) as record:
+                        while record.read(2**20):
+                            pass
+    except Exception:  # a damaged file may raise anything
+        return reached
+    return ""
 
 
 @dataclass(frozen=True)

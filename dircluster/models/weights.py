@@ -74,7 +74,10 @@ def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: Dat
     Raises ConfigError where it does not fit, where several sets could be meant, where weights are dead, and where
     nothing says how images are normalized.
     """
-    sets = state_dicts(found)
+    try:
+        sets = state_dicts(found)
+    except RecursionError:
+        raise ConfigError(f"{source} holds weights too deep in itself: save them alone by {SAVE}") from None
     if not sets:
         raise ConfigError(f"{source} holds no weights (tensors by name): save them by {SAVE}")
     if target.entry is not None:
@@ -82,6 +85,9 @@ def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: Dat
     fits = [(one, fit) for one in sets if not (fit := _fit_of(network, one, target.architecture)[0]).wrong]
     if not fits:
         raise ConfigError(_misfits(network, sets, target, data, source))
+    for name, value in ((name, value) for one, _ in fits for name, value in one.tensors.items()):
+        if value.is_meta:
+            raise ConfigError(f"{source} holds {name!r} on the meta device, without values: save it once it is loaded")
     chosen = fits[0][0]
     if len(fits) > 1 and any(not _same(chosen, other) for other, _ in fits[1:]):
         names = ", ".join(one.entry for one, _ in fits)

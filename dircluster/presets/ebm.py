@@ -14,6 +14,10 @@ from dircluster.presets import base
 from dircluster.presets.base import as_in_table_1, short_rates, with_smoke_twins
 
 
+MOST_STEPS, MOST_REPLICATES = 100_000, 10_000
+"""More of them are a mistake: an answer would take hours, or more memory than there is."""
+
+
 @dataclass(frozen=True)
 class EnergyConfig:
     """The energy, and the Langevin chains that purify. Lengths are in units of [-1, 1], twice those of pixels."""
@@ -32,6 +36,11 @@ class EnergyConfig:
 
     def __post_init__(self) -> None:
         require_positive("model", self, "steps", "noise", "replicates")
+        require(self.steps <= MOST_STEPS, f"model.steps must be at most {MOST_STEPS}, got {self.steps}")
+        require(
+            self.replicates <= MOST_REPLICATES,
+            f"model.replicates must be at most {MOST_REPLICATES}, got {self.replicates}",
+        )
         require(
             len(self.widths) > 0 and min(self.widths) > 0,
             f"model.widths must be one or more positive numbers, got {self.widths}",

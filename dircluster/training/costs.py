@@ -25,7 +25,7 @@ from dircluster.evaluation.attack_table import AttackSpec, find_attack
 from dircluster.evaluation.session import plan
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
-from dircluster.models.modules import under_attack
+from dircluster.models.modules import evaluating, under_attack
 from dircluster.rng import Stream
 from dircluster.training.stages import find_stage
 from dircluster.training.step import pieces
@@ -91,8 +91,8 @@ def counting() -> Iterator[Operations]:
 
 
 def forward_operations(module: nn.Module, *inputs: Tensor | None) -> int:
-    """Operations of one forward pass, counted operator by operator."""
-    with counting() as found, torch.no_grad():
+    """Operations of one forward pass in eval mode, where an image may be alone, counted operator by operator."""
+    with counting() as found, evaluating(module), torch.no_grad():
         module(*inputs)
     return found.total
 
@@ -195,8 +195,8 @@ def count(config: RunConfig) -> Costs:
     drawn, image = purifier.draw(torch.Generator(), 1), _images(config, 1)
     blocks = [part for part in purifier.modules() if isinstance(part, SHARDED_ALONE)]
     return Costs(
-        forward_operations(purifier.eval(), image, None if drawn is None else drawn.to("meta")),
-        forward_operations(classifier.eval(), image),
+        forward_operations(purifier, image, None if drawn is None else drawn.to("meta")),
+        forward_operations(classifier, image),
         _parameters(purifier),
         _parameters(classifier),
         sum(_parameters(block) for block in blocks),

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from dircluster.config import ConfigError, RunConfig, first_line, local_path
+from dircluster.config import ARCHITECTURES, ConfigError, RunConfig, first_line, local_path
 from dircluster.defenses.base import Defended
 from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import DEFENSES, UNNAMED, find_defense
@@ -20,6 +21,9 @@ from dircluster.models import classifiers, weight_files, weights
 from dircluster.models.modules import TooLargeError, at_most, plain_torch
 from dircluster.training import checkpoint, hub_folder
 from dircluster.zoo import find, folder_of, is_shipped
+
+MOST_TENSORS = 10_000
+"""Tensors of weights that a network may have, those of some 800 blocks of a transformer: seconds to count."""
 
 
 def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
@@ -90,11 +94,51 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
 def _check_size(build: Callable[[], nn.Module], tensors: dict[str, Tensor], source: str) -> None:
     """Raise ConfigError where a network would be larger than its stored weights, before memory is asked for."""
     most = sum(value.numel() for value in tensors.values())
+    if _is_larger(build, 2 * most + 1000):
+        raise ConfigError(f"{source} describes a network larger than its {most:,} stored weights")
+
+
+def _is_larger(build: Callable[[], nn.Module], numbers: int) -> bool:
+    """Whether a network of this package holds more than so many numbers: it is made without memory, up to there."""
+    tensors = 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal tensors
+        tensors += 1
+        if tensors > MOST_TENSORS:
+            raise TooLargeError
+
+    hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"), at_most(2 * most + 1000):
+        with torch.device("meta"), at_most(numbers):
             build()
-    except TooLargeError as error:
-        raise ConfigError(f"{source} describes a network larger than its {most:,} stored weights") from error
+    except (TooLargeError, TypeError, RuntimeError, OverflowError, MemoryError):  # PyTorch's, of sizes that none has
+        return True
+    finally:
+        hook.remove()
+    return False
+
+
+def check_sizes(config: RunConfig, numbers: int) -> None:
+    """Raise ConfigError where a network of the run holds more than so many numbers, before memory is asked for.
+
+    Targets that are made by somebody else's code are not counted.
+    """
+    defense, target = find_defense(config.defense), config.target
+    own = target.architecture in ARCHITECTURES and not (target.uri or "").startswith("timm:")
+    for name in (*defense.modules(config), *(("classifier",) if own else ())):
+        if _is_larger(lambda name=name: defense.build(config, name), numbers):  # type: ignore[misc]
+            raise ConfigError(
+                f"the {name} that the settings describe has more than {numbers:,} numbers or {MOST_TENSORS:,} tensors,"
+                " which there is no place for: give smaller sizes, see --model and --data.classes"
+            )
+
+
+def check_takes_images(config: RunConfig) -> None:
+    """Raise ConfigError where the target that the run would train cannot be made, or cannot take its images."""
+    with plain_torch():
+        made = find_defense(config.defense).build(config, "classifier")
+    classifiers.check_classes(made, config.data)
 
 
 @dataclass(frozen=True)

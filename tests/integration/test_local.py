@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,10 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dircluster.defenses.table import find_defense
+from dircluster.presets import preset
 from tests.conftest import Trained
 from tests.jobs import environment
 
@@ -235,6 +241,37 @@ def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
     assert "87,172 parameters, 0.004 GFLOP an image" in done.out
     assert "foretold from" in done.out
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_reads_what_is_given(train: Train, tmp_path: Path) -> None:
+    network: Any = find_defense("dir").build(preset("digits_smoke"), "classifier")
+    torch.save({name: value * float("nan") for name, value in network.state_dict().items()}, tmp_path / "nan.pt")
+    torch.save(network, tmp_path / "code.pt")
+    (tmp_path / "data").mkdir()
+    picture = io.BytesIO()
+    Image.new("L", (8, 8), 9).save(picture, "PNG")
+    rows = [picture.getvalue()] * 89 + [b"\x89PNG"]
+    pq.write_table(pa.table({"image": rows, "label": [i % 10 for i in range(90)]}), tmp_path / "data" / "train.parquet")
+    cases = {
+        "nan.pt' holds numbers that are not finite (NaN or infinity)": ["--target.uri", "nan.pt"],
+        "code.pt' holds a pickled object": ["--target.uri", "code.pt"],
+        "train.parquet, row 89": ["--data.uri", "data"],
+        "the target cannot take 1x8x8 images": ["--target.architecture", "torchvision.models:resnet18"],
+        "the denoiser that the settings describe has more": ["--model.width", "2000000000"],
+    }
+    for message, words in cases.items():
+        done = train("digits_smoke", "--launcher", "local", "--dry-run", *words, here=True)
+        assert done.code == 2, words
+        (line,) = done.error
+        assert message in line, words
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_foretells_a_target_with_batch_statistics(train: Train) -> None:
+    done = train("digits_smoke", "--launcher", "local", "--dry-run", "--target.architecture", "resnet18", here=True)
+    assert done.code == 0, done.err
+    assert "foretold from" in done.out
 
 
 def test_a_calibration_of_another_preset_is_refused_before_training(train: Train, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dircluster import cli
 from dircluster.cluster.commands import evaluate
 from dircluster.config import ConfigError, flatten, to_dict
 from dircluster.presets import PRESETS, preset
+from dircluster.settings_file import as_words
 
 
 def parse(*words: str) -> cli.TrainJob:
@@ -61,7 +62,7 @@ def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
     for job in (parse(*words), parse("--config", str(file), *words[:2], *words[3:])):
         assert (job.run.tracking.experiment, job.run.storage.uri, str(job.summary)) == ("2024/11", "1/2", "3/4")
         assert job.run.dir.alpha == 0.5
-    again = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
+    again = [word for name, value in cli.describe(job).items() for word in as_words(name, value)]
     assert parse(*again).run == job.run
 
 
@@ -218,7 +219,7 @@ def test_help_and_errors_import_nothing_heavy(words: str, code: int, root: Path)
 
 def test_what_a_job_changes_can_be_typed_again() -> None:
     job = parse("digits", "--dir.alpha", "1", "--data.flip", "--dir.optimizer.milestones", "3", "4")
-    words = [word for name, value in cli.describe(job).items() for word in cli.as_words(name, value)]
+    words = [word for name, value in cli.describe(job).items() for word in as_words(name, value)]
     assert parse("digits", *words).run == job.run
 
 

@@ -22,6 +22,7 @@ from dircluster.reproduction.costs import TIMED, Cost, calibrated, costs, factor
 from dircluster.reproduction.exhibits import Exhibit, Settings
 from dircluster.reproduction.plan import Plan, Unit, make_plan
 from dircluster.reproduction.store import Store
+from dircluster.settings_file import as_words
 from dircluster.training.forecast import as_launched
 
 
@@ -57,7 +58,7 @@ class Asked:
         job = self.job
         words = ["python", "jobs/reproduce.py", job.what, job.preset]
         for name, value in cli.describe(job).items():
-            words += cli.as_words(name, value)
+            words += as_words(name, value)
         words += ["--seeds", str(job.seeds)] if job.seeds > 1 else []
         words += ["--only", ",".join(self.only)] if self.only else []
         words += ["--budget", f"{job.budget:g}"] if job.budget is not None else []

@@ -12,24 +12,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 
 from dircluster.cluster import preflight, storage
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.config import ConfigError, RunConfig, StorageConfig, with_values
+from dircluster.defenses.table import find_defense
 from dircluster.presets import preset
 
 
 def run_of(words: str = "") -> RunConfig:
     """digits_smoke with settings: ``data.uri PATH target.uri PATH``."""
     names = words.split()
-    return with_absolute_paths(with_values(preset("digits_smoke"), dict(zip(names[::2], names[1::2], strict=True))))
+    values = [int(word) if word.isdigit() else word for word in names[1::2]]
+    return with_absolute_paths(with_values(preset("digits_smoke"), dict(zip(names[::2], values, strict=True))))
 
 
 def check(words: str = "") -> None:
@@ -100,6 +103,10 @@ def test_data_that_can_be_used(tmp_path: Path) -> None:
         ("target.uri timm:", "timm has no model ''"),
         ("target.architecture timm:vit_huge_patch1", "timm has no model 'vit_huge_patch1'"),
         ("target.architecture no_such_package.nets:make", "there is no module 'no_such_package'"),
+        ("target.uri runs:/abc/model", "target.uri 'runs:/abc/model' is an address of no kind that is known here"),
+        ("target.uri https://example.org/x.pt", "'https://example.org/x.pt' is an address of no kind .* give a file"),
+        ("target.uri gs://bucket/x.pt", "is an address of no kind that is known here"),
+        ("target.uri a:b.pt", "a:b.pt'"),
         ("storage.uri runs%20a", "storage.uri .* holds '%'"),
         ("storage.uri s3://bucket/a?b#c", "holds '#' and '[?]'"),
     ],
@@ -117,21 +124,79 @@ def test_targets_and_names_that_cannot_be(
 
 def test_targets_that_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_file({"a": np.zeros(2)}, tmp_path / "h.safetensors")
-    (tmp_path / "mine.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    target = find_defense("dir").build(preset("digits_smoke"), "classifier")
+    save_file(target.state_dict(), tmp_path / "h.safetensors")
+    (tmp_path / "preflight_mine.py").write_text(
+        "from torch import nn\n"
+        "def make(classes, channels):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))\n"
+    )
     for words in (
         *(
             "target.uri h.safetensors",
+            "target.uri zoo:digits-dir",
             "target.uri timm:resnet18.a1_in1k",
             "target.uri models:/dir-digits@champion",
         ),
         *(
-            "target.architecture mine:make",
-            "target.architecture os.path:join",
+            "target.architecture preflight_mine:make",
             "target.architecture timm:resnet18",
         ),
     ):
         check(words)
+
+
+def given_target(changed: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """What saves changed weights of the target of digits_smoke."""
+    network: Any = find_defense("dir").build(preset("digits_smoke"), "classifier")
+    return lambda file: torch.save(changed(network.network.state_dict()), file)
+
+
+WRONG_TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "junk": (lambda file: file.write_bytes(b"hello" * 30), "is not a sound safetensors file, nor one of torch.save"),
+    "numbers": (
+        given_target(lambda sd: {name: value * float("nan") for name, value in sd.items()}),
+        "holds numbers that are not finite",
+    ),
+    "code": (given_target(lambda sd: torch.nn.Linear(2, 2)), "holds a pickled object"),
+    "misfit": (given_target(lambda sd: {"x": torch.ones(2, 2)}), "does not fit the model: '0.bias' is missing"),
+    "mean": (given_target(lambda sd: sd), "does not say how images are normalized"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TARGETS)
+@pytest.mark.parametrize("on_ray", [True, False])
+def test_a_given_target_is_loaded_before_anything_starts(name: str, on_ray: bool, tmp_path: Path) -> None:
+    make, message = WRONG_TARGETS[name]
+    make(tmp_path / "h.pt")
+    run = run_of(f"target.uri {tmp_path / 'h.pt'}")
+    with pytest.raises(ConfigError, match=f"^target.uri '.*h.pt' {message}") as refusal:
+        preflight.check(run, on_ray=on_ray)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("target.architecture os.path:join", "target.architecture 'os.path:join' raised TypeError"),
+        ("target.architecture os.path:nothing", "target.architecture 'os.path:nothing' cannot be imported"),
+        ("target.architecture torchvision.models:resnet18", "the target cannot take 1x8x8 images"),
+        ("target.architecture timm:vit_tiny_patch16_224", "the target cannot take 1x8x8 images"),
+        ("target.uri zoo:cifar10-dir", "does not fit"),
+        ("model.width 2000000000", "the denoiser that the settings describe has more than"),
+        ("model.encoder_depth 2000000000", "the denoiser that the settings describe has more than"),
+        ("data.classes 2000000000", "the classifier that the settings describe has more than"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused_before_anything_starts(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        check(words)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_target_of_an_evaluation_is_loaded_there(tmp_path: Path) -> None:
+    WRONG_TARGETS["junk"][0](tmp_path / "h.pt")
+    preflight.check(run_of(f"target.uri {tmp_path / 'h.pt'}"), trains=False)
 
 
 def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
@@ -139,6 +204,7 @@ def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener(SETTINGS)}")
     check("data.uri /nowhere target.uri /nowhere/h.safetensors")
+    check("target.architecture os.path:join")
 
 
 SETTINGS = b"\0\0\6\4\0\0\0\0\0\0\3\0\0\0\x64"

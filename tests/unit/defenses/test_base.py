@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from dircluster import rng
-from dircluster.config import DataConfig
+from dircluster.config import ConfigError, DataConfig
 from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import MaskedPurifier
 from dircluster.models.classifiers import build
@@ -28,6 +30,43 @@ IMAGES = torch.rand(6, 1, 8, 8, generator=rng.generator(0, "images"))
 
 def test_fresh_masks_differ_at_each_call(defended: Defended) -> None:
     assert not torch.equal(defended(IMAGES), defended(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES.to_sparse(), r"images must be dense, got torch.sparse_coo: give images.to_dense\(\)"),
+        (IMAGES.to("meta"), "images are on the meta device, which holds no values"),
+    ],
+)
+def test_images_without_values_in_place(defended: Defended, images: torch.Tensor, message: str) -> None:
+    for call in (defended, defended.restore, defended.fixed(0, draws=2)):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            call(images)
+
+
+def test_a_defense_on_the_meta_device_takes_images_there(defended: Defended) -> None:
+    made = defended.to("meta").fixed(0)(IMAGES.to("meta"))
+    assert (made.device.type, made.shape) == ("meta", (6, 10))
+
+
+def test_draws_that_are_given_are_those_of_the_defense(defended: Defended) -> None:
+    draws = defended.draw(6)
+    assert draws is not None
+    wrong: dict[str, Any] = {
+        r"rows of 16 torch.int64, got 16 torch.float32": draws.float(),
+        r"rows of 16 torch.int64, got 3 torch.int64": draws[:, :3],
+        r"rows of 16 torch.int64, got 4x4 torch.int64": draws.view(6, 4, 4),
+        r"hold what the defense does not draw \(index": draws + 100,
+        r"one row an image, got 5 for 6 images": draws[:5],
+        r"one row an image, got \(\) for 6 images": draws[0, 0],
+        r"one row an image, got list for 6 images": draws.tolist(),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(ConfigError, match=f"^draws .*{message}") as refusal:
+            defended(IMAGES, given)
+        assert "\n" not in str(refusal.value)
+    assert torch.equal(defended(IMAGES, draws), defended(IMAGES, draws))
 
 
 def test_a_seeded_stream_of_fresh_masks_repeats(defended: Defended) -> None:

@@ -180,6 +180,8 @@ def test_the_card_says_what_it_is_and_how_it_was_broken() -> None:
         (lambda run: replace(run, model=EnergyConfig(widths=(8,) * 5)), "5 stages, which halve images 4 times"),
         (lambda run: replace(run, model=EnergyConfig(widths=())), "model.widths must be one or more"),
         (lambda run: replace(run, model=EnergyConfig(replicates=0)), "model.replicates must be positive"),
+        (lambda run: replace(run, model=EnergyConfig(replicates=10**9)), "model.replicates must be at most 10000"),
+        (lambda run: replace(run, model=EnergyConfig(steps=10**9)), "model.steps must be at most 100000"),
         (lambda run: replace(run, ebm=EbmConfig(chains=64)), "ebm.chains must be at least training.batch_size 128"),
         (lambda run: replace(run, scaling=ScalingConfig(workers=2)), "scaling.workers must be 1 for ebm"),
         (lambda run: replace(run, ebm=EbmConfig(data_noise=-1.0)), "ebm.data_noise must be 0 or more"),

@@ -125,6 +125,7 @@ def test_a_normalization_is_given_or_asked_for_and_never_guessed(given: Any) -> 
         (lambda sd: sd | {"0.bias": sd["0.bias"] + float("inf")}, r"not finite .* in '0.bias'"),
         (lambda sd: sd | {"2.weight": sd["2.weight"] * 0}, r"nothing but zeros in '2.weight'"),
         (lambda sd: {k: v.to(torch.int8) for k, v in sd.items()}, r"is torch.int8.*quantized and sparse"),
+        (lambda sd: {k: v.to("meta") for k, v in sd.items()}, r"holds '0.weight' on the meta device, without values"),
         (lambda sd: {"model": sd, "ema": {k: v + 1 for k, v in sd.items()}}, r"several sets of weights \(model, ema\)"),
         (lambda sd: {"optimizer": {"state": {}}, "epoch": 3}, r"holds no weights \(tensors by name\): save them by"),
         (lambda sd: torch.zeros(3), r"holds no weights"),
@@ -149,6 +150,38 @@ def test_damaged_files_are_one_line(blob: bytes) -> None:
     with pytest.raises(ConfigError, match=r"w.pt is not a sound") as refusal:
         parse(blob, "w.pt")
     assert "\n" not in str(refusal.value)
+
+
+def flipped(blob: bytes, tensor: Tensor) -> bytes:
+    """A saved file with one bit of ``tensor`` the other way round: an exponent's."""
+    changed = bytearray(blob)
+    changed[blob.index(tensor.numpy().tobytes()) + 3] ^= 0x40
+    return bytes(changed)
+
+
+def test_a_flipped_bit_is_never_taken(given: Any) -> None:
+    sound = saved(given.state_dict())
+    with pytest.raises(ConfigError, match=r"^w.pt is not a sound file of weights: record 'archive/data/\d' is damaged"):
+        taken(flipped(sound, given.network[5].weight.detach()))
+    with pytest.raises(ConfigError, match="its table of records is damaged"):
+        taken(sound.replace(b"PK\x01\x02", b"PK\x01\x03"))
+
+
+def test_files_without_checksums_are_taken(given: Any) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        bare = saved(given.state_dict())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(taken(bare)[0](images), given(images))
+
+
+def test_weights_that_hold_themselves_are_one_line() -> None:
+    found: list[Any] = []
+    found.append(found)
+    with pytest.raises(ConfigError, match=r"^w.pt holds weights too deep in itself: save them alone by torch.save"):
+        taken(saved(found))
 
 
 def test_one_of_several_sets_is_chosen_by_name(given: Any) -> None:

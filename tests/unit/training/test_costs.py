@@ -35,6 +35,12 @@ def test_what_is_counted_without_computing_is_what_is_computed(stage: str) -> No
     assert costs.step_operations(config, name) == computed.total > 0
 
 
+def test_an_image_that_is_alone_passes_layers_of_batch_statistics() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 8), torch.nn.BatchNorm2d(2)).to("meta")
+    assert costs.forward_operations(network, torch.zeros(1, 1, 8, 8, device="meta")) == 2 * 2 * 64
+    assert network.training
+
+
 def test_a_backward_pass_of_attention_is_twice_its_forward() -> None:
     q, k, v = (torch.zeros(1, 2, 5, 4, device="meta", requires_grad=True) for _ in range(3))
     with costs.counting() as forward:

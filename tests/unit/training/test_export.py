@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 import dircluster
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, with_values
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.model_card import model_card
 from dircluster.training import checkpoint, hub_folder
+from dircluster.training.export import check_sizes
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 
@@ -87,6 +88,29 @@ def test_targets_that_do_not_fit_are_one_line(smoke: RunConfig, tmp_path: Path) 
         assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 2 * 10**9}, "the denoiser that the settings describe has more than 1,000,000 numbers"),
+        ({"model.encoder_depth": 2 * 10**9}, "the denoiser that the settings describe has more"),
+        ({"model.encoder_depth": 400}, "the denoiser that the settings describe has more"),
+        ({"data.classes": 2 * 10**9}, "the classifier that the settings describe has more"),
+    ],
+)
+def test_networks_that_there_is_no_place_for_are_not_made(
+    smoke: RunConfig, changes: dict[str, Any], message: str
+) -> None:
+    check_sizes(smoke, 10**6)
+    with pytest.raises(ConfigError, match=f"^{message}.*give smaller sizes") as refusal:
+        check_sizes(with_values(smoke, changes), 10**6)
+    assert "\n" not in str(refusal.value)
+
+
+def test_layers_without_end_are_not_made(smoke: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="or 10,000 tensors"):
+        check_sizes(with_values(smoke, {"model.encoder_depth": 1000}), 10**15)
+
+
 def test_code_stored_with_older_models_still_finds_its_loader() -> None:
     from dircluster.training import bundle, export
 
@@ -115,6 +139,9 @@ def changed(final: Path, section: str, name: str, value: Any) -> Path:
     [
         ("model", "encoder_depth", 10**9, "describes a network larger than its [0-9,]+ stored weights"),
         ("model", "width", 3 * 10**8, "describes a network larger"),
+        ("model", "width", 2 * 10**9, "describes a network larger"),
+        ("model", "mlp_ratio", 2**62, "describes a network larger"),
+        ("model", "mlp_ratio", 10**30, "describes a network larger"),
         ("data", "height", 10**4, "describes a network larger"),
         ("data", "height", 10**9, "data.height must be at most 65536 pixels"),
         ("data", "classes", 10**9, "describes a network larger"),
@@ -175,6 +202,7 @@ def test_a_uri_that_names_nothing_is_one_line(tmp_path: Path, monkeypatch: pytes
         "gs://bucket/x": "is not on this machine",
         "https://127.0.0.1/x": "is not on this machine",
         str(tmp_path / "none"): "holds no committed checkpoint",
+        "a\0b": r"'a.x00b' names nothing: no name holds a zero byte",
     }.items():
         with pytest.raises(ConfigError, match=message) as refusal:
             dircluster.load_defense(uri)

@@ -88,6 +88,16 @@ def test_a_selection_counts_what_it_runs(smoke: DirRun, stage: str) -> None:
     assert guess - gauge == pytest.approx(found.total, rel=1e-6)
 
 
+def test_a_selection_of_a_target_with_batch_statistics_is_counted(smoke: DirRun) -> None:
+    config = dataclasses.replace(smoke, target=dataclasses.replace(smoke.target, architecture="resnet18"))
+    image = torch.zeros(1, 1, 8, 8, device="meta")
+    network = meta_networks(config)["classifier"].eval()
+    forward, gradient = forward_operations(network, image), gradient_operations(network, image)
+    steps = config.training.select_steps or config.attack.steps
+    found = module._selection(config, stages.find_stage(config, "target"), 3, 0.0)
+    assert found >= 3 * (steps * gradient + 2 * forward)
+
+
 def _one(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor, object]:
     from dircluster.rng import Stream
 
