@@ -13,7 +13,6 @@ from dircluster.config import EvaluationConfig, OptimizerConfig, RunConfig, Trai
 from dircluster.presets import base
 from dircluster.presets.base import as_in_table_1, short_rates, with_smoke_twins
 
-
 MOST_STEPS, MOST_REPLICATES = 100_000, 10_000
 """More of them are a mistake: an answer would take hours, or more memory than there is."""
 
