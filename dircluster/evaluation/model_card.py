@@ -6,7 +6,7 @@ from typing import Any
 
 from dircluster.config import RunConfig
 from dircluster.defenses.table import DEFENSES, find_defense
-from dircluster.evaluation.results import n_of
+from dircluster.evaluation.results import images_of, n_of
 from dircluster.evaluation.suites import how
 
 CARD = """# {name}: a {defense} defense
@@ -40,8 +40,9 @@ The defense protects against small {norm} noise on images like those it was trai
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Results as a Markdown table."""
-    lines = ["| defense | attack | protocol | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
+    """Results as a Markdown table, and above it which images they are of."""
+    lines = [f"Accuracy, {images_of(rows[0])}:", ""] if rows else []
+    lines += ["| defense | attack | protocol | accuracy | 95 % interval | n | how |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
         protocol, marked = row.get("protocol", row["randomness"]), " !" if row.get("marks") else ""

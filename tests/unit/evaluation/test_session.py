@@ -270,7 +270,8 @@ def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) 
     found = judged(defense, digits)
     rows = to_plain(found.rows)
     assert json.loads(json.dumps(found.to_plain())) == found.to_plain()
-    assert markdown_table(rows).count("\n") == 11
+    assert markdown_table(rows).count("\n") == 13
+    assert markdown_table(rows).startswith("Accuracy, first ")
     assert "EOT 2" in str(found)
     assert all(isinstance(how(row), str) for row in rows)
 
