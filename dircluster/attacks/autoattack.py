@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.apgd import ascents, dlr_loss, listening
+from dircluster.attacks.apgd import ascents, listening
 from dircluster.attacks.expectation import expected_values
 from dircluster.attacks.gradient import (
     Loss,
@@ -25,9 +25,13 @@ from dircluster.attacks.threat import L2, LInf
 
 
 def _steep_dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """DLR, and past the boundary, where it is 1 and flat from the true class's third rank on, the margin."""
-    margin = margin_loss(logits.float(), labels)
-    return torch.where(margin < 0, dlr_loss(logits, labels), margin)
+    """DLR: (N, classes), (N,) -> (N,). Past the boundary no gradient passes its scale.
+
+    Its own gradient there is exactly zero where the true class ranks third: both differences are one then.
+    """
+    ordered, margin = logits.float().sort(dim=1).values, margin_loss(logits.float(), labels)
+    scale = ordered[:, -1] - ordered[:, -3] + 1e-12
+    return margin / torch.where(margin < 0, scale, scale.detach())
 
 
 RAND: dict[str, Loss] = {"apgd-ce": cross_entropy_loss, "apgd-dlr": _steep_dlr}

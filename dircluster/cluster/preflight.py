@@ -14,12 +14,11 @@ import re
 import socket
 import sys
 import urllib.request
-from dataclasses import fields
 from pathlib import Path
 
 from dircluster import zoo
 from dircluster.cluster import storage
-from dircluster.config import ConfigError, RunConfig, first_line, flatten, local_path, to_dict, without_secrets
+from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict, without_secrets
 from dircluster.data import layout
 from dircluster.presets import search_folder
 
@@ -29,8 +28,8 @@ NEITHER = ("", "auto", "local")
 """RAY_ADDRESS without an address."""
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")
 """How an address begins, and no path but a rare one."""
-LARGE = 1024
-"""Sizes of networks above it are looked at together: those below make none that a machine has no place for."""
+LARGE = 4096
+"""A size above it is reason to count what a network holds; smaller ones seldom make one that there is no place for."""
 MOST_NUMBERS = 10**11
 """In a network, on machines whose memory is not known here."""
 
@@ -122,12 +121,15 @@ def check_target(config: RunConfig) -> None:
         check_code("target.architecture", architecture, os.getcwd())
 
 
+_TRIED: set[str] = set()
+"""Digests of targets that were loaded or made."""
+
+
 def _has_large(config: RunConfig) -> bool:
-    """Whether a number of the defense's own sections, or a size of the data, is above LARGE."""
-    shared = {each.name for each in fields(RunConfig)}
+    """Whether a size of a network or of the data is above LARGE."""
     sizes = ("data.channels", "data.height", "data.width", "data.classes")
     for name, value in flatten(to_dict(config)).items():
-        if name in sizes or name.partition(".")[0] not in shared:
+        if name in sizes or name.startswith("model."):
             values = value if isinstance(value, list | tuple) else [value]
             if any(isinstance(each, int | float) and each > LARGE for each in values):
                 return True
@@ -158,10 +160,14 @@ def _try_target(config: RunConfig) -> None:
 
     if code:
         search_folder(os.getcwd())
+    tried = digest([to_dict(config.target), to_dict(config.data), config.defense])
+    if tried in _TRIED:  # of a sweep all points may have the same
+        return
     if here:
         load_target(config)
     else:
         check_takes_images(config)
+    _TRIED.add(tried)
 
 
 def _is_address(uri: str) -> bool:

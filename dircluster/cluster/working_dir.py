@@ -10,7 +10,7 @@ NAMES = re.compile(
     r"(.*\.)?env(\..*|rc)?|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|tfstate|tfvars|ppk|gpg|ovpn)"
     r"|id_(rsa|dsa|ecdsa|ed25519)(?!.*\.pub$).*|.*credentials.*|.*service[-_]account.*\.json|kubeconfig.*"
     r"|[._](netrc|pgpass|git-credentials|npmrc|pypirc|htpasswd|s3cfg|boto|dockercfg)|kaggle\.json|rclone\.conf"
-    r"|secrets?\..*|.*auth[-_]token.*|(.*[-_.])?(token|passw(or)?d|(api|access|secret)[-_]?key)s?(\.(txt|json|ya?ml))?",
+    r"|secrets?\..*|.*auth[-_]token.*|(.*[-_.])?(token|passw(or)?ds?|(api|access|secret)[-_]?keys?)(\.(txt|json|ya?ml))?",
     re.IGNORECASE,
 )
 CONTENT = re.compile(

@@ -43,7 +43,9 @@ def _is_hash(chunk: str) -> bool:
     both = re.search(r"\d", chunk) and re.search(r"[a-z]", chunk)
     if both and re.fullmatch(r"[0-9a-f]{8,}", chunk):
         return True
-    return bool(both and re.fullmatch(r"[0-9a-f]{5,}|[0-9a-z]{16,}", chunk) and not re.fullmatch(r"[a-z]+\d+", chunk))
+    turns = len(re.findall(r"[a-z](?=\d)|\d(?=[a-z])", chunk))
+    long = re.fullmatch(r"[0-9a-z]{16,}", chunk) and turns > 3
+    return bool(both and (re.fullmatch(r"[0-9a-f]{5,}", chunk) or long) and not re.fullmatch(r"[a-z]+\d+", chunk))
 
 
 def _shards(pattern: str, rows: Sequence[Sequence[str]]) -> list[bool]:
@@ -64,10 +66,11 @@ def _shards(pattern: str, rows: Sequence[Sequence[str]]) -> list[bool]:
 
 
 def _padded(values: Collection[str]) -> bool:
-    """Whether numbers are written with zeros in front: 00000 and 00017, 08 and 12."""
+    """Whether numbers are written with zeros in front as writers of shards do: 00000 and 00017, not 064 and 128."""
     width = min(map(len, values))
     fit = all(value.isdigit() and (len(value) == width or value[0] != "0") for value in values)
-    return fit and width > 1 and any(value[0] == "0" for value in values)
+    sure = width >= 4 or (width > 1 and max(map(len, values)) > width)  # 99, 100: counted past the zeros
+    return fit and sure and any(value[0] == "0" for value in values)
 
 
 def _counted(values: Collection[str]) -> bool:

@@ -229,7 +229,7 @@ def stages(run: DirRun) -> tuple[Stage, ...]:
         sections=("masking", "model", "dir", *(("target",) if run.dir.joint else ())),
         stored=("denoiser", "classifier"),
         keep=run.dir.keep,
-        ema=run.dir.ema,
+        ema=run.dir.ema or None,
         passes=run.attack.pipeline_gradients + 1,
     )
     if run.dir.joint:

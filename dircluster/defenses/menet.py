@@ -171,7 +171,7 @@ def stages(run: MenetRun) -> tuple[Stage, ...]:
             sections=("model", "menet", "target"),
             stored=("purifier", "classifier"),
             keep="best" if adversarial else "last",
-            ema=run.target.ema,
+            ema=run.target.ema or None,
         ),
     )
 

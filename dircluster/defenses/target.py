@@ -132,6 +132,6 @@ def target_stage(run: RunConfig) -> Stage:
         run.target.epochs,
         {"classifier": run.target.optimizer},
         sections=("target",),
-        ema=run.target.ema,
+        ema=run.target.ema or None,
         on_pipeline=False,
     )

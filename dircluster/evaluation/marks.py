@@ -23,8 +23,8 @@ MEANING: dict[Kind, str] = {
     "finite": "The defense answered NaN or infinity while it was attacked.",
 }
 """What that tells a reader."""
-MISLEADING: tuple[Kind, ...] = ("slope", "ascent")
-"""What tells of the gradient itself, whichever attack follows it."""
+MISLEADING: tuple[Kind, ...] = ("slope",)
+"""What tells of the gradient itself, whichever attack follows it; an ascent may also fall by its steps."""
 DEAD = 0.01
 """Share of gradients that may be missing, NaN or zero."""
 FALLEN = 0.08

@@ -38,7 +38,7 @@ class Trial:
     checkpoint: str = ""
     error: str = ""
     marked: bool = False
-    """Whether a row of the defense is marked: an attack may have been weak."""
+    """Whether the row that leaves least is marked: its attack may have been weak."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def _damaged_record(blob: bytes) -> str:
                     with records.open(name) as record:
                         while record.read(2**20):
                             pass
+    except MemoryError:
+        raise
     except Exception:  # a damaged file may raise anything
         return reached
     return ""

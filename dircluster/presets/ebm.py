@@ -106,9 +106,8 @@ class EbmRun(RunConfig):
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
-        over_at = replace(
-            self, target=replace(self.target, objective="at")
-        )  # the threat alone is to be that of Table 1
+        own = replace(self.target, objective="at", architecture="resnet18")  # the threat alone is to be Table 1's
+        over_at = replace(self, target=own)
         published = self.model.steps == 1500 and self.data.name == "cifar10" and as_in_table_1(over_at)
         return {"ebm": {"bpda50-eot1": 51.43}} if published else {}
 

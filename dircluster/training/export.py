@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def load_defense_folder(folder: Path, *, trust_code: bool = False) -> Defended:
             if part not in tensors:
                 raise checkpoint.CheckpointError(f"{folder} holds no weights of its {part}")
             if not own:
-                _check_size(lambda part=part: defense.build(run, part), tensors[part], str(folder))  # type: ignore[misc]
+                _check_size(partial(defense.build, run, part), tensors[part], str(folder))
             networks[part] = defense.build(run, part)
             _load(networks[part], tensors[part], str(folder))
     return defense.defended(run, networks).eval()
@@ -94,12 +95,15 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
 def _check_size(build: Callable[[], nn.Module], tensors: dict[str, Tensor], source: str) -> None:
     """Raise ConfigError where a network would be larger than its stored weights, before memory is asked for."""
     most = sum(value.numel() for value in tensors.values())
-    if _is_larger(build, 2 * most + 1000):
+    if _is_larger(build, 2 * most + 1000, own=True):
         raise ConfigError(f"{source} describes a network larger than its {most:,} stored weights")
 
 
-def _is_larger(build: Callable[[], nn.Module], numbers: int) -> bool:
-    """Whether a network of this package holds more than so many numbers: it is made without memory, up to there."""
+def _is_larger(build: Callable[[], nn.Module], numbers: int, own: bool) -> bool:
+    """Whether a network holds more than so many numbers: it is made without memory, up to there.
+
+    Where ``own``, it is this package's, and whatever PyTorch says is of its sizes; others may fail without memory.
+    """
     tensors = 0
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
@@ -112,8 +116,10 @@ def _is_larger(build: Callable[[], nn.Module], numbers: int) -> bool:
     try:
         with torch.device("meta"), at_most(numbers):
             build()
-    except (TooLargeError, TypeError, RuntimeError, OverflowError, MemoryError):  # PyTorch's, of sizes that none has
+    except TooLargeError:
         return True
+    except (TypeError, RuntimeError, OverflowError, MemoryError):  # PyTorch's, of sizes that none has
+        return own
     finally:
         hook.remove()
     return False
@@ -125,9 +131,9 @@ def check_sizes(config: RunConfig, numbers: int) -> None:
     Targets that are made by somebody else's code are not counted.
     """
     defense, target = find_defense(config.defense), config.target
-    own = target.architecture in ARCHITECTURES and not (target.uri or "").startswith("timm:")
-    for name in (*defense.modules(config), *(("classifier",) if own else ())):
-        if _is_larger(lambda name=name: defense.build(config, name), numbers):  # type: ignore[misc]
+    counted = target.architecture in ARCHITECTURES and not (target.uri or "").startswith("timm:")
+    for name in (*defense.modules(config), *(("classifier",) if counted else ())):
+        if _is_larger(partial(defense.build, config, name), numbers, own=config.defense in DEFENSES):
             raise ConfigError(
                 f"the {name} that the settings describe has more than {numbers:,} numbers or {MOST_TENSORS:,} tensors,"
                 " which there is no place for: give smaller sizes, see --model and --data.classes"

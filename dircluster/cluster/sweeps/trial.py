@@ -24,6 +24,7 @@ from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
 from dircluster.cluster.tracking.owners import beating
 from dircluster.config import ConfigError, RunConfig, first_line, flatten, with_values
+from dircluster.evaluation.results import worst_attacked
 from dircluster.evaluation.sweep_table import Trial, accuracies
 from dircluster.presets import run_from_plain
 from dircluster.training.retry import retry
@@ -170,7 +171,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         accuracies(rows, "none"),
         time.monotonic() - began,
         outcome.get("checkpoint", ""),
-        marked=any(row.get("marks") for row in rows if row["defense"] == run.defense),
+        marked=bool((worst_attacked(rows, run.attack.norm) or {}).get("marks")),
     )
     store(run, trial, task.until)
     return trial

@@ -107,7 +107,7 @@ def crown(client: MlflowClient, version: ModelVersion) -> str:
                 f" models:/{name}@{CHAMPION} and models:/{name}@{CANDIDATE} alike"
             )
         for key in shared:
-            if own[key].low <= other[key].robust:
+            if own[key].low <= other[key].robust and not other[key].marked:
                 return f"version {number} stays candidate: {_beside(own[key], other[key], holder)}"
     client.set_registered_model_alias(name, CHAMPION, number)
     why = "there was none" if holder is None else _beside(own[shared[0]], other[shared[0]], holder)
@@ -123,6 +123,8 @@ def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def _beside(own: Evidence, other: Evidence, holder: ModelVersion) -> str:
+    if other.marked:
+        return f"the strongest row of version {holder.version}, {other.attack}, is marked: it may flatter"
     beats = "is above" if own.low > other.robust else "is not above"
     return (
         f"its lower bound {100 * own.low:.1f} % ({own.attack}) {beats} the {100 * other.robust:.1f} %"

@@ -26,7 +26,7 @@ from dircluster.attacks.apgd import (
     probability_margin_loss,
     targeted_loss,
 )
-from dircluster.attacks.autoattack import autoattack
+from dircluster.attacks.autoattack import RAND, autoattack
 from dircluster.attacks.gradient import cross_entropy_loss
 from dircluster.attacks.threat import L2, LInf
 from tests.unit.attacks.parity import fixed_images, fixed_model
@@ -213,3 +213,21 @@ def test_the_draws_of_a_step_pass_side_by_side() -> None:
     assert seen == [1] + [2 * len(IMAGES)] * 2 * 101
     assert warned == []
     assert (found != IMAGES).flatten(1).any(dim=1).all()  # the strongest of each is kept, fooled or not
+
+
+def test_dlr_goes_on_at_images_whose_class_ranks_third() -> None:
+    """There its own value is 1 and flat; elsewhere values, and before the boundary gradients, are its own."""
+    logits = torch.randn(64, 6, generator=rng.generator(0, "z"), dtype=torch.float64).float().requires_grad_(True)
+    labels = torch.arange(64) % 6
+    steep = RAND["apgd-dlr"]
+    values = [loss(logits, labels) for loss in (dlr_loss, steep)]
+    assert torch.equal(*values)
+    own, ours = (torch.autograd.grad(each.sum(), logits)[0] for each in values)
+    rank = (logits.detach() > logits.detach().gather(1, labels[:, None])).sum(dim=1)
+    assert {0, 1, 2, 3} <= set(rank.tolist())
+    assert torch.equal(own[rank == 0], ours[rank == 0])
+    assert own[rank == 2].abs().max() < 1e-6
+    assert ours[rank == 2].abs().amax(dim=1).min() > 0.01
+    large = (100 * logits.detach()).requires_grad_(True)
+    (scaled,) = torch.autograd.grad(steep(large, labels).sum(), large)
+    torch.testing.assert_close(100 * scaled, ours, atol=1e-5, rtol=1e-3)  # it has no scale

@@ -92,6 +92,9 @@ def test_a_large_file_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 HARMLESS = {
+    "added_tokens.json": "{}",
+    "special_tokens.json": "{}",
+    "tokens.txt": "a b c",
     "reader.py": "uri = f'postgresql://{user}:{password}@{host}'\nsplit = url.split('://')[1]\nat = 'a@b'",
     "notes.txt": "s3://bucket/prefix http://127.0.0.1:8265 git@github.com:me/mine.git task-with-a-long-name-of-its-own",
     "tokenizer.json": '{"key": "value", "auth": "none"}',

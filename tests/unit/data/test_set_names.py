@@ -47,6 +47,8 @@ def test_shards_are_one_set(name: str) -> None:
 TWO = {
     "versions": ["x-v1", "x-v2", "x-v1.0", "x-v1.1", "x version 1"],
     "sizes": ["x-224", "x-32", "x-32x32", "x-64x64"],
+    "sizes with zeros": ["x-064", "x-128", "y-08", "y-32", "cifar-010", "cifar-100"],
+    "long words": ["imagenet1kvalidated-0", "imagenet21kwinterx-1"],
     "shares": ["x-1k", "x-2k", "x-0.1", "x-0.2"],
     "years": ["x-2017", "x-2018"],
     "names with numbers": ["cifar10", "cifar100", "cifar10-0", "cifar100-0"],

@@ -179,7 +179,8 @@ def test_a_loaded_defense_of_another_dtype_is_judged(dtype: torch.dtype) -> None
     labels = defense.fixed(0)(images).argmax(dim=1)
     whole, found = (judged(module, images, labels) for module in (defense, copy.deepcopy(defense).to(dtype)))
     assert [row.attack for row in found.rows] == [row.attack for row in whole.rows]
-    assert all(abs(one.accuracy - two.accuracy) <= 0.25 for one, two in zip(found.rows, whole.rows, strict=True))
+    most = 1.5 / 12 if dtype == torch.float64 else 3.5 / 12
+    assert all(abs(one.accuracy - two.accuracy) < most for one, two in zip(found.rows, whole.rows, strict=True))
 
 
 @pytest.mark.parametrize(

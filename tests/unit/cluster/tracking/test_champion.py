@@ -98,3 +98,5 @@ def test_a_row_that_may_flatter_earns_nothing() -> None:
     assert judged(registry, registry.add(), 0.9, marks=marked).startswith("version 3 stays candidate: its strongest")
     line = judged(registry, registry.versions["2"], 0.4, marks=marked)
     assert line.startswith("version 2 is champion already, although its strongest row, pgd20-eot8, is marked")
+    line = judged(registry, registry.add(), 0.3, marks=[])  # nor does it keep others from being champion
+    assert line.startswith("version 4 is champion: the strongest row of version 2, pgd20-eot8, is marked")
