@@ -40,8 +40,8 @@ class Job:
     """
 
     preset: tyro.conf.Positional[str] = "digits"
-    """digits, cifar10 (the paper), cifar10_fast, cifar10_joint (the released code), svhn, cifar100; NAME_smoke runs
-    through in seconds. package.module:NAME is one of a defense of your own."""
+    """digits, cifar10 (the paper), cifar10_fast, cifar10_small (no GPU), cifar10_joint (the released code), svhn,
+    cifar100; NAME_smoke runs through in seconds. package.module:NAME is one of a defense of your own."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
     """What is trained, and how."""
     config: Path | None = None
