@@ -35,7 +35,7 @@ ALPHA = {"dir.alpha": 2.0}
 TASK = Task(ALPHA, 0)
 ROWS = [
     {"defense": defense, "attack": attack, "randomness": randomness, "accuracy": accuracy, "mean": accuracy}
-    | {"epsilon": 0.0 if attack == "natural" else 0.15}
+    | {"epsilon": 0.0 if attack == "natural" else 0.15, "norm": "linf", "average": 1, "marks": []}
     for defense, attack, randomness, accuracy in (
         ("none", "natural", "none", 0.9),
         ("none", "pgd2", "none", 0.3),
@@ -112,6 +112,15 @@ def test_a_trial_is_trained_and_stored(cluster: Cluster, plan: Plan, post: Post)
     assert kept is not None
     assert kept.robust == 0.4
     assert cluster.forgotten == 1
+    assert not found.marked
+
+
+def test_a_trial_whose_strongest_row_is_marked_says_so(cluster: Cluster, plan: Plan, post: Post) -> None:
+    marks = [{"kind": "slope", "share": 0.5}]
+    for number, row in enumerate(ROWS):
+        rows = [*ROWS[:number], row | {"marks": marks}, *ROWS[number + 1 :]]
+        cluster.outcomes = {seed: [DONE | {"results": rows}] for seed in (number,)}
+        assert train_task(plan, Task(ALPHA, number), post).marked == (row["accuracy"] == 0.4)
 
 
 def test_what_was_found_before_is_not_trained(cluster: Cluster, plan: Plan, post: Post) -> None:
