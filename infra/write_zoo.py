@@ -72,6 +72,7 @@ def judged(words: list[str], uri: str) -> dict[str, Any]:
             sys.exit(code)
         claim: dict[str, Any] = json.loads((place / "claim.json").read_text())
     facts = claim["facts"]
+    facts["settings"]["run"]["data"].pop("uri", None)  # where this machine keeps the images says nothing to others
     if facts["defense"] == "none":
         facts["settings"]["run"]["target"]["uri"] = uri
     else:

@@ -31,12 +31,15 @@ class Shipped:
 
 _DIGITS = "f1d3e369b6d2708f7ad3c4e33fdc0330396dc0decfe563502704c0baacec7225"
 _CIFAR10 = "355b099982df124d8a5cc0706f2ec0c4b87c05db7085772a82be5df7fb8f3b3b"
+_SMALL = "78c01f21f869987381d59ad7d073a82186849f1b979753973f7b718e0d3afb56"
 ZOO = {
     "digits-dir": Shipped("digits-dir", _DIGITS),
     "digits-at": Shipped("digits-dir", _DIGITS, bare=True),
     "digits-hgd": Shipped("digits-hgd", "e49610b52011e40e10331601b78b323c651e4b3106f80d9b7968c5020e9ec648"),
     "cifar10-dir": Shipped("cifar10-dir", _CIFAR10),
     "cifar10-at": Shipped("cifar10-dir", _CIFAR10, bare=True),
+    "cifar10-small-dir": Shipped("cifar10-small-dir", _SMALL),
+    "cifar10-small-at": Shipped("cifar10-small-dir", _SMALL, bare=True),
 }
 """By DATASET-MODEL, the names of RobustBench's signature."""
 
