@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from dircluster.config import ConfigError, ScalingConfig
 from dircluster.distributed.parallel import Parallel
@@ -59,3 +61,36 @@ def local_workers(scaling: ScalingConfig, timeout: float | None = None) -> Itera
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *arguments: Any) -> Any:
+    """``work(parallel, *arguments)`` on ``scaling.workers`` new processes of this machine: -> what the first returns.
+
+    ``work`` and all that it takes and returns can be pickled. Raises ConfigError, one line, where one of them fails.
+    """
+    processes: Any = mp
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = mp.get_context("spawn").SimpleQueue()
+    try:
+        processes.start_processes(  # daemons: none outlives this process
+            _worker,
+            (scaling, store.port, found, work, arguments),
+            nprocs=scaling.most,
+            daemon=True,
+            start_method="spawn",
+        )
+    except (processes.ProcessRaisedException, processes.ProcessExitedException) as error:
+        raise ConfigError(f"a worker on this machine failed: {str(error).strip().splitlines()[-1]}") from error
+    return found.get()
+
+
+def _worker(
+    rank: int, scaling: ScalingConfig, port: int, found: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    world = str(scaling.most)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with local_workers(scaling) as parallel:
+        result = work(parallel, *arguments)
+        if parallel.first:
+            found.put(result)

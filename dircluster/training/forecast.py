@@ -89,9 +89,12 @@ def as_launched(config: RunConfig, launcher: str) -> RunConfig:
 
 
 def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Calibration:
-    """Time a step of every stage and a gradient of the evaluation, some ``budget`` seconds each."""
-    workers = config.scaling.most
-    share = -(-config.training.batch_size // workers)
+    """Time a step of every stage and a gradient of the evaluation, some ``budget`` seconds each.
+
+    All workers of ``parallel`` do it together. One that is alone takes the share that it would have among them.
+    """
+    world = parallel.world
+    share = -(-config.training.batch_size // config.scaling.most)
     networks, paces = stages.Networks(config, parallel), {}
     for stage in planned_stages(config):
         recipe = stage.recipe(networks)
@@ -100,18 +103,18 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
         def step(images: int, stage: Stage = stage, recipe: Any = recipe, steps: dict[int, Any] = steps) -> None:
             if images not in steps:
                 steps.clear()  # the optimizers of one are enough
-                training = replace(config.training, batch_size=images)
-                run = replace(config, training=training, scaling=replace(config.scaling, workers=1))
-                steps[images] = stage_trainer(stage, recipe, run, _random(config, images), parallel)
+                training = replace(config.training, batch_size=images * world)
+                run = replace(config, training=training, scaling=replace(config.scaling, workers=world))
+                steps[images] = stage_trainer(stage, recipe, run, _random(config, images * world), parallel)
             steps[images].step(0)
 
         per_image = step_operations(config, stage.name) / config.training.batch_size
-        paces[stage.name] = _pace(step, per_image, share, parallel.device, budget)
+        paces[stage.name] = _pace(step, per_image, share, parallel, budget)
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
     on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
     per_image = gradient_operations(on_meta, _image(config))
     paces[EVALUATION] = _pace(
-        lambda images: _gradient(defense, config, images), per_image, config.evaluation.rows, parallel.device, budget
+        lambda images: _gradient(defense, config, images), per_image, config.evaluation.rows, parallel, budget
     )
     return Calibration(device_name(parallel.device), paces)
 
@@ -183,18 +186,18 @@ def _pace_of(found: Calibration, name: str) -> Pace:
     return found.paces[name]
 
 
-def _pace(step: Callable[[int], object], per_image: float, full: int, device: torch.device, budget: float) -> Pace:
+def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: Parallel, budget: float) -> Pace:
     """Time ``step`` on ever more images, up to ``full``, while one takes less than a part of the budget.
 
-    What takes all of the budget at once is not done again.
+    What takes all of the budget at once is not done again. What the first worker measures counts for all of them.
     """
-    images, peaks = min(full, 2), dict[int, int]()
+    device, images, peaks = parallel.device, min(full, 2), dict[int, int]()
     while True:
         before = _resting(device)
-        taken = _timed(step, images, device)  # allocates, and chooses algorithms
+        taken = _timed(step, images, parallel)  # allocates, and chooses algorithms
         if taken < budget:
             before = _resting(device)
-            taken = _timed(step, images, device)
+            taken = _timed(step, images, parallel)
         peaks[images] = _peak(device)
         longer = min(full, 4 * images)
         if images == full or taken * longer / images > budget / 3:
@@ -202,7 +205,7 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, device: to
         images = longer
     tries = [taken]
     while sum(tries) < budget and len(tries) < 20:
-        tries.append(_timed(step, images, device))
+        tries.append(_timed(step, images, parallel))
     return Pace(per_image * images / median(tries), images, _carried_over(peaks, before, full))
 
 
@@ -213,12 +216,12 @@ def _carried_over(peaks: Mapping[int, int], before: int, full: int) -> int:
     return peaks[images] + max(0, more) * (full - images) // of
 
 
-def _timed(step: Callable[[int], object], images: int, device: torch.device) -> float:
-    wait_for(device)
+def _timed(step: Callable[[int], object], images: int, parallel: Parallel) -> float:
+    wait_for(parallel.device)
     began = time.perf_counter()
     step(images)
-    wait_for(device)
-    return time.perf_counter() - began
+    wait_for(parallel.device)
+    return float(parallel.share(time.perf_counter() - began))
 
 
 def _resting(device: torch.device) -> int:

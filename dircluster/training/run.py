@@ -312,7 +312,7 @@ class Run:
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
             with interruptible(defense.classifier, self.console), uncompiled(config.training.compile):
-                run(evaluation, batch, on_shard, lambda index: index % parallel.world == parallel.rank)
+                run(evaluation, batch, on_shard, parallel.rank, parallel.world)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()

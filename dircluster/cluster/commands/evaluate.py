@@ -196,7 +196,8 @@ class _Judging:
 
         module = evaluation_job.victim.module
         watched = module.classifier if isinstance(module, Defended) else module
-        mine = indices[parallel.rank :: parallel.world]
+        share = evaluation_job.evaluation.share(parallel.rank, parallel.world)
+        mine = [index for index in indices if evaluation_job.shards[index] in share]
         try:
             with interruptible(watched, self.terminal):
                 for index in mine:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
+
+import torch
 
 from dircluster import cli
 from dircluster.cluster import preflight, storage
@@ -14,7 +17,8 @@ from dircluster.config import ConfigError, RunConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
-from dircluster.distributed.launch import local_workers
+from dircluster.distributed.launch import local_workers, on_local_workers
+from dircluster.distributed.parallel import Parallel
 from dircluster.training.costs import count, evaluation_operations, step_operations
 from dircluster.training.export import load_target
 from dircluster.training.forecast import (
@@ -68,7 +72,7 @@ def plan(job: cli.TrainJob) -> str:
         f"storage   {config.storage.uri}",
         f"MLflow    {(tracking.uri or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
     ]
-    found = _measured(config) if job.calibration is None else from_summary(job.calibration)
+    found = _measured(job, config) if job.calibration is None else from_summary(job.calibration)
     made = forecast(config, found, *sizes)
     lines += [
         "",
@@ -110,9 +114,19 @@ def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]
     ]
 
 
-def _measured(config: RunConfig) -> Calibration:
-    with local_workers(config.scaling) as parallel:
+def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:
+    """Timed on as many workers as Ray will start on this machine, or on this one."""
+    scaling = config.scaling
+    here = job.launcher == "ray" and not os.environ.get("RAY_ADDRESS")
+    if here and 1 < scaling.most <= max(os.cpu_count() or 1, torch.cuda.device_count()):
+        found: Calibration = on_local_workers(scaling, _calibrate, config)
+        return found
+    with local_workers(scaling) as parallel:
         return calibrate(config, parallel)
+
+
+def _calibrate(parallel: Parallel, config: RunConfig) -> Calibration:
+    return calibrate(config, parallel)
 
 
 def _table(made: list[Forecast]) -> list[str]:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from dircluster.attacks.apgd import malt_gradients
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, ScalingConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
+from dircluster.distributed.launch import on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.attack_table import ATTACKS, AttackSpec
 from dircluster.evaluation.evaluation import Evaluation, run
@@ -135,6 +136,27 @@ def test_a_machine_is_calibrated_and_its_summary_read(smoke: DirRun, tmp_path: P
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"calibration": dataclasses.asdict(found)}))
     assert from_summary(file) == found
+
+
+def _calibrated(parallel: Parallel, config: RunConfig) -> Calibration:
+    return calibrate(config, parallel, budget=0.01)
+
+
+def test_a_machine_is_calibrated_on_all_workers_at_once(smoke: DirRun) -> None:
+    two = ScalingConfig(workers=2, threads=1, device="cpu")
+    found = on_local_workers(two, _calibrated, dataclasses.replace(smoke, scaling=two))
+    assert set(found.paces) == {"target", "pretrain", "dir", EVALUATION}
+    assert all(pace.images <= 8 for name, pace in found.paces.items() if name != EVALUATION)  # each one's half of 16
+
+
+def _failing(parallel: Parallel) -> None:
+    if not parallel.first:
+        raise ConfigError("the second one has no room")
+
+
+def test_a_worker_that_fails_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^a worker on this machine failed: .*: the second one has no room$"):
+        on_local_workers(ScalingConfig(workers=2, threads=1, device="cpu"), _failing)
 
 
 @pytest.mark.parametrize(
