@@ -69,7 +69,8 @@ def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *argument
     ``work`` and all that it takes and returns can be pickled. Raises ConfigError, one line, where one of them fails.
     """
     processes: Any = mp
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores: Any = dist
+    store = stores.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found = mp.get_context("spawn").SimpleQueue()
     try:
         processes.start_processes(  # daemons: none outlives this process
