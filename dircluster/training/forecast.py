@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -206,7 +206,7 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: 
     tries = [taken]
     while sum(tries) < budget and len(tries) < 20:
         tries.append(_timed(step, images, parallel))
-    return Pace(per_image * images / median(tries), images, _carried_over(peaks, before, full))
+    return Pace(per_image * images / mean(tries), images, _carried_over(peaks, before, full))
 
 
 def _carried_over(peaks: Mapping[int, int], before: int, full: int) -> int:
