@@ -398,6 +398,17 @@ def describe(job: Job, run: RunConfig | None = None) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if usual.get(name) != value}
 
 
+def with_fewest_workers(job: AnyJob) -> AnyJob:
+    """``job`` with the fewest workers of its preset, unless it was given others.
+
+    So trials and systems train alike, and trials side by side do more than workers of one trial.
+    """
+    if "scaling.workers" in describe(job):
+        return job
+    scaling = dataclasses.replace(job.run.scaling, workers=job.run.scaling.least)
+    return dataclasses.replace(job, run=dataclasses.replace(job.run, scaling=scaling))
+
+
 def command(job: TrainJob, script: str = "train") -> str:
     """The command that continues this job, or shows its result again; or another script's with the same settings."""
     words = ["python", f"jobs/{script}.py"]

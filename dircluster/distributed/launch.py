@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dircluster.config import ConfigError, ScalingConfig
+from dircluster.config import ConfigError, ScalingConfig, named_line
 from dircluster.distributed.parallel import Parallel
 
 
@@ -68,30 +72,46 @@ def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *argument
 
     ``work`` and all that it takes and returns can be pickled. Raises ConfigError, one line, where one of them fails.
     """
-    processes: Any = mp
-    stores: Any = dist
-    store = stores.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    found = mp.get_context("spawn").SimpleQueue()
-    try:
-        processes.start_processes(  # daemons: none outlives this process
-            _worker,
-            (scaling, store.port, found, work, arguments),
-            nprocs=scaling.most,
-            daemon=True,
-            start_method="spawn",
-        )
-    except (processes.ProcessRaisedException, processes.ProcessExitedException) as error:
-        raise ConfigError(f"a worker on this machine failed: {str(error).strip().splitlines()[-1]}") from error
-    return found.get()
+    processes, groups = _untyped(mp), _untyped(dist)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others is no news
+    with tempfile.TemporaryDirectory(prefix="dircluster-") as folder:
+        try:
+            store = groups.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            processes.start_processes(  # daemons: none outlives this process
+                _worker, (scaling, store.port, folder, work, arguments), scaling.most, daemon=True, start_method="spawn"
+            )
+        except (processes.ProcessRaisedException, processes.ProcessExitedException, RuntimeError, OSError) as error:
+            told = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+            if told:
+                raise pickle.loads(told[0].read_bytes()) from None
+            raise ConfigError(f"workers on this machine failed: {named_line(error)}") from error
+        return pickle.loads((Path(folder) / "result").read_bytes())
 
 
 def _worker(
-    rank: int, scaling: ScalingConfig, port: int, found: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int, scaling: ScalingConfig, port: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     world = str(scaling.most)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with local_workers(scaling) as parallel:
+    file = Path(folder) / f"error-{rank}"
+    with _told(file), local_workers(scaling) as parallel, _told(file):  # while the group is there: others will miss it
         result = work(parallel, *arguments)
-        if parallel.first:
-            found.put(result)
+    if rank == 0:
+        (Path(folder) / "result").write_bytes(pickle.dumps(result))
+
+
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """What fails inside is kept in ``file``, and ends this process."""
+    try:
+        yield
+    except Exception as error:
+        line = f"a worker on this machine failed: {named_line(error)}"
+        file.write_bytes(pickle.dumps(error if isinstance(error, ConfigError) else ConfigError(line)))
+        raise SystemExit(1) from error
+
+
+def _untyped(module: Any) -> Any:
+    """A module of PyTorch's whose types leave out what it documents."""
+    return module

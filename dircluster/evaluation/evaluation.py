@@ -33,9 +33,6 @@ from dircluster.evaluation.watch import Watch
 from dircluster.models.modules import under_attack
 from dircluster.models.precision import Precision, autocast, exact, is_half, reads_images_whole
 
-CLASSES = 10
-"""That a shard's passes are guessed for."""
-
 
 @dataclass(frozen=True)
 class EvalShard:
@@ -50,19 +47,6 @@ class EvalShard:
         """Where its outcome is kept."""
         folder = f"{self.spec.name}-{self.spec.randomness}-{digest(asdict(self.spec))[:8]}"
         return f"{folder}/shard-{self.number:05d}"
-
-    @property
-    def passes(self) -> float:
-        """Passes of an image through the defense that it takes, roughly; a gradient is three. The bare target's: none.
-
-        Of an attack that decides by itself how long it goes on nothing is known but its final images.
-        """
-        spec, attack = self.spec, find_attack(self.spec.attack)
-        if spec.judged == "target":
-            return 0.0
-        gradients = attack.gradients(spec, CLASSES) if attack.gradients else spec.steps * spec.restarts
-        crafting = 0.0 if spec.on == "target" else 3 * gradients * spec.eot
-        return (self.rows[1] - self.rows[0]) * (crafting + spec.draws) * spec.average
 
 
 class Evaluation:
@@ -91,19 +75,6 @@ class Evaluation:
             total = self.images if one.first is None else min(one.first, self.images)
             for number, start in enumerate(range(0, total, self.shard_size)):
                 yield EvalShard(one, number, (start, min(start + self.shard_size, total)))
-
-    def share(self, rank: int, world: int) -> list[EvalShard]:
-        """What the worker ``rank`` of ``world`` does of all shards, in the order of the table: the longest are dealt
-        first, each to who has least. All workers find the same.
-        """
-        shards, loads = list(self.shards()), [0.0] * world
-        dealt: list[int] = []
-        for index in sorted(range(len(shards)), key=lambda index: -shards[index].passes):
-            worker = min(range(world), key=lambda worker: loads[worker])
-            loads[worker] += shards[index].passes + 1  # what is guessed to take nothing is dealt in turn
-            if worker == rank:
-                dealt.append(index)
-        return [shards[index] for index in sorted(dealt)]
 
     def open_shards(self) -> list[EvalShard]:
         """The shards that nobody has finished."""
@@ -290,11 +261,10 @@ def run(
     evaluation: Evaluation,
     batch: Callable[[int, int], tuple[Tensor, Tensor]],
     on_shard: Callable[[EvalShard, int, int], None] = lambda shard, done, total: None,
-    rank: int = 0,
-    world: int = 1,
+    mine: Callable[[int], bool] = lambda index: True,
 ) -> None:
-    """Work through the open ones of a worker's share of the shards; ``batch`` gives images and labels of rows."""
-    waiting = [shard for shard in evaluation.share(rank, world) if evaluation.outcome(shard) is None]
+    """Work through the open ones of the shards whose place is ``mine``; ``batch`` gives images and labels of rows."""
+    waiting = [u for index, u in enumerate(evaluation.shards()) if mine(index) and evaluation.outcome(u) is None]
     for done, shard in enumerate(waiting):
         on_shard(shard, done, len(waiting))
         evaluation.work(shard, *batch(*shard.rows))

@@ -109,7 +109,7 @@ def _table_4(data: str) -> Exhibit:
         " its attack, which is not named, weaker. PGD-20 here.",
         "The printed times are as 1 : 1.2 : 1.8. By our counts HGD : JATP : DIR are as 1 : 1.8 : 3.7, or as 1 : 1 :"
         " 2.05 if HGD was timed with samples crafted on the whole pipeline.",
-        "Ours are of one worker: the median of timed steps of the last stage, times the steps of an epoch.",
+        "Ours are of one worker: the mean of timed steps of the last stage, times the steps of an epoch.",
         JATP,
     )
     lines = _lines((*CONTROLS, "hgd", "jatp", "dir"), printed if data == "cifar10" else {}, natural_target=True)

@@ -97,12 +97,13 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     share = -(-config.training.batch_size // config.scaling.most)
     networks, paces = stages.Networks(config, parallel), {}
     for stage in planned_stages(config):
-        recipe = stage.recipe(networks)
         steps: dict[int, Any] = {}
 
-        def step(images: int, stage: Stage = stage, recipe: Any = recipe, steps: dict[int, Any] = steps) -> None:
+        def step(images: int, stage: Stage = stage, steps: dict[int, Any] = steps) -> None:
             if images not in steps:
                 steps.clear()  # the optimizers of one are enough
+                networks.renew(stage.modules)  # they may lie in shards
+                recipe = stage.recipe(networks)
                 training = replace(config.training, batch_size=images * world)
                 run = replace(config, training=training, scaling=replace(config.scaling, workers=world))
                 steps[images] = stage_trainer(stage, recipe, run, _random(config, images * world), parallel)
@@ -110,6 +111,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
 
         per_image = step_operations(config, stage.name) / config.training.batch_size
         paces[stage.name] = _pace(step, per_image, share, parallel, budget)
+    networks.renew(tuple(networks))
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
     on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
     per_image = gradient_operations(on_meta, _image(config))

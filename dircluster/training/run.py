@@ -20,11 +20,13 @@ from dircluster.data.stream import Shards, StreamLoader
 from dircluster.defenses.stage import Stage, architecture
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
+from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.sample import judged_rows
 from dircluster.evaluation.session import plan, report
+from dircluster.evaluation.sharing import shares
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
@@ -304,15 +306,18 @@ class Run:
             rows = slice(start, stop)
             return test.pixels(rows).to(parallel.device), test.labels[rows].to(parallel.device)
 
+        begun: list[AttackSpec] = []
+
         def on_shard(shard: EvalShard, done: int, total: int) -> None:
-            if shard.number == 0 or done == 0:
+            if shard.spec not in begun:
+                begun.append(shard.spec)
                 say(f"evaluation: {shard.spec.name}, randomness {shard.spec.randomness}, of {shard.spec.judged}")
 
         left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
             with interruptible(defense.classifier, self.console), uncompiled(config.training.compile):
-                run(evaluation, batch, on_shard, parallel.rank, parallel.world)
+                run(evaluation, batch, on_shard, shares(evaluation, parallel.world)[parallel.rank].__contains__)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()

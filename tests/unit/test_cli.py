@@ -298,3 +298,13 @@ def test_threads_of_a_job_spin_briefly_unless_somebody_said_otherwise(
     assert cli.execute(cli.TrainJob, ["digits"], lambda job: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0) == 0
     assert seen == [found]
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "workers"),
+    [([], "1"), (["--scaling.workers", "1:2"], "1"), (["--scaling.workers", "1:3"], "1:3"), (["--seed", "1"], "1")],
+)
+def test_trials_and_systems_take_the_fewest_workers_of_their_preset(words: list[str], workers: str) -> None:
+    job = cli.parse(cli.TuneJob, ["digits", *words])
+    assert ":" in str(job.run.scaling.workers)
+    assert str(cli.with_fewest_workers(job).run.scaling.workers) == workers

@@ -192,12 +192,13 @@ class _Judging:
 
     def _here(self, evaluation_job: EvaluationJob, indices: list[int], parallel: Any) -> int:
         from dircluster.defenses.base import Defended
+        from dircluster.evaluation.sharing import shares
         from dircluster.training.interrupt import Interrupted, interruptible
 
         module = evaluation_job.victim.module
         watched = module.classifier if isinstance(module, Defended) else module
-        share = evaluation_job.evaluation.share(parallel.rank, parallel.world)
-        mine = [index for index in indices if evaluation_job.shards[index] in share]
+        share = shares(evaluation_job.evaluation, parallel.world)[parallel.rank]
+        mine = [index for index in indices if index in share]
         try:
             with interruptible(watched, self.terminal):
                 for index in mine:

@@ -74,9 +74,11 @@ def plan(job: cli.TrainJob) -> str:
     ]
     found = _measured(job, config) if job.calibration is None else from_summary(job.calibration)
     made = forecast(config, found, *sizes)
+    timed = 1 if job.calibration else _together(job, config)
+    by = f", {timed} workers together" if timed > 1 else ""
     lines += [
         "",
-        f"foretold from {found.device}; start and end of the job, storage and exchange come on top",
+        f"foretold from {found.device}{by}; start and end of the job, storage and exchange come on top",
         *_table(made),
     ]
     if left := evaluation_operations(config)[1]:
@@ -115,14 +117,20 @@ def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]
 
 
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:
-    """Timed on as many workers as Ray will start on this machine, or on this one."""
-    scaling = config.scaling
-    here = job.launcher == "ray" and not os.environ.get("RAY_ADDRESS")
-    if here and 1 < scaling.most <= max(os.cpu_count() or 1, torch.cuda.device_count()):
-        found: Calibration = on_local_workers(scaling, _calibrate, config)
+    """Timed by as many workers as Ray will start on this machine, together; else by one alone."""
+    if _together(job, config) > 1:
+        found: Calibration = on_local_workers(config.scaling, _calibrate, config)
         return found
-    with local_workers(scaling) as parallel:
+    with local_workers(config.scaling) as parallel:
         return calibrate(config, parallel)
+
+
+def _together(job: cli.TrainJob, config: RunConfig) -> int:
+    """The workers that Ray will start on this machine, where that is known and it has a device for each; else 1."""
+    scaling, gpus = config.scaling, torch.cuda.device_count()
+    devices = os.cpu_count() or 1 if scaling.device == "cpu" or not gpus else gpus
+    alone = job.launcher == "ray" and not os.environ.get("RAY_ADDRESS") and scaling.most <= devices
+    return scaling.most if alone else 1
 
 
 def _calibrate(parallel: Parallel, config: RunConfig) -> Calibration:

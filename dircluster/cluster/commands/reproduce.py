@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
 
 
 def _reproduce(job: cli.ReproduceJob) -> int:
+    job = cli.with_fewest_workers(job)
     only = tuple(word.strip() for word in job.only.split(",") if word.strip())
     chosen = _chosen(job, only)
     given = {name: value for name, value in cli.describe(job).items() if name != "seed"}

@@ -21,7 +21,8 @@ def _tune(job: cli.TuneJob) -> int:
         raise ConfigError("--space is missing: give a file such as tune_spaces/alpha.py")
     if job.asha and job.seeds > 1:
         raise ConfigError("--asha compares trials of one seed each: leave out --seeds, or --asha")
-    space = fitted(load_space(job.space), job.run, job.search)
+    space, job = load_space(job.space), cli.with_fewest_workers(job)
+    space = fitted(space, job.run, job.search)
 
     from dircluster.cluster import preflight, storage
     from dircluster.cluster.console import Terminal

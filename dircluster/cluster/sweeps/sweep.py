@@ -27,16 +27,10 @@ from dircluster.cluster.tracking.jobs import finish_job, open_job
 from dircluster.cluster.tracking.owners import beating
 from dircluster.cluster.tracking.tracker import MlflowTracker
 from dircluster.cluster.version import commit
-from dircluster.config import ConfigError, RunConfig, ScalingConfig, digest, first_line, with_values
+from dircluster.config import ConfigError, RunConfig, digest, first_line, with_values
 from dircluster.evaluation.sweep_table import Point, Trial, best, by_point, figure, table
 from dircluster.presets import run_to_plain
 from dircluster.training.stages import stages_of
-
-
-def scaling_of_trials(job: cli.TuneJob) -> ScalingConfig:
-    """What a trial runs on: the fewest workers of its preset, unless it is said: more trials at a time do more."""
-    scaling = job.run.scaling
-    return scaling if "scaling.workers" in job.given else dataclasses.replace(scaling, workers=scaling.least)
 
 
 class Sweep:
@@ -94,7 +88,7 @@ class Sweep:
         return 1 if failed else 0
 
     def _plan(self) -> Plan:
-        scaling, found, wanted = scaling_of_trials(self.job), ray.cluster_resources(), self.job.max_concurrent
+        scaling, found, wanted = self.config.scaling, ray.cluster_resources(), self.job.max_concurrent
         on_gpu = scaling.device == "gpu" or (scaling.device == "auto" and found.get("GPU", 0) >= scaling.least)
         kind = "GPU" if on_gpu else "CPU"
         room = int(found.get(kind, 0)) // scaling.most

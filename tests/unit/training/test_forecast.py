@@ -6,12 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 
 from dircluster.attacks.apgd import malt_gradients
-from dircluster.config import ConfigError, RunConfig, ScalingConfig
+from dircluster.config import ConfigError, ParallelConfig, RunConfig, ScalingConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
@@ -26,6 +27,7 @@ from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.training import costs, stages
 from dircluster.training import forecast as module
+from dircluster.training.checkpoint import DamagedError
 from dircluster.training.costs import (
     counting,
     evaluation_operations,
@@ -142,21 +144,45 @@ def _calibrated(parallel: Parallel, config: RunConfig) -> Calibration:
     return calibrate(config, parallel, budget=0.01)
 
 
-def test_a_machine_is_calibrated_on_all_workers_at_once(smoke: DirRun) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_machine_is_calibrated_on_all_workers_at_once(smoke: DirRun, strategy: Literal["ddp", "fsdp"]) -> None:
     two = ScalingConfig(workers=2, threads=1, device="cpu")
-    found = on_local_workers(two, _calibrated, dataclasses.replace(smoke, scaling=two))
+    target = dataclasses.replace(smoke.target, ema=None)  # which fsdp has not
+    config = dataclasses.replace(smoke, target=target, scaling=two, parallel=ParallelConfig(strategy))
+    found = on_local_workers(two, _calibrated, config)
     assert set(found.paces) == {"target", "pretrain", "dir", EVALUATION}
     assert all(pace.images <= 8 for name, pace in found.paces.items() if name != EVALUATION)  # each one's half of 16
 
 
-def _failing(parallel: Parallel) -> None:
+def _failing(parallel: Parallel, error: Exception) -> None:
     if not parallel.first:
-        raise ConfigError("the second one has no room")
+        raise error
+    parallel.wait()  # for whom nobody comes to: it is ended
 
 
-def test_a_worker_that_fails_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"^a worker on this machine failed: .*: the second one has no room$"):
-        on_local_workers(ScalingConfig(workers=2, threads=1, device="cpu"), _failing)
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DamagedError("the file of the second one is damaged"), "the file of the second one is damaged"),
+        (OSError("no room\nand a hint"), "a worker on this machine failed: OSError: no room"),
+    ],
+)
+def test_a_worker_that_fails_is_told_in_one_line(
+    error: Exception, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        on_local_workers(ScalingConfig(workers=2, threads=1, device="cpu"), _failing, error)
+    assert str(raised.value) == message
+    assert type(raised.value) is (DamagedError if isinstance(error, DamagedError) else ConfigError)
+    assert capfd.readouterr().err == ""
+
+
+def _large(parallel: Parallel) -> bytes:
+    return bytes(1_000_000)
+
+
+def test_what_a_worker_returns_may_be_large() -> None:
+    assert len(on_local_workers(ScalingConfig(workers=2, threads=1, device="cpu"), _large)) == 1_000_000
 
 
 @pytest.mark.parametrize(

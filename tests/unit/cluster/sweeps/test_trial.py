@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from dircluster import cli
 from dircluster.cluster.runtime.channel import WorkerChannel
 from dircluster.cluster.sweeps import trial as module
 from dircluster.cluster.sweeps.store import Failures, result_of, store
-from dircluster.cluster.sweeps.sweep import scaling_of_trials
 from dircluster.cluster.sweeps.trial import (
     LATEST,
     METRIC,
@@ -318,12 +316,3 @@ def test_only_what_has_several_lines_is_passed_on(
     post.say("worker 0: stack\n  frame")
     assert channel.collect(0).events == ["worker 0: stack\n  frame"]
     assert post.last.strip() == "frame"
-
-
-@pytest.mark.parametrize(
-    ("words", "workers"), [((), "1"), (("--scaling.workers", "1:2"), "1:2"), (("--scaling.workers", "3"), "3")]
-)
-def test_trials_take_the_fewest_workers_of_their_preset(words: tuple[str, ...], workers: str) -> None:
-    job = cli.parse(cli.TuneJob, ["digits", "--space", "tune_spaces/alpha.py", *words])
-    assert job.run.scaling.workers == "1:2" or words
-    assert str(scaling_of_trials(job).workers) == workers
