@@ -102,7 +102,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
         def step(images: int, stage: Stage = stage, steps: dict[int, Any] = steps) -> None:
             if images not in steps:
                 steps.clear()  # the optimizers of one are enough
-                networks.renew(stage.modules)  # they may lie in shards
+                networks.renew(tuple(networks))  # they may lie in shards
                 recipe = stage.recipe(networks)
                 training = replace(config.training, batch_size=images * world)
                 run = replace(config, training=training, scaling=replace(config.scaling, workers=world))
