@@ -120,7 +120,7 @@ class DirRecipe(Recipe):
         self.config = config
         self.threat = attack
         self.trained = ("denoiser", "classifier") if config.joint else ("denoiser",)
-        self.attacks_deployed = True
+        self.attacks_deployed = config.crafting_masks == "shared"  # else it is weaker by not knowing the masks
 
     @property
     def capturable(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dircluster.config import require
 from dircluster.defenses.dir import DirRecipe, MaskedPurifier
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.defenses.stage import Modules
@@ -25,6 +26,11 @@ def compared(run: DirRun) -> dict[str, tuple[DirRun, Callable[[Modules], Recipe]
 
     The paper's step written plainly, the same by DIR's recipe, and the one with fast crafting.
     """
+    knobs = run.dir
+    require(
+        run.attack.norm == "linf" and not knobs.joint and knobs.crafting_masks == "shared" and not knobs.mse_weight,
+        "--compare is of Algorithm 1: attack.norm linf, dir.crafting_masks shared, dir.mse_weight 0, no dir.joint",
+    )
     paper = with_paper_crafting(run)
 
     def plain(modules: Modules) -> PlainDirRecipe:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from dircluster.config import ConfigError, RunConfig
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
-from dircluster.doctor.findings import Finding, at_most, seen, skipped
+from dircluster.doctor.findings import Finding, at_most, largest, seen, skipped
 from dircluster.doctor.machine import Machine, pictures, plain, trainer, true_fp32
 from dircluster.presets import run_from_plain, run_to_plain
 from dircluster.training.profiling import mean_seconds
@@ -62,7 +62,7 @@ def several(machine: Machine, budget: float) -> Iterator[Finding]:
     note = f"{kind}, {workers} processes, {found['bytes'] / 2**20:.0f} MiB"
     yield seen("all-reduce", found["bytes a second"] / 1e9, "GB/s sent by each", note)
     for strategy in ("ddp", "fsdp"):
-        apart = max(abs(a - b) / abs(a) for a, b in zip(one, found[strategy], strict=True))
+        apart = largest(abs(a - b) / abs(a) for a, b in zip(one, found[strategy], strict=True))
         note = f"{found[f'{strategy} seconds']:.2f} s a step of {size} images"
         yield at_most(f"losses by {strategy}, apart", apart, APART, note=note)
 

@@ -63,6 +63,12 @@ def at_most(
     return Finding(name, "ok" if figure <= most else otherwise, figure, unit, f"<= {brief(most)}", note)
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest of them; NaN where one is, which ``max`` may pass over."""
+    found = list(values)
+    return next((value for value in found if math.isnan(value)), max(found))
+
+
 def at_least(
     name: str, figure: float, least: float, unit: str = "", note: str = "", otherwise: Status = "fail"
 ) -> Finding:

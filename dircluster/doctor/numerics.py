@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from dircluster.defenses.base import Purifier
-from dircluster.doctor.findings import Finding, at_least, at_most, skipped
+from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
 from dircluster.doctor.machine import Machine, drawn, relative, true_fp32
 from dircluster.evaluation.victim import Masked
 from dircluster.rng import Stream
@@ -71,7 +71,7 @@ def attention_error(attend: Attention, shape: tuple[int, ...], dtype: torch.dtyp
     made = attend(*narrow)
     gradients = torch.autograd.grad(made, narrow, onto.to(device))
     references = torch.autograd.grad(reference, wide, onto.double())
-    return max(map(relative, (made, *gradients), (reference, *references)))
+    return largest(map(relative, (made, *gradients), (reference, *references)))
 
 
 def attention(machine: Machine, attend: Attention = F.scaled_dot_product_attention) -> Iterator[Finding]:
@@ -94,7 +94,7 @@ def attention(machine: Machine, attend: Attention = F.scaled_dot_product_attenti
                     absent.append(kernel)
             note = ", ".join([*(f"{kernel} {error:.1e}" for kernel, error in errors.items())])
             note += f"; none of {', '.join(absent)} here" if absent else ""
-            yield at_most(name, max(errors.values()), most, note=note)
+            yield at_most(name, largest(errors.values()), most, note=note)
 
 
 def passed(g: nn.Module, h: nn.Module, images: Tensor, draws: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def agreement(machine: Machine) -> Iterator[Finding]:
         for kind, most in (("", outputs), ("gradient of ", gradients)):
             errors = {name: relative(found[kind + name], reference[kind + name]) for name in ("g", "h", "h(g)")}
             note = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-            yield at_most(f"{kind or 'output of '}g, h, h(g) in {precision}", max(errors.values()), most, note=note)
+            yield at_most(f"{kind or 'output of '}g, h, h(g) in {precision}", largest(errors.values()), most, note=note)
     shares = {
         name: _same_signs(found[f"gradient of {name}"], reference[f"gradient of {name}"]) for name in ("h", "h(g)")
     }

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dircluster.config import RunConfig
-from dircluster.doctor.findings import Finding, at_least, at_most, skipped
+from dircluster.config import ConfigError, RunConfig
+from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
 from dircluster.doctor.machine import Machine, plain, switch, trainer, true_fp32
 from dircluster.presets import preset
 from dircluster.training import checkpoint
@@ -105,8 +105,12 @@ def steps(machine: Machine) -> Iterator[Finding]:
             if reason:
                 yield skipped(f"{word} steps", reason)
                 continue
-            other, _, there = _steps(plain(config, **{name: switch(config, name, True)}), machine, count)
-            apart = max(abs(a - b) / abs(a) for a, b in zip(losses, other, strict=True))
+            try:
+                other, _, there = _steps(plain(config, **{name: switch(config, name, True)}), machine, count)
+            except ConfigError as error:  # such as a recipe whose steps differ
+                yield skipped(f"{word} steps", str(error))
+                continue
+            apart = largest(abs(a - b) / abs(a) for a, b in zip(losses, other, strict=True))
             yield at_most(f"losses of {word} steps, apart", apart, APART["losses"], note=_shown(other))
             yield at_most(f"moves of {word} steps, apart", _apart(there, moved, start), APART["moves"], "of their way")
 

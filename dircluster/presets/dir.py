@@ -227,7 +227,8 @@ def with_paper_crafting(run: DirRun) -> DirRun:
 def with_fast_crafting(run: DirRun) -> DirRun:
     """``run`` with three PGD steps of half the radius on the target, then one on the pipeline, and Eq. 4 in two."""
     half = run.attack.epsilon / 2
-    attack = replace(run.attack, steps=3, training_step_size=half, crafting="target_first", pipeline_steps=1)
+    attack = replace(run.attack, steps=3, training_step_size=half, crafting="target_first")
+    attack = replace(attack, pipeline_steps=1, pipeline_every=1)
     return replace(run, attack=attack, dir=replace(run.dir, perturb_steps=2, perturb_step_size=half))
 
 

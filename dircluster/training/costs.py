@@ -42,26 +42,28 @@ class Costs:
     target_forward: int
     purifier_parameters: int
     target_parameters: int
-    purifier_block_parameters: int
-    """Of the purifier's parameters, those in blocks that fsdp gathers one by one."""
 
-    def exchanged(self, config: RunConfig, stage: Stage, workers: int) -> int:
-        """Bytes that each of ``workers`` sends in a step of a stage that trains the purifier alone, and receives.
 
-        ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and
-        update, those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes
-        four bytes, that of a block two in bf16; a gradient takes four.
-        """
-        if workers == 1:
-            return 0
-        weights = 4 * self.purifier_parameters
-        if config.parallel.strategy == "ddp":
-            return 2 * weights * (workers - 1) // workers
-        passes = stage.passes * pieces(config.training.batch_size, workers, config.training.microbatch)
-        width = 2 if config.training.precision == "bf16" else 4
-        blocks = self.purifier_block_parameters
-        gathered = passes * (2 * width * blocks + 4 * (self.purifier_parameters - blocks))
-        return (gathered + weights) * (workers - 1) // workers
+def exchanged(config: RunConfig, stage: Stage, workers: int, half: bool = False) -> int:
+    """Bytes that each of ``workers`` sends in a step of ``stage``, for what it trains, and receives.
+
+    ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and update,
+    those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes four bytes,
+    that of a block two where it is computed in ``half`` the precision; a gradient takes four.
+    """
+    if workers == 1:
+        return 0
+    networks = meta_networks(config)
+    trained = [networks[name] for name in stage.optimizers]
+    parameters = sum(map(_parameters, trained))
+    weights = 4 * parameters
+    if config.parallel.strategy == "ddp":
+        return 2 * weights * (workers - 1) // workers
+    passes = stage.passes * pieces(config.training.batch_size, workers, config.training.microbatch)
+    parts = [part for network in trained for part in network.modules() if isinstance(part, SHARDED_ALONE)]
+    blocks = sum(map(_parameters, parts))
+    gathered = passes * (2 * (2 if half else 4) * blocks + 4 * (parameters - blocks))
+    return (gathered + weights) * (workers - 1) // workers
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -159,19 +161,24 @@ def recipe_on_meta(config: RunConfig, stage: str) -> Recipe:
 
 @cache
 def step_operations(config: RunConfig, stage: str) -> int:
-    """Operations of one global batch in ``stage``, by its name: attack, forward and backward.
+    """Operations of one global batch in ``stage``, by its name: attack, forward and backward; of batches a mean.
 
     The step itself runs, on two images and the meta device, where nothing is computed: layers of batch statistics need
     two. Where activations are computed again, that counts too.
     """
-    recipe = recipe_on_meta(config, stage)
+    recipe, every = recipe_on_meta(config, stage), config.attack.pipeline_every
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
-    stream = Stream(config.seed, 0, 0, IMAGES, slice(0, IMAGES), torch.device("meta"))
-    with counting() as found:
-        batch = recipe.attack(recipe.batch(_images(config, IMAGES), labels, stream))
-        for update in range(len(recipe.updates)):
-            torch.autograd.backward(recipe(batch, update)["loss"])
-    return found.total * config.training.batch_size // IMAGES
+
+    def operations(number: int) -> int:
+        stream = Stream(config.seed, 0, number, IMAGES, slice(0, IMAGES), torch.device("meta"))
+        with counting() as found:
+            batch = recipe.attack(recipe.batch(_images(config, IMAGES), labels, stream))
+            for update in range(len(recipe.updates)):
+                torch.autograd.backward(recipe(batch, update)["loss"])
+        return found.total
+
+    mean = operations(0) if every == 1 else (operations(0) + (every - 1) * operations(1)) / every
+    return int(mean * config.training.batch_size / IMAGES)
 
 
 def meta_networks(config: RunConfig) -> dict[str, nn.Module]:
@@ -193,13 +200,11 @@ def count(config: RunConfig) -> Costs:
     purifier, classifier = networks[find_defense(config.defense).purifier], networks["classifier"]
     assert isinstance(purifier, Purifier)
     drawn, image = purifier.draw(torch.Generator(), 1), _images(config, 1)
-    blocks = [part for part in purifier.modules() if isinstance(part, SHARDED_ALONE)]
     return Costs(
         forward_operations(purifier, image, None if drawn is None else drawn.to("meta")),
         forward_operations(classifier, image),
         _parameters(purifier),
         _parameters(classifier),
-        sum(_parameters(block) for block in blocks),
     )
 
 

@@ -20,13 +20,16 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
 
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.split import Split
+from dircluster.defenses.base import Defended
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
+from dircluster.evaluation.evaluation import crafting
+from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
+from dircluster.models.precision import autocast
 from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.costs import (
@@ -262,11 +265,12 @@ def _image(config: RunConfig) -> torch.Tensor:
     return torch.zeros(1, config.data.channels, config.data.height, config.data.width, device="meta")
 
 
-def _gradient(defense: nn.Module, config: RunConfig, images: int) -> None:
-    """One gradient of an attack on the whole pipeline."""
+def _gradient(defense: Defended, config: RunConfig, images: int) -> None:
+    """One gradient of an attack on the whole pipeline, in the precision that attacks are crafted in."""
     device = next(defense.parameters()).device
     asked = _random(config, images).pixels(slice(images)).to(device).requires_grad_(True)
-    with under_attack(defense):
+    precision = crafting(config.evaluation.precision, VictimModel(defense.fresh(), config.defense), device)
+    with under_attack(defense), autocast(precision, device, defense):
         torch.autograd.grad(defense(asked).sum(), asked)
 
 

@@ -246,7 +246,8 @@ class Trainer(Stepper):
         curves: dict[str, float] = {}
         with self._as_kept():
             if self.recipe.attacks_deployed:
-                gap = overfitting(self.recipe, deployed, self.held_out, self.config, self.parallel)
+                few = min(128, self.config.training.select_images)
+                gap = overfitting(self.recipe, deployed, self.held_out, self.config, self.parallel, few)
                 curves["held_out/overfitting"] = gap
                 self._warn(gap)
             natural, robust = held_out_accuracy(deployed, self.held_out, self.config, self.parallel)

@@ -20,7 +20,7 @@ from dircluster.models.modules import under_attack
 from dircluster.presets import preset
 from dircluster.rng import Stream
 from dircluster.training import stages
-from dircluster.training.costs import count
+from dircluster.training.costs import count, exchanged
 
 SENT = [0]
 """Bytes that this worker has sent."""
@@ -117,8 +117,8 @@ def main() -> None:
             "sharding changes the gradient by": _apart(expected, gradients),
             "recomputing changes the gradient by": _apart(gradients, again),
             "validating changes the gradient by": _apart(before, after),
-            "sent to predicted, ddp": replicated_bytes / costs.exchanged(config, stage, 2),
-            "sent to predicted, fsdp": sharded_bytes / costs.exchanged(sharded, stage, 2),
+            "sent to predicted, ddp": replicated_bytes / exchanged(config, stage, 2),
+            "sent to predicted, fsdp": sharded_bytes / exchanged(sharded, stage, 2),
         }
         if parallel.first:
             print(json.dumps(found))

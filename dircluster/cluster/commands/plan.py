@@ -19,7 +19,8 @@ from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers, on_local_workers
 from dircluster.distributed.parallel import Parallel
-from dircluster.training.costs import count, evaluation_operations, step_operations
+from dircluster.models.precision import is_half
+from dircluster.training.costs import count, evaluation_operations, exchanged, step_operations
 from dircluster.training.export import load_target
 from dircluster.training.forecast import (
     Calibration,
@@ -63,8 +64,10 @@ def plan(job: cli.TrainJob) -> str:
     workers = config.scaling.most
     if workers > 1:
         last = planned_stages(config)[-1]
+        on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and torch.cuda.device_count() > 0)
+        half = is_half(config.training.precision, torch.device("cuda" if on_gpu else "cpu"))
         lines.append(
-            f"exchange  {costs.exchanged(config, last, workers) / 2**20:,.1f} MiB sent and received by each of"
+            f"exchange  {exchanged(config, last, workers, half) / 2**20:,.1f} MiB sent and received by each of"
             f" {workers} workers in a step of {last.name} ({config.parallel.strategy})"
         )
     lines += [

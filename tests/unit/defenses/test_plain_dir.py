@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from dircluster.config import ConfigError
 from dircluster.defenses import dir as dir_defense
 from dircluster.defenses.dir import DirRecipe, MaskedPurifier
 from dircluster.defenses.plain_dir import PlainDirRecipe, compared
@@ -52,6 +53,16 @@ def test_it_is_neither_captured_nor_compiled() -> None:
         networks = {n: dir_defense.DEFENSE.build(run, n) for n in ("classifier", "denoiser")}
         made = (recipe or stages_of(found)[-1].recipe)(networks)
         assert made.capturable is not plain
+
+
+@pytest.mark.parametrize("name", ["cifar10_joint_smoke", "l2"])
+def test_what_it_does_not_compute_is_refused(name: str) -> None:
+    run = preset("digits_smoke" if name == "l2" else name)
+    assert isinstance(run, DirRun)
+    if name == "l2":
+        run = dataclasses.replace(run, attack=dataclasses.replace(run.attack, norm="l2", epsilon=1.0))
+    with pytest.raises(ConfigError, match="--compare is of Algorithm 1"):
+        compared(run)
 
 
 def test_fast_crafting_and_the_papers_undo_one_another() -> None:

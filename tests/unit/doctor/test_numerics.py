@@ -54,6 +54,19 @@ def test_attention_that_is_off_fails(machine: Machine, forward: bool) -> None:
     assert len(failed(numerics.attention(machine, off))) == 4
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_attention_that_gives_nan_in_one_kernel_fails(machine: Machine, first: bool) -> None:
+    calls: list[int] = []
+
+    def some(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(1)
+        return whole_attention(q, k, v) * (float("nan") if len(calls) % 2 == first else 1.0)
+
+    found = list(numerics.attention(machine, some))
+    assert len(calls) > len(found)  # several kernels each
+    assert {finding.status for finding in found} == {"fail"}
+
+
 def broken_forward(self: MaskedPurifier, images: Tensor, draws: Tensor | None = None, kind: str = "") -> Tensor:
     """Wrong where it does not compute in float64, as the reference does."""
     made = whole_forward(self, images, draws)

@@ -29,8 +29,10 @@ from dircluster.training import costs, stages
 from dircluster.training import forecast as module
 from dircluster.training.checkpoint import DamagedError
 from dircluster.training.costs import (
+    count,
     counting,
     evaluation_operations,
+    exchanged,
     forward_operations,
     gradient_operations,
     meta_networks,
@@ -138,6 +140,20 @@ def test_a_machine_is_calibrated_and_its_summary_read(smoke: DirRun, tmp_path: P
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"calibration": dataclasses.asdict(found)}))
     assert from_summary(file) == found
+
+
+def test_a_step_exchanges_what_its_stage_trains() -> None:
+    joint, plain = preset("cifar10_joint"), preset("cifar10")
+
+    def sent(run: RunConfig, strategy: Literal["ddp", "fsdp"] = "ddp", half: bool = False) -> int:
+        found = dataclasses.replace(run, parallel=ParallelConfig(strategy))
+        return exchanged(found, stages.stages_of(found)[-1], 8, half)
+
+    counted = count(plain)
+    assert sent(plain) == 2 * 4 * counted.purifier_parameters * 7 // 8
+    assert sent(joint) == 2 * 4 * (counted.purifier_parameters + counted.target_parameters) * 7 // 8
+    assert sent(plain, half=True) == sent(plain)  # gradients are whole
+    assert 0.5 < sent(plain, "fsdp", half=True) / sent(plain, "fsdp") < 0.6
 
 
 def _calibrated(parallel: Parallel, config: RunConfig) -> Calibration:

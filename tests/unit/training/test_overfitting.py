@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dircluster import rng
 from dircluster.config import AttackConfig, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.sources import load
@@ -19,10 +20,11 @@ from dircluster.defenses.stage import Stage
 from dircluster.defenses.target import TargetRecipe
 from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
+from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
-from dircluster.training.validation import held_out_accuracy, overfitting
+from dircluster.training.validation import _all_attacked, held_out_accuracy, overfitting
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
@@ -83,6 +85,32 @@ def test_it_is_what_pgd_takes_where_the_training_attack_takes_nothing(classifier
     natural, robust = held_out_accuracy(classifier, load(run.data, run.seed).held_out, again, ALONE)
     assert natural - robust > 0.3
     assert gap(Harmless(classifier, run.target, run.attack), run) == pytest.approx(natural - robust)
+
+
+@pytest.mark.parametrize("system", ["digits_hgd_a_smoke", "digits_apegan_a_smoke"])
+def test_images_that_stay_natural_are_attacked_in_it_too(system: str) -> None:
+    found = preset(system)
+    networks = stages.Networks(found, ALONE)
+    recipe = stages.stages_of(found)[-1].recipe(networks).eval()
+    assert recipe.attacks_deployed
+    images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    batch = recipe.batch(images, labels, rng.Stream(0, 0, 0, 16, slice(0, 16), ALONE.device))
+    moved = [(recipe.attack(made).attacked != images).flatten(1).any(dim=1) for made in (batch, _all_attacked(batch))]
+    assert moved[1].all()
+    assert not moved[0].all()
+
+
+def test_batches_with_steps_on_the_pipeline_are_no_measure_of_the_others() -> None:
+    batch = Batch(torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), {"pgd": torch.rand(2, 1, 8, 8)}, number=0)
+    assert _all_attacked(batch).number % 4 != 0
+    assert _all_attacked(batch).draws.keys() == {"pgd"}
+
+
+def test_an_attack_that_does_not_know_the_masks_is_no_gauge() -> None:
+    for name, gauged in (("digits_smoke", True), ("cifar10_joint_smoke", False)):
+        found = preset(name)
+        recipe = stages.stages_of(found)[-1].recipe(stages.Networks(found, ALONE))
+        assert recipe.attacks_deployed is gauged
 
 
 @pytest.mark.parametrize(("kind", "warned"), [(Harmless, True), (TargetRecipe, False)])
