@@ -2,7 +2,8 @@
 
 What lies on this machine is looked at; of what lies in object storage it is asked whether it exists. Paths that only
 the nodes of a cluster may have are left to its workers. PyTorch is imported, for a second or two more, where a target
-is given, or made by other code than this package's, and where sizes may be more than there is memory for.
+is given, or made by other code than this package's, where sizes may be more than there is memory for, and where steps
+are to be captured or compiled.
 """
 
 from __future__ import annotations
@@ -62,9 +63,27 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
         _check_sizes(config)
     if reads:
         if trains:
+            _check_switches(config)
             _try_target(config)
         if download and config.data.uri is None and not elsewhere():
             check_download(config.data.name, config.storage.uri)
+
+
+def _check_switches(config: RunConfig) -> None:
+    """Raise ConfigError where this machine, which trains, cannot capture or compile what it is asked to."""
+    if elsewhere() or not (config.training.capture == "on" or config.training.compile):
+        return
+    import torch
+
+    from dircluster.distributed.parallel import Parallel
+    from dircluster.training.capture import check_capture
+    from dircluster.training.compiling import check_compiler
+
+    on_gpu = config.scaling.device != "cpu" and torch.cuda.device_count() >= config.scaling.least
+    device = torch.device("cuda" if on_gpu else "cpu")
+    check_capture(config, Parallel(0, config.scaling.least, device))
+    if config.training.compile:
+        check_compiler(device)
 
 
 def check_download(name: str, storage_uri: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.distributed.parallel import Parallel
+from dircluster.training.stages import stages_of
 
 WARM_UP = 3
 """Steps that are made before one is recorded: libraries choose their kernels and memory in the first ones."""
@@ -136,11 +137,7 @@ def captured_step(
     switch = config.training.capture
     if recorder is None and parallel.device.type == "cuda":
         recorder = GraphRecorder(parallel.device)
-    obstacle = _obstacle(config, parallel, recorder is not None)
-    if len(recipe.updates) > 1:
-        obstacle = obstacle or "it has several updates"
-    elif not recipe.capturable:
-        obstacle = obstacle or "its passes depend on more than tensors"
+    obstacle = _obstacle(config, parallel, recorder is not None) or _obstacle_of(recipe)
     if switch == "on" and obstacle:
         raise _refusal(obstacle)
     if switch == "off" or obstacle or recorder is None or (switch == "auto" and not _known(recipe)):
@@ -149,10 +146,18 @@ def captured_step(
 
 
 def check_capture(config: RunConfig, parallel: Parallel) -> None:
-    """Raise ConfigError where ``training.capture`` is on and no stage of the run can be captured here."""
-    obstacle = _obstacle(config, parallel, parallel.device.type == "cuda")
-    if config.training.capture == "on" and obstacle:
+    """Raise ConfigError where ``training.capture`` is on and a stage that the run trains cannot be captured here."""
+    if config.training.capture != "on":
+        return
+    if obstacle := _obstacle(config, parallel, parallel.device.type == "cuda"):
         raise _refusal(obstacle)
+
+    from dircluster.training.costs import recipe_on_meta  # which counts steps, and so needs this module
+
+    for stage in stages_of(config):
+        given = stage.name == "target" and config.target.uri is not None
+        if not given and (obstacle := _obstacle_of(recipe_on_meta(config, stage.name))):
+            raise _refusal(f"of {stage.name} {obstacle}")
 
 
 def _refusal(obstacle: str) -> ConfigError:
@@ -169,6 +174,13 @@ def _obstacle(config: RunConfig, parallel: Parallel, recordable: bool) -> str:
         "parallel.activation_checkpointing keeps random states": config.parallel.activation_checkpointing,
     }
     return next((reason for reason, holds in found.items() if holds), "")
+
+
+def _obstacle_of(recipe: Recipe) -> str:
+    """Why no step of a recipe can be recorded; empty where nothing stands against it."""
+    if len(recipe.updates) > 1:
+        return "it has several updates"
+    return "" if recipe.capturable else "its passes depend on more than tensors"
 
 
 def _known(recipe: Recipe) -> bool:

@@ -194,6 +194,21 @@ def test_networks_that_cannot_be_are_refused_before_anything_starts(words: str, 
     assert "\n" not in str(refusal.value)
 
 
+def test_switches_that_this_machine_cannot_fulfil_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"training.capture is on, .* captured here: it runs on the CPU"):
+        check("training.capture on scaling.device cpu")
+
+    def missing(device: torch.device) -> None:
+        raise ConfigError(f"no compiler for the {device.type}")
+
+    monkeypatch.setattr("dircluster.training.compiling.check_compiler", missing)
+    run = run_of("scaling.device cpu")
+    compiled = dataclasses.replace(run, training=dataclasses.replace(run.training, compile=True))
+    with pytest.raises(ConfigError, match="no compiler for the cpu"):
+        preflight.check(compiled)
+    preflight.check(compiled, trains=False)
+
+
 def test_the_target_of_an_evaluation_is_loaded_there(tmp_path: Path) -> None:
     WRONG_TARGETS["junk"][0](tmp_path / "h.pt")
     preflight.check(run_of(f"target.uri {tmp_path / 'h.pt'}"), trains=False)

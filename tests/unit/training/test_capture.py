@@ -20,6 +20,7 @@ from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.recipe import Batch
 from dircluster.distributed.parallel import Parallel
+from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.training import stages
 from dircluster.training.capture import WARM_UP, CapturedStep, captured_step, check_capture
@@ -294,6 +295,23 @@ def test_a_cpu_is_refused_before_data_is_read(whole: DirRun) -> None:
         Run(whole, ALONE, NoTracker(), Quiet()).execute()
     assert not Path(whole.storage.uri).exists()
     check_capture(uncaptured(whole), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digits_apegan_smoke", "of apegan it has several updates"),
+        ("digits_ebm_smoke", "of ebm its passes depend on more than tensors"),
+    ],
+)
+def test_a_stage_that_cannot_be_captured_is_refused_before_the_first_is_trained(name: str, words: str) -> None:
+    run = preset(name)
+    training = dataclasses.replace(run.training, capture="on", microbatch=None)
+    on_gpu = Parallel(0, 1, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=words):
+        check_capture(dataclasses.replace(run, training=training), on_gpu)
+    plain = dataclasses.replace(preset("digits_hgd_smoke"), training=training)
+    check_capture(plain, on_gpu)
 
 
 def test_what_cannot_be_recorded_runs_uncaptured_unless_it_was_asked_for(whole: DirRun, tmp_path: Path) -> None:
