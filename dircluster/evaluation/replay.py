@@ -15,6 +15,8 @@ from dircluster.evaluation.results import Result
 TOLERANCE = 0.02
 """Share of images by which an accuracy may differ on another kind of machine or by other code; two at the least."""
 FACTS = ("defense", "digest", "data", "seed", "commit", "machine", "settings")
+SETTINGS = ("norm", "epsilon", "steps", "step_size", "restarts", "eot", "loss", "average")
+"""Of an attack, that a row and the spec behind it must both have."""
 
 
 def read_rows(file: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
@@ -55,14 +57,20 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
         bare = spec.judged == "target"
         named = ("none" if bare else defense, spec.name, "none" if bare else spec.randomness)
         if named == (row["defense"], row["attack"], row["randomness"]):
-            for name in ("norm", "epsilon", "steps", "restarts", "eot", "loss", "average"):
-                if getattr(spec, name) != row[name]:
+            own = {name: getattr(spec, name) for name in SETTINGS} | {"protocol": spec.protocol_name}
+            for name, value in own.items():
+                if value != row.get(name):
                     raise ConfigError(
-                        f"row {name_of(row)} has {name} {row[name]}, and this code's has {getattr(spec, name)}: check"
-                        " out the commit of the row"
+                        f"row {name_of(row)} has {name.replace('_', ' ')} {row.get(name)}, and this code's has {value}:"
+                        " check out the commit of the row"
                     )
             return spec
     raise ConfigError(f"this code's suite has no row {name_of(row)}: check out the commit of the row")
+
+
+def is_same_code(here: str, there: object) -> bool:
+    """Whether two versions of the code are one. With a + they have changes that no commit holds, and never are."""
+    return here == there and not here.endswith("+")
 
 
 @dataclass(frozen=True)

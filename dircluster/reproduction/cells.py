@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,8 +16,12 @@ from dircluster.reproduction.exhibits import MEASURED, OWN_TARGET, Exhibit, Line
 from dircluster.reproduction.plan import Plan
 
 Row = Mapping[str, Any]
+Rows = Sequence[Row | None]
+"""A row a seed, None where it gives none."""
 STRONGEST = "strongest"
 """The column of the row that leaves a defense least."""
+QUERIES = 5000
+"""Of Square in AutoAttack standard, which its name does not say."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Found:
     attack: str = ""
     """As rows of results call it, with what the attacker knows."""
     how: str = ""
-    """Its settings."""
+    """Its settings, all that differ over the seeds."""
     marked: bool = False
     """Whether a seed's row is marked: its attack may have been weak."""
 
@@ -60,14 +64,21 @@ class Cell:
     """Why nothing was found, or not at all seeds."""
     printed: Printed | None = None
     difference: float | None = None
-    """Found less printed, where both are of the same data, in the unit of the printed number."""
+    """Found less printed, where both are of the same data and attack, in the unit of the printed number."""
     gain: float | None = None
-    """Over the bare target, points."""
+    """Over the bare target, points: the mean over the seeds at which both ended."""
     printed_gain: float | None = None
     commands: tuple[str, ...] = ()
     """That make it again, one a seed."""
     factor: float = 1.0
     """Of the schedules that it was trained by."""
+    seeds: int = 0
+    """That were asked for; 0 where that is not known."""
+
+    @property
+    def lacking(self) -> bool:
+        """Whether some seeds gave a number, and others none."""
+        return self.found is not None and len(self.found.values) < self.seeds
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,6 +104,8 @@ class Outcome:
     commands: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
     """By column of MEASURED."""
+    untimed: Mapping[str, str] = field(default_factory=dict)
+    """Why it could not be timed, by the same columns."""
 
 
 def row_of(rows: Sequence[Row], column: str) -> Row | None:
@@ -106,11 +119,11 @@ def row_of(rows: Sequence[Row], column: str) -> Row | None:
 
 
 def cells_of(
-    plan: Plan, exhibit: Exhibit, outcomes: Mapping[str, Outcome], norm: str, same_data: bool
+    plan: Plan, exhibit: Exhibit, outcomes: Mapping[str, Outcome], norm: str, comparable: bool
 ) -> list[list[Cell]]:
     """The cells of an exhibit, a list a line: its columns, then the strongest attack.
 
-    ``outcomes`` by key; ``same_data`` says whether the printed numbers are of the data that was judged.
+    ``outcomes`` by key; ``comparable`` says whether the printed numbers are of the data and threat that were judged.
     """
     made = []
     for line in exhibit.lines:
@@ -119,22 +132,25 @@ def cells_of(
         below = [] if bare is None else [outcomes[unit.key] for unit in plan.units(exhibit, bare)]
         columns = []
         for column in (*exhibit.columns, STRONGEST):
-            found = _found(ended, column, norm)
-            under = _found(below, column, norm) if column not in MEASURED else None
+            rows, under = _rows(ended, column, norm), _rows(below, column, norm)
+            found = _measured(ended, column) if column in MEASURED else _found(rows)
             printed, at_bare = line.printed.get(column), bare.printed.get(column) if bare else None
             scale = 1 if column in MEASURED else 100
+            same = comparable and all(_is_own(row, column) for row in rows if row is not None)
+            errors = [*(each.error for each in ended), *(each.untimed.get(column, "") for each in ended)]
             columns.append(
                 Cell(
                     line.label,
                     column,
                     found,
-                    "; ".join(dict.fromkeys(each.error for each in ended if each.error)),
+                    "; ".join(dict.fromkeys(error for error in errors if error)),
                     printed,
-                    scale * found.mean - printed.value if found and printed and same_data else None,
-                    100 * (found.mean - under.mean) if found and under else None,
+                    scale * found.mean - printed.value if found and printed and same else None,
+                    _gain(rows, under),
                     printed.value - at_bare.value if printed and at_bare else None,
                     tuple(command for each in ended for command in each.commands),
                     plan.factor,
+                    1 if column in MEASURED else len(ended),  # one seed is timed
                 )
             )
         made.append(columns)
@@ -146,17 +162,41 @@ def _is_bare_of(other: Line, line: Line) -> bool:
     return other.system.name == "identity" and not mine and other.system.target == line.system.target
 
 
-def _found(ended: Sequence[Outcome], column: str, norm: str) -> Found | None:
-    """What the seeds that ended well give for a column; None where they give nothing."""
+def _is_own(row: Row, column: str) -> bool:
+    """Whether a row is of the very attack that a column names, at full length."""
+    named = re.fullmatch(re.escape(column) + r"(-eot\d+)?", row["attack"]) is not None
+    whole = row["steps"] == QUERIES or not column.startswith("autoattack")
+    return named and whole and row["restarts"] == 1
+
+
+def _rows(ended: Sequence[Outcome], column: str, norm: str) -> list[Row | None]:
+    """What each seed gives for a column of attacks."""
     if column in MEASURED:
-        values = tuple(each.measured[column] for each in ended if column in each.measured)
-        return Found(values) if values else None
-    chosen: Callable[[Sequence[Row]], Row | None]
-    chosen = (lambda rows: worst_attacked(rows, norm)) if column == STRONGEST else (lambda rows: row_of(rows, column))
-    rows = [row for each in ended if (row := chosen(each.rows)) is not None]
+        return [None] * len(ended)
+    return [worst_attacked(each.rows, norm) if column == STRONGEST else row_of(each.rows, column) for each in ended]
+
+
+def _measured(ended: Sequence[Outcome], column: str) -> Found | None:
+    """What the seeds that were timed give; None where none was."""
+    values = tuple(each.measured[column] for each in ended if column in each.measured)
+    return Found(values) if values else None
+
+
+def _found(seeds: Rows) -> Found | None:
+    """What the seeds that ended well give; None where they give nothing."""
+    rows = [row for row in seeds if row is not None]
     if not rows:
         return None
     names = (f"{row['attack']}, {row['randomness']}".removesuffix(", none") for row in rows)
     values = tuple(row["accuracy"] for row in rows)
     marked = any(row.get("marks") for row in rows)
-    return Found(values, rows[0]["total"], " / ".join(dict.fromkeys(names)), how(rows[0], columns=True), marked)
+    settings = (how(row, columns=True) for row in rows)
+    return Found(
+        values, rows[0]["total"], " / ".join(dict.fromkeys(names)), " / ".join(dict.fromkeys(settings)), marked
+    )
+
+
+def _gain(rows: Rows, under: Rows) -> float | None:
+    """Points of ``rows`` over ``under``, the same seeds of another line: the mean over those that both have."""
+    pairs = [(row, other) for row, other in zip(rows, under, strict=False) if row is not None and other is not None]
+    return 100 * statistics.fmean(row["accuracy"] - other["accuracy"] for row, other in pairs) if pairs else None

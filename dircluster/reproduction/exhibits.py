@@ -9,6 +9,10 @@ from typing import Any, Literal
 Settings = Mapping[str, Any]
 OWN_TARGET = ("menet", "menet_a", "ebm")
 """Systems that do not stand before the target of the others."""
+ONE_WORKER = ("apegan", "nrp", "apegan_a", "nrp_a", "ebm")
+"""Systems that one worker trains, however many the others have: GANs make several updates a step, and the chains of EBM
+lie with one worker.
+"""
 LABELS = {
     "identity": "None",
     "finetune": "None, trained on",

@@ -60,9 +60,12 @@ class Section:
 
 
 def in_grid(cell: Cell) -> str:
-    """``54.1 ± 0.4 (paper 54.27)``, and what the strongest attack is; ``failed`` with the reason in the evidence."""
+    """``54.1 ± 0.4 (paper 54.27)``, what the strongest attack is, and how many of the seeds gave a number where it was
+    not all of them; ``failed`` with the reason in the evidence.
+    """
     printed = "" if cell.printed is None else f"(paper {_printed(cell)})"
     ours = "" if cell.found is None else _ours(cell.column, cell.found)
+    ours += _of_seeds(cell)
     if cell.found is not None and cell.column == STRONGEST:
         ours += f" by {cell.found.attack}"
     failed = "failed" if cell.error and cell.found is None else ""
@@ -77,7 +80,7 @@ def in_full(cell: Cell) -> dict[str, str]:
         found.attack if found and found.attack else cell.column,
         "failed" if found is None and cell.error else "" if found is None else _ours(cell.column, found),
         "" if low_high is None else f"{100 * low_high[0]:.1f} to {100 * low_high[1]:.1f}",
-        "" if found is None else ", ".join(_number(cell.column, value) for value in found.values),
+        "" if found is None else ", ".join(_number(cell.column, value) for value in found.values) + _of_seeds(cell),
         str(found.images) if found and found.images else "",
         "" if cell.printed is None else f"{_printed(cell)} ({cell.printed.where})",
         _signed(cell.difference, cell.column),
@@ -140,6 +143,10 @@ def _number(column: str, value: float) -> str:
 def _ours(column: str, found: Found) -> str:
     ours, marked = _number(column, found.mean), " !" if found.marked else ""
     return (ours if math.isnan(found.deviation) else f"{ours} ± {_number(column, found.deviation)}") + marked
+
+
+def _of_seeds(cell: Cell) -> str:
+    return f" ({len(cell.found.values)} of {cell.seeds} seeds)" if cell.found and cell.lacking else ""
 
 
 def _printed(cell: Cell) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict, with_values
 from dircluster.presets import PRESETS, preset
-from dircluster.reproduction.exhibits import Exhibit, Line, Settings, System
+from dircluster.reproduction.exhibits import ONE_WORKER, Exhibit, Line, Settings, System
 from dircluster.training.stages import stages_of
 
 KeyOf = Callable[[RunConfig, str], str]
@@ -92,8 +92,8 @@ def make_plan(
 ) -> Plan:
     """The plan for ``exhibits`` over the presets of ``family``, with settings ``given`` to all systems.
 
-    ``only`` names systems, all where it is empty. Raises ConfigError where a system cannot have a setting, or where
-    nothing is left of an exhibit.
+    ``only`` names systems, all where it is empty. What one worker trains has one, whatever is given. Raises ConfigError
+    where a system cannot have a setting, or where nothing is left of an exhibit.
     """
     kept = tuple(_of(exhibit, only) for exhibit in exhibits)
     made: dict[str, Unit] = {}
@@ -104,6 +104,8 @@ def make_plan(
 
     def trained(system: System, seed: int, suite: str) -> str:
         name, settings = preset_of(family, system.name), {**given, **system.settings, "seed": seed}
+        if system.name in ONE_WORKER:
+            settings["scaling.workers"] = 1
         called = digest([name, settings])
         if called not in met:  # keys take a while to make
             if name not in PRESETS:

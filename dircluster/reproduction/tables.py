@@ -29,6 +29,9 @@ TRANSFER = (
     "The text transfers a denoiser trained for the AT target. Scripts that the authors deleted train target and"
     " denoiser together for TRADES and MART instead (MART with weight 6, where 5 is usual and used here)."
 )
+CITED = "The paper cites TRADES as Ding et al. 2019 throughout: it is of Zhang et al. 2019."
+SIGN = "The paper's Eq. 6, the cross-entropy in DIR's loss, lacks its minus sign: it has one here."
+POINTED = "Section 4.2 of the paper points to a Figure 3.3, which it does not have: Figure 4 is meant."
 GRID = "The figure prints no numbers but those of alpha 2, which are Table 1's; its grid is not said."
 ORDER = (
     "The figure prints no numbers; None and DIR are Table 1's. The order to check is None above the adversarially"
@@ -61,7 +64,7 @@ def exhibits(data: str) -> dict[str, Exhibit]:
 
 def _table_1(data: str) -> Exhibit:
     lines = _lines((*CONTROLS, *DENOISERS), {n: _table_1_row(data, n, COLUMNS) for n in TABLE_1[data]})
-    notes = (BELOW_NONE, DRAWS, JATP)
+    notes = (BELOW_NONE, DRAWS, SIGN, JATP)
     return Exhibit("table1", "Table 1: white-box attacks", COLUMNS, lines, "paper", notes=notes)
 
 
@@ -74,9 +77,9 @@ def _table_2(data: str) -> Exhibit:
             system = System(name, over) if name in CONTROLS else System(name, onto=objective)
             where = f"Table 2, CIFAR-10, {word}, row {LABELS[name]}"
             printed = _row(columns, rows[name], where) if data == "cifar10" and name in rows else {}
-            lines.append(Line(f"{word}: {LABELS[name]}", system, printed))
+            lines.append(Line(f"{word}: {_label(name)}", system, printed))
     title = "Table 2: purifiers transferred to targets trained by TRADES and MART"
-    return Exhibit("table2", title, columns, tuple(lines), "paper", notes=(TRANSFER, BELOW_NONE, JATP))
+    return Exhibit("table2", title, columns, tuple(lines), "paper", notes=(TRANSFER, CITED, BELOW_NONE, JATP))
 
 
 def _table_3(data: str) -> Exhibit:
@@ -140,7 +143,7 @@ def _ablations(data: str) -> Iterable[Exhibit]:
         Line(f"alpha {alpha}", System("dir", {"dir.alpha": float(alpha)}), alphas.get(alpha, {})) for alpha in range(6)
     ]
     title = "Figure 6a: weight of the robust representation term"
-    yield Exhibit("fig6a", title, BOTH, (*_controls(data), *points), picture="sweep", notes=(GRID,))
+    yield Exhibit("fig6a", title, BOTH, (*_controls(data), *points), picture="sweep", notes=(GRID, SIGN))
 
     names = ("identity", "finetune", "apegan_a", "hgd_a", "nrp_a", "dir")
     lines = _lines(names, {n: _table_1_row(data, n, BOTH) for n in ("identity", "dir")} if own else {})
@@ -161,7 +164,7 @@ def _figures(data: str) -> Iterable[Exhibit]:
     lines: tuple[Line, ...] = (Line("standard AT", at), Line("natural", natural))
     yield Exhibit("fig2", "Figure 2: noise of which a share is discarded", BOTH, lines, picture="noise", notes=(HALF,))
     pair = _lines(("identity", "hgd", "dir"), {})
-    yield Exhibit("fig4", "Figure 4: restored images", BOTH, pair, picture="restored")
+    yield Exhibit("fig4", "Figure 4: restored images", BOTH, pair, picture="restored", notes=(POINTED,))
     yield Exhibit("fig5", "Figure 5: restored images, embedded", BOTH, pair, picture="embedded", notes=(FEATURES,))
     lines = _lines(("identity", "dir", "hgd", "hgd_a"), {})
     yield Exhibit("fig7", "Figure 7: more restored images", BOTH, lines, picture="gallery")
@@ -171,7 +174,12 @@ def _lines(
     names: Iterable[str], printed: Mapping[str, Mapping[str, Printed]], natural_target: bool = False
 ) -> tuple[Line, ...]:
     settings = {"target.objective": "natural"} if natural_target else {}
-    return tuple(Line(LABELS[name], System(name, settings), printed.get(name, {})) for name in names)
+    return tuple(Line(_label(name), System(name, settings), printed.get(name, {})) for name in names)
+
+
+def _label(name: str) -> str:
+    """What a row is called: JATP's says what it is wherever it stands."""
+    return LABELS[name] + (", our reconstruction" if name == "jatp" else "")
 
 
 def _controls(data: str) -> tuple[Line, ...]:

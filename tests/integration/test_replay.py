@@ -28,13 +28,17 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {line.partition(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
 
 
-def test_a_row_of_a_report_is_found_again(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_of_a_report_is_found_again(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert commit() != ""
+    monkeypatch.setattr("dircluster.cluster.version.commit", lambda: "a" * 40)  # this checkout may have changes
     words = ("--defense", trained.final, "--launcher", "local", "--storage.uri", str(trained.folder / "runs"))
     done = run_job("evaluate", "digits_smoke", *words, folder=tmp_path)
     assert done.code == 0, done.err
     file = Path(next(line for line in done.out.splitlines() if line.endswith(".json") and "report" in line).split()[-1])
     report: dict[str, Any] = json.loads(file.read_text())
-    assert report["facts"]["commit"] == commit()
+    assert report["facts"]["commit"] == "a" * 40
     names = [f"{row['defense']}/{row['attack']}/{row['randomness']}" for row in report["rows"]]
     for number, name in enumerate(names, 1):
         assert replay.main([str(file), str(number)]) == 0
@@ -52,6 +56,11 @@ def test_a_row_of_a_report_is_found_again(trained: Trained, tmp_path: Path, caps
     lines = said(capsys)
     assert "DIFFERS" in lines
     assert "others" in lines["images"]
+    monkeypatch.setattr("dircluster.cluster.version.commit", lambda: "a" * 40 + "+")
+    report["facts"]["commit"] = "a" * 40 + "+"  # what the changes are is not known: held to the accuracy alone
+    changed.write_text(json.dumps(report))
+    assert replay.main([str(changed), names[1]]) == 0
+    assert said(capsys)["code"].endswith("as the row's, but with changes that no commit holds")
     report["facts"]["commit"] = "f" * 40  # other code is held to the accuracy alone
     changed.write_text(json.dumps(report))
     assert replay.main([str(changed), names[1]]) == 0

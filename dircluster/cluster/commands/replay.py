@@ -46,12 +46,14 @@ def _replay(given: argparse.Namespace) -> int:
     from dircluster.distributed.launch import local_workers
     from dircluster.evaluation.evaluation import run
     from dircluster.evaluation.provenance import machine
-    from dircluster.evaluation.replay import Comparison, spec_of
+    from dircluster.evaluation.replay import Comparison, is_same_code, spec_of
     from dircluster.evaluation.store import MemoryStore
 
     here = commit()
     print(f"row      {name_of(row)}: {_accuracy(row)}")
-    print(f"code     {_beside(here, facts['commit'])}", flush=True)
+    same_code = is_same_code(here, facts["commit"])
+    unknown = "" if same_code or here != facts["commit"] else ", but with changes that no commit holds"
+    print(f"code     {_beside(here, facts['commit'])}{unknown}", flush=True)
     with local_workers(dataclasses.replace(config.scaling, threads=config.scaling.threads or 1)) as parallel:
         job = EvaluationJob(job_spec, parallel.device)
         _check_same(job.facts, facts)
@@ -60,7 +62,7 @@ def _replay(given: argparse.Namespace) -> int:
         print(f"machine  {_beside(kind, facts['machine'])}", flush=True)
         job.evaluation.specs, job.evaluation.store = [spec], MemoryStore()  # what is stored is not asked
         run(job.evaluation, job.batch)
-    found = Comparison(row, job.evaluation.result(spec, job.name), here == facts["commit"], kind == facts["machine"])
+    found = Comparison(row, job.evaluation.result(spec, job.name), same_code, kind == facts["machine"])
     images = {True: "the same to the bit", False: "others", None: "the row does not know its own"}[found.same_images]
     print(f"again    {_accuracy(dataclasses.asdict(found.again))}")
     print(f"images   {images} (SHA-256 {found.again.sha256[:12]})")

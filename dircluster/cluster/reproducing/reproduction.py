@@ -103,9 +103,9 @@ class Reproduction:
             signal = units.run()
             ended = [(unit.name, units.outcomes[unit.key]) for unit in self.plan.all if unit.key in units.outcomes]
             self.failed = {name: outcome.error for name, outcome in ended if outcome.error}
-            status = "KILLED" if signal else "FAILED" if self.failed else "FINISHED"
             if not signal:
                 self._tell(units, time.monotonic() - began)
+            status = "KILLED" if signal else "FAILED" if self.failed else "FINISHED"
         finally:
             if self.record is not None:
                 from dircluster.cluster.tracking.jobs import finish_job

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
+from dircluster.presets.base import as_in_table_1
 from dircluster.reproduction.cells import Outcome, cells_of
 from dircluster.reproduction.costs import TIMED, epoch_seconds, own_seconds
 from dircluster.reproduction.exhibits import MEASURED, Exhibit, Line
@@ -25,20 +27,25 @@ from dircluster.reproduction.pictures import PICTURES, Scene, swept
 from dircluster.reproduction.plan import Plan
 from dircluster.reproduction.tables import CONTROLS
 from dircluster.training.export import load_defense_folder
-from dircluster.training.forecast import calibrate
+from dircluster.training.forecast import Calibration, calibrate
 from dircluster.training.run import data_cache
 from dircluster.training.stages import stages_of
 
 OF_THE_PAPER = ("cifar10", "svhn")
-"""Presets whose numbers may be subtracted from printed ones."""
+"""Presets from whose numbers printed ones may be subtracted, and the names of their data."""
 READING = (
     "Ours: mean over seeds, with the standard deviation (n - 1) where there are several. The interval (95 %, Wilson) is"
     " that of the mean as a share of n test images, which are the same for all seeds.",
     "Strongest: the attack that leaves the defense least, of PGD, the margin loss, AutoAttack or MALT, draws known or"
     " fresh with EOT. Votes, averaged logits, Wor.Rob and restored images do not count: they are other defenses or"
     " threats.",
-    "Over None: points above the bare target under the same attack, ours and the paper's.",
+    "Over None: points above the bare target under the same attack, ours and the paper's; ours over the seeds at which"
+    " both ended.",
 )
+
+
+Clock = Callable[[Exhibit, Line, Parallel], float | None]
+"""A line -> what it takes in the unit of a column of MEASURED."""
 
 
 class Result:
@@ -56,32 +63,84 @@ class Result:
         """``outcomes`` and ``commands`` by the units' keys."""
         self.plan, self.preset, self.config, self.terminal = plan, preset, config, terminal
         self.outcomes = {key: replace(end, commands=(commands[key],)) for key, end in outcomes.items()}
-        timed = [exhibit for exhibit in plan.exhibits if set(exhibit.columns) & set(MEASURED)]
-        if timed:
-            terminal.say(f"timing steps for {' and '.join(exhibit.name for exhibit in timed)}")
-            with local_workers(config.scaling) as parallel:
-                for exhibit in timed:
-                    try:
-                        self._time(exhibit, parallel)
-                    except Exception as error:  # what cannot be timed must not cost the accuracies
-                        terminal.say(f"{exhibit.name} cannot be timed: {named_line(error)}")
+        self._paces: dict[str, Calibration] = {}
+        self._time([exhibit for exhibit in plan.exhibits if set(exhibit.columns) & set(MEASURED)])
 
-    def _time(self, exhibit: Exhibit, parallel: Parallel) -> None:
-        """Time steps of the last stages, here and now, at the first seed: what was trained may be of another hour."""
-        first: tuple[RunConfig, Any] | None = None
-        for line in exhibit.lines:
-            key = self.plan.units(exhibit, line)[0].key
-            run, found = self.plan.trainings[key].run, dict(self.outcomes[key].measured)
-            if self.outcomes[key].error:
-                continue
-            images = split_sizes(run.data, opener(run.storage))[0]
-            if "ms an epoch" in exhibit.columns and stages_of(run)[-1].epochs:
-                found["ms an epoch"] = 1000 * epoch_seconds(run, calibrate(run, parallel, TIMED), images)
-            if "training time" in exhibit.columns and line.system.name not in CONTROLS:
-                first = first or (run, calibrate(run, parallel, TIMED))
-                usual, known = first
-                found["training time"] = own_seconds(run, known, images) / own_seconds(usual, known, images)
-            self.outcomes[key] = replace(self.outcomes[key], measured=found)
+    def _time(self, exhibits: Sequence[Exhibit]) -> None:
+        """Time steps of one worker, here and now, at the first seed: what was trained may be of another hour.
+
+        What cannot be timed costs no accuracy and no other line: the reason is its cell's.
+        """
+        if not exhibits:
+            return
+        self.terminal.say(f"timing steps for {' and '.join(exhibit.name for exhibit in exhibits)}")
+        clocks = {"ms an epoch": self._epoch, "training time": self._training_time}
+        with ExitStack() as stack:
+            parallel: Parallel | Exception
+            try:
+                parallel = stack.enter_context(local_workers(self.config.scaling))
+            except Exception as error:  # such as a GPU that the workers have, and this process has not
+                parallel = error
+            for exhibit in exhibits:
+                for line in exhibit.lines:
+                    for column in (name for name in exhibit.columns if name in clocks):
+                        self._time_line(exhibit, line, column, clocks[column], parallel)
+
+    def _time_line(
+        self, exhibit: Exhibit, line: Line, column: str, clock: Clock, parallel: Parallel | Exception
+    ) -> None:
+        key = self.plan.units(exhibit, line)[0].key
+        ended = self.outcomes[key]
+        if ended.error:
+            return
+        try:
+            if isinstance(parallel, Exception):
+                raise parallel
+            value = clock(exhibit, line, parallel)
+        except Exception as error:  # whatever a line raises is its own
+            reason = first_line(error) if isinstance(error, ConfigError) else named_line(error)
+            self.terminal.say(f"{exhibit.name}: {line.label} cannot be timed: {reason}")
+            untimed = {**ended.untimed, column: f"cannot be timed: {reason}"}
+            self.outcomes[key] = replace(ended, untimed=untimed)
+            return
+        if value is not None:
+            self.outcomes[key] = replace(ended, measured={**ended.measured, column: value})
+
+    def _epoch(self, exhibit: Exhibit, line: Line, parallel: Parallel) -> float | None:
+        """Milliseconds of an epoch of the last stage; None where nothing is trained in it."""
+        run = self._one_worker(exhibit, line)
+        if not stages_of(run)[-1].epochs:
+            return None
+        return 1000 * epoch_seconds(run, calibrate(run, parallel, TIMED), self._images(run))
+
+    def _training_time(self, exhibit: Exhibit, line: Line, parallel: Parallel) -> float | None:
+        """Times the line that nothing is changed in; None of the controls. Raises ConfigError without that line."""
+        if line.system.name in CONTROLS:
+            return None
+        own = (other for other in exhibit.lines if other.system.name not in CONTROLS)
+        usual = next((other for other in own if not other.system.settings), None)
+        if usual is None or self.outcomes[self.plan.units(exhibit, usual)[0].key].error:
+            raise ConfigError("there is no time of training with the preset's settings to divide by")
+        run, first = self._one_worker(exhibit, line), self._one_worker(exhibit, usual)
+        if exhibit.name not in self._paces:
+            self._paces[exhibit.name] = calibrate(first, parallel, TIMED)
+        known, images = self._paces[exhibit.name], self._images(run)
+        return own_seconds(run, known, images) / own_seconds(first, known, images)
+
+    def _one_worker(self, exhibit: Exhibit, line: Line) -> RunConfig:
+        """The run of a line at the first seed, as one worker does it."""
+        run = self.plan.trainings[self.plan.units(exhibit, line)[0].key].run
+        return replace(run, scaling=replace(run.scaling, workers=1))
+
+    def _images(self, run: RunConfig) -> int:
+        return split_sizes(run.data, opener(run.storage))[0]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether data, target and threat are those of the printed numbers."""
+        data = self.config.data
+        own = self.preset in OF_THE_PAPER and (data.name, data.limit) == (self.preset, None)
+        return own and as_in_table_1(self.config)
 
     @cached_property
     def sections(self) -> list[Section]:
@@ -89,8 +148,7 @@ class Result:
         return [self._section(exhibit) for exhibit in self.plan.exhibits]
 
     def _section(self, exhibit: Exhibit) -> Section:
-        same = self.preset in OF_THE_PAPER
-        cells = cells_of(self.plan, exhibit, self.outcomes, self.config.attack.norm, same)
+        cells = cells_of(self.plan, exhibit, self.outcomes, self.config.attack.norm, self.comparable)
         if not exhibit.picture:
             return Section(exhibit, cells)
         try:
@@ -127,10 +185,15 @@ class Result:
     def notes(self) -> list[str]:
         """How the page is to be read, and what failed."""
         made = list(READING)
-        if self.preset not in OF_THE_PAPER:
+        if not self.comparable:
+            run, word = self.config, "SVHN" if self.preset.startswith("svhn") else "CIFAR-10"
+            limited = "" if run.data.limit is None else f", {run.data.limit} images of a split at most"
+            norm = "L-infinity" if run.attack.norm == "linf" else "L2"
             made.append(
-                "The paper's numbers are of CIFAR-10 at 8/255. These images are others: compare orders and what is"
-                " gained over None, not accuracies."
+                f"The paper's numbers are of {word}, ResNet-18 by AT, and L-infinity 8/255 = {8 / 255:.4f} in steps of"
+                f" 2/255 = {2 / 255:.4f}. Here it is {run.data.name}{limited}, {run.target.architecture}, and"
+                f" {norm} {run.attack.epsilon:.4f} in steps of {run.attack.step_for(20):.4f}: compare orders and what"
+                " is gained over None, not accuracies."
             )
         if self.plan.factor != 1:
             made.append(f"All schedules are {self.plan.factor:g} times the presets': nothing here is at its best.")

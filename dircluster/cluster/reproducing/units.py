@@ -80,7 +80,7 @@ class Units:
         if ended["status"] == "FAILED":
             reason = str(ended["error"])
             return Outcome(error=self.terminal.last if reason.endswith("stands above") else reason.splitlines()[0])
-        return _keep(kept, name, ended["results"], ended["checkpoint"])
+        return _keep(kept, name, run, ended["results"], ended["checkpoint"])
 
     def _follow(self, run: RunConfig, training: Training) -> dict[str, Any]:
         """The outcome of a run, once no other job trains one of its stages."""
@@ -180,14 +180,16 @@ def _kept(run: RunConfig) -> Store:
     return Store(open_path(run.storage.uri, run.storage) / "reproductions" / "outcomes")
 
 
-def _keep(kept: Store, name: str, rows: list[dict[str, Any]], folder: str) -> Outcome:
-    kept.put(name, {"rows": rows, "checkpoint": folder})
+def _keep(kept: Store, name: str, run: RunConfig, rows: list[dict[str, Any]], folder: str) -> Outcome:
+    kept.put(name, {"rows": rows, "checkpoint": folder, "digest": checkpoint.digest(open_path(folder, run.storage))})
     return Outcome(tuple(rows), folder)
 
 
 def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:
-    """What was kept, while the defense is there too."""
+    """What was kept, while the very defense that it is of is there too: what does not say which is judged again."""
     found = kept.get(name)
-    if found is None or checkpoint.digest(open_path(found["checkpoint"], run.storage)) is None:
+    if found is None or not found.get("digest"):
+        return None
+    if checkpoint.digest(open_path(found["checkpoint"], run.storage)) != found["digest"]:
         return None
     return Outcome(tuple(found["rows"]), found["checkpoint"])

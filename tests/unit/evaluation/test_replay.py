@@ -11,7 +11,7 @@ import pytest
 from dircluster.cluster.commands import replay as command
 from dircluster.config import ConfigError
 from dircluster.evaluation.attack_table import AttackSpec
-from dircluster.evaluation.replay import Comparison, choose, name_of, read_rows, spec_of
+from dircluster.evaluation.replay import Comparison, choose, is_same_code, name_of, read_rows, spec_of
 from dircluster.evaluation.results import Result
 
 BALL = AttackSpec("pgd", "fixed", epsilon=0.1, steps=20, step_size=0.01)
@@ -38,6 +38,7 @@ RESULT = Result(
     loss="ce",
     average=1,
     sha256="a",
+    protocol="deterministic white box",
 )
 ROW = dataclasses.asdict(RESULT)
 
@@ -53,7 +54,14 @@ def test_a_row_is_named_or_numbered() -> None:
 
 def test_its_attack_is_that_of_the_plan() -> None:
     assert spec_of(ROW, TABLE, "dir") == BALL
-    assert spec_of(ROW | {"defense": "none", "randomness": "none"}, TABLE, "dir") == TABLE[1]
+    bare = {"defense": "none", "randomness": "none", "protocol": "deterministic"}
+    assert spec_of(ROW | bare, TABLE, "dir") == TABLE[1]
+    for changes, words in (
+        ({"step_size": 0.02}, r"step size 0\.02, and this code's has 0\.01"),
+        ({"protocol": "Wor.Rob(10)"}, r"protocol Wor\.Rob\(10\), and this code's has deterministic white box"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            spec_of(ROW | changes, TABLE, "dir")
     with pytest.raises(ConfigError, match=r"has epsilon 0\.2, and this code's has 0\.1"):
         spec_of(ROW | {"epsilon": 0.2}, TABLE, "dir")
     with pytest.raises(ConfigError, match="has no row dir/malt/fixed"):
@@ -75,6 +83,14 @@ def test_its_attack_is_that_of_the_plan() -> None:
 )
 def test_when_it_holds(changes: dict[str, object], code: bool, machine: bool, holds: bool) -> None:
     assert Comparison(ROW | changes, RESULT, code, machine).holds == holds
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "same"),
+    [("abc", "abc", True), ("abc", "abd", False), ("abc+", "abc+", False), ("abc+", "abc", False)],
+)
+def test_changes_that_no_commit_holds_are_never_the_same_code(here: str, there: str, same: bool) -> None:
+    assert is_same_code(here, there) == same
 
 
 def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def outcomes(plan: Plan) -> dict[str, Outcome]:
 
 
 def test_cells_are_means_beside_the_paper(plan: Plan) -> None:
-    none, low, usual, high = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", same_data=True)
+    none, low, usual, high = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", comparable=True)
     assert [cell.column for cell in none] == ["natural", "pgd20", STRONGEST]
     pgd = none[1]
     assert pgd.found is not None
@@ -80,12 +81,86 @@ def test_cells_are_means_beside_the_paper(plan: Plan) -> None:
 
 
 def test_numbers_of_other_data_are_not_subtracted(plan: Plan) -> None:
-    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", same_data=False)
+    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", comparable=False)
     assert all(cell.difference is None for line in cells for cell in line)
 
 
+@pytest.mark.parametrize(
+    ("column", "changes", "own"),
+    [
+        ("pgd20", {}, True),
+        ("pgd20", {"attack": "pgd5", "steps": 5}, False),
+        ("pgd20", {"restarts": 5}, False),
+        ("bpda40", {"attack": "bpda40-eot20", "steps": 40}, True),
+        ("bpda40", {"attack": "bpda5-eot20", "steps": 5}, False),
+        ("restored20-from-natural", {}, True),
+        ("restored20-from-natural", {"attack": "restored5-from-natural", "steps": 5}, False),
+        ("autoattack-standard", {"steps": 5000}, True),
+        ("autoattack-standard", {"steps": 10}, False),
+    ],
+)
+def test_what_another_attack_leaves_is_not_subtracted(column: str, changes: dict[str, Any], own: bool) -> None:
+    plan = make_plan(
+        [exhibits("cifar10")["table1"], exhibits("cifar10")["table3"]], "digits", {}, (0,), ("dir",), key_of
+    )
+    there = {key: Outcome((row(**{"attack": column, "accuracy": 0.5, **changes}),)) for key in plan.trainings}
+    (found,) = (
+        cell
+        for exhibit in plan.exhibits
+        if column in exhibit.columns
+        for cell in cells_of(plan, exhibit, there, "linf", comparable=True)[0]
+        if cell.column == column
+    )
+    assert found.found is not None
+    assert found.printed is not None
+    assert found.difference == (pytest.approx(50 - found.printed.value) if own else None)
+
+
+def test_one_seed_of_another_attack_is_enough_for_no_difference(plan: Plan) -> None:
+    there = outcomes(plan)
+    for training in plan.trainings.values():
+        if training.system.name == "identity" and training.seed == 1:
+            there[training.key] = Outcome((row("pgd5", 0.44, steps=5),))
+    pgd = cells_of(plan, plan.exhibits[0], there, "linf", comparable=True)[0][1]
+    assert pgd.found is not None
+    assert (pgd.found.values, pgd.difference) == ((0.40, 0.44), None)
+    assert pgd.found.how == "eps 0.1, 20 steps of 0.01 / eps 0.1, 5 steps of 0.01"  # of all seeds
+
+
+def test_seeds_that_failed_are_told_and_gains_are_over_pairs(plan: Plan) -> None:
+    """Ratio 0.3 ended at seed 0 alone, where the bare target has 40 %, not the 42 of both seeds."""
+    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", comparable=True)
+    low = cells[1]
+    assert (low[1].seeds, low[1].lacking, cells[0][1].lacking) == (2, True, False)
+    assert low[1].gain == pytest.approx(60.0 - 40.0)
+    grid = {line[0]: line[1:] for line in Section(plan.exhibits[0], cells).grid}
+    assert grid["ratio 0.3"][1] == "60.0 (1 of 2 seeds) (paper 49.63)"
+    assert grid["ratio 0.3"][2] == "40.0 (1 of 2 seeds) by bpda200-eot41, fresh"
+    assert not any("seeds)" in text for text in grid["ratio 0.7"])
+    evidence = Section(plan.exhibits[0], cells).evidence
+    assert next(each for each in evidence if each["row"] == "ratio 0.3")["seeds"] == "91.0 (1 of 2 seeds)"
+
+
+def test_seeds_of_which_no_two_ended_have_no_gain(plan: Plan) -> None:
+    there = outcomes(plan)
+    for training in plan.trainings.values():
+        if training.system.name == "identity" and training.seed == 0:
+            there[training.key] = Outcome(error="no luck")
+    low = cells_of(plan, plan.exhibits[0], there, "linf", comparable=True)[1][1]
+    assert low.found is not None
+    assert low.gain is None
+
+
+def test_what_cannot_be_timed_is_a_failed_cell(plan: Plan) -> None:
+    exhibit = replace(plan.exhibits[0], columns=("pgd20", "training time"))
+    there = {key: replace(end, untimed={"training time": "no time"}) for key, end in outcomes(plan).items()}
+    *_, high = cells_of(plan, exhibit, there, "linf", comparable=True)
+    assert [cell.error for cell in high] == ["", "no time", ""]
+    assert Section(exhibit, [high]).grid[0][2].startswith("failed")
+
+
 def test_the_page_says_it_all(plan: Plan) -> None:
-    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", same_data=True)
+    cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", comparable=True)
     section = Section(plan.exhibits[0], cells, b"png")
     grid = {line[0]: line[1:] for line in section.grid}
     assert grid["None"][1] == "42.0 ± 2.8 (paper 45.72)"

@@ -51,6 +51,15 @@ def test_the_usual_model_is_one_whatever_it_is_called() -> None:
     assert len(found) == 1
 
 
+def test_the_usual_model_of_the_digits_is_a_ratio_alone() -> None:
+    """Its 2 + 1 blocks are no row of Table 5, its alpha 0.5 no point of Figure 6a (docs/reproduction.md)."""
+    plan = planned("table1", "table5", "ratio", "fig6a", only="dir")
+    assert plan.served["table1", "DIR"] == plan.served["ratio", "ratio 0.5"]
+    assert len(plan.trainings) == 1 + 6 + 2 + 6
+    small = planned("table1", "table5", family="cifar10_small", only="dir")
+    assert small.served["table1", "DIR"] == small.served["table5", "4 + 1"]
+
+
 def test_all_of_the_paper() -> None:
     plan = planned(*NAMES, family="cifar10")
     names = [training.system.name for training in plan.trainings.values()]
@@ -82,6 +91,18 @@ def test_settings_are_those_of_all_systems() -> None:
     assert {t.run.evaluation.images for t in plan.trainings.values()} == {10}
     with pytest.raises(ConfigError, match=r"dir\.alpha is no setting of hgd"):
         planned("table1", only="hgd,dir", dir__alpha=1.0)
+
+
+def test_what_one_worker_trains_has_one_and_the_others_all() -> None:
+    """docs/reproduction.md gives table2 svhn --scaling.workers 4, which GANs and EBM cannot be trained by."""
+    plan = planned("table2", "table3", "fig6b", family="svhn", scaling__workers=4)
+    workers = {training.system.name: training.run.scaling.workers for training in plan.trainings.values()}
+    alone = {"apegan", "nrp", "apegan_a", "nrp_a", "ebm"}
+    others = {"identity", "finetune", "hgd", "jatp", "dir", "hgd_a", "menet", "menet_a"}
+    assert workers == {**dict.fromkeys(alone, 1), **dict.fromkeys(others, 4)}
+    assert {training.run.scaling.workers for training in planned("table1", scaling__workers=1).trainings.values()} == {
+        1
+    }
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_some_of_them_as_the_paper_prints_them() -> None:
     there = exhibits("cifar10")
     assert printed(there["table1"])["DIR", "autoattack-standard"] == 51.34
     assert printed(there["table2"])["MART: NRP", "autoattack-standard"] == 16.91
-    assert printed(there["table3"])["JATP", "restored20-from-natural"] == 26.79
+    assert printed(there["table3"])["JATP, our reconstruction", "restored20-from-natural"] == 26.79
     assert printed(there["table4"])["DIR", "ms an epoch"] == 527_000
     assert printed(there["table5"])["12 + 4", "pgd20"] == 54.32
     assert printed(there["ratio"])["ratio 0.7", "natural"] == 77.68
@@ -62,6 +62,27 @@ def test_the_presets_print_the_same() -> None:
     }.items():
         assert preset(f"cifar10_{name}").printed[defense][attack] == TABLE_3[name]
     assert preset("cifar10").printed["dir"]["bpda40"] == TABLE_3["dir"]
+
+
+def test_jatp_is_called_what_it_is_in_every_row() -> None:
+    lines = [line for data in ("cifar10", "svhn") for exhibit in exhibits(data).values() for line in exhibit.lines]
+    jatp = [line for line in lines if line.system.name == "jatp"]
+    assert len(jatp) == 2 * (1 + 2 + 1 + 1)
+    assert all(line.label.endswith("JATP, our reconstruction") for line in jatp)
+    assert {printed.where.partition(",")[0] for line in jatp for printed in line.printed.values()} >= {"Table 1"}
+    assert not any("reconstruction" in each.where for line in jatp for each in line.printed.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("table2", "Ding et al. 2019"),
+        ("table1", "Eq. 6, the cross-entropy in DIR's loss, lacks its minus sign"),
+        ("fig4", "Figure 3.3"),
+    ],
+)
+def test_slips_of_the_paper_are_noted(name: str, said: str) -> None:
+    assert any(said in note for note in exhibits("cifar10")[name].notes)
 
 
 def test_both_controls_are_in_every_table() -> None:

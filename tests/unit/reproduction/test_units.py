@@ -1,0 +1,73 @@
+"""What a training has given is found again while its defense is the very same; a record ends as its page does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dircluster.cluster.reproducing import units
+from dircluster.cluster.reproducing.reproduction import Reproduction
+from dircluster.config import RunConfig, with_values
+from dircluster.presets import preset
+from dircluster.reproduction.store import Store
+from dircluster.training import checkpoint
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    return with_values(preset("digits_smoke"), {"storage.uri": str(tmp_path)})
+
+
+def commit(folder: Path, digest: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / checkpoint.COMMIT).write_text(digest)
+
+
+def test_an_outcome_is_of_one_checkpoint(tmp_path: Path, run: RunConfig) -> None:
+    folder, kept = tmp_path / "final", Store(tmp_path / "outcomes")
+    commit(folder, "a" * 64)
+    ended = units._keep(kept, "one", run, [{"accuracy": 0.5}], str(folder))
+    assert units._found(kept, "one", run) == ended
+    commit(folder, "b" * 64)  # trained again, by other code or for longer
+    assert units._found(kept, "one", run) is None
+
+
+def test_an_outcome_that_does_not_say_its_checkpoint_is_not_believed(tmp_path: Path, run: RunConfig) -> None:
+    folder, kept = tmp_path / "final", Store(tmp_path / "outcomes")
+    commit(folder, "a" * 64)
+    kept.put("one", {"rows": [], "checkpoint": str(folder)})
+    assert units._found(kept, "one", run) is None
+    kept.put("two", {"rows": [], "checkpoint": str(tmp_path / "gone"), "digest": None})
+    assert units._found(kept, "two", run) is None
+
+
+@pytest.mark.parametrize(("fails", "status"), [(True, "FAILED"), (False, "FINISHED")])
+def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    class Done:
+        def __init__(self, *_: Any) -> None:
+            self.outcomes: dict[str, Any] = {}
+
+        def run(self) -> int:
+            return 0
+
+    def tell(*_: Any) -> None:
+        if fails:
+            raise OSError("storage is full")
+
+    monkeypatch.setattr("dircluster.cluster.reproducing.reproduction.Units", Done)
+    monkeypatch.setattr("dircluster.cluster.tracking.jobs.finish_job", lambda record, status: ended.append(status))
+    made: Any = object.__new__(Reproduction)
+    made.job, made.plan = SimpleNamespace(dry_run=False, launcher="local"), SimpleNamespace(all=[])
+    made.terminal, made.commit, made.record, made.failed = None, "", object(), {}
+    made._costed, made._show, made._open_record, made._tell = list, lambda found: None, lambda: None, tell
+    if fails:
+        with pytest.raises(OSError, match="full"):
+            made.run()
+    else:
+        assert made.run() == 0
+    assert ended == [status]
