@@ -40,6 +40,9 @@ ZOO = {
     "cifar10-at": Shipped("cifar10-dir", _CIFAR10, bare=True),
     "cifar10-small-dir": Shipped("cifar10-small-dir", _SMALL),
     "cifar10-small-at": Shipped("cifar10-small-dir", _SMALL, bare=True),
+    "cifar10-small-hgd": Shipped(
+        "cifar10-small-hgd", "493fe2a81576e4a5149a5b0508ce323bec29b20ab513e956639dc7748d615c47"
+    ),
 }
 """By DATASET-MODEL, the names of RobustBench's signature."""
 
