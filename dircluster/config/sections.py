@@ -141,10 +141,6 @@ class AttackConfig:
             self.pipeline_every == 1 or self.crafting == "target_first",
             f"attack.pipeline_every is for attack.crafting target_first, not {self.crafting}",
         )
-        require(
-            self.pipeline_steps == 1 or self.crafting in ("target_first", "straight_through"),
-            f"attack.pipeline_steps is for attack.crafting target_first and straight_through, not {self.crafting}",
-        )
 
     @property
     def step(self) -> float:
@@ -164,6 +160,8 @@ class AttackConfig:
         made = replace(self, step_size=own)
         if self.training_step_size == made.step_for(self.steps):
             made = replace(made, training_step_size=None)
+        if self.crafting in ("pgd", "n_fgsm"):
+            made = replace(made, pipeline_steps=1)
         return made
 
     def step_for(self, steps: int) -> float:

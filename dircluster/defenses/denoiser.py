@@ -77,6 +77,10 @@ class DenoiserRecipe(Recipe):
         natural = batch.draws["natural"] < self.natural
         return replace(batch, adversarial=torch.where(natural[:, None, None, None], batch.images, found))
 
+    def gauged(self, batch: Batch) -> Batch:
+        batch = super().gauged(batch)
+        return replace(batch, draws={**batch.draws, "natural": torch.ones_like(batch.draws["natural"])})
+
     def on_target(self, batch: Batch) -> Tensor:
         """PGD on the target alone: -> (N, C, H, W)."""
         threat, config = threat_of(self.threat), self.threat

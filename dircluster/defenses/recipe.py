@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -69,6 +69,13 @@ class Recipe(nn.Module):
     def batch(self, images: Tensor, labels: Tensor, stream: Stream) -> Batch:
         """Images (N, C, H, W), labels (N,) and the draws that ``stream`` makes for them."""
         return Batch(images, labels, self.draws(stream, tuple(images.shape[1:])), number=stream.step)
+
+    def gauged(self, batch: Batch) -> Batch:
+        """``batch`` as the gauge of overfitting attacks it: every image, and as most batches are attacked.
+
+        Steps that every k-th batch alone gets (``attack.pipeline_every``) are left out.
+        """
+        return replace(batch, number=1)
 
     def attack(self, batch: Batch) -> Batch:
         """The batch with its adversarial samples, detached; as it is where the recipe needs none."""

@@ -134,4 +134,10 @@ def target_stage(run: RunConfig) -> Stage:
         sections=("target",),
         ema=run.target.ema or None,
         on_pipeline=False,
+        passes=passes(run),
     )
+
+
+def passes(run: RunConfig) -> int:
+    """Passes through the target in an update of it: those of crafting, and the update's own."""
+    return 1 if run.target.objective == "natural" else run.attack.steps + 1

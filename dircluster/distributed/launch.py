@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dircluster.config import ConfigError, ScalingConfig, named_line
+from dircluster.config import ConfigError, ScalingConfig, error_from_plain, error_to_plain, named_line
 from dircluster.distributed.parallel import Parallel
 
 
@@ -70,10 +70,11 @@ def local_workers(scaling: ScalingConfig, timeout: float | None = None) -> Itera
 def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *arguments: Any) -> Any:
     """``work(parallel, *arguments)`` on ``scaling.workers`` new processes of this machine: -> what the first returns.
 
-    ``work`` and all that it takes and returns can be pickled. Raises ConfigError, one line, where one of them fails.
+    ``work`` is a function of a module and returns plain data. Raises ConfigError, one line, where one of them fails.
     """
-    processes, groups = _untyped(mp), _untyped(dist)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others is no news
+    processes, groups, log = _untyped(mp), _untyped(dist), logging.getLogger("torch.multiprocessing.spawn")
+    level = log.level
+    log.setLevel(logging.ERROR)  # that it ends the others is no news
     with tempfile.TemporaryDirectory(prefix="dircluster-") as folder:
         try:
             store = groups.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -83,9 +84,11 @@ def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *argument
         except (processes.ProcessRaisedException, processes.ProcessExitedException, RuntimeError, OSError) as error:
             told = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
             if told:
-                raise pickle.loads(told[0].read_bytes()) from None
+                raise error_from_plain(json.loads(told[0].read_text())) from error
             raise ConfigError(f"workers on this machine failed: {named_line(error)}") from error
-        return pickle.loads((Path(folder) / "result").read_bytes())
+        finally:
+            log.setLevel(level)
+        return json.loads((Path(folder) / "result").read_text())
 
 
 def _worker(
@@ -98,7 +101,7 @@ def _worker(
     with _told(file), local_workers(scaling) as parallel, _told(file):  # while the group is there: others will miss it
         result = work(parallel, *arguments)
     if rank == 0:
-        (Path(folder) / "result").write_bytes(pickle.dumps(result))
+        (Path(folder) / "result").write_text(json.dumps(result))
 
 
 @contextmanager
@@ -108,7 +111,8 @@ def _told(file: Path) -> Iterator[None]:
         yield
     except Exception as error:
         line = f"a worker on this machine failed: {named_line(error)}"
-        file.write_bytes(pickle.dumps(error if isinstance(error, ConfigError) else ConfigError(line)))
+        told = error if isinstance(error, ConfigError) else ConfigError(line)
+        file.write_text(json.dumps(error_to_plain(told)))
         raise SystemExit(1) from error
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dircluster.config import ConfigError
-from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.attack_table import AttackSpec, find_attack
 from dircluster.evaluation.results import Result
 
 TOLERANCE = 0.02
 """Share of images by which an accuracy may differ on another kind of machine or by other code; two at the least."""
 FACTS = ("defense", "digest", "data", "seed", "commit", "machine", "settings")
-SETTINGS = ("norm", "epsilon", "steps", "step_size", "restarts", "eot", "loss", "average")
+SETTINGS = ("norm", "epsilon", "steps", "restarts", "eot", "loss", "average")
 """Of an attack, that a row and the spec behind it must both have."""
 
 
@@ -57,7 +57,8 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
         bare = spec.judged == "target"
         named = ("none" if bare else defense, spec.name, "none" if bare else spec.randomness)
         if named == (row["defense"], row["attack"], row["randomness"]):
-            own = {name: getattr(spec, name) for name in SETTINGS} | {"protocol": spec.protocol_name}
+            own = {name: getattr(spec, name) for name in SETTINGS}
+            own |= {"step_size": told_step_size(spec), "protocol": spec.protocol_name}
             for name, value in own.items():
                 if value != row.get(name):
                     raise ConfigError(
@@ -66,6 +67,11 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
                     )
             return spec
     raise ConfigError(f"this code's suite has no row {name_of(row)}: check out the commit of the row")
+
+
+def told_step_size(spec: AttackSpec) -> float:
+    """The step size that a row tells of its attack: none where it counts no steps, see Evaluation.result."""
+    return spec.step_size if spec.steps and find_attack(spec.attack).counts == "steps" else 0.0
 
 
 def is_same_code(here: str, there: object) -> bool:

@@ -49,7 +49,8 @@ def exchanged(config: RunConfig, stage: Stage, workers: int, half: bool = False)
 
     ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and update,
     those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes four bytes,
-    that of a block two where it is computed in ``half`` the precision; a gradient takes four.
+    that of a block two where it is computed in ``half`` the precision; a gradient takes four. Passes are those of
+    ``stage.passes``: what passes through a target that learns together with a denoiser besides is not counted.
     """
     if workers == 1:
         return 0

@@ -114,6 +114,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
 
         per_image = step_operations(config, stage.name) / config.training.batch_size
         paces[stage.name] = _pace(step, per_image, share, parallel, budget)
+        steps.clear()
     networks.renew(tuple(networks))
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
     on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
@@ -167,17 +168,21 @@ def to_plain(found: Calibration) -> dict[str, Any]:
     return asdict(found)
 
 
+def from_plain(plain: Mapping[str, Any]) -> Calibration:
+    """The inverse of :func:`to_plain`. Raises ValueError, LookupError and others where it is none."""
+    paces = {
+        name: Pace(float(pace["operations_per_second"]), int(pace["images"]), int(pace["memory"]))
+        for name, pace in plain["paces"].items()
+    }
+    if not all(0 < pace.operations_per_second < math.inf and pace.images > 0 for pace in paces.values()):
+        raise ValueError("a pace that is none")
+    return Calibration(str(plain["device"]), paces)
+
+
 def from_summary(file: Path) -> Calibration:
     """The calibration in a summary of ``--dry-run``. Raises ConfigError where there is none."""
     try:
-        plain = json.loads(file.read_text())["calibration"]
-        paces = {
-            name: Pace(float(pace["operations_per_second"]), int(pace["images"]), int(pace["memory"]))
-            for name, pace in plain["paces"].items()
-        }
-        if not all(0 < pace.operations_per_second < math.inf and pace.images > 0 for pace in paces.values()):
-            raise ValueError("a pace that is none")
-        return Calibration(str(plain["device"]), paces)
+        return from_plain(json.loads(file.read_text())["calibration"])
     except OSError as error:
         raise ConfigError(f"--calibration {file} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -16,7 +15,7 @@ from dircluster.attacks.threat import threat_of
 from dircluster.config import RunConfig
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
-from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.defenses.recipe import Recipe
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import under_attack
 from dircluster.models.precision import autocast
@@ -112,19 +111,13 @@ def overfitting(
         images, labels = judge.batch(rows)
         model, half = judge.model(deployed, rows), autocast(config.training.precision, parallel.device, deployed)
         with under_attack(deployed), half:
-            crafted = recipe.attack(_all_attacked(recipe.batch(images, labels, judge.stream(rows))))
+            crafted = recipe.attack(recipe.gauged(recipe.batch(images, labels, judge.stream(rows))))
             strong = judge.pgd(deployed, rows, 20)
             with torch.no_grad():
                 return torch.stack([_right(model(x), labels) for x in (crafted.attacked, strong)], dim=1)
 
     under_training, under_pgd = judge.collect(right).double().mean(dim=0).tolist()
     return float(under_training - under_pgd)
-
-
-def _all_attacked(batch: Batch) -> Batch:
-    """``batch`` as most are attacked: no image stays natural, and not by the steps that every k-th batch alone gets."""
-    natural = {name: torch.ones_like(value) for name, value in batch.draws.items() if name == "natural"}
-    return replace(batch, draws={**batch.draws, **natural}, number=1)
 
 
 def restoration_grid(

@@ -28,8 +28,10 @@ from dircluster.training.forecast import (
     as_launched,
     calibrate,
     forecast,
+    from_plain,
     from_summary,
     planned_stages,
+    to_plain,
 )
 from dircluster.training.run import data_cache
 
@@ -63,13 +65,14 @@ def plan(job: cli.TrainJob) -> str:
         )
     workers = config.scaling.most
     if workers > 1:
-        last = planned_stages(config)[-1]
+        last = [stage for stage in planned_stages(config) if stage.epochs][-1:]
         on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and torch.cuda.device_count() > 0)
         half = is_half(config.training.precision, torch.device("cuda" if on_gpu else "cpu"))
-        lines.append(
-            f"exchange  {exchanged(config, last, workers, half) / 2**20:,.1f} MiB sent and received by each of"
-            f" {workers} workers in a step of {last.name} ({config.parallel.strategy})"
-        )
+        lines += [
+            f"exchange  {exchanged(config, stage, workers, half) / 2**20:,.1f} MiB sent and received by each of"
+            f" {workers} workers in a step of {stage.name} ({config.parallel.strategy})"
+            for stage in last
+        ]
     lines += [
         f"evaluate  suite {config.evaluation.suite} on {config.evaluation.images or 'all'} test images",
         f"storage   {config.storage.uri}",
@@ -86,7 +89,7 @@ def plan(job: cli.TrainJob) -> str:
     ]
     if left := evaluation_operations(config)[1]:
         lines.append(f"not foretold: {', '.join(left)}")
-    cli.write_summary(job, {"calibration": asdict(found), "foretold": [asdict(one) for one in made]})
+    cli.write_summary(job, {"calibration": to_plain(found), "foretold": [asdict(one) for one in made]})
     return "\n".join(lines)
 
 
@@ -120,24 +123,24 @@ def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]
 
 
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:
-    """Timed by as many workers as Ray will start on this machine, together; else by one alone."""
-    if _together(job, config) > 1:
-        found: Calibration = on_local_workers(config.scaling, _calibrate, config)
-        return found
+    """Timed by as many workers as will share a step on this machine, together."""
+    if job.launcher == "ray" and _together(job, config) > 1:
+        return from_plain(on_local_workers(config.scaling, _calibrate, config))
     with local_workers(config.scaling) as parallel:
         return calibrate(config, parallel)
 
 
 def _together(job: cli.TrainJob, config: RunConfig) -> int:
-    """The workers that Ray will start on this machine, where that is known and it has a device for each; else 1."""
+    """torchrun's workers, or those that Ray will start here, where that is known and each has a device; else 1."""
     scaling, gpus = config.scaling, torch.cuda.device_count()
+    if job.launcher == "local":
+        return scaling.most
     devices = os.cpu_count() or 1 if scaling.device == "cpu" or not gpus else gpus
-    alone = job.launcher == "ray" and not os.environ.get("RAY_ADDRESS") and scaling.most <= devices
-    return scaling.most if alone else 1
+    return scaling.most if not os.environ.get("RAY_ADDRESS") and scaling.most <= devices else 1
 
 
-def _calibrate(parallel: Parallel, config: RunConfig) -> Calibration:
-    return calibrate(config, parallel)
+def _calibrate(parallel: Parallel, config: RunConfig) -> dict[str, Any]:
+    return to_plain(calibrate(config, parallel))
 
 
 def _table(made: list[Forecast]) -> list[str]:

@@ -115,10 +115,6 @@ def test_n_fgsm_is_one_step_from_wide_noise_and_stays_where_it_lands() -> None:
     [
         ({"pipeline_steps": 0}, "attack.pipeline_steps must be positive, got 0"),
         ({"pipeline_every": 0}, "attack.pipeline_every must be positive, got 0"),
-        (
-            {"pipeline_steps": 3, "crafting": "n_fgsm"},
-            "attack.pipeline_steps is for attack.crafting target_first and straight_through, not n_fgsm",
-        ),
         ({"pipeline_every": 2}, "attack.pipeline_every is for attack.crafting target_first, not pgd"),
         (
             {"training_step_size": 2.0},

@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from dircluster.cluster.commands import replay as command
-from dircluster.config import ConfigError
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.replay import Comparison, choose, is_same_code, name_of, read_rows, spec_of
 from dircluster.evaluation.results import Result
+from dircluster.evaluation.store import MemoryStore
+from dircluster.evaluation.suites import SUITES, suite
+from dircluster.evaluation.victim import VictimModel
 
 BALL = AttackSpec("pgd", "fixed", epsilon=0.1, steps=20, step_size=0.01)
 TABLE = [BALL, dataclasses.replace(BALL, randomness="none", on="target", judged="target")]
@@ -109,3 +114,16 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
     assert "--trust-code" in lines[-1]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_row_of_a_suite_finds_its_attack_again(name: str) -> None:
+    settings = EvaluationConfig(images=4)
+    specs = suite(name, AttackConfig(), settings, randomized=True, purifies=True, transfers=True, masked=True)
+    for spec in specs:
+        one = Evaluation([spec], 2, 0, 2, 4, MemoryStore(), VictimModel(nn.Flatten(), "dir"))
+        one._read = {
+            shard.name: {"right": {"fixed": ["1", "0"]}, "warnings": [], "sha256": ""} for shard in one.shards()
+        }
+        row = dataclasses.asdict(one.result(spec, "dir"))
+        assert spec_of(row, specs, "dir") is spec

@@ -11,9 +11,12 @@ from dircluster.config import ConfigError, RunConfig
 from dircluster.defenses.stage import Stage
 from dircluster.presets import preset
 from dircluster.reproduction.costs import Cost, costs, factor_for
+from dircluster.reproduction.exhibits import LABELS, ONE_WORKER
 from dircluster.reproduction.plan import Plan, make_plan, preset_of, shortened
 from dircluster.reproduction.tables import NAMES, exhibits
+from dircluster.training.costs import recipe_on_meta
 from dircluster.training.forecast import Calibration
+from dircluster.training.stages import stages_of
 
 
 def planned(
@@ -103,6 +106,13 @@ def test_what_one_worker_trains_has_one_and_the_others_all() -> None:
     assert {training.run.scaling.workers for training in planned("table1", scaling__workers=1).trainings.values()} == {
         1
     }
+
+
+@pytest.mark.parametrize("system", LABELS)
+def test_what_one_worker_trains_is_what_its_recipes_say(system: str) -> None:
+    run = preset(preset_of("digits_smoke", system))
+    alone = [stage.name for stage in stages_of(run) if recipe_on_meta(run, stage.name).alone]
+    assert bool(alone) is (system in ONE_WORKER), alone
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -38,7 +38,16 @@ from dircluster.training.costs import (
     meta_networks,
     step_operations,
 )
-from dircluster.training.forecast import EVALUATION, Calibration, Pace, calibrate, forecast, from_summary
+from dircluster.training.forecast import (
+    EVALUATION,
+    Calibration,
+    Pace,
+    calibrate,
+    forecast,
+    from_plain,
+    from_summary,
+    to_plain,
+)
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.validation import held_out_accuracy, overfitting
@@ -153,11 +162,13 @@ def test_a_step_exchanges_what_its_stage_trains() -> None:
     assert sent(plain) == 2 * 4 * counted.purifier_parameters * 7 // 8
     assert sent(joint) == 2 * 4 * (counted.purifier_parameters + counted.target_parameters) * 7 // 8
     assert sent(plain, half=True) == sent(plain)  # gradients are whole
+    finetuned = preset("cifar10_finetune")
+    assert sent(finetuned, "fsdp") > 2 * sent(finetuned)  # gathered for each step of PGD
     assert 0.5 < sent(plain, "fsdp", half=True) / sent(plain, "fsdp") < 0.6
 
 
-def _calibrated(parallel: Parallel, config: RunConfig) -> Calibration:
-    return calibrate(config, parallel, budget=0.01)
+def _calibrated(parallel: Parallel, config: RunConfig) -> dict[str, Any]:
+    return to_plain(calibrate(config, parallel, budget=0.01))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -165,7 +176,7 @@ def test_a_machine_is_calibrated_on_all_workers_at_once(smoke: DirRun, strategy:
     two = ScalingConfig(workers=2, threads=1, device="cpu")
     target = dataclasses.replace(smoke.target, ema=None)  # which fsdp has not
     config = dataclasses.replace(smoke, target=target, scaling=two, parallel=ParallelConfig(strategy))
-    found = on_local_workers(two, _calibrated, config)
+    found = from_plain(on_local_workers(two, _calibrated, config))
     assert set(found.paces) == {"target", "pretrain", "dir", EVALUATION}
     assert all(pace.images <= 8 for name, pace in found.paces.items() if name != EVALUATION)  # each one's half of 16
 
@@ -193,8 +204,8 @@ def test_a_worker_that_fails_is_told_in_one_line(
     assert capfd.readouterr().err == ""
 
 
-def _large(parallel: Parallel) -> bytes:
-    return bytes(1_000_000)
+def _large(parallel: Parallel) -> str:
+    return "x" * 1_000_000
 
 
 def test_what_a_worker_returns_may_be_large() -> None:

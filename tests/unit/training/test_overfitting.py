@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
-from dircluster.training.validation import _all_attacked, held_out_accuracy, overfitting
+from dircluster.training.validation import held_out_accuracy, overfitting
 
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
@@ -90,20 +91,24 @@ def test_it_is_what_pgd_takes_where_the_training_attack_takes_nothing(classifier
 @pytest.mark.parametrize("system", ["digits_hgd_a_smoke", "digits_apegan_a_smoke"])
 def test_images_that_stay_natural_are_attacked_in_it_too(system: str) -> None:
     found = preset(system)
-    networks = stages.Networks(found, ALONE)
-    recipe = stages.stages_of(found)[-1].recipe(networks).eval()
+    recipe = stages.stages_of(found)[-1].recipe(stages.Networks(found, ALONE))
+    attack, moved = recipe.attack, list[Tensor]()
+
+    def seen(batch: Batch) -> Batch:
+        made = attack(batch)
+        moved.append((made.attacked != batch.images).flatten(1).any(dim=1))
+        assert batch.number % 4 != 0  # not by the steps that every 4th batch would get
+        return made
+
+    recipe.attack = seen  # type: ignore[method-assign]
+    deployed = recipe.deployed()
+    assert deployed is not None
     assert recipe.attacks_deployed
+    overfitting(recipe, deployed, load(found.data, found.seed).held_out, found, ALONE, 16)
+    assert torch.cat(moved).all()
     images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 10
-    batch = recipe.batch(images, labels, rng.Stream(0, 0, 0, 16, slice(0, 16), ALONE.device))
-    moved = [(recipe.attack(made).attacked != images).flatten(1).any(dim=1) for made in (batch, _all_attacked(batch))]
-    assert moved[1].all()
-    assert not moved[0].all()
-
-
-def test_batches_with_steps_on_the_pipeline_are_no_measure_of_the_others() -> None:
-    batch = Batch(torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), {"pgd": torch.rand(2, 1, 8, 8)}, number=0)
-    assert _all_attacked(batch).number % 4 != 0
-    assert _all_attacked(batch).draws.keys() == {"pgd"}
+    seen(replace(recipe.batch(images, labels, rng.Stream(0, 0, 0, 16, slice(0, 16), ALONE.device)), number=1))
+    assert not moved[-1].all()  # in training some stay
 
 
 def test_an_attack_that_does_not_know_the_masks_is_no_gauge() -> None:
