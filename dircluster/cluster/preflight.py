@@ -76,14 +76,11 @@ def _check_switches(config: RunConfig) -> None:
     import torch
 
     from dircluster.distributed.parallel import Parallel
-    from dircluster.training.capture import check_capture
-    from dircluster.training.compiling import check_compiler
+    from dircluster.training.switches import check_switches
 
     on_gpu = config.scaling.device != "cpu" and torch.cuda.device_count() >= config.scaling.least
     device = torch.device("cuda" if on_gpu else "cpu")
-    check_capture(config, Parallel(0, config.scaling.least, device))
-    if config.training.compile:
-        check_compiler(device)
+    check_switches(config, Parallel(0, config.scaling.least, device))
 
 
 def check_download(name: str, storage_uri: str) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from dircluster.config import ConfigError, RunConfig, first_line
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.distributed.parallel import Parallel
-from dircluster.training.stages import stages_of
 
 WARM_UP = 3
 """Steps that are made before one is recorded: libraries choose their kernels and memory in the first ones."""
@@ -137,34 +136,20 @@ def captured_step(
     switch = config.training.capture
     if recorder is None and parallel.device.type == "cuda":
         recorder = GraphRecorder(parallel.device)
-    obstacle = _obstacle(config, parallel, recorder is not None) or _obstacle_of(recipe)
+    obstacle = obstacle_here(config, parallel, recorder is not None) or obstacle_of(recipe)
     if switch == "on" and obstacle:
-        raise _refusal(obstacle)
+        raise refusal(obstacle)
     if switch == "off" or obstacle or recorder is None or (switch == "auto" and not _known(recipe)):
         return None
     return make(recorder)
 
 
-def check_capture(config: RunConfig, parallel: Parallel) -> None:
-    """Raise ConfigError where ``training.capture`` is on and a stage that the run trains cannot be captured here."""
-    if config.training.capture != "on":
-        return
-    if obstacle := _obstacle(config, parallel, parallel.device.type == "cuda"):
-        raise _refusal(obstacle)
-
-    from dircluster.training.costs import recipe_on_meta  # which counts steps, and so needs this module
-
-    for stage in stages_of(config):
-        given = stage.name == "target" and config.target.uri is not None
-        if not given and (obstacle := _obstacle_of(recipe_on_meta(config, stage.name))):
-            raise _refusal(f"of {stage.name} {obstacle}")
-
-
-def _refusal(obstacle: str) -> ConfigError:
+def refusal(obstacle: str) -> ConfigError:
+    """What is raised where ``training.capture`` is on and cannot be."""
     return ConfigError(f"training.capture is on, but a step cannot be captured here: {obstacle}; use auto or off")
 
 
-def _obstacle(config: RunConfig, parallel: Parallel, recordable: bool) -> str:
+def obstacle_here(config: RunConfig, parallel: Parallel, recordable: bool) -> str:
     """Why no step of the run can be recorded; empty where nothing stands against it."""
     training = config.training
     found = {
@@ -176,7 +161,7 @@ def _obstacle(config: RunConfig, parallel: Parallel, recordable: bool) -> str:
     return next((reason for reason, holds in found.items() if holds), "")
 
 
-def _obstacle_of(recipe: Recipe) -> str:
+def obstacle_of(recipe: Recipe) -> str:
     """Why no step of a recipe can be recorded; empty where nothing stands against it."""
     if len(recipe.updates) > 1:
         return "it has several updates"

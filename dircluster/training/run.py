@@ -31,14 +31,14 @@ from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
 from dircluster.training import checkpoint, export, stages
-from dircluster.training.capture import check_capture
 from dircluster.training.checkpoint import Checkpoints
-from dircluster.training.compiling import check_compiler, uncompiled
+from dircluster.training.compiling import uncompiled
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import Console, StageRecord, Tracker
 from dircluster.training.retry import retry
 from dircluster.training.stage_folder import StageFolder, find_stage_folder
+from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
 
 
@@ -87,9 +87,7 @@ class Run:
         Raises ConfigError, Interrupted or NonFiniteLoss on all workers.
         """
         config, parallel = self.config, self.parallel
-        check_capture(config, parallel)
-        if config.training.compile:
-            check_compiler(parallel.device)
+        check_switches(config, parallel)
         with waiting(self.console):
             self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}

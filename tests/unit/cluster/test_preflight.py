@@ -201,7 +201,7 @@ def test_switches_that_this_machine_cannot_fulfil_are_refused(monkeypatch: pytes
     def missing(device: torch.device) -> None:
         raise ConfigError(f"no compiler for the {device.type}")
 
-    monkeypatch.setattr("dircluster.training.compiling.check_compiler", missing)
+    monkeypatch.setattr("dircluster.training.switches.check_compiler", missing)
     run = run_of("scaling.device cpu")
     compiled = dataclasses.replace(run, training=dataclasses.replace(run.training, compile=True))
     with pytest.raises(ConfigError, match="no compiler for the cpu"):

@@ -23,12 +23,13 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.training import stages
-from dircluster.training.capture import WARM_UP, CapturedStep, captured_step, check_capture
+from dircluster.training.capture import WARM_UP, CapturedStep, captured_step
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoRecord, NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.step import NonFiniteLoss
+from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
 from tests.unit.training.conftest import StopAfter
 from tests.unit.training.test_trainer import BATCH_NORMED
@@ -294,7 +295,7 @@ def test_a_cpu_is_refused_before_data_is_read(whole: DirRun) -> None:
     with pytest.raises(ConfigError, match=message):
         Run(whole, ALONE, NoTracker(), Quiet()).execute()
     assert not Path(whole.storage.uri).exists()
-    check_capture(uncaptured(whole), ALONE)
+    check_switches(uncaptured(whole), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -309,9 +310,9 @@ def test_a_stage_that_cannot_be_captured_is_refused_before_the_first_is_trained(
     training = dataclasses.replace(run.training, capture="on", microbatch=None)
     on_gpu = Parallel(0, 1, torch.device("cuda"))
     with pytest.raises(ConfigError, match=words):
-        check_capture(dataclasses.replace(run, training=training), on_gpu)
+        check_switches(dataclasses.replace(run, training=training), on_gpu)
     plain = dataclasses.replace(preset("digits_hgd_smoke"), training=training)
-    check_capture(plain, on_gpu)
+    check_switches(plain, on_gpu)
 
 
 def test_what_cannot_be_recorded_runs_uncaptured_unless_it_was_asked_for(whole: DirRun, tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""Whether a machine can do what a run's switches ask of it, before the first stage is trained."""
+
+from __future__ import annotations
+
+from dircluster.config import RunConfig
+from dircluster.distributed.parallel import Parallel
+from dircluster.training.capture import obstacle_here, obstacle_of, refusal
+from dircluster.training.compiling import check_compiler
+from dircluster.training.costs import recipe_on_meta
+from dircluster.training.stages import stages_of
+
+
+def check_switches(config: RunConfig, parallel: Parallel) -> None:
+    """Raise ConfigError where blocks are to be compiled and cannot be, or steps to be captured and one cannot be."""
+    if config.training.compile:
+        check_compiler(parallel.device)
+    if config.training.capture != "on":
+        return
+    if obstacle := obstacle_here(config, parallel, parallel.device.type == "cuda"):
+        raise refusal(obstacle)
+    for stage in stages_of(config):
+        given = stage.name == "target" and config.target.uri is not None
+        if not given and (obstacle := obstacle_of(recipe_on_meta(config, stage.name))):
+            raise refusal(f"of {stage.name} {obstacle}")
