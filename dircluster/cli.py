@@ -401,7 +401,7 @@ def describe(job: Job, run: RunConfig | None = None) -> dict[str, Any]:
 def with_fewest_workers(job: AnyJob) -> AnyJob:
     """``job`` with the fewest workers of its preset, unless it was given others.
 
-    So trials and systems train alike, and trials side by side do more than workers of one trial.
+    So all trials and systems train on as many, and trials side by side do more than workers of one trial.
     """
     if "scaling.workers" in describe(job):
         return job

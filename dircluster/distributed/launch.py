@@ -82,9 +82,9 @@ def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *argument
                 _worker, (scaling, store.port, folder, work, arguments), scaling.most, daemon=True, start_method="spawn"
             )
         except (processes.ProcessRaisedException, processes.ProcessExitedException, RuntimeError, OSError) as error:
-            told = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
-            if told:
-                raise error_from_plain(json.loads(told[0].read_text())) from error
+            errors = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+            if errors:
+                raise error_from_plain(json.loads(errors[0].read_text())) from error
             raise ConfigError(f"workers on this machine failed: {named_line(error)}") from error
         finally:
             log.setLevel(level)
@@ -98,21 +98,25 @@ def _worker(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     file = Path(folder) / f"error-{rank}"
-    with _told(file), local_workers(scaling) as parallel, _told(file):  # while the group is there: others will miss it
+    with (
+        _keeps_error(file),
+        local_workers(scaling) as parallel,
+        _keeps_error(file),
+    ):  # while the group is there: others will miss it
         result = work(parallel, *arguments)
     if rank == 0:
         (Path(folder) / "result").write_text(json.dumps(result))
 
 
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _keeps_error(file: Path) -> Iterator[None]:
     """What fails inside is kept in ``file``, and ends this process."""
     try:
         yield
     except Exception as error:
         line = f"a worker on this machine failed: {named_line(error)}"
-        told = error if isinstance(error, ConfigError) else ConfigError(line)
-        file.write_text(json.dumps(error_to_plain(told)))
+        known = error if isinstance(error, ConfigError) else ConfigError(line)
+        file.write_text(json.dumps(error_to_plain(known)))
         raise SystemExit(1) from error
 
 

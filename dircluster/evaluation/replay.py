@@ -58,7 +58,7 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
         named = ("none" if bare else defense, spec.name, "none" if bare else spec.randomness)
         if named == (row["defense"], row["attack"], row["randomness"]):
             own = {name: getattr(spec, name) for name in SETTINGS}
-            own |= {"step_size": told_step_size(spec), "protocol": spec.protocol_name}
+            own |= {"step_size": row_step_size(spec), "protocol": spec.protocol_name}
             for name, value in own.items():
                 if value != row.get(name):
                     raise ConfigError(
@@ -69,8 +69,8 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
     raise ConfigError(f"this code's suite has no row {name_of(row)}: check out the commit of the row")
 
 
-def told_step_size(spec: AttackSpec) -> float:
-    """The step size that a row tells of its attack: none where it counts no steps, see Evaluation.result."""
+def row_step_size(spec: AttackSpec) -> float:
+    """The step size in a row of its attack: none where it counts no steps, see Evaluation.result."""
     return spec.step_size if spec.steps and find_attack(spec.attack).counts == "steps" else 0.0
 
 
