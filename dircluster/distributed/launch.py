@@ -98,11 +98,8 @@ def _worker(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     file = Path(folder) / f"error-{rank}"
-    with (
-        _keeps_error(file),
-        local_workers(scaling) as parallel,
-        _keeps_error(file),
-    ):  # while the group is there: others will miss it
+    # The inner one keeps an error while the group is there: others fail when it is gone, and later.
+    with _keeps_error(file), local_workers(scaling) as parallel, _keeps_error(file):
         result = work(parallel, *arguments)
     if rank == 0:
         (Path(folder) / "result").write_text(json.dumps(result))
