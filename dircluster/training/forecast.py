@@ -197,33 +197,35 @@ def _pace_of(found: Calibration, name: str) -> Pace:
 
 
 def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: Parallel, budget: float) -> Pace:
-    """Time ``step`` on ever more images, up to ``full``, while one takes less than a part of the budget.
+    """Time ``step`` on ever more images, up to ``full``, while the next is not thought to take more than the budget.
 
-    What takes all of the budget at once is not done again. What the first worker measures counts for all of them.
+    Seconds grow with images by a part alone, so that two sizes at least are timed.
+    Each size is done twice: the first time allocates and chooses algorithms, which in bf16 takes longer than a step.
+    What the first worker measures counts for all of them.
     """
-    device, images, peaks = parallel.device, min(full, 2), dict[int, int]()
+    device, images = parallel.device, min(full, 2)
+    seconds, peaks = dict[int, float](), dict[int, float]()
     while True:
+        _timed(step, images, parallel)
         before = _resting(device)
-        taken = _timed(step, images, parallel)  # allocates, and chooses algorithms
-        if taken < budget:
-            before = _resting(device)
-            taken = _timed(step, images, parallel)
+        seconds[images] = _timed(step, images, parallel)
         peaks[images] = _peak(device)
         longer = min(full, 4 * images)
-        if images == full or taken * longer / images > budget / 3:
+        if images == full or (len(seconds) > 1 and _carried_over(seconds, 0, longer) > budget):
             break
         images = longer
-    tries = [taken]
+    tries = [seconds[images]]
     while sum(tries) < budget and len(tries) < 20:
         tries.append(_timed(step, images, parallel))
-    return Pace(per_image * images / mean(tries), images, _carried_over(peaks, before, full))
+    seconds[images] = mean(tries)
+    return Pace(per_image * full / _carried_over(seconds, 0, full), images, int(_carried_over(peaks, before, full)))
 
 
-def _carried_over(peaks: Mapping[int, int], before: int, full: int) -> int:
-    """Peak bytes of ``full`` images, from those of fewer: two sizes tell apart what does not grow with images."""
-    *fewer, images = peaks
-    more, of = (peaks[images] - peaks[fewer[-1]], images - fewer[-1]) if fewer else (peaks[images] - before, images)
-    return peaks[images] + max(0, more) * (full - images) // of
+def _carried_over(found: Mapping[int, float], before: float, full: int) -> float:
+    """Seconds or peak bytes of ``full`` images, from those of fewer: two sizes tell apart what does not grow."""
+    *fewer, images = found
+    more, of = (found[images] - found[fewer[-1]], images - fewer[-1]) if fewer else (found[images] - before, images)
+    return found[images] + max(0.0, more) * (full - images) / of
 
 
 def _timed(step: Callable[[int], object], images: int, parallel: Parallel) -> float:

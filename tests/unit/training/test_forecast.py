@@ -234,3 +234,29 @@ def test_what_all_images_need_alike_is_not_multiplied() -> None:
     assert module._carried_over({2: 110}, before=100, full=128) == 110 + 5 * 126  # nothing tells them apart
     assert module._carried_over({2: 150, 8: 140}, before=100, full=128) == 140
     assert module._carried_over({2: 110, 8: 140}, before=100, full=8) == 140
+
+
+def test_seconds_that_all_images_share_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def timed(step: object, images: int, parallel: Parallel) -> float:
+        asked.append(images)
+        return 0.9 + 0.01 * images
+
+    monkeypatch.setattr(module, "_timed", timed)
+    found = module._pace(lambda images: None, 1e6, 4096, ALONE, budget=2.0)
+    assert found.images == max(asked) == 32  # of 128 it is thought that they take more than two seconds
+    assert found.operations_per_second == pytest.approx(4096e6 / (0.9 + 40.96))
+    assert found.operations_per_second > 3 * 2e6 / 0.92  # what two images alone would tell
+
+
+def test_the_first_time_of_a_size_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def timed(step: object, images: int, parallel: Parallel) -> float:
+        asked.append(images)
+        return 60.0 if asked.count(images) == 1 else 3.0
+
+    monkeypatch.setattr(module, "_timed", timed)
+    assert module._pace(lambda images: None, 1e6, 128, ALONE, budget=2.0).operations_per_second == 128e6 / 3
+    assert asked[:4] == [2, 2, 8, 8]
