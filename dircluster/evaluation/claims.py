@@ -130,7 +130,7 @@ def read_claim(file: Path) -> Claim:
         plain = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"claim {file} cannot be read: it must be the JSON that --export writes") from error
-    for problem in _problems(plain):
+    if problem := problem_of(plain):
         raise ConfigError(f"claim {file} is refused: {problem}; jobs/evaluate.py --export writes one that is whole")
     return Claim(file.stem, plain)
 
@@ -141,6 +141,11 @@ def read_claims(folder: Path) -> list[Claim]:
     if not files:
         raise ConfigError(f"there are no claims (*.json) in {folder}")
     return [read_claim(file) for file in files]
+
+
+def problem_of(plain: Any) -> str:
+    """Why what was read is refused as a claim, in words; empty where it is none."""
+    return next(iter(_problems(plain)), "")
 
 
 def _problems(plain: Any) -> Iterable[str]:

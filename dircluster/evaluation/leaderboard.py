@@ -29,7 +29,8 @@ INTRODUCTION = """# Leaderboard
 Written by `python jobs/leaderboard.py` from the claims in [claims/](claims); the same as a page
 that sorts: [leaderboard.html](leaderboard.html). [Add one of yours](extend.md#add-a-claim).
 
-Accuracy on test images, % (95 % interval). *White box*: the strongest first-order attack that knows
+"""
+READING = """Accuracy on test images, % (95 % interval). *White box*: the strongest first-order attack that knows
 what the defense draws. *Fresh + EOT*: it draws again at every pass, the attack averages over draws.
 *Wor.Rob*, *vote*: [protocols](api.md#suites). *Strongest*: the row that leaves least, by which the
 table is ordered; *its target*: the same of the bare target. Empty: not run; `!`: marked as weak;
@@ -53,7 +54,7 @@ def write_leaderboard(claims: Path, docs: Path) -> list[Path]:
     """
     tables = by_threat(read_claims(claims))
     files = [docs / "leaderboard.md", docs / "leaderboard.html"]
-    for file, text in zip(files, (as_markdown(tables), as_page(tables)), strict=True):
+    for file, text in zip(files, (as_markdown(tables, INTRODUCTION), as_page(tables)), strict=True):
         write_whole(file, text.encode())
     return files
 
@@ -89,9 +90,9 @@ def line(claim: Claim) -> dict[str, Cell]:
     return cells
 
 
-def as_markdown(tables: Mapping[str, Sequence[Claim]]) -> str:
-    """The page as Markdown."""
-    parts = [INTRODUCTION]
+def as_markdown(tables: Mapping[str, Sequence[Claim]], introduction: str) -> str:
+    """The page as Markdown, after a title and what it was made from."""
+    parts = [introduction + READING]
     for title, claims in tables.items():
         lines = [line(claim) for claim in claims]
         head = list(lines[0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dircluster.evaluation.replay import name_of
 from dircluster.evaluation.results import worst_attacked
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.suites import how
@@ -70,6 +72,8 @@ class Cell:
     printed_gain: float | None = None
     commands: tuple[str, ...] = ()
     """That make it again, one a seed."""
+    replays: tuple[str, ...] = ()
+    """That compute its row again from the finished weights, one a seed that has a claim."""
     factor: float = 1.0
     """Of the schedules that it was trained by."""
     seeds: int = 0
@@ -106,6 +110,10 @@ class Outcome:
     """By column of MEASURED."""
     untimed: Mapping[str, str] = field(default_factory=dict)
     """Why it could not be timed, by the same columns."""
+    claim: Mapping[str, Any] | None = None
+    """Its rows with the evidence of each, as a leaderboard takes them."""
+    claim_file: str = ""
+    """Where the page keeps it."""
 
 
 def row_of(rows: Sequence[Row], column: str) -> Row | None:
@@ -149,12 +157,17 @@ def cells_of(
                     _gain(rows, under),
                     printed.value - at_bare.value if printed and at_bare else None,
                     tuple(command for each in ended for command in each.commands),
+                    tuple(_replay(end, row) for end, row in zip(ended, rows, strict=True) if end.claim_file and row),
                     plan.factor,
                     1 if column in MEASURED else len(ended),  # one seed is timed
                 )
             )
         made.append(columns)
     return made
+
+
+def _replay(end: Outcome, row: Row) -> str:
+    return f"python jobs/replay.py {shlex.quote(end.claim_file)} {name_of(row)}"
 
 
 def _is_bare_of(other: Line, line: Line) -> bool:

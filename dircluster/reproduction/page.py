@@ -49,6 +49,11 @@ class Section:
         """What makes each line again."""
         return {line[0].line: list(line[0].commands) for line in self.cells}
 
+    @property
+    def replays(self) -> list[str]:
+        """What computes each number again, after the name of its cell."""
+        return [f"{cell.line}, {cell.column}: {each}" for line in self.cells for cell in line for each in cell.replays]
+
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
         return {

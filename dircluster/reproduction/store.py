@@ -29,7 +29,8 @@ class Store:
         file.write_text(json.dumps(plain))
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
-        """Keep files of any kind, by their whole names."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep files of any kind, by their paths in the folder."""
         for name, content in files.items():
-            (self.folder / name).write_bytes(content)
+            file = self.folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from dircluster.cluster.commands import replay
+from dircluster.evaluation.claims import problem_of
+from dircluster.evaluation.replay import name_of
 from tests.jobs import Outcome, run_job
 
 FEW = ("--evaluation.images", "4", "--evaluation.queries", "10", "--scaling.threads", "1")
@@ -50,8 +54,36 @@ def test_a_table(reproduced: Outcome, folder: Path) -> None:
     (command,) = found["DIR", "pgd20"]["commands"]
     assert command.startswith("python jobs/train.py digits_smoke --evaluation.suite paper")
     kept = Path(reproduced.summary["folder"])
-    assert {file.name for file in kept.iterdir()} == {f"reproduction.{kind}" for kind in ("html", "md", "json")}
+    page = {f"reproduction.{kind}" for kind in ("html", "md", "json")}
+    assert {file.name for file in kept.iterdir()} - {"leaderboard.md", "leaderboard.html"} == {*page, "claims"}
     assert json.loads((kept / "reproduction.json").read_text())["exhibits"] == reproduced.summary["exhibits"]
+
+
+def test_each_system_has_a_claim(reproduced: Outcome) -> None:
+    kept = Path(reproduced.summary["folder"])
+    claims = {file.name: json.loads(file.read_text()) for file in (kept / "claims").iterdir()}
+    assert set(claims) == {"identity-seed-0.json", "dir-seed-0.json"}
+    taken = [name.removesuffix(".json") for name, claim in claims.items() if not problem_of(claim)]
+    if taken:  # of code that a commit holds
+        lines = (kept / "leaderboard.md").read_text()
+        assert all(f"| {name}" in lines for name in taken)
+    else:
+        assert "left off the leaderboard: 2 claims: it was found by code that no commit holds" in reproduced.out
+    found = cells(reproduced)
+    rows = {name_of(row): row["accuracy"] for row in claims["dir-seed-0.json"]["rows"]}
+    for column in ("natural", "pgd20", "autoattack-standard", "strongest"):
+        (command,) = found["DIR", column]["replays"]
+        assert rows[command.split()[-1]] == found["DIR", column]["found"]["mean"]
+
+
+def test_a_cell_is_computed_again(reproduced: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = cells(reproduced)["DIR", "pgd20"]["replays"]
+    python, job, *words = shlex.split(command)
+    assert (python, job) == ("python", "jobs/replay.py")
+    assert replay.main(words) == 0
+    told = capsys.readouterr().out
+    assert "images   the same to the bit" in told
+    assert told.rstrip().endswith("holds")
 
 
 def test_it_is_one_run_with_children(reproduced: Outcome, folder: Path) -> None:

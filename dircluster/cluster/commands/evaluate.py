@@ -216,28 +216,16 @@ class _Judging:
 
     def _tell(self, evaluation_job: EvaluationJob) -> None:
         from dircluster.cluster.loading import load_classifier
-        from dircluster.cluster.version import commit
         from dircluster.evaluation.html_report import write_report
         from dircluster.evaluation.results import to_plain
-        from dircluster.evaluation.session import report
 
-        found = report(evaluation_job.evaluation, evaluation_job.plan, evaluation_job.name, evaluation_job.settings)
+        found = evaluation_job.report()
         for note in found.notes:
             self.terminal.say(f"note      {note}")
         self.terminal.table(to_plain(found.rows))
         for check in found.verdict:
             self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")
-        facts = {
-            **evaluation_job.facts,
-            "commit": commit(),
-            "name": self.config.name,
-            "digest": evaluation_job.facts["defense"],
-            "defense": self.job.defense,
-            "surrogate_uri": self.job.surrogate,
-            "machine": evaluation_job.evaluation.machine,
-            "settings": run_to_plain(self.config),
-            "classes": evaluation_job.classes,
-        }
+        facts = evaluation_job.told_facts(self.job.defense, self.job.surrogate)
         natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
             found,
@@ -256,7 +244,7 @@ class _Judging:
         if self.job.export is not None:
             from dircluster.evaluation.export import exported, write_export
 
-            claim = self._claim(found, facts, evaluation_job)
+            claim = evaluation_job.claim(found, facts)
             tensors = exported(found, evaluation_job.test, evaluation_job.rows)
             for file in write_export(tensors, claim, self.job.export):
                 self.terminal.say(f"export    {file}")
@@ -269,15 +257,6 @@ class _Judging:
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
         outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
         cli.write_summary(self.job, outcome)
-
-    def _claim(self, found: Any, facts: dict[str, Any], evaluation_job: EvaluationJob) -> dict[str, Any]:
-        from dircluster.evaluation.claims import claim_of
-        from dircluster.evaluation.html_report import robustbench_entry
-        from dircluster.training.profiling import answer_costs
-
-        victim, images = evaluation_job.victim, evaluation_job.batch(0, min(64, len(evaluation_job.test)))[0]
-        entry = robustbench_entry(found, self.config, victim.passes)
-        return claim_of(entry, found, facts, answer_costs(victim.module, images))
 
     def _record(self, found: Any, facts: dict[str, Any], files: list[Path], sha: str) -> str | None:
         from dircluster.cluster.runtime import local

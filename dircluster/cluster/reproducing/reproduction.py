@@ -183,7 +183,8 @@ class Reproduction:
     def _tell(self, units: Units, seconds: float) -> None:
         """Tables on the terminal, the page and its data in storage and MLflow."""
         commands = {unit.key: self.asked.command_of(self.plan, unit) for unit in self.plan.all}
-        result = Result(self.plan, units.outcomes, commands, self.job.preset, self.config, self.terminal)
+        folder = str(self.store.folder)
+        result = Result(self.plan, units.outcomes, commands, self.job.preset, self.config, self.terminal, folder)
         facts = {"command": self.asked.command(), "commit": self.commit, "seeds": ", ".join(map(str, self.asked.seeds))}
         files = result.files(f"{self.job.what} on {self.job.preset}", facts)
         for section in result.sections:
@@ -191,7 +192,8 @@ class Reproduction:
             self.terminal.lines(section.exhibit.title, rows)
         self.store.add_files(files)
         for name in files:
-            self.terminal.say(f"kept      {self.store.folder / name}")
+            if not name.startswith("claims/"):
+                self.terminal.say(f"kept      {self.store.folder / name}")
         if self.record is not None:
             from dircluster.cluster.tracking.tracker import MlflowTracker
 
@@ -199,4 +201,4 @@ class Reproduction:
             tracker.sweep(result.evidence, files, "")
             tracker.close()
         self.terminal.say(f"took      {seconds:.0f} s")
-        cli.write_summary(self.job, {**result.plain, "folder": str(self.store.folder)})
+        cli.write_summary(self.job, {**result.plain, "folder": folder})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any
 
 from dircluster.cluster.console import Terminal
@@ -18,13 +20,15 @@ from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
+from dircluster.evaluation.claims import Claim, problem_of
+from dircluster.evaluation.leaderboard import as_markdown, as_page, by_threat
 from dircluster.presets.base import as_in_table_1
 from dircluster.reproduction.cells import Outcome, cells_of
 from dircluster.reproduction.costs import TIMED, epoch_seconds, own_seconds
 from dircluster.reproduction.exhibits import MEASURED, Exhibit, Line
 from dircluster.reproduction.page import Section, to_html, to_markdown
 from dircluster.reproduction.pictures import PICTURES, Scene, swept
-from dircluster.reproduction.plan import Plan
+from dircluster.reproduction.plan import Plan, Unit
 from dircluster.reproduction.tables import CONTROLS
 from dircluster.training.export import load_defense_folder
 from dircluster.training.forecast import Calibration, calibrate
@@ -42,8 +46,10 @@ READING = (
     "Over None: points above the bare target under the same attack, ours and the paper's; ours over the seeds at which"
     " both ended.",
 )
-
-
+REPLAYS = (
+    "A number again, from the weights that it is of: the cell's `replays` in reproduction.json. They read the claims"
+    " that lie beside it, from which jobs/leaderboard.py makes a leaderboard."
+)
 Clock = Callable[[Exhibit, Line, Parallel], float | None]
 """A line -> what it takes in the unit of a column of MEASURED."""
 
@@ -59,10 +65,15 @@ class Result:
         preset: str,
         config: RunConfig,
         terminal: Terminal,
+        folder: str,
     ) -> None:
-        """``outcomes`` and ``commands`` by the units' keys."""
+        """``outcomes`` and ``commands`` by the units' keys; ``folder`` will hold the files."""
         self.plan, self.preset, self.config, self.terminal = plan, preset, config, terminal
-        self.outcomes = {key: replace(end, commands=(commands[key],)) for key, end in outcomes.items()}
+        files = {unit.key: f"{folder}/{_claim_file(unit)}" for unit in plan.all}
+        self.outcomes = {
+            key: replace(end, commands=(commands[key],), claim_file=files[key] if end.claim else "")
+            for key, end in outcomes.items()
+        }
         self._paces: dict[str, Calibration] = {}
         self._time([exhibit for exhibit in plan.exhibits if set(exhibit.columns) & set(MEASURED)])
 
@@ -184,7 +195,7 @@ class Result:
     @cached_property
     def notes(self) -> list[str]:
         """How the page is to be read, and what failed."""
-        made = list(READING)
+        made = [*READING, *([REPLAYS] if any(end.claim for end in self.outcomes.values()) else [])]
         if not self.comparable:
             run, word = self.config, "SVHN" if self.preset.startswith("svhn") else "CIFAR-10"
             limited = "" if run.data.limit is None else f", {run.data.limit} images of a split at most"
@@ -212,4 +223,32 @@ class Result:
             "reproduction.md": to_markdown(title, shown, self.notes, self.sections).encode(),
             "reproduction.json": json.dumps(self.plain, indent=1).encode(),
             **pictures,
+            **self._claims(),
         }
+
+    def _claims(self) -> dict[str, bytes]:
+        """The claim of each unit, and the leaderboard of those that are not refused, by the names of files."""
+        made, taken, refused = dict[str, bytes](), list[Claim](), list[str]()
+        for unit in self.plan.all:
+            claim, file = self.outcomes[unit.key].claim, _claim_file(unit)
+            if claim is None:
+                continue
+            made[file] = json.dumps(claim, indent=1).encode()
+            if problem := problem_of(claim):
+                refused.append(problem)
+            else:
+                taken.append(Claim(PurePosixPath(file).stem, claim))
+        for problem in dict.fromkeys(refused):
+            self.terminal.say(f"left off the leaderboard: {refused.count(problem)} claims: {problem}")
+        if taken:
+            tables = by_threat(taken)
+            made |= {
+                "leaderboard.md": as_markdown(tables, "# Leaderboard\n\n").encode(),
+                "leaderboard.html": as_page(tables).encode(),
+            }
+        return made
+
+
+def _claim_file(unit: Unit) -> str:
+    """Where the claim of a unit lies, beside the page."""
+    return "claims/" + re.sub(r"[^\w.]+", "-", unit.name) + ".json"

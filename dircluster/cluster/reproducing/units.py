@@ -80,7 +80,8 @@ class Units:
         if ended["status"] == "FAILED":
             reason = str(ended["error"])
             return Outcome(error=self.terminal.last if reason.endswith("stands above") else reason.splitlines()[0])
-        return _keep(kept, name, run, ended["results"], ended["checkpoint"])
+        folder = ended["checkpoint"]
+        return _keep(kept, name, run, ended["results"], folder, self._claimed(training, run, folder))
 
     def _follow(self, run: RunConfig, training: Training) -> dict[str, Any]:
         """The outcome of a run, once no other job trains one of its stages."""
@@ -131,17 +132,26 @@ class Units:
         try:
             places = [open_path(each.checkpoint, run.storage) for each in (purifier, target)]
             folder = str(transferred(open_path(run.storage.uri, run.storage), *places).absolute())
-            rows = self._rows(run, folder)
+            claim = self._claim(run, folder)
         except Exception as error:  # whatever a system raises is its own
             return Outcome(error=first_line(error) if isinstance(error, ConfigError) else named_line(error))
-        return rows if isinstance(rows, int) else Outcome(tuple(rows), folder)
+        return claim if isinstance(claim, int) else Outcome(tuple(claim["rows"]), folder, claim=claim)
 
-    def _rows(self, run: RunConfig, folder: str) -> list[dict[str, Any]] | int:
-        """The suite's rows of a finished defense, as jobs/evaluate.py finds them; or the signal that stopped it."""
+    def _claimed(self, training: Training, run: RunConfig, folder: str) -> dict[str, Any] | None:
+        """The claim of what a training ended in; None, with a line that says why, where there can be none."""
+        try:
+            claim = self._claim(with_values(run, {"evaluation.verdict": False}), folder)  # as a training judges
+        except Exception as error:  # its numbers stand without one
+            self.terminal.say(f"no claim of {training.name}: {named_line(error)}")
+            return None
+        return None if isinstance(claim, int) else claim
+
+    def _claim(self, run: RunConfig, folder: str) -> dict[str, Any] | int:
+        """The suite's rows of a finished defense with their evidence, as jobs/evaluate.py finds them; or the signal
+        that stopped it. What is judged already is not judged again.
+        """
         from dircluster.cluster.runtime.evaluation_job import EvaluationJob
         from dircluster.distributed.launch import local_workers
-        from dircluster.evaluation.results import to_plain
-        from dircluster.evaluation.session import report
 
         on_ray, spec = self.launcher == "ray", JobSpec(run_to_plain(run), folder, os.getcwd(), trust_code=True)
         scaling = replace(run.scaling, threads=run.scaling.threads or 1)
@@ -152,7 +162,7 @@ class Units:
             left = [i for i, shard in enumerate(judged.shards) if judged.evaluation.outcome(shard) is None]
             if signal := (self._on_ray if on_ray else self._here)(judged, spec, left):
                 return signal
-            return to_plain(report(judged.evaluation, judged.plan, judged.name, judged.settings).rows)
+            return judged.claim(judged.report(), judged.told_facts(folder))
 
     def _on_ray(self, judged: Any, spec: JobSpec, left: list[int]) -> int:
         from dircluster.cluster.runtime import ray_evaluate
@@ -180,9 +190,17 @@ def _kept(run: RunConfig) -> Store:
     return Store(open_path(run.storage.uri, run.storage) / "reproductions" / "outcomes")
 
 
-def _keep(kept: Store, name: str, run: RunConfig, rows: list[dict[str, Any]], folder: str) -> Outcome:
-    kept.put(name, {"rows": rows, "checkpoint": folder, "digest": checkpoint.digest(open_path(folder, run.storage))})
-    return Outcome(tuple(rows), folder)
+def _keep(
+    kept: Store,
+    name: str,
+    run: RunConfig,
+    rows: list[dict[str, Any]],
+    folder: str,
+    claim: Mapping[str, Any] | None = None,
+) -> Outcome:
+    digest_of = checkpoint.digest(open_path(folder, run.storage))
+    kept.put(name, {"rows": rows, "checkpoint": folder, "digest": digest_of, "claim": claim})
+    return Outcome(tuple(rows), folder, claim=claim)
 
 
 def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:
@@ -192,4 +210,4 @@ def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:
         return None
     if checkpoint.digest(open_path(found["checkpoint"], run.storage)) != found["digest"]:
         return None
-    return Outcome(tuple(found["rows"]), found["checkpoint"])
+    return Outcome(tuple(found["rows"]), found["checkpoint"], claim=found["claim"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dircluster.cluster import version
 from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_module
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import ConfigError, RunConfig, digest
@@ -16,16 +17,19 @@ from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.distributed.launch import choose_kernels
+from dircluster.evaluation.claims import claim_of
 from dircluster.evaluation.evaluation import Evaluation
+from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.sample import judged_rows, row_numbers
-from dircluster.evaluation.session import Plan, plan
+from dircluster.evaluation.session import EvaluationReport, Plan, plan, report
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.precision import channels_last
-from dircluster.presets import run_from_plain
+from dircluster.presets import run_from_plain, run_to_plain
 from dircluster.training import checkpoint
+from dircluster.training.profiling import answer_costs
 from dircluster.training.run import data_cache
 from dircluster.zoo import find, is_shipped
 
@@ -92,6 +96,30 @@ class EvaluationJob:
         shard = self.shards[index]
         if self.evaluation.outcome(shard) is None:
             self.evaluation.work(shard, *self.batch(*shard.rows))
+
+    def report(self) -> EvaluationReport:
+        """What was found, once all shards are done."""
+        return report(self.evaluation, self.plan, self.name, self.settings)
+
+    def told_facts(self, defense: str, surrogate: str = "") -> dict[str, Any]:
+        """What decides the rows of a report, for jobs/replay.py. ``defense`` and ``surrogate`` as they were named."""
+        return {
+            **self.facts,
+            "commit": version.commit(),
+            "name": self.config.name,
+            "digest": self.facts["defense"],
+            "defense": defense,
+            "surrogate_uri": surrogate,
+            "machine": self.evaluation.machine,
+            "settings": run_to_plain(self.config),
+            "classes": self.classes,
+        }
+
+    def claim(self, found: EvaluationReport, facts: dict[str, Any]) -> dict[str, Any]:
+        """What a report claims, with what an answer of the defense costs; ``facts`` are those that are told."""
+        images, _ = self.batch(0, min(64, len(self.test)))
+        entry = robustbench_entry(found, self.config, self.victim.passes)
+        return claim_of(entry, found, facts, answer_costs(self.victim.module, images))
 
 
 def committed(job_spec: JobSpec, config: RunConfig) -> str | None:

@@ -128,7 +128,9 @@ class MlflowTracker:
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 with tempfile.TemporaryDirectory() as folder:
                     for name, content in files.items():
-                        (Path(folder) / name).write_bytes(content)
+                        file = Path(folder) / name
+                        file.parent.mkdir(exist_ok=True)
+                        file.write_bytes(content)
                     self.client.log_artifacts(self.job.run_id, folder)
                 if best:
                     self.client.set_tag(self.job.run_id, BEST_TAG, best)

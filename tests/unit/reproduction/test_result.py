@@ -31,7 +31,7 @@ def made(plan: Plan, family: str, config: RunConfig | None = None, errors: Mappi
     """The result of a plan whose trainings all ended without rows, but for ``errors`` by their names."""
     ended = {unit.key: Outcome(error=(errors or {}).get(unit.name, "")) for unit in plan.all}
     commands = dict.fromkeys(ended, "")
-    return Result(plan, ended, commands, family, config or preset(family), Listening())
+    return Result(plan, ended, commands, family, config or preset(family), Listening(), "there")
 
 
 @pytest.fixture
