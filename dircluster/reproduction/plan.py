@@ -10,6 +10,7 @@ from typing import Any
 from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict, with_values
 from dircluster.presets import PRESETS, preset
 from dircluster.reproduction.exhibits import ONE_WORKER, Exhibit, Line, Settings, System
+from dircluster.training.costs import step_operations
 from dircluster.training.stages import stages_of
 
 KeyOf = Callable[[RunConfig, str], str]
@@ -110,7 +111,10 @@ def make_plan(
         if called not in met:  # keys take a while to make
             if name not in PRESETS:
                 raise ConfigError(f"there is no preset {name}: leave {system.name} out by --only")
-            run = shortened(with_settings(preset(name), settings), factor)
+            run = with_settings(preset(name), settings)
+            if system.name == "finetune":
+                run = at_equal_cost(run, preset(name).target.objective)
+            run = shortened(run, factor)
             stages = {stage.name: key_of(run, stage.name) for stage in stages_of(run)}
             met[called] = key = list(stages.values())[-1]
             made.setdefault(key, Training(key, system, seed, name, run, stages))
@@ -148,6 +152,18 @@ def with_settings(run: RunConfig, settings: Settings) -> RunConfig:
         if name not in known:
             raise ConfigError(f"{name} is no setting of {run.defense}: give what all systems share, or --only")
     return with_values(run, settings)
+
+
+def at_equal_cost(run: RunConfig, objective: str) -> RunConfig:
+    """``run``, a target that is trained on, with as many epochs as cost what its own do with targets by ``objective``.
+
+    A denoiser beside it costs the same over any target; a step of natural training costs a part of one of AT.
+    """
+    if run.target.objective == objective:
+        return run
+    usual = step_operations(with_values(run, {"target.objective": objective}), "finetune")
+    epochs = flatten(to_dict(run))["finetune.epochs"] * usual / step_operations(run, "finetune")
+    return with_values(run, {"finetune.epochs": max(1, round(epochs))})
 
 
 def shortened(run: RunConfig, factor: float) -> RunConfig:

@@ -14,7 +14,7 @@ from dircluster.reproduction.costs import Cost, costs, factor_for
 from dircluster.reproduction.exhibits import LABELS, ONE_WORKER
 from dircluster.reproduction.plan import Plan, make_plan, preset_of, shortened
 from dircluster.reproduction.tables import NAMES, exhibits
-from dircluster.training.costs import recipe_on_meta
+from dircluster.training.costs import recipe_on_meta, step_operations
 from dircluster.training.forecast import Calibration
 from dircluster.training.stages import stages_of
 
@@ -70,6 +70,15 @@ def test_all_of_the_paper() -> None:
     assert len(names) - names.count("finetune") == 37 - 6
     assert names.count("finetune") == 4
     assert {t.preset.startswith("cifar10") for t in plan.trainings.values()} == {True}
+
+
+def test_a_target_that_is_trained_on_costs_the_same_whatever_its_objective() -> None:
+    plan = planned("table1", "table2", "table4", only="finetune", family="cifar10")
+    runs = {t.run.target.objective: t.run for t in plan.trainings.values()}
+    assert set(runs) == {"at", "trades", "mart", "natural"}
+    assert runs["at"] == preset("cifar10_finetune")
+    costs = {name: run.finetune.epochs * step_operations(run, "finetune") for name, run in runs.items()}  # type: ignore[attr-defined]
+    assert list(costs.values()) == pytest.approx([costs["at"]] * 4, rel=0.03)
 
 
 def test_seeds_and_only() -> None:
