@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
+from dircluster.defenses.table import DEFENSES
+from dircluster.presets import PRESETS
+from dircluster.training.export import load_defense_folder
 from infra.local_cluster import BUCKET, Cluster
 from infra.photo_shards import write_photos
 from tests.fault.conftest import RAY
@@ -107,6 +111,30 @@ def test_a_crash_tells_no_secret(cluster: Cluster, job: Make) -> None:
     os.kill(crashed.workers()[0].pid, signal.SIGKILL)
     assert crashed.end(120) == 1
     hold_no_secret(cluster, crashed.said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("system", sorted(name for name in DEFENSES if f"digits_{name}_smoke" in PRESETS))
+def test_every_system_is_submitted_stored_recorded_and_loaded(
+    cluster: Cluster, submit: Any, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://{BUCKET}/submitted-{system}"
+    words = (f"digits_{system}_smoke", "--storage.uri", uri, "--tracking.experiment", f"submitted-{system}")
+    done = submit(*words)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "Accuracy on the test split" in done.stdout
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(f"submitted-{system}")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    (final,) = re.findall(rf"s3://\S+/{system}-\w+/final", done.stdout)[:1]
+    defense = load_defense_folder(storage.open_path(final, StorageConfig()))
+    assert defense.name == system
+    assert defense(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.slow
