@@ -134,17 +134,6 @@ def pgd(
     return projected_ascent(value_and_grad(cross_entropy(model, labels)), start, images, threat, steps, step_size)
 
 
-def n_fgsm(model: Model, images: Tensor, labels: Tensor, threat: Threat, uniform: Tensor) -> Tensor:
-    """One step of the radius from noise of twice the radius (N-FGSM, de Jorge et al. 2022): -> (N, C, H, W).
-
-    ``uniform`` in [0, 1), shaped like ``images`` (N, C, H, W), gives the noise. What comes out lies in [0, 1], and up
-    to three radii away: drawing it back into the ball is what lets one-step training overfit. For training alone.
-    """
-    start = threat.unclipped(2.0).start(images, uniform).clamp(0.0, 1.0)
-    gradient = value_and_grad(cross_entropy(model, labels))(start)[1]
-    return (start + threat.epsilon * threat.direction(gradient)).clamp(0.0, 1.0)
-
-
 def mi_fgsm(
     both: ValueAndGrad, images: Tensor, threat: Threat, steps: int, step_size: float, decay: float = 1.0
 ) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.attacks.crafting import craft
-from dircluster.attacks.gradient import pgd
+from dircluster.attacks.gradient import cross_entropy, pgd
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig, ConfigError, RunConfig
 from dircluster.defenses.base import Defended, Purifier
@@ -72,8 +72,8 @@ class DenoiserRecipe(Recipe):
             if self.adversarial is None:
                 found = self.on_target(batch)
             else:
-                start, number = batch.draws["pgd"], batch.number
-                found = craft(self.purifier, self.classifier, batch.images, batch.labels, self.threat, start, number)
+                objective, start = cross_entropy(self.classifier, batch.labels), batch.draws["pgd"]
+                found = craft(self.purifier, objective, batch.images, self.threat, start, batch.number)
         natural = batch.draws["natural"] < self.natural
         return replace(batch, adversarial=torch.where(natural[:, None, None, None], batch.images, found))
 

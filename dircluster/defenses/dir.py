@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.attacks.crafting import craft
-from dircluster.attacks.gradient import kl_divergence, pgd
+from dircluster.attacks.gradient import cross_entropy, kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import threat_of
 from dircluster.config import AttackConfig
@@ -153,9 +153,8 @@ class DirRecipe(Recipe):
             return restored
 
         with under_attack(self.denoiser, self.classifier):
-            found = craft(
-                purify, self.classifier, batch.images, batch.labels, self.threat, batch.draws["pgd"], batch.number
-            )
+            objective = cross_entropy(self.classifier, batch.labels)
+            found = craft(purify, objective, batch.images, self.threat, batch.draws["pgd"], batch.number)
         return replace(batch, adversarial=found)
 
     def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:

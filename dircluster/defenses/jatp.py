@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dircluster.attacks.gradient import projected_ascent, value_and_grad
-from dircluster.attacks.threat import threat_of
+from dircluster.attacks.crafting import craft
 from dircluster.config import AttackConfig, ConfigError
 from dircluster.defenses import hgd
 from dircluster.defenses.denoiser import DenoiserRecipe
@@ -50,15 +49,21 @@ class JatpRecipe(DenoiserRecipe):
         """The random start: where g is near the identity the loss is least at the image, and has no gradient there."""
         return {"pgd": stream.uniform("pgd", shape)}
 
+    @property
+    def capturable(self) -> bool:
+        return self.threat.pipeline_every == 1  # else steps differ
+
     def attack(self, batch: Batch) -> Batch:
         """Sign steps through h(g(.)) on the very similarity that the loss is made of; no labels."""
-        threat, config, images = threat_of(self.threat), self.threat, batch.images
+        images = batch.images
         with under_attack(self.purifier, self.classifier):
             with torch.no_grad():
                 reference = self.features(images)
-            both = value_and_grad(lambda candidates: self.apart(self.purifier(candidates), reference))
-            start = threat.start(images, batch.draws["pgd"])
-            found = projected_ascent(both, start, images, threat, config.steps, config.step)
+
+            def objective(restored: Tensor) -> Tensor:
+                return self.apart(restored, reference)
+
+            found = craft(self.purifier, objective, images, self.threat, batch.draws["pgd"], batch.number)
         return replace(batch, adversarial=found)
 
     def apart(self, restored: Tensor, reference: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def stages(run: JatpRun) -> tuple[Stage, ...]:
         {"purifier": run.jatp.optimizer},
         sections=("model", "jatp"),
         stored=("purifier", "classifier"),
-        passes=run.attack.steps + 1,
+        passes=run.attack.pipeline_gradients + 1,
     )
     return (target_stage(run), trained)
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from dircluster.config import OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, with_smoke_twins
-from dircluster.presets.compared import as_svhn
+from dircluster.presets.compared import PIPELINE_CRAFTING, as_svhn
 from dircluster.presets.hgd import UNetConfig, cifar10_small_hgd, digits_hgd
 
 
@@ -48,6 +48,7 @@ class JatpRun(RunConfig):
     """One whole run of JATP: target, denoiser, evaluation."""
 
     defense: ClassVar[str] = "jatp"
+    crafting: ClassVar[tuple[str, ...]] = PIPELINE_CRAFTING
 
     model: UNetConfig = UNetConfig(widths=(64, 128, 256), units=(2, 3, 3))  # of the default data, 8x8 digits
     jatp: JatpConfig = JatpConfig()

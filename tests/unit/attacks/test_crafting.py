@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.attacks.crafting import craft
+from dircluster.attacks.gradient import cross_entropy
 from dircluster.config import AttackConfig, ConfigError
 from dircluster.presets import preset
 
@@ -74,7 +75,8 @@ def attack(**settings: Any) -> AttackConfig:
 
 def crafted(config: AttackConfig, number: int = 0) -> tuple[Tensor, dict[str, int]]:
     pipeline = Pipeline()
-    return craft(pipeline.purify, pipeline.classify, IMAGES, LABELS, config, UNIFORM, number), pipeline.ran
+    objective = cross_entropy(pipeline.classify, LABELS)
+    return craft(pipeline.purify, objective, IMAGES, config, UNIFORM, number), pipeline.ran
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,11 @@ from dircluster.rng import Stream
 ATTACK = AttackConfig(epsilon=0.1, steps=3)
 
 
-def recipe(**config: Any) -> JatpRecipe:
+def recipe(attack: AttackConfig = ATTACK, **config: Any) -> JatpRecipe:
     with rng.seeded_torch_rng(0, "jatp"):
         purifier = UNetPurifier(1, 8, 8, widths=(4, 8), units=(1, 1))
         classifier = classifiers.build("small_cnn", DataConfig())
-    return JatpRecipe(purifier, classifier, JatpConfig(**config), ATTACK).double().train()
+    return JatpRecipe(purifier, classifier, JatpConfig(**config), attack).double().train()
 
 
 def batch_of(made: JatpRecipe, n: int = 6) -> Batch:
@@ -99,6 +100,25 @@ def test_samples_are_crafted_through_the_denoiser_on_the_similarity() -> None:
         for weight in made.purifier.parameters():
             weight.add_(0.3)
     assert not torch.equal(made.attack(plain).attacked, batch.attacked)
+
+
+def test_cheaper_samples_start_on_the_features_of_the_target_alone() -> None:
+    made = recipe(replace(ATTACK, crafting="target_first"), similarity="mse")
+    plain = batch_of(made)
+    batch = made.attack(plain)
+    made.purifier.eval()
+    x = (plain.images + 0.1 * (2 * plain.draws["pgd"] - 1)).clamp(0, 1)
+    for step in range(4):
+        x = x.detach().requires_grad_(True)
+        ours = layers(made, made.purifier(x) if step == 3 else x, 7)
+        (gradient,) = torch.autograd.grad((ours - layers(made, plain.images, 7).detach()).square().mean(dim=1).sum(), x)
+        x = torch.clamp(x + 0.025 * gradient.sign(), plain.images - 0.1, plain.images + 0.1).clamp(0, 1)
+    torch.testing.assert_close(batch.attacked, x.detach(), atol=1e-6, rtol=0)
+    assert not recipe(replace(ATTACK, crafting="target_first", pipeline_every=2)).capturable
+    fast = replace(preset("digits_jatp"), attack=AttackConfig(crafting="straight_through"))
+    (stage,) = (stage for stage in DEFENSE.stages(fast) if stage.name == "jatp")
+    assert stage.on_pipeline
+    assert stage.passes == 2
 
 
 def test_a_target_that_does_not_say_its_features_is_refused() -> None:
