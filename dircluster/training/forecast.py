@@ -7,8 +7,6 @@ workers, and the start of a job take is not foretold.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 import os
@@ -40,6 +38,7 @@ from dircluster.training.costs import (
     recipe_on_meta,
     step_operations,
 )
+from dircluster.training.memory import peak, resting
 from dircluster.training.profiling import device_name, stage_trainer, wait_for
 
 EVALUATION = "evaluation"
@@ -207,9 +206,9 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: 
     seconds, peaks = dict[int, float](), dict[int, float]()
     while True:
         _timed(step, images, parallel)
-        before = _resting(device)
+        before = resting(device)
         seconds[images] = _timed(step, images, parallel)
-        peaks[images] = _peak(device)
+        peaks[images] = peak(device)
         longer = min(full, 4 * images)
         if images == full or (len(seconds) > 1 and _carried_over(seconds, 0, longer) > budget):
             break
@@ -234,31 +233,6 @@ def _timed(step: Callable[[int], object], images: int, parallel: Parallel) -> fl
     step(images)
     wait_for(parallel.device)
     return float(parallel.share(time.perf_counter() - began))
-
-
-def _resting(device: torch.device) -> int:
-    """Bytes in use now; the peak counts from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError):  # else freed memory counts as in use
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # else the peak is the process's since its start
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """Bytes of this process, as Linux counts them; 0 elsewhere."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def _random(config: RunConfig, images: int) -> Split:

@@ -35,6 +35,7 @@ from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.compiling import uncompiled
 from dircluster.training.interrupt import Interrupted, interruptible, waiting
 from dircluster.training.locks import TakenOverError, stage_lock
+from dircluster.training.memory import peak, resting
 from dircluster.training.protocols import Console, StageRecord, Tracker
 from dircluster.training.retry import retry
 from dircluster.training.stage_folder import StageFolder, find_stage_folder
@@ -76,6 +77,10 @@ class Run:
         self.selection: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         """What was trained and evaluated took, by stage: nothing of what was reused."""
+        self.memory: dict[str, int] = {}
+        """Peak bytes on this worker's device, or of its process on a CPU, by the same names."""
+        self.folders: dict[str, str] = {}
+        """Of the stages that were trained."""
         self.target: dict[str, Any] | None = None
         """The target that was given, where one was: its URI and SHA-256."""
 
@@ -110,6 +115,8 @@ class Run:
             "results": rows,
             "selection": self.selection,
             "seconds": self.seconds,
+            "memory": self.memory,
+            "folders": self.folders,
             "data": self.data.fingerprint,
             "target": self.target,
         }
@@ -159,7 +166,9 @@ class Run:
         stage_folder = StageFolder(stage.name, key, self.open_path(folder))
         began = time.monotonic()
         if not parallel.first_does(lambda: self._is_finished(stage_folder)):
+            resting(parallel.device)
             self._train(stage, stage_folder, networks, facts)
+            self.memory[stage.name], self.folders[stage.name] = peak(parallel.device), str(stage_folder.folder)
             self.seconds[stage.name] = time.monotonic() - began
         elif parallel.first:
             self.console.say(f"{stage.name}: reused from {stage_folder.folder}")
@@ -314,11 +323,13 @@ class Run:
         left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
+            resting(parallel.device)
             with interruptible(defense.classifier, self.console), uncompiled(config.training.compile):
                 run(evaluation, batch, on_shard, shares(evaluation, parallel.world)[parallel.rank].__contains__)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()
+            self.memory["evaluation"] = peak(parallel.device)
             self.seconds["evaluation"] = time.monotonic() - began
             say(f"evaluation: done in {self.seconds['evaluation']:.0f} s")
         else:

@@ -286,6 +286,25 @@ def test_a_calibration_of_another_preset_is_refused_before_training(train: Train
     assert not list(tmp_path.glob("runs/target-*"))
 
 
+def test_a_summary_shows_what_was_foretold_beside_what_came(train: Train, tmp_path: Path) -> None:
+    file, pace = tmp_path / "plan.json", {"operations_per_second": 1e9, "images": 1, "memory": 2**29}
+    names = ["target", "pretrain", "dir", "evaluation"]
+    file.write_text(json.dumps({"calibration": {"device": "a CPU", "paces": dict.fromkeys(names, pace)}}))
+    done = train("digits_smoke", *LOCAL, "--calibration", str(file))
+    assert done.code == 0, done.err
+    rows = done.summary["foretold"]
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert row["took"] == done.summary["took"][row["name"]]
+        assert row["foretold_memory"] == 2**29
+        assert 2**26 < row["memory"] < 2**34  # the process has PyTorch in it
+        lies = sum(file.stat().st_size for file in tmp_path.glob(f"runs/{row['name']}-*/**/*") if file.is_file())
+        assert row["stored"] == lies
+        assert lies < 1.3 * row["foretold_stored"] or row["name"] == "evaluation"  # a short run keeps fewer checkpoints
+    again = train("digits_smoke", *LOCAL, "--calibration", str(file))
+    assert again.summary["foretold"] == []  # all of it was there
+
+
 @pytest.mark.slow
 def test_real_parquet_through_the_whole_job(train: Train, real_data: Path) -> None:
     done = train(

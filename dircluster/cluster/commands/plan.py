@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ import torch
 from dircluster import cli
 from dircluster.cluster import preflight, storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
-from dircluster.cluster.storage import opener
-from dircluster.config import ConfigError, RunConfig
+from dircluster.cluster.storage import open_path, opener
+from dircluster.config import ConfigError, RunConfig, StorageConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
@@ -113,13 +115,30 @@ def foretold(job: cli.TrainJob) -> list[Forecast]:
     return forecast(as_launched(job.run, job.launcher), found, *sizes)
 
 
-def beside(made: list[Forecast], took: dict[str, float]) -> list[dict[str, Any]]:
-    """What was foretold beside what a run took, seconds, of what was not taken from an earlier run."""
+def beside(made: list[Forecast], outcome: Mapping[str, Any], settings: StorageConfig) -> list[dict[str, Any]]:
+    """What was foretold beside what a run took, of what was not taken from an earlier run.
+
+    Seconds; bytes at the peak, of the first worker; bytes that stay in storage.
+    """
+    folders = outcome.get("folders", {})
     return [
-        {"name": one.name, "foretold": round(one.seconds, 1), "took": round(took[one.name], 1)}
+        {
+            "name": one.name,
+            "foretold": round(one.seconds, 1),
+            "took": round(outcome["seconds"][one.name], 1),
+            "foretold_memory": one.memory,
+            "memory": outcome["memory"][one.name],
+            "foretold_stored": one.stored,
+            "stored": _stored(open_path(folders[one.name], settings)) if one.name in folders else 0,
+        }
         for one in made
-        if one.name in took
+        if one.name in outcome.get("seconds", {})
     ]
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:

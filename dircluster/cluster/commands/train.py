@@ -227,7 +227,7 @@ class Launch:
         if self.foretold:
             from dircluster.cluster.commands.plan import beside
 
-            summary["foretold"] = beside(self.foretold, outcome.get("seconds", {}))
+            summary["foretold"] = beside(self.foretold, outcome, self.job.run.storage)
         if "error" in outcome:
             summary["error"] = outcome["error"]
         return summary
