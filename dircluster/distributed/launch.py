@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +20,10 @@ import torch.multiprocessing as mp
 
 from dircluster.config import ConfigError, ScalingConfig, error_from_plain, error_to_plain, named_line
 from dircluster.distributed.parallel import Parallel
+
+
+class WorkerError(ConfigError):
+    """A worker of this machine failed by what is no error of its settings."""
 
 
 def choose_device(scaling: ScalingConfig, local_rank: int, workers_here: int) -> torch.device:
@@ -67,10 +73,13 @@ def local_workers(scaling: ScalingConfig, timeout: float | None = None) -> Itera
             dist.destroy_process_group()
 
 
-def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *arguments: Any) -> Any:
+def on_local_workers(
+    scaling: ScalingConfig, work: Callable[..., Any], *arguments: Any, within: float | None = None
+) -> Any:
     """``work(parallel, *arguments)`` on ``scaling.workers`` new processes of this machine: -> what the first returns.
 
-    ``work`` is a function of a module and returns plain data. Raises ConfigError, one line, where one of them fails.
+    ``work`` is a function of a module and returns plain data. Where one of them fails, raises its ConfigError, or
+    WorkerError in one line; TimeoutError where they take longer than ``within`` seconds.
     """
     processes, groups, log = _untyped(mp), _untyped(dist), logging.getLogger("torch.multiprocessing.spawn")
     level = log.level
@@ -78,17 +87,32 @@ def on_local_workers(scaling: ScalingConfig, work: Callable[..., Any], *argument
     with tempfile.TemporaryDirectory(prefix="dircluster-") as folder:
         try:
             store = groups.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            processes.start_processes(  # daemons: none outlives this process
-                _worker, (scaling, store.port, folder, work, arguments), scaling.most, daemon=True, start_method="spawn"
-            )
+            given = (scaling, store.port, folder, work, arguments)
+            started = processes.spawn(_worker, given, scaling.most, join=False, daemon=True)  # none outlives this one
+            done = _joined(started, within)
         except (processes.ProcessRaisedException, processes.ProcessExitedException, RuntimeError, OSError) as error:
             errors = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
             if errors:
                 raise error_from_plain(json.loads(errors[0].read_text())) from error
-            raise ConfigError(f"workers on this machine failed: {named_line(error)}") from error
+            raise WorkerError(f"workers on this machine failed: {named_line(error)}") from error
         finally:
             log.setLevel(level)
+        if not done:
+            raise TimeoutError(f"{scaling.most} processes were not done within {within:.0f} s")
         return json.loads((Path(folder) / "result").read_text())
+
+
+def _joined(started: Any, within: float | None) -> bool:
+    """Whether all processes have ended within so many seconds. None is left when it returns."""
+    ends = time.monotonic() + (math.inf if within is None else within)
+    try:
+        while (left := ends - time.monotonic()) > 0:
+            if started.join(None if within is None else left):
+                return True
+        return False
+    finally:
+        for process in started.processes:
+            process.kill()
 
 
 def _worker(
@@ -112,7 +136,7 @@ def _keeps_error(file: Path) -> Iterator[None]:
         yield
     except Exception as error:
         line = f"a worker on this machine failed: {named_line(error)}"
-        known = error if isinstance(error, ConfigError) else ConfigError(line)
+        known = error if isinstance(error, ConfigError) else WorkerError(line)
         file.write_text(json.dumps(error_to_plain(known)))
         raise SystemExit(1) from error
 

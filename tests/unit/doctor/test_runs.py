@@ -12,6 +12,7 @@ from torch import nn
 
 from dircluster.config import ConfigError
 from dircluster.defenses.base import Purifier
+from dircluster.distributed.launch import WorkerError
 from dircluster.doctor import devices, rates, runs, speed
 from dircluster.doctor.findings import Finding
 from dircluster.doctor.machine import Machine, pictures, plain, switch
@@ -119,19 +120,25 @@ def test_two_processes_train_as_one(machine: Machine, monkeypatch: pytest.Monkey
     group = {"bytes": 1, "bytes a second": 1, "ddp seconds": 1, "fsdp seconds": 1}
     true = devices.losses(plain(machine.config, batch_size=8, microbatch=None), "ddp", machine.parallel)
     group |= {"ddp": true, "fsdp": [1.01 * loss for loss in true]}
-    monkeypatch.setattr(devices, "_group", lambda *given: group)
+    monkeypatch.setattr(devices, "on_local_workers", lambda *given, within: group)
     assert failed(devices.several(machine, 500)) == {"losses by fsdp, apart"}
 
 
-@pytest.mark.long
-def test_a_group_that_breaks_says_why(machine: Machine) -> None:
-    config = dataclasses.replace(
-        plain(machine.config), scaling=dataclasses.replace(machine.config.scaling, device="gpu")
-    )
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="finds 0 GPUs"):
-        devices._group(config, 1, 500)
+def test_a_group_that_breaks_is_a_failure_and_one_that_refuses_is_skipped(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_by(error: Exception) -> None:
+        def work(*given: Any, within: float) -> None:
+            raise error
+
+        monkeypatch.setattr(devices, "on_local_workers", work)
+
+    end_by(ConfigError("which one worker makes"))
+    (found,) = devices.several(machine, 500)
+    assert (found.status, found.note) == ("skipped", "which one worker makes")
+    end_by(WorkerError("a worker on this machine failed: RuntimeError: planted"))
+    with pytest.raises(WorkerError, match="planted"):
+        list(devices.several(machine, 500))
 
 
 def test_a_group_that_is_slow_is_a_warning_where_nothing_can_hang(machine: Machine) -> None:

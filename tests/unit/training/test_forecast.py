@@ -16,7 +16,7 @@ from dircluster.config import ConfigError, ParallelConfig, RunConfig, ScalingCon
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
-from dircluster.distributed.launch import on_local_workers
+from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.attack_table import ATTACKS, AttackSpec
 from dircluster.evaluation.evaluation import Evaluation, run
@@ -200,7 +200,7 @@ def test_a_worker_that_fails_is_told_in_one_line(
     with pytest.raises(ConfigError) as raised:
         on_local_workers(ScalingConfig(workers=2, threads=1, device="cpu"), _failing, error)
     assert str(raised.value) == message
-    assert type(raised.value) is (DamagedError if isinstance(error, DamagedError) else ConfigError)
+    assert type(raised.value) is (DamagedError if isinstance(error, DamagedError) else WorkerError)
     assert capfd.readouterr().err == ""
 
 
