@@ -13,10 +13,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from dircluster.attacks.gradient import pgd
+from dircluster.attacks.threat import threat_of
 from dircluster.defenses.base import Purifier
 from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
 from dircluster.doctor.machine import Machine, drawn, relative, true_fp32
 from dircluster.evaluation.victim import Masked
+from dircluster.models.modules import under_attack
 from dircluster.rng import Stream
 from dircluster.training.stages import Networks, stages_of
 
@@ -35,6 +38,8 @@ IMAGES = 8
 ERRORS = {"fp32": (1e-4, 5e-3), "bf16": (5e-2, 0.5)}
 """Largest relative errors of outputs and of input gradients. An H100 has 3e-7 and 1e-4 in fp32, 9e-3 and 9e-2 in bf16;
 TF32 in place of fp32 has 1e-3 and 3e-2 (docs/results.md)."""
+ROBUST = 0.1
+"""How far the accuracy under attacks crafted in bf16 may be from that in fp32: three images of 32."""
 SIGNS = 0.9
 """Least share of input gradients whose sign bf16 keeps."""
 ATTENTION_ERRORS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -160,7 +165,9 @@ def draws(machine: Machine) -> Iterator[Finding]:
 
 
 def predictions(machine: Machine, least: float = 0.9) -> Iterator[Finding]:
-    """The share of images that h(g(x)) classifies in bf16 as in fp32, once h has seen a few batches."""
+    """The share of images that h(g(x)) classifies in bf16 as in fp32, once h has seen a few batches, and what attacks
+    that are crafted in bf16 leave of its accuracy beside those in fp32, both judged in fp32.
+    """
     count = 256 if machine.gpu else 96
     split = machine.pictures(count)
     images, labels = split.pixels().to(machine.device), split.labels.to(machine.device)
@@ -176,6 +183,21 @@ def predictions(machine: Machine, least: float = 0.9) -> Iterator[Finding]:
     share = float((found[0] == found[1]).double().mean())
     classes = len(set(found[0].tolist()))
     yield at_least("equal predictions in bf16", share, least, "of all", f"n = {count}, {classes} classes predicted")
+    few, left = slice(count if machine.gpu else 32), list[float]()
+    images, labels, rows = images[few], labels[few], None if rows is None else rows[few]
+    threat, settings = threat_of(machine.config.attack), machine.config.attack
+
+    def logits(candidates: Tensor) -> Tensor:
+        return defense.logits(candidates, rows)
+
+    with true_fp32(), under_attack(defense):
+        for half in (False, True):
+            with torch.autocast(machine.device.type, torch.bfloat16, enabled=half):
+                found_here = pgd(logits, images, labels, threat, 3, settings.step_for(3))
+            with torch.no_grad():
+                left.append(float((logits(found_here).argmax(dim=1) == labels).double().mean()))
+    note = f"n = {len(labels)}: {left[1]:.2f} by PGD-3 in bf16, {left[0]:.2f} in fp32"
+    yield at_most("robust accuracy by bf16, apart", abs(left[1] - left[0]), ROBUST, "of all", note)
 
 
 def _fit(classifier: nn.Module, images: Tensor, labels: Tensor, steps: int = 60, seconds: float = 2.0) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -14,11 +16,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dircluster.config import ConfigError, RunConfig
+from dircluster.distributed.launch import WorkerError, on_local_workers
+from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
 from dircluster.doctor.machine import Machine, plain, switch, trainer, true_fp32
 from dircluster.presets import preset
 from dircluster.training import checkpoint
-from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoTracker, Quiet, Status
 from dircluster.training.run import Run
 from dircluster.training.stages import Networks, stages_of
@@ -33,45 +36,52 @@ Crafting and AdamW follow signs, which rounding flips where a gradient is next t
 apart, and those against the gradient 2."""
 
 
-class _StopAfter(Quiet):
-    """Asks to stop once so many steps were shown."""
+class _KilledAfter(Quiet):
+    """Kills its process once so many steps were shown."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
 
     def show(self, status: Status) -> None:
         self.left -= 1
-
-    def stop_signal(self) -> int:
-        return 15 if self.left <= 0 else 0
+        if self.left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def resumed(machine: Machine) -> Iterator[Finding]:
-    """A smoke run that is stopped in its last stage and resumed, against one that is not: how far its weights are."""
+    """A smoke run that is killed in its last stage and resumed, against one that is not: how far its weights are."""
     smoke = preset(SMOKE)
-    config = plain(dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, limit=80)))
+    data, often = dataclasses.replace(smoke.data, limit=80), dataclasses.replace(smoke.storage, checkpoint_every=1)
+    scaling = dataclasses.replace(machine.config.scaling, workers=1, threads=torch.get_num_threads())
+    config = plain(dataclasses.replace(smoke, data=data, storage=often, scaling=scaling))
     names = [stage.name for stage in stages_of(config)]
     with tempfile.TemporaryDirectory(prefix="dircluster-doctor-") as folder, _repeatable():
-        whole = _trained(config, machine, Path(folder, "whole"), Quiet())
-        interruptions = 0
+        whole = _trained(machine.parallel, config, f"{folder}/whole", Quiet())
+        killed = 0
         try:
-            _trained(config, machine, Path(folder, "broken"), _StopAfter(_steps_before_last(config) + 3))
-        except Interrupted:
-            interruptions += 1
-        again = _trained(config, machine, Path(folder, "broken"), Quiet())
-    yield at_least("interruptions of a smoke run", interruptions, 1, note=f"{SMOKE}: {', '.join(names)}")
+            on_local_workers(scaling, _killed, config, f"{folder}/broken", _steps_before_last(config) + 3)
+        except WorkerError as error:
+            killed = int("SIGKILL" in str(error))
+        again = _trained(machine.parallel, config, f"{folder}/broken", Quiet())
+    yield at_least("kills of a smoke run", killed, 1, note=f"{SMOKE}: {', '.join(names)}")
     start = {name: value.cpu() for name, value in Networks(config, machine.parallel)["denoiser"].state_dict().items()}
     bound = 0.02 if machine.gpu else 0.0  # a GPU may add in another order; a forgotten optimizer is 0.15 apart
     yield at_most("resumed weights, apart", _apart(again, whole, start), bound, "of their way", "0 is equal bits")
 
 
-def _trained(config: RunConfig, machine: Machine, folder: Path, console: Quiet) -> dict[str, Tensor]:
+def _trained(parallel: Parallel, config: RunConfig, folder: str, console: Quiet) -> dict[str, Tensor]:
     """The denoiser's weights at the end of the last stage."""
-    config = dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=str(folder)))
+    config = dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=folder))
     last = stages_of(config)[-1].name
-    Run(config, machine.parallel, NoTracker(), console, until=last).execute()
-    (final,) = folder.glob(f"{last}-*/final")
+    Run(config, parallel, NoTracker(), console, until=last).execute()
+    (final,) = Path(folder).glob(f"{last}-*/final")
     return checkpoint.read(final).tensors["denoiser"]
+
+
+def _killed(parallel: Parallel, config: RunConfig, folder: str, steps: int) -> None:
+    """The same, in a process that dies after so many steps."""
+    with _repeatable():
+        _trained(parallel, config, folder, _KilledAfter(steps))
 
 
 def _steps_before_last(config: RunConfig) -> int:

@@ -16,7 +16,8 @@ from dircluster.config import first_line
 from dircluster.doctor.findings import Finding, at_least, brief, seen, skipped
 from dircluster.doctor.machine import Machine, trainer
 from dircluster.training.costs import step_operations
-from dircluster.training.profiling import mean_seconds, now, peak_memory, time_eot
+from dircluster.training.memory import peak, resting
+from dircluster.training.profiling import mean_seconds, now, time_eot
 from dircluster.training.stages import stages_of
 from dircluster.training.trainer import Trainer
 
@@ -56,7 +57,8 @@ def stages(machine: Machine, budget: float) -> Iterator[Finding]:
                 gc.collect()
                 if machine.gpu:
                     torch.cuda.empty_cache()
-            note = f"{1e3 * seconds:,.0f} ms a step, {crafting / seconds:.0%} of it crafting, {memory / 2**30:.1f} GiB"
+            crafted = f"{crafting / seconds:.0%} of it crafting ({size / crafting:,.0f} images/s)"
+            note = f"{1e3 * seconds:,.0f} ms a step, {crafted}, {memory / 2**30:.1f} GiB"
             if rate is not None:
                 note = f"MFU {operations * size / seconds / rate:.2f}, {note}"
             if rate is not None and size == own:
@@ -71,15 +73,14 @@ def _timed(machine: Machine, stage: str, size: int, warm: int, timed: int) -> tu
     training = dataclasses.replace(machine.config.training, batch_size=size)
     config = dataclasses.replace(machine.config, training=training)
     with trainer(config, stage, machine.pictures(2 * size), machine.parallel) as made:
-        if machine.gpu:
-            torch.cuda.reset_peak_memory_stats(machine.device)
+        resting(machine.device)
         for step in range(warm):
             made.step(step)
         began = now(machine.device)
         for step in range(warm, warm + timed):
             made.step(step)
         seconds = (now(machine.device) - began) / timed
-        memory = peak_memory(machine.device)
+        memory = peak(machine.device)
         return seconds, _crafting(machine, made), memory
 
 

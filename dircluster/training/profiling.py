@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from dircluster.evaluation.provenance import machine
 from dircluster.models.modules import evaluating, frozen
 from dircluster.models.precision import autocast, is_half
 from dircluster.training.costs import count, forward_operations, step_operations
+from dircluster.training.memory import peak, resting
 from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
 
@@ -80,15 +80,17 @@ def wait_for(device: torch.device) -> None:
 def time_phases(
     stage: Stage, recipe: Recipe, train: Split, config: RunConfig, parallel: Parallel, steps: int
 ) -> dict[str, Any]:
-    """Train ``stage`` for 1 + ``steps`` steps; -> mean seconds a phase, images/s, losses, shares.
+    """Train ``stage`` for some steps, of which ``steps`` are timed; -> mean seconds a phase, images/s, losses, shares.
 
-    The first step is not timed.
+    The first step is not timed, nor are the two after it on a GPU.
     """
     device, training = parallel.device, config.training
+    warm = 3 if device.type == "cuda" else 1
+    resting(device)
     trainer = stage_trainer(stage, recipe, config, train, parallel)
     loader, optimizers = trainer.loader, trainer.optimizers
     spent, losses = dict.fromkeys(PHASES, 0.0), []
-    for step in range(1 + steps):
+    for step in range(warm + steps):
         recipe.train()
         marks = [now(device)]
         batch = recipe.batch(*loader(*divmod(step, loader.steps_per_epoch)))
@@ -112,7 +114,7 @@ def time_phases(
             times = [was + b - a for was, (a, b) in zip(times, pairwise(ends), strict=True)]
             total += loss.item()
         losses.append(total)
-        if step:
+        if step >= warm:
             for phase, taken in zip(PHASES, [b - a for a, b in pairwise(marks)] + times, strict=True):
                 spent[phase] += taken / steps
     seconds = sum(spent.values())
@@ -132,7 +134,7 @@ def time_phases(
         "gflop_per_second": round(operations / seconds / 1e9, 1),
         "matrix_product_gflop_per_second": round(rate / 1e9, 1),
         "share_of_matrix_product_rate": round(operations / seconds / rate, 3),
-        "peak_memory_mib": round(peak_memory(device) / 2**20),
+        "peak_memory_mib": round(peak(device) / 2**20),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "costs": asdict(costs),
@@ -210,13 +212,6 @@ def now(device: torch.device) -> float:
     """Seconds of a clock once the device has done what it was given."""
     wait_for(device)
     return time.perf_counter()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: of tensors on a GPU since the last reset, of the process on a CPU since it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: torch.device) -> str:
