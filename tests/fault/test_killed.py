@@ -47,6 +47,24 @@ def test_a_killed_driver_is_submitted_again(job: Make, unbroken: Unbroken) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_reproduction_goes_on(job: Make) -> None:
+    run = job("--only", "identity,dir", "--evaluation.images", "4", "--evaluation.queries", "10", script="reproduce")
+    run.words.insert(0, "table1")
+    run.start()
+    run.wait_until(lambda: bool(list(run.storage.glob("pretrain-*/final/COMMIT"))))
+    run.kill()
+    assert run.start().end(300) == 0, run.said[-3000:]
+    assert "pretrain: reused from" in run.said
+    assert run.said.count("reused: s3://") == 1  # None was over
+    found = {
+        (cell["line"], cell["column"]): cell for cell in json.loads(run.summary.read_text())["exhibits"][0]["cells"]
+    }
+    assert found["DIR", "pgd20"]["found"]["images"] == 4
+    assert len(list(run.storage.glob("reproductions/*/claims/*.json"))) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_lost_node_shrinks_the_run_and_its_return_grows_it(job: Make, unbroken: Unbroken, cluster: Cluster) -> None:
     long = ("--dir.epochs", "600", "--storage.checkpoint-every", "20")
