@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import runpy
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,3 +198,43 @@ def test_the_examples_that_a_reader_copies_run(page: Path, monkeypatch: pytest.M
 def test_blocks_are_python(page: Path) -> None:
     for block in blocks(page):
         compile(block, name_of(page), "exec")
+
+
+SMALL = {
+    "natural, masks fixed": ("natural", "fixed"),
+    "natural, fresh masks": ("natural", "fresh"),
+    "PGD-20, deterministic white box": ("pgd20", "fixed"),
+    "PGD-20 by the margin loss": ("pgd20-margin", "fixed"),
+    "PGD-20, fresh masks, EOT 4": ("pgd20", "fresh"),
+    "PGD-20 from the target alone": ("transfer-pgd20", "fresh"),
+    "MALT": ("malt", "fixed"),
+}
+"""Lines of the table of the small systems on CIFAR-10, and the rows of claims that they show."""
+
+
+def test_the_table_of_the_small_systems_is_that_of_their_claims() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    lines = page.partition("### A small pair on all of CIFAR-10")[2].partition("\n### ")[0].splitlines()
+    head, _, *table = ([part.strip() for part in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    systems = ["none", *(words.split()[0].lower().replace("-", "") for words in head[2:])]
+    assert [row[0] for row in table] == list(SMALL)
+    claims = {name: small_rows("at" if name == "none" else name) for name in systems}
+    for words, *cells in table:
+        attack, randomness = SMALL[words]
+        bare = claims["none"].get(("none", attack.removeprefix("transfer-"), "none"))
+        for system, cell in zip(systems, cells, strict=True):
+            drawn = randomness if system == "dir" or attack.startswith("transfer") else "fixed"
+            row = claims[system].get((system, attack, drawn if system == "dir" else "none"))
+            if row is None or (randomness == "fresh" and drawn == "fixed"):
+                assert cell == "", (words, system)
+                continue
+            low, high = (100 * end for end in row["interval"])
+            told = f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f})"
+            gain = f", {100 * (row['accuracy'] - bare['accuracy']):+.1f}".replace("+0.0", "0.0") if bare else ""
+            assert cell.translate({0x2212: "-", 0x2013: "-", ord("*"): None}) in {told, told + gain}, (words, system)
+
+
+def small_rows(name: str) -> dict[tuple[str, str, str], Any]:
+    """The rows of the claim of a small system, by defense, attack and randomness."""
+    claim = json.loads((ROOT / "docs" / "claims" / f"cifar10-small-{name}.json").read_text())
+    return {(row["defense"], row["attack"], row["randomness"]): row for row in claim["rows"]}
