@@ -76,7 +76,7 @@ class TrainJob(DefenseJob):
     fresh: Switch = False
     """Start again beside what is stored instead of reusing or resuming it."""
     dry_run: Switch = False
-    """Say what would run and what it would take, from some seconds of measuring, and stop."""
+    """Say what would run and what it would take, from a minute or so of measuring, and stop."""
     export: Path | None = None
     """Write the finished defense into this folder as model hubs show it: model.safetensors, config.json, README.md."""
     calibration: Path | None = None

@@ -1,8 +1,8 @@
 """JATP (Zhou et al. 2021, arXiv 2106.05453), our reconstruction: adversarial training of a denoiser in feature space.
 
-Its text and code were not to be had. Verified are these: samples are full attacks on h(g(x)), found in a feature space,
-where the risk is a feature similarity; g alone learns; a pixel-wise loss is added. Layer, similarity, weights and
-network are this package's choice.
+Its text and code were not to be had. Verified are these: samples are full attacks on h(g(x)) (attack.crafting pgd),
+found in a feature space, where the risk is a feature similarity; g alone learns; a pixel-wise loss is added. Layer,
+similarity, weights and network are this package's choice.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class JatpRecipe(DenoiserRecipe):
         return self.threat.pipeline_every == 1  # else steps differ
 
     def attack(self, batch: Batch) -> Batch:
-        """Sign steps through h(g(.)) on the very similarity that the loss is made of; no labels."""
+        """By ``attack.crafting``, on the very similarity that the loss is made of; no labels."""
         images = batch.images
         with under_attack(self.purifier, self.classifier):
             with torch.no_grad():

@@ -94,7 +94,8 @@ def on_local_workers(
             errors = sorted(Path(folder).glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
             if errors:
                 raise error_from_plain(json.loads(errors[0].read_text())) from error
-            raise WorkerError(f"workers on this machine failed: {named_line(error)}") from error
+            last = str(error).strip().splitlines()[-1:] or [named_line(error)]  # of a child's traceback
+            raise WorkerError(f"workers on this machine failed: {last[0]}") from error
         finally:
             log.setLevel(level)
         if not done:
@@ -113,6 +114,8 @@ def _joined(started: Any, within: float | None) -> bool:
     finally:
         for process in started.processes:
             process.kill()
+        for process in started.processes:
+            process.join()
 
 
 def _worker(

@@ -1,11 +1,13 @@
-"""Whether training goes as it should: stopped and resumed, compiled and captured, all to the same weights."""
+"""Whether training goes as it should: killed and resumed, compiled and captured, all to the same weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +29,9 @@ from dircluster.training.run import Run
 from dircluster.training.stages import Networks, stages_of
 
 SMOKE = "digits_smoke"
-"""The preset that is stopped and resumed: target, pre-training and DIR in a few steps each."""
+"""The preset that is killed and resumed: target, pre-training and DIR in a few steps each."""
+PATIENCE = 10.0
+"""Seconds that a step has to be committed in."""
 STEPS = 6
 """Steps that are compared: a captured one is replayed after three."""
 APART = {"losses": 1e-3, "moves": 0.1}
@@ -37,15 +41,29 @@ apart, and those against the gradient 2."""
 
 
 class _KilledAfter(Quiet):
-    """Kills its process once so many steps were shown."""
+    """Kills its process once so many steps were shown, and one of their stage lies in ``folder``."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    def __init__(self, steps: int, folder: Path) -> None:
+        self.left, self.folder = steps, folder
 
     def show(self, status: Status) -> None:
         self.left -= 1
-        if self.left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.left > 0:
+            return
+        ends = time.monotonic() + PATIENCE
+        while not list(self.folder.glob(f"{status.stage}-*/step-*/COMMIT")) and time.monotonic() < ends:
+            time.sleep(0.01)  # another thread commits
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Listening(Quiet):
+    """Knows the step at which a stage went on."""
+
+    resumed = 0
+
+    def say(self, line: str) -> None:
+        if found := re.search(r"resuming at step (\d+)", line):
+            self.resumed = int(found[1])
 
 
 def resumed(machine: Machine) -> Iterator[Finding]:
@@ -57,13 +75,15 @@ def resumed(machine: Machine) -> Iterator[Finding]:
     names = [stage.name for stage in stages_of(config)]
     with tempfile.TemporaryDirectory(prefix="dircluster-doctor-") as folder, _repeatable():
         whole = _trained(machine.parallel, config, f"{folder}/whole", Quiet())
-        killed = 0
         try:
             on_local_workers(scaling, _killed, config, f"{folder}/broken", _steps_before_last(config) + 3)
         except WorkerError as error:
-            killed = int("SIGKILL" in str(error))
-        again = _trained(machine.parallel, config, f"{folder}/broken", Quiet())
-    yield at_least("kills of a smoke run", killed, 1, note=f"{SMOKE}: {', '.join(names)}")
+            if "SIGKILL" not in str(error):
+                raise
+        listening = _Listening()
+        again = _trained(machine.parallel, config, f"{folder}/broken", listening)
+    note = f"{SMOKE}: {', '.join(names)}"
+    yield at_least("step at which a killed run went on", listening.resumed, 1, note=note)
     start = {name: value.cpu() for name, value in Networks(config, machine.parallel)["denoiser"].state_dict().items()}
     bound = 0.02 if machine.gpu else 0.0  # a GPU may add in another order; a forgotten optimizer is 0.15 apart
     yield at_most("resumed weights, apart", _apart(again, whole, start), bound, "of their way", "0 is equal bits")
@@ -81,7 +101,7 @@ def _trained(parallel: Parallel, config: RunConfig, folder: str, console: Quiet)
 def _killed(parallel: Parallel, config: RunConfig, folder: str, steps: int) -> None:
     """The same, in a process that dies after so many steps."""
     with _repeatable():
-        _trained(parallel, config, folder, _KilledAfter(steps))
+        _trained(parallel, config, folder, _KilledAfter(steps, Path(folder)))
 
 
 def _steps_before_last(config: RunConfig) -> int:

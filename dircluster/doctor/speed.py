@@ -57,7 +57,8 @@ def stages(machine: Machine, budget: float) -> Iterator[Finding]:
                 gc.collect()
                 if machine.gpu:
                     torch.cuda.empty_cache()
-            crafted = f"{crafting / seconds:.0%} of it crafting ({size / crafting:,.0f} images/s)"
+            crafted = f"{crafting / seconds:.0%} of it crafting"
+            crafted += f" ({size / crafting:,.0f} images/s)" if crafting > 0.005 * seconds else ""
             note = f"{1e3 * seconds:,.0f} ms a step, {crafted}, {memory / 2**30:.1f} GiB"
             if rate is not None:
                 note = f"MFU {operations * size / seconds / rate:.2f}, {note}"

@@ -1,8 +1,9 @@
 """What a run will take, before it is paid for: from some seconds of its own steps on this machine, or another's.
 
 A stage's step is timed on random images of the run's shape, on the whole batch where that takes seconds and else on as
-many images as do; operations, counted on the step itself, carry it over to the whole. What storage, a network between
-workers, and the start of a job take is not foretold.
+many images as do: what it takes more of the last size than of the one before carries it over to the whole batch, and
+operations, counted on the step itself, to the whole run. What storage, a network between workers, and the start of a
+job take is not foretold.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from dircluster.training.memory import peak, resting
 from dircluster.training.profiling import device_name, stage_trainer, wait_for
 
 EVALUATION = "evaluation"
+LONG = 15
+"""Budgets of seconds in which algorithms are chosen, and which are waited for once a stage."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def as_launched(config: RunConfig, launcher: str) -> RunConfig:
 
 
 def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Calibration:
-    """Time a step of every stage and a gradient of the evaluation, some ``budget`` seconds each.
+    """Time a step of every stage and a gradient of the evaluation, some times ``budget`` seconds each.
 
     All workers of ``parallel`` do it together. One that is alone takes the share that it would have among them.
     """
@@ -198,19 +201,23 @@ def _pace_of(found: Calibration, name: str) -> Pace:
 def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: Parallel, budget: float) -> Pace:
     """Time ``step`` on ever more images, up to ``full``, while the next is not thought to take more than the budget.
 
-    Seconds grow with images by a part alone, so that two sizes at least are timed.
-    Each size is done twice: the first time allocates and chooses algorithms, which in bf16 takes longer than a step.
-    What the first worker measures counts for all of them.
+    Seconds grow with images by a part alone, so that sizes are timed until two of them tell by which. Each is done
+    twice: the first time allocates and chooses algorithms, which in bf16 takes longer than a step. What takes LONG
+    budgets is not done again. What the first worker measures counts for all of them.
     """
     device, images = parallel.device, min(full, 2)
     seconds, peaks = dict[int, float](), dict[int, float]()
     while True:
-        _timed(step, images, parallel)
         before = resting(device)
         seconds[images] = _timed(step, images, parallel)
+        long = seconds[images] > LONG * budget
+        if not long:
+            before = resting(device)
+            seconds[images] = _timed(step, images, parallel)
         peaks[images] = peak(device)
         longer = min(full, 4 * images)
-        if images == full or (len(seconds) > 1 and _carried_over(seconds, 0, longer) > budget):
+        grows = len(seconds) > 1 and seconds[images] > seconds[max(size for size in seconds if size < images)]
+        if images == full or long or (grows and _carried_over(seconds, 0, longer) > budget):
             break
         images = longer
     tries = [seconds[images]]

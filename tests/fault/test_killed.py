@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dircluster.cluster.commands import replay
 from infra.local_cluster import PART, Cluster
 
 Make = Callable[..., Any]
@@ -48,7 +50,7 @@ def test_a_killed_driver_is_submitted_again(job: Make, unbroken: Unbroken) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_reproduction_goes_on(job: Make) -> None:
+def test_a_killed_reproduction_goes_on(job: Make, capsys: pytest.CaptureFixture[str]) -> None:
     run = job("--only", "identity,dir", "--evaluation.images", "4", "--evaluation.queries", "10", script="reproduce")
     run.words.insert(0, "table1")
     run.start()
@@ -62,6 +64,10 @@ def test_a_killed_reproduction_goes_on(job: Make) -> None:
     }
     assert found["DIR", "pgd20"]["found"]["images"] == 4
     assert len(list(run.storage.glob("reproductions/*/claims/*.json"))) == 2
+    (command,) = found["DIR", "pgd20"]["replays"]
+    assert "s3://" in command
+    assert replay.main(shlex.split(command)[2:]) == 0
+    assert "images   the same to the bit" in capsys.readouterr().out
 
 
 @pytest.mark.slow

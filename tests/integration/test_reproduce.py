@@ -127,6 +127,9 @@ def test_a_system_that_fails_leaves_the_others(
     assert mended.code == 0, mended.err
     assert mended.out.count("reused: ") == 2  # TRADES' and MART's targets
     found = cells(mended)
+    claims = [json.loads(file.read_text()) for file in Path(mended.summary["folder"]).glob("claims/hgd-onto-*.json")]
+    objectives = {claim["facts"]["settings"]["run"]["target"]["objective"] for claim in claims}
+    assert objectives == {"trades", "mart"}
     assert found["MART: HGD", "pgd20"]["found"]["attack"] == "pgd2"
     assert found["MART: HGD", "pgd20"]["commands"][0].startswith("python jobs/reproduce.py table2 digits_smoke")
 

@@ -225,7 +225,7 @@ class _Judging:
         self.terminal.table(to_plain(found.rows))
         for check in found.verdict:
             self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")
-        facts = evaluation_job.told_facts(self.job.defense, self.job.surrogate)
+        facts = evaluation_job.report_facts(self.job.defense, self.job.surrogate)
         natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
             found,

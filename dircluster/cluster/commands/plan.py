@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,16 +128,19 @@ def beside(made: list[Forecast], outcome: Mapping[str, Any], settings: StorageCo
             "foretold_memory": one.memory,
             "memory": outcome["memory"][one.name],
             "foretold_stored": one.stored,
-            "stored": _stored(open_path(folders[one.name], settings)) if one.name in folders else 0,
+            "stored": _stored(folders[one.name], settings) if one.name in folders else 0,
         }
         for one in made
         if one.name in outcome.get("seconds", {})
     ]
 
 
-def _stored(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _stored(folder: str, settings: StorageConfig) -> int | None:
+    """Bytes of the files in a folder; None where storage does not say: the run has ended well."""
+    try:
+        return sum(file.stat().st_size for file in open_path(folder, settings).rglob("*") if file.is_file())
+    except Exception:  # whatever object storage raises
+        return None
 
 
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:

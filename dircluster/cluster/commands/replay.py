@@ -7,10 +7,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
-from dircluster.config import ConfigError, without_secrets
+from dircluster.config import ConfigError, StorageConfig, refuse_secret, without_secrets
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """Compute the row again; -> 0 where it is the same, 1 where it is not, 2 with one line for wrong input."""
     parser = _Parser(prog="replay.py", description="Compute a row of a report or a claim again.")
-    parser.add_argument("report", type=Path, help="the report-*.json of an evaluation, or a claim")
+    parser.add_argument("report", help="the report-*.json of an evaluation, or a claim, here or in object storage")
     parser.add_argument("row", help="its number in the table, from 1, or DEFENSE/ATTACK/RANDOMNESS")
     parser.add_argument("--data", help="where data.uri lies now, on this machine or in object storage")
     parser.add_argument("--defense", help="where the defense lies now; its digest must be the row's")
@@ -35,9 +34,11 @@ def main(argv: list[str]) -> int:
 
 
 def _replay(given: argparse.Namespace) -> int:
+    from dircluster.cluster.storage import open_path
     from dircluster.evaluation.replay import choose, name_of, read_rows
 
-    facts, rows = read_rows(given.report)
+    refuse_secret("the report's address", given.report)
+    facts, rows = read_rows(open_path(given.report, StorageConfig()))
     row = choose(rows, given.row)
     config, job_spec = _job_spec(facts, given)
 

@@ -47,8 +47,8 @@ READING = (
     " both ended.",
 )
 REPLAYS = (
-    "A number again, from the weights that it is of: the cell's `replays` in reproduction.json. They read the claims"
-    " that lie beside it, from which jobs/leaderboard.py makes a leaderboard."
+    "A number again, from the weights that it is of: the commands under each table of the HTML page, or the cell's"
+    " `replays` in reproduction.json. They read the claims that lie beside it."
 )
 Clock = Callable[[Exhibit, Line, Parallel], float | None]
 """A line -> what it takes in the unit of a column of MEASURED."""

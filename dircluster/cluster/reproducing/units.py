@@ -17,6 +17,7 @@ from dircluster.cluster.storage import open_path
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import source_version
 from dircluster.config import ConfigError, RunConfig, digest, first_line, named_line, with_values
+from dircluster.evaluation.claims import problem_of
 from dircluster.presets import run_to_plain
 from dircluster.reproduction.cells import Outcome
 from dircluster.reproduction.plan import Plan, Training, Transfer
@@ -68,7 +69,9 @@ class Units:
         found = _found(kept, name, run)
         if found is not None:
             self.terminal.say(f"reused: {found.checkpoint}")
-            return found
+            if found.claim is not None and not problem_of(found.claim):
+                return found
+            return self._claimed(training, run, kept, name, found)  # such as one of code that is committed by now
         try:
             ended = self._follow(run, training)
         except ConfigError:
@@ -80,8 +83,8 @@ class Units:
         if ended["status"] == "FAILED":
             reason = str(ended["error"])
             return Outcome(error=self.terminal.last if reason.endswith("stands above") else reason.splitlines()[0])
-        folder = ended["checkpoint"]
-        return _keep(kept, name, run, ended["results"], folder, self._claimed(training, run, folder))
+        done = Outcome(tuple(ended["results"]), ended["checkpoint"])
+        return self._claimed(training, run, kept, name, done)
 
     def _follow(self, run: RunConfig, training: Training) -> dict[str, Any]:
         """The outcome of a run, once no other job trains one of its stages."""
@@ -128,7 +131,7 @@ class Units:
         if not purifier.checkpoint or not target.checkpoint:
             return Outcome(error=purifier.error or target.error)
         run = with_absolute_paths(self.plan.trainings[transfer.purifier].run)
-        run = with_values(run, {"evaluation.suite": transfer.suite})
+        run = with_values(run, {"evaluation.suite": transfer.suite, "target.objective": transfer.system.onto})
         try:
             places = [open_path(each.checkpoint, run.storage) for each in (purifier, target)]
             folder = str(transferred(open_path(run.storage.uri, run.storage), *places).absolute())
@@ -137,14 +140,18 @@ class Units:
             return Outcome(error=first_line(error) if isinstance(error, ConfigError) else named_line(error))
         return claim if isinstance(claim, int) else Outcome(tuple(claim["rows"]), folder, claim=claim)
 
-    def _claimed(self, training: Training, run: RunConfig, folder: str) -> dict[str, Any] | None:
-        """The claim of what a training ended in; None, with a line that says why, where there can be none."""
+    def _claimed(self, training: Training, run: RunConfig, kept: Store, name: str, done: Outcome) -> Outcome | int:
+        """The outcome of a training with its claim, kept; without, with a line that says why, where there is none."""
         try:
-            claim = self._claim(with_values(run, {"evaluation.verdict": False}), folder)  # as a training judges
+            claim = self._claim(with_values(run, {"evaluation.verdict": False}), done.checkpoint)  # as trainings judge
         except Exception as error:  # its numbers stand without one
             self.terminal.say(f"no claim of {training.name}: {named_line(error)}")
-            return None
-        return None if isinstance(claim, int) else claim
+            claim = None
+        if isinstance(claim, int):
+            return claim
+        done = replace(done, claim=claim)
+        _keep(kept, name, run, done)
+        return done
 
     def _claim(self, run: RunConfig, folder: str) -> dict[str, Any] | int:
         """The suite's rows of a finished defense with their evidence, as jobs/evaluate.py finds them; or the signal
@@ -162,7 +169,7 @@ class Units:
             left = [i for i, shard in enumerate(judged.shards) if judged.evaluation.outcome(shard) is None]
             if signal := (self._on_ray if on_ray else self._here)(judged, spec, left):
                 return signal
-            return judged.claim(judged.report(), judged.told_facts(folder))
+            return judged.claim(judged.report(), judged.report_facts(folder))
 
     def _on_ray(self, judged: Any, spec: JobSpec, left: list[int]) -> int:
         from dircluster.cluster.runtime import ray_evaluate
@@ -190,17 +197,9 @@ def _kept(run: RunConfig) -> Store:
     return Store(open_path(run.storage.uri, run.storage) / "reproductions" / "outcomes")
 
 
-def _keep(
-    kept: Store,
-    name: str,
-    run: RunConfig,
-    rows: list[dict[str, Any]],
-    folder: str,
-    claim: Mapping[str, Any] | None = None,
-) -> Outcome:
-    digest_of = checkpoint.digest(open_path(folder, run.storage))
-    kept.put(name, {"rows": rows, "checkpoint": folder, "digest": digest_of, "claim": claim})
-    return Outcome(tuple(rows), folder, claim=claim)
+def _keep(kept: Store, name: str, run: RunConfig, done: Outcome) -> None:
+    sha256 = checkpoint.digest(open_path(done.checkpoint, run.storage))
+    kept.put(name, {"rows": done.rows, "checkpoint": done.checkpoint, "digest": sha256, "claim": done.claim})
 
 
 def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:

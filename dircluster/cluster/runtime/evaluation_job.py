@@ -101,7 +101,7 @@ class EvaluationJob:
         """What was found, once all shards are done."""
         return report(self.evaluation, self.plan, self.name, self.settings)
 
-    def told_facts(self, defense: str, surrogate: str = "") -> dict[str, Any]:
+    def report_facts(self, defense: str, surrogate: str = "") -> dict[str, Any]:
         """What decides the rows of a report, for jobs/replay.py. ``defense`` and ``surrogate`` as they were named."""
         return {
             **self.facts,
@@ -117,7 +117,8 @@ class EvaluationJob:
 
     def claim(self, found: EvaluationReport, facts: dict[str, Any]) -> dict[str, Any]:
         """What a report claims, with what an answer of the defense costs; ``facts`` are those that are told."""
-        images, _ = self.batch(0, min(64, len(self.test)))
+        few = max(1, 64 // self.victim.passes)  # of an EBM an image is seconds
+        images, _ = self.batch(0, min(few, len(self.test)))
         entry = robustbench_entry(found, self.config, self.victim.passes)
         return claim_of(entry, found, facts, answer_costs(self.victim.module, images))
 

@@ -35,7 +35,8 @@ def test_it_examines_a_small_run_in_seconds(tmp_path: Path, monkeypatch: pytest.
     assert set(rows) >= CHECKS - {"output of g, h, h(g) in fp32"}
     assert [name for name, row in rows.items() if row["status"] == "fail"] == ["agreement with the CPU"]
     assert rows["agreement with the CPU"]["note"] == "RuntimeError: the driver is gone"
-    assert (rows["kills of a smoke run"]["figure"], rows["resumed weights, apart"]["figure"]) == (1, 0)
+    assert rows["step at which a killed run went on"]["figure"] >= 1
+    assert rows["resumed weights, apart"]["figure"] == 0
     timed = {f"{stage}, batch {size}" for stage in ("target", "pretrain", "dir") for size in (4, 16)}
     assert {name for name in rows if ", batch " in name} == timed
     assert all(rows[name]["figure"] > 0 for name in timed)

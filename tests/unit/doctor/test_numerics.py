@@ -109,7 +109,7 @@ def test_attacks_that_find_nothing_in_bf16_fail(machine: Machine, monkeypatch: p
 
     whole_pgd = numerics.pgd
     monkeypatch.setattr(numerics, "pgd", attack)
-    assert failed(numerics.predictions(machine)) == {"robust accuracy by bf16, apart"}
+    assert failed(numerics.predictions(machine)) == {"what attacks in bf16 find"}
 
 
 def test_predictions_that_bf16_changes_fail(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dircluster import zoo
 from dircluster.cluster.reproducing import units
 from dircluster.cluster.reproducing.reproduction import Reproduction
+from dircluster.cluster.reproducing.units import Listening
 from dircluster.config import RunConfig, with_values
 from dircluster.presets import preset
+from dircluster.reproduction.cells import Outcome
 from dircluster.reproduction.store import Store
 from dircluster.training import checkpoint
 
@@ -29,7 +33,8 @@ def commit(folder: Path, digest: str) -> None:
 def test_an_outcome_is_of_one_checkpoint(tmp_path: Path, run: RunConfig) -> None:
     folder, kept = tmp_path / "final", Store(tmp_path / "outcomes")
     commit(folder, "a" * 64)
-    ended = units._keep(kept, "one", run, [{"accuracy": 0.5}], str(folder))
+    ended = Outcome(({"accuracy": 0.5},), str(folder), claim={"rows": []})
+    units._keep(kept, "one", run, ended)
     assert units._found(kept, "one", run) == ended
     commit(folder, "b" * 64)  # trained again, by other code or for longer
     assert units._found(kept, "one", run) is None
@@ -42,6 +47,32 @@ def test_an_outcome_that_does_not_say_its_checkpoint_is_not_believed(tmp_path: P
     assert units._found(kept, "one", run) is None
     kept.put("two", {"rows": [], "checkpoint": str(tmp_path / "gone"), "digest": None})
     assert units._found(kept, "two", run) is None
+
+
+@pytest.mark.parametrize(
+    ("claim", "again"),
+    [(None, True), ({"rows": [], "facts": {}}, True), ("whole", False)],
+)
+def test_a_claim_that_is_refused_is_made_again(
+    claim: Any, again: bool, tmp_path: Path, run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, kept = tmp_path / "final", Store(tmp_path / "outcomes")
+    commit(folder, "a" * 64)
+    whole = json.loads((zoo.HERE / "digits-dir" / "digits-dir.json").read_text())
+    units._keep(kept, "one", run, Outcome((), str(folder), claim=whole if claim == "whole" else claim))
+    monkeypatch.setattr(units, "_kept", lambda run: kept)
+    monkeypatch.setattr(units, "digest", lambda what: "one" + "-" * 30)
+    kept.put(("one" + "-" * 30)[:24], kept.get("one") or {})
+    made: Any = object.__new__(units.Units)
+    made.terminal, made._claim = Listening(), lambda run, folder: whole | {"rows": []}
+    training: Any = SimpleNamespace(run=run, name="dir, seed 0")
+    found = made._trained(training)
+    assert found.claim == (whole | {"rows": []} if again else whole)
+    assert kept.get(("one" + "-" * 30)[:24])["claim"] == found.claim  # type: ignore[index]
+    if again:
+        made._claim = lambda run, folder: 15  # a signal
+        kept.put(("one" + "-" * 30)[:24], {**(kept.get("one") or {}), "claim": None})
+        assert made._trained(training) == 15
 
 
 @pytest.mark.parametrize(("fails", "status"), [(True, "FAILED"), (False, "FINISHED")])

@@ -255,8 +255,28 @@ def test_the_first_time_of_a_size_does_not_count(monkeypatch: pytest.MonkeyPatch
 
     def timed(step: object, images: int, parallel: Parallel) -> float:
         asked.append(images)
-        return 60.0 if asked.count(images) == 1 else 3.0
+        return 20.0 if asked.count(images) == 1 else 1 + 0.25 * images
 
     monkeypatch.setattr(module, "_timed", timed)
-    assert module._pace(lambda images: None, 1e6, 128, ALONE, budget=2.0).operations_per_second == 128e6 / 3
-    assert asked[:4] == [2, 2, 8, 8]
+    found = module._pace(lambda images: None, 1e6, 128, ALONE, budget=2.0)
+    assert found.operations_per_second == pytest.approx(128e6 / 33)
+    assert asked == [2, 2, 8, 8]
+
+
+def test_sizes_grow_until_they_tell_what_an_image_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def timed(step: object, images: int, parallel: Parallel) -> float:
+        asked.append(images)
+        return {2: 3.1, 8: 3.0}.get(images, 3 + 0.05 * images)  # the first two are alike but for noise
+
+    monkeypatch.setattr(module, "_timed", timed)
+    assert module._pace(lambda images: None, 1e6, 512, ALONE, budget=2.0).images == 32
+    assert max(asked) == 32
+
+
+def test_what_takes_many_budgets_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(module, "_timed", lambda step, images, parallel: asked.append(images) or 60.0)
+    assert module._pace(lambda images: None, 1e6, 128, ALONE, budget=2.0).operations_per_second == 2e6 / 60
+    assert asked == [2]
