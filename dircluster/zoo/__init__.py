@@ -43,6 +43,9 @@ ZOO = {
     "cifar10-small-hgd": Shipped(
         "cifar10-small-hgd", "493fe2a81576e4a5149a5b0508ce323bec29b20ab513e956639dc7748d615c47"
     ),
+    "cifar10-small-apegan": Shipped(
+        "cifar10-small-apegan", "9029164421fd9bafa57b5ec723395eeb2f3ba4a3797703bf8f984a1223b21462"
+    ),
 }
 """By DATASET-MODEL, the names of RobustBench's signature."""
 

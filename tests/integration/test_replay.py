@@ -23,6 +23,16 @@ ROWS = [
 ]
 
 
+PRINTED = [
+    *(("cifar10-small-at", f"none/{attack}/none") for attack in ("natural", "pgd20", "pgd20-margin")),
+    *(("cifar10-small-dir", f"dir/natural/{randomness}") for randomness in ("fixed", "fresh")),
+    *(("cifar10-small-hgd", f"hgd/{attack}/none") for attack in ("natural", "transfer-pgd20")),
+    *(("cifar10-small-apegan", f"apegan/{attack}/none") for attack in ("natural", "pgd20")),
+    ("cifar10-small-finetune", "finetune/pgd20/none"),
+]
+"""Of "A small pair on all of CIFAR-10": those that take seconds."""
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What a replay printed, by the first word of each line."""
     return {line.partition(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -72,6 +82,16 @@ def test_a_row_of_a_report_is_found_again(
         changed.write_text(json.dumps(other))
         assert replay.main([str(changed), "1"]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "row"), PRINTED)
+def test_what_is_printed_of_real_images_is_found_again(
+    name: str, row: str, real_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of docs/results.md, whose table is that of the claims (tests/unit/test_docs.py)."""
+    words = [str(CLAIMS / f"{name}.json"), row, "--data", str(real_data / "cifar10")]
+    assert replay.main(words) == 0, capsys.readouterr().out
 
 
 @pytest.mark.slow
