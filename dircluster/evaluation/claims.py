@@ -40,7 +40,7 @@ def claim_of(
         "costs": dict(costs),
         "rows": rows,
         "seconds": [round(each, 1) for each in report.seconds],
-        "flags": [flag.question for flag in report.flags],
+        "flags": [flag.question for flag in report.flags] if report.verdict else None,
     }
 
 

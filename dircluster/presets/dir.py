@@ -306,9 +306,9 @@ def cifar10() -> DirRun:
 
 
 def cifar10_fast() -> DirRun:
-    """DIR on CIFAR-10 in some ten minutes on one H100: fast crafting, short schedules, AdamW, a mean of the weights.
+    """DIR on CIFAR-10 for one GPU and a short while: fast crafting, short schedules, AdamW, a mean of the weights.
 
-    ``python jobs/train.py cifar10_fast``. This preset has not been run as it stands. Its recipe was, for 24, 4 and 10.5
+    ``python jobs/train.py cifar10_fast``. This preset has not been run or timed as it stands. Its recipe was, for 24, 4 and 10.5
     epochs by ``infra/gpu/cifar10.py``, the target by PGD-5: 77.4 % natural and 40.6 % under PGD-20 with masks known,
     where the target alone has 83.5 and 47.0 (n = 1,000, one seed, docs/results.md). ``cifar10`` is the paper's.
     """
