@@ -127,11 +127,12 @@ def row_of(rows: Sequence[Row], column: str) -> Row | None:
 
 
 def cells_of(
-    plan: Plan, exhibit: Exhibit, outcomes: Mapping[str, Outcome], norm: str, comparable: bool
+    plan: Plan, exhibit: Exhibit, outcomes: Mapping[str, Outcome], norm: str, comparable: bool, again: str = ""
 ) -> list[list[Cell]]:
     """The cells of an exhibit, a list a line: its columns, then the strongest attack.
 
-    ``outcomes`` by key; ``comparable`` says whether the printed numbers are of the data and threat that were judged.
+    ``outcomes`` by key; ``comparable`` says whether the printed numbers are of the data and threat that were judged;
+    ``again`` is the command that times what is timed.
     """
     made = []
     for line in exhibit.lines:
@@ -156,7 +157,7 @@ def cells_of(
                     scale * found.mean - printed.value if found and printed and same else None,
                     _gain(rows, under),
                     printed.value - at_bare.value if printed and at_bare else None,
-                    tuple(command for each in ended for command in each.commands),
+                    (again,) if column in MEASURED else tuple(command for each in ended for command in each.commands),
                     tuple(_replay(end, row) for end, row in zip(ended, rows, strict=True) if end.claim_file and row),
                     plan.factor,
                     1 if column in MEASURED else len(ended),  # one seed is timed

@@ -88,3 +88,5 @@ class Exhibit:
 
 MEASURED = {"ms an epoch": "milliseconds", "training time": "times that with pre-training"}
 """Columns that are timed instead of attacked, and their units."""
+SHOWN, EMBEDDED, DISCARDED = 8, 200, 256
+"""Images in the pictures, in the embedding, and behind Figure 2."""

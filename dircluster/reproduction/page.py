@@ -47,7 +47,10 @@ class Section:
     @property
     def commands(self) -> dict[str, list[str]]:
         """What makes each line again."""
-        return {line[0].line: list(line[0].commands) for line in self.cells}
+        return {
+            line[0].line: list(dict.fromkeys(command for cell in line for command in cell.commands))
+            for line in self.cells
+        }
 
     @property
     def replays(self) -> list[str]:

@@ -20,10 +20,7 @@ from dircluster.evaluation.sweep_table import Point, Trial, figure
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import pooled
 from dircluster.reproduction.cells import Cell
-from dircluster.reproduction.exhibits import Exhibit
-
-SHOWN, EMBEDDED, DISCARDED = 8, 200, 256
-"""Images in the pictures, in the embedding, and behind Figure 2."""
+from dircluster.reproduction.exhibits import DISCARDED, EMBEDDED, SHOWN, Exhibit
 
 
 @dataclass(frozen=True)

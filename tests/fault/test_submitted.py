@@ -22,7 +22,6 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
 from dircluster.defenses.table import DEFENSES
-from dircluster.presets import PRESETS
 from dircluster.training.export import load_defense_folder
 from infra.local_cluster import BUCKET, Cluster
 from infra.photo_shards import write_photos
@@ -115,7 +114,7 @@ def test_a_crash_tells_no_secret(cluster: Cluster, job: Make) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("system", sorted(name for name in DEFENSES if f"digits_{name}_smoke" in PRESETS))
+@pytest.mark.parametrize("system", sorted({"menet_a", *DEFENSES} - {"dir"}))
 def test_every_system_is_submitted_stored_recorded_and_loaded(
     cluster: Cluster, submit: Any, system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,9 +130,10 @@ def test_every_system_is_submitted_stored_recorded_and_loaded(
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    (final,) = re.findall(rf"s3://\S+/{system}-\w+/final", done.stdout)[:1]
+    name = "menet" if system == "menet_a" else system  # whose threat is another, not its name
+    (final,) = re.findall(rf"s3://\S+/{name}-\w+/final", done.stdout)[:1]
     defense = load_defense_folder(storage.open_path(final, StorageConfig()))
-    assert defense.name == system
+    assert defense.name == name
     assert defense(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 

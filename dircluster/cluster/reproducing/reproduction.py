@@ -53,14 +53,20 @@ class Asked:
             factor,
         )
 
-    def command(self) -> str:
-        """What goes on, or shows the result again."""
+    def command(self, what: str = "", only: tuple[str, ...] = (), seed: int | None = None) -> str:
+        """What goes on, or shows the result again; of ``what`` of it alone, of systems and a seed where they are given.
+
+        A budget is shared out over all that is asked for: of less it would shorten less.
+        """
         job = self.job
-        words = ["python", "jobs/reproduce.py", job.what, job.preset]
+        if job.budget is not None:
+            what, only, seed = "", (), None
+        words = ["python", "jobs/reproduce.py", what or job.what, job.preset]
         for name, value in cli.describe(job).items():
-            words += as_words(name, value)
-        words += ["--seeds", str(job.seeds)] if job.seeds > 1 else []
-        words += ["--only", ",".join(self.only)] if self.only else []
+            words += as_words(name, value) if seed is None or name != "seed" else []
+        words += ["--seed", str(seed)] if seed is not None else []
+        words += ["--seeds", str(job.seeds)] if job.seeds > 1 and seed is None else []
+        words += ["--only", ",".join(only or self.only)] if only or self.only else []
         words += ["--budget", f"{job.budget:g}"] if job.budget is not None else []
         words += ["--launcher", job.launcher] if job.launcher != "ray" else []
         return shlex.join(words)
@@ -69,7 +75,7 @@ class Asked:
         """What makes a unit again: jobs/train.py, or for a purifier in front of another target this job."""
         training = plan.trainings.get(unit.key)
         if training is None:
-            return self.command()
+            return self.command("table2", (unit.system.name,), unit.seed)
         run = training.run
         return cli.command(cli.TrainJob(training.preset, run, launcher=self.job.launcher, defense=run.defense))
 
@@ -183,6 +189,7 @@ class Reproduction:
     def _tell(self, units: Units, seconds: float) -> None:
         """Tables on the terminal, the page and its data in storage and MLflow."""
         commands = {unit.key: self.asked.command_of(self.plan, unit) for unit in self.plan.all}
+        commands |= {exhibit.name: self.asked.command(exhibit.name) for exhibit in self.plan.exhibits}
         folder = str(self.store.folder)
         result = Result(self.plan, units.outcomes, commands, self.job.preset, self.config, self.terminal, folder)
         facts = {"command": self.asked.command(), "commit": self.commit, "seeds": ", ".join(map(str, self.asked.seeds))}

@@ -67,8 +67,9 @@ class Result:
         terminal: Terminal,
         folder: str,
     ) -> None:
-        """``outcomes`` and ``commands`` by the units' keys; ``folder`` will hold the files."""
+        """``outcomes`` by units' keys, ``commands`` by them and by exhibits' names; ``folder`` will hold the files."""
         self.plan, self.preset, self.config, self.terminal = plan, preset, config, terminal
+        self.commands = commands
         files = {unit.key: f"{folder}/{_claim_file(unit)}" for unit in plan.all}
         self.outcomes = {
             key: replace(end, commands=(commands[key],), claim_file=files[key] if end.claim else "")
@@ -159,7 +160,8 @@ class Result:
         return [self._section(exhibit) for exhibit in self.plan.exhibits]
 
     def _section(self, exhibit: Exhibit) -> Section:
-        cells = cells_of(self.plan, exhibit, self.outcomes, self.config.attack.norm, self.comparable)
+        norm, again = self.config.attack.norm, self.commands[exhibit.name]
+        cells = cells_of(self.plan, exhibit, self.outcomes, norm, self.comparable, again)
         if not exhibit.picture:
             return Section(exhibit, cells)
         try:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from dircluster import cli
+from dircluster.cluster.reproducing.reproduction import Asked
 from dircluster.cluster.reproducing.result import Result
 from dircluster.cluster.reproducing.units import Listening
 from dircluster.cluster.sweeps.store import key_of
@@ -30,7 +32,7 @@ def planned(name: str, family: str, only: tuple[str, ...] = (), **given: Any) ->
 def made(plan: Plan, family: str, config: RunConfig | None = None, errors: Mapping[str, str] | None = None) -> Result:
     """The result of a plan whose trainings all ended without rows, but for ``errors`` by their names."""
     ended = {unit.key: Outcome(error=(errors or {}).get(unit.name, "")) for unit in plan.all}
-    commands = dict.fromkeys(ended, "")
+    commands = {**dict.fromkeys(ended, "train"), **{exhibit.name: f"time {exhibit.name}" for exhibit in plan.exhibits}}
     return Result(plan, ended, commands, family, config or preset(family), Listening(), "there")
 
 
@@ -65,6 +67,28 @@ def test_a_line_that_cannot_be_timed_hides_no_other(timed: list[RunConfig]) -> N
     assert found["HGD", "pgd20"] == (None, "")
     assert found["DIR", "ms an epoch"] == (2000.0, "")
     assert found["JATP, our reconstruction", "ms an epoch"] == (2000.0, "")
+
+
+def test_what_is_timed_is_made_again_by_timing_it(timed: list[RunConfig]) -> None:
+    (section,) = made(planned("table4", "digits"), "digits").sections
+    for line in section.cells:
+        assert {cell.column: cell.commands for cell in line} == {
+            **dict.fromkeys(("pgd20", "strongest"), ("train",)),
+            "ms an epoch": ("time table4",),
+        }
+    assert set(map(tuple, section.commands.values())) == {("train", "time table4")}
+
+
+def test_a_narrower_command_makes_a_part_again() -> None:
+    job = cli.parse(cli.ReproduceJob, ["digits", "--what", "all", "--seeds", "3", "--evaluation.images", "9"])
+    asked = Asked(job, (), (), {})
+    assert asked.command("table2", ("hgd",), 2).split()[1:] == [
+        *("jobs/reproduce.py", "table2", "digits", "--evaluation.images", "9", "--seed", "2", "--only", "hgd")
+    ]
+    whole = ["jobs/reproduce.py", "all", "digits", "--evaluation.images", "9", "--seeds", "3"]
+    assert asked.command().split()[1:] == whole
+    budgeted = Asked(replace(job, budget=30.0), (), (), {})
+    assert budgeted.command("table2", ("hgd",), 2).split()[1:] == [*whole, "--budget", "30"]
 
 
 def test_an_epoch_is_timed_as_one_worker_does_it(timed: list[RunConfig]) -> None:

@@ -58,7 +58,7 @@ def test_the_presets_print_the_same() -> None:
     for name, (defense, attack) in {
         "menet": ("menet", "bpda40-eot20"),
         "menet_a": ("menet", "bpda40-eot20"),
-        "ebm": ("ebm", "bpda50-eot1"),
+        "ebm": ("ebm", "bpda40-eot2"),
     }.items():
         assert preset(f"cifar10_{name}").printed[defense][attack] == TABLE_3[name]
     assert preset("cifar10").printed["dir"]["bpda40"] == TABLE_3["dir"]
@@ -79,6 +79,9 @@ def test_jatp_is_called_what_it_is_in_every_row() -> None:
         ("table2", "Ding et al. 2019"),
         ("table1", "Eq. 6, the cross-entropy in DIR's loss, lacks its minus sign"),
         ("fig4", "Figure 3.3"),
+        ("table1", "which HGD and NRP do not have"),
+        ("table4", "which is not what JATP is"),
+        ("fig2", "the first 256 test images, at the first seed"),
     ],
 )
 def test_slips_of_the_paper_are_noted(name: str, said: str) -> None:
