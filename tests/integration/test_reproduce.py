@@ -98,6 +98,27 @@ def test_it_is_one_run_with_children(reproduced: Outcome, folder: Path) -> None:
     assert {"reproduction.html", "results_table.json"} <= files
 
 
+def test_what_is_reused_and_what_is_transferred_are_children_too(reproduced: Outcome, folder: Path) -> None:
+    done = run_job("reproduce", "table2", "digits_smoke", "--only", "identity,dir", *LOCAL, folder=folder)
+    assert done.code == 0, done.out + done.err
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
+    found = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-reproduce-table2")
+    children = {r.info.run_name: r for r in found if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    trained = {f"identity, objective {word}, seed 0" for word in ("trades", "mart")}
+    assert set(children) == {"dir, seed 0", *trained, "dir onto trades, seed 0", "dir onto mart, seed 0"}
+    onto = children["dir onto trades, seed 0"]
+    assert onto.info.status == "FINISHED"
+    assert onto.data.params["onto"] == "trades"
+    found_again = cells(done)["TRADES: DIR", "pgd20"]["found"]["mean"]
+    assert onto.data.metrics["test/dir/pgd2/fixed"] == found_again
+    again = run_job("reproduce", "table2", "digits_smoke", "--only", "identity,dir", *LOCAL, folder=folder)
+    assert again.code == 0, again.err
+    history = client.get_metric_history(onto.info.run_id, "robust_accuracy")
+    assert len(history) == 1
+
+
 def test_again_nothing_is_trained(reproduced: Outcome, folder: Path) -> None:
     words = ("table1", "digits_smoke", "--only", "identity,dir", *LOCAL)
     again = run_job("reproduce", *words, folder=folder)

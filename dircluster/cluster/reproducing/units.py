@@ -20,7 +20,7 @@ from dircluster.config import ConfigError, RunConfig, digest, first_line, named_
 from dircluster.evaluation.claims import problem_of
 from dircluster.presets import run_to_plain
 from dircluster.reproduction.cells import Outcome
-from dircluster.reproduction.plan import Plan, Training, Transfer
+from dircluster.reproduction.plan import Plan, Training, Transfer, Unit
 from dircluster.reproduction.store import Store
 from dircluster.reproduction.transfer import transferred
 from dircluster.training import checkpoint
@@ -66,12 +66,12 @@ class Units:
     def _trained(self, training: Training) -> Outcome | int:
         run = with_absolute_paths(training.run)
         kept, name = _kept(run), digest([key_of(run), source_version()])[:24]
-        found = _found(kept, name, run)
-        if found is not None:
+        found: Outcome | int | None = _found(kept, name, run)
+        if isinstance(found, Outcome):
             self.terminal.say(f"reused: {found.checkpoint}")
-            if found.claim is not None and not problem_of(found.claim):
-                return found
-            return self._claimed(training, run, kept, name, found)  # such as one of code that is committed by now
+            if found.claim is None or problem_of(found.claim):  # such as one of code that is committed by now
+                found = self._claimed(training, run, kept, name, found)
+            return found if isinstance(found, int) else self._noted(run, training, found)
         try:
             ended = self._follow(run, training)
         except ConfigError:
@@ -109,13 +109,14 @@ class Units:
 
                 finish_job(record, status)
 
-    def _child(self, run: RunConfig, training: Training) -> Any:
+    def _child(self, run: RunConfig, unit: Unit) -> Any:
         if self.record is None:
             return None
         from dircluster.cluster.tracking.jobs import Child, open_job
 
-        params = {"system": training.system.name, **training.system.settings, "seed": training.seed}
-        child = Child(self.record.run_id, training.name, params)
+        onto = {"onto": unit.system.onto} if unit.system.onto else {}
+        params = {"system": unit.system.name, **onto, **unit.system.settings, "seed": unit.seed}
+        child = Child(self.record.run_id, unit.name, params)
         with contextlib.suppress(ConfigError):  # a server that stays away must not end a night's work
             return retry(
                 lambda: open_job(run, self.tags, child=child),
@@ -124,6 +125,17 @@ class Units:
                 stopped=lambda: bool(self.terminal.stop_signal()),
             )
         return None
+
+    def _noted(self, run: RunConfig, unit: Unit, done: Outcome) -> Outcome:
+        """An outcome that no training of this job records: it is a child of the run in MLflow too."""
+        record = self._child(run, unit) if done.claim is not None else None
+        if record is not None:
+            from dircluster.cluster.tracking.jobs import finish_job, record_rows
+
+            with contextlib.suppress(ConfigError):
+                record_rows(record, run, done.claim["facts"]["data"], done.rows)  # type: ignore[index]
+            finish_job(record, "FINISHED")
+        return done
 
     def _judged(self, transfer: Transfer) -> Outcome | int:
         """A purifier in front of another target: judged alone."""
@@ -138,7 +150,9 @@ class Units:
             claim = self._claim(run, folder)
         except Exception as error:  # whatever a system raises is its own
             return Outcome(error=first_line(error) if isinstance(error, ConfigError) else named_line(error))
-        return claim if isinstance(claim, int) else Outcome(tuple(claim["rows"]), folder, claim=claim)
+        if isinstance(claim, int):
+            return claim
+        return self._noted(run, transfer, Outcome(tuple(claim["rows"]), folder, claim=claim))
 
     def _claimed(self, training: Training, run: RunConfig, kept: Store, name: str, done: Outcome) -> Outcome | int:
         """The outcome of a training with its claim, kept; without, with a line that says why, where there is none."""

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,22 @@ def record_evaluation(
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
     return run_id
+
+
+def record_rows(job: JobRecord, config: RunConfig, fingerprint: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The accuracies of ``rows`` on the data of that ``fingerprint`` in a run that has none yet.
+
+    Raises ConfigError where the tracking server does not answer.
+    """
+    try:
+        client = MlflowClient(job.uri)
+        if client.get_run(job.run_id).data.metrics:
+            return
+        dataset = judged_on(config.data, fingerprint, rows)
+        client.log_inputs(job.run_id, [DatasetInput(dataset, [])])
+        log_accuracies(client, job.run_id, accuracies(rows, config.attack.norm), dataset)
+    except Exception as error:  # MLflow raises what its transport raises
+        raise ConfigError(f"tracking.uri {job.uri!r} cannot be used: {first_line(error)}") from error
 
 
 def finish_job(job: JobRecord, status: str) -> None:

@@ -64,7 +64,7 @@ def test_a_claim_that_is_refused_is_made_again(
     monkeypatch.setattr(units, "digest", lambda what: "one" + "-" * 30)
     kept.put(("one" + "-" * 30)[:24], kept.get("one") or {})
     made: Any = object.__new__(units.Units)
-    made.terminal, made._claim = Listening(), lambda run, folder: whole | {"rows": []}
+    made.terminal, made._claim, made.record = Listening(), lambda run, folder: whole | {"rows": []}, None
     training: Any = SimpleNamespace(run=run, name="dir, seed 0")
     found = made._trained(training)
     assert found.claim == (whole | {"rows": []} if again else whole)
