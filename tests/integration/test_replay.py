@@ -30,7 +30,7 @@ PRINTED = [
     *(("cifar10-small-apegan", f"apegan/{attack}/none") for attack in ("natural", "pgd20")),
     ("cifar10-small-hgd", "hgd/pgd20/none"),
 ]
-"""Of "A small pair on all of CIFAR-10": those that take seconds."""
+"""Of "A small pair on all of CIFAR-10": those that take a minute or two."""
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
