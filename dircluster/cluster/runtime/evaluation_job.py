@@ -116,7 +116,7 @@ class EvaluationJob:
         }
 
     def claim(self, found: EvaluationReport, facts: dict[str, Any]) -> dict[str, Any]:
-        """What a report claims, with what an answer of the defense costs; ``facts`` as :meth:`report_facts` has them."""
+        """What a report claims, with what an answer of the defense costs; ``facts`` are those of report_facts."""
         few = max(1, 64 // self.victim.passes)  # of an EBM an image is seconds
         images, _ = self.batch(0, min(few, len(self.test)))
         entry = robustbench_entry(found, self.config, self.victim.passes)
