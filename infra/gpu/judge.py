@@ -5,7 +5,7 @@
 ``--data`` holds parquet files test*. Rows come in the order of what they cost, and each finished shard is kept in
 ``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole.
 ``--processes 4`` shares the shards among so many: one alone leaves a GPU waiting for its host.
-``--only autoattack-standard-fixed --start 250`` leaves the other rows, and the images before the 250th, to another run.
+``--only autoattack-standard-fixed`` leaves the other rows to another run.
 ``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends.
 """
 
@@ -65,13 +65,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--only", help="the row of this name")
-    parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--shard", type=int, default=250, help="images that an interruption can cost at the most")
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(argv)
     named = {f"{spec.name}-{spec.randomness}": spec for spec in specs(given.rehearse)}
-    if given.only not in (None, *named) or given.start % given.shard:
-        parser.error(f"--only is one of {', '.join(named)}, and --start a multiple of --shard")
+    if given.only not in (None, *named):
+        parser.error(f"--only is one of {', '.join(named)}")
     asked = [spec for name, spec in named.items() if given.only in (None, name)]
     size = 2 if given.rehearse else given.shard
     given.out.mkdir(parents=True, exist_ok=True)
@@ -92,8 +91,6 @@ def main(argv: list[str]) -> int:
     meet(victim, images[:8], int(labels.max()))
     store = FolderStore(given.out / f"shards-of-{size}")  # whose number says nothing of its size
     judged = Evaluation(asked, count, 0, size, rows, store, victim)
-    places = [place for place, shard in enumerate(judged.shards()) if shard.rows[0] >= given.start]
-    own = set(places[given.part :: given.processes])
 
     def rows_of(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         return images[first:end], labels[first:end]
@@ -105,7 +102,7 @@ def main(argv: list[str]) -> int:
             raise OutOfTime
 
     try:
-        run(judged, rows_of, on_shard, own.__contains__)
+        run(judged, rows_of, on_shard, lambda place: place % given.processes == given.part)
     except OutOfTime:
         print("out of time; the same command goes on", flush=True)
     if given.part:
