@@ -1,8 +1,9 @@
-"""What looks like a secret among files that would travel to a cluster: by its name, or by how its content reads."""
+"""The files that travel to a cluster: which of them look like secrets, which are large, and all of them packed."""
 
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def large_among(files: Iterable[Path]) -> list[Path]:
     """Those of the files that are large for something that every node fetches, the largest first."""
     sizes = {file: file.stat().st_size for file in files}
     return sorted((file for file, size in sizes.items() if size > LARGEST), key=lambda file: -sizes[file])
+
+
+def pack(files: Iterable[Path], folder: Path, package: Path) -> None:
+    """Write those files of ``folder`` as a compressed ``package``, .zip; the same files have the same bytes."""
+    with zipfile.ZipFile(package, "w") as archive:
+        for file in files:
+            entry = zipfile.ZipInfo(str(file.relative_to(folder)))
+            entry.external_attr = file.stat().st_mode << 16
+            archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def _is_secret(file: Path) -> bool:

@@ -91,8 +91,8 @@ class Job:
         return self._begin(command, self.folder, {"RAY_ADDRESS": self.cluster.gcs})
 
     def submit(self) -> Job:
-        """Submit it: this checkout is uploaded, and the driver runs on the cluster."""
-        command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{self.script}.py"]
+        """Submit it by jobs/submit.py: this checkout is packed and sent, and the driver runs on the cluster."""
+        command = [sys.executable, "jobs/submit.py", "--", "python", f"jobs/{self.script}.py"]
         return self._begin(command, ROOT, {})
 
     def _begin(self, command: Sequence[str], folder: Path, settings: dict[str, str]) -> Job:

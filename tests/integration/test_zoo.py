@@ -70,15 +70,22 @@ def test_cifar10_keeps_what_is_claimed(name: str, real_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pyautoattack_finds_of_the_module_what_our_row_says() -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("dataset", "name", "epsilon"), [("digits", "dir", 0.15), ("cifar10", "small-dir", 8 / 255)])
+def test_pyautoattack_finds_of_the_module_what_our_row_says(
+    dataset: str, name: str, epsilon: float, request: pytest.FixtureRequest
+) -> None:
     """RobustBench's way: the module as it is loaded, its draw fixed, under AutoAttack standard; image by image."""
     from pyautoattack import AutoAttack
 
-    test, epsilon = load(DataConfig(name="digits"), 0).test, 0.15
-    images, labels = test.pixels(slice(24)), test.labels[:24]
-    defense = dircluster.load_model("dir", "digits", "Linf")
+    if dataset == "digits":
+        test = load(DataConfig(name="digits"), 0).test
+        images, labels = test.pixels(slice(24)), test.labels[:24]
+    else:
+        images, labels = cifar10(request.getfixturevalue("real_data"), 12)
+    defense = dircluster.load_model(name, dataset, "Linf")
     spec = AttackSpec("autoattack", "fixed", epsilon=epsilon, label="autoattack-standard")
-    settings = EvaluationConfig(images=24, batch_size=24, steps=1, eot=1, draws=1)
+    settings = EvaluationConfig(images=len(labels), batch_size=24, steps=1, eot=1, draws=1)
     report = evaluate(defense, images, labels, epsilon=epsilon, settings=settings, attacks=[spec])
     ours = report.evaluation.right(spec)["fixed"][:, 0]
 

@@ -1,56 +1,64 @@
-"""One call behind jobs/submit.py: look at what would be sent, then let Ray send it."""
+"""One call behind jobs/submit.py: look at what would be sent, pack it, and let Ray send it."""
 
 from __future__ import annotations
 
-import os
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from dircluster import cli
+from dircluster.cluster.working_dir import large_among, pack, secrets_among
 from dircluster.config import ConfigError
 
 USAGE = """usage: python jobs/submit.py [--send-secrets] [OPTIONS OF ray job submit] -- python jobs/train.py ...
 
 Submit the working directory and a command to a Ray cluster, as ray job submit --working-dir . does, unless a file among
-those that would be sent looks like a secret. What .rayignore and .gitignore name is not sent."""
+those that would be sent looks like a secret. What .rayignore and .gitignore name is not sent; the rest is packed."""
 SHOWN = 5
 """Files that the line names."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Submit what ``argv`` says; -> exit code, where it does not become Ray's. Errors are one line on stderr."""
+    """Submit what ``argv`` says; -> exit code, Ray's where it was asked. Errors are one line on stderr."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    try:
-        words = checked(argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    ray = str(Path(sys.executable).with_name("ray"))
-    return os.execv(ray, [ray, "job", "submit", *words])
+    with tempfile.TemporaryDirectory(prefix="dircluster-submit-") as place:
+        try:
+            words = checked(argv, Path(place) / "working-dir.zip")
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return _run([str(Path(sys.executable).with_name("ray")), "job", "submit", *words])
 
 
-def checked(argv: Sequence[str]) -> list[str]:
-    """The words that follow ``ray job submit``. Raises ConfigError where a file that looks like a secret would go."""
+def checked(argv: Sequence[str], package: Path) -> list[str]:
+    """The words that follow ``ray job submit``, the working directory packed as ``package``.
+
+    Ray packs it itself, without compression, where ``--runtime-env`` may leave files out of it. Raises ConfigError
+    where a file that looks like a secret would go.
+    """
     cut = argv.index("--") if "--" in argv else len(argv)
     options, command = list(argv[:cut]), list(argv[cut:])
     if not command:
         raise ConfigError("the command is missing: end with -- python jobs/train.py ...")
     careless = "--send-secrets" in options
     options = [word for word in options if word != "--send-secrets"]
-    folder = cli.value_of("--working-dir", options)
-    if not folder:
-        folder, options = ".", ["--working-dir", ".", *options]
+    folder = cli.value_of("--working-dir", options) or "."
     if "://" not in folder and not folder.endswith(".zip"):
-        _look_at(Path(folder), careless)
-    return [*options, *command]
+        files = _looked_at(Path(folder), careless)
+        if not any(word.startswith("--runtime-env") for word in options):
+            pack(files, Path(folder).absolute(), package)
+            print(f"packed: {package.stat().st_size / 1e6:.1f} MB")
+            folder = str(package)
+    return [*options, "--working-dir", folder, *command]  # the last one counts
 
 
-def _look_at(folder: Path, careless: bool) -> None:
+def _looked_at(folder: Path, careless: bool) -> list[Path]:
     from dircluster.cluster.runtime.upload import files_sent
-    from dircluster.cluster.working_dir import large_among, secrets_among
 
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {folder} is no folder")
@@ -67,3 +75,14 @@ def _look_at(folder: Path, careless: bool) -> None:
     if large := large_among(files):
         names = (f"{f.relative_to(folder.absolute())} ({f.stat().st_size / 1e6:.1f} MB)" for f in large[:SHOWN])
         print(f"large: {', '.join(names)}; name in .rayignore what the job does not need")
+    return files
+
+
+def _run(command: list[str]) -> int:
+    """-> the exit code of ``command``. Ctrl-C reaches it from the terminal; other ends are passed on to it."""
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda signum, _: process.send_signal(signum))
+    code = process.wait()
+    return code if code >= 0 else 128 - code

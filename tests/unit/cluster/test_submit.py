@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from dircluster.cluster.commands.submit import checked
 from dircluster.cluster.runtime.upload import files_sent
-from dircluster.cluster.working_dir import large_among, secrets_among
+from dircluster.cluster.working_dir import large_among, pack, secrets_among
 from dircluster.config import ConfigError
 
 LEFT_OUT = (
@@ -27,6 +29,8 @@ SENT = (
     *("jobs/train.py", "dircluster/data/loader.py", "my_defense.py", "settings.yaml", "tune_spaces/mine.py"),
     *("mine/core.py", "mine/README.md", "dircluster/evaluation/html_report.html"),
 )
+PACKAGE = Path("/nowhere/package.zip")
+"""Of what is not packed."""
 PRIVATE = "-----BEGIN RSA PRIVATE " + "KEY-----\nMIIE"
 HIDDEN = {
     "prod.env.txt": None,
@@ -69,8 +73,22 @@ def test_data_weights_and_secrets_stay_here(clone: Path) -> None:
     assert found == {".rayignore", ".gitignore", *SENT}
     options = ["--address", "http://127.0.0.1:8265"]
     command = ["--", "python", "jobs/train.py", "--working-dir", "no flag of Ray's"]
-    asked = ["--working-dir", str(clone), *options, *command]
-    assert checked(asked) == asked
+    package = clone.parent / "package.zip"
+    asked = ["--working-dir", str(clone), *options]
+    assert checked([*asked, *command], package) == [*asked, "--working-dir", str(package), *command]
+    with zipfile.ZipFile(package) as archive:
+        assert sorted(archive.namelist()) == sorted(found)
+        assert archive.read("jobs/train.py") == b"x"
+    first = package.read_bytes()
+    os.utime(clone / "settings.yaml", (0, 0))
+    checked([*asked, *command], package)
+    assert package.read_bytes() == first  # which Ray calls by its hash, and does not send again
+
+
+def test_where_a_runtime_environment_may_leave_files_out_ray_packs(clone: Path, tmp_path: Path) -> None:
+    asked = ["--runtime-env", "mine.yaml", "--working-dir", str(clone)]
+    assert checked([*asked, "--", "python"], tmp_path / "package.zip")[-3:] == [str(clone), "--", "python"]
+    assert not (tmp_path / "package.zip").exists()
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -78,16 +96,18 @@ def test_a_secret_that_would_be_sent_is_named(name: str, clone: Path, monkeypatc
     write(clone, name, HIDDEN[name] or "x")
     monkeypatch.chdir(clone)
     with pytest.raises(ConfigError, match=rf"nothing is sent: {name} would be, and look"):
-        checked(["--", "python", "jobs/train.py"])
-    assert checked(["--send-secrets", "--", "python"]) == ["--working-dir", ".", "--", "python"]
+        checked(["--", "python", "jobs/train.py"], PACKAGE)
+    words = ["--send-secrets", "--runtime-env=mine.yaml", "--", "python"]
+    assert checked(words, PACKAGE) == ["--runtime-env=mine.yaml", "--working-dir", ".", "--", "python"]
 
 
 def test_a_large_file_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--working-dir", str(clone), "--", "python", "jobs/train.py"]
-    checked(words)
+    package = clone.parent / "package.zip"
+    checked(words, package)
     assert "large:" not in capsys.readouterr().out
     write(clone, "tables/words.json", "1" * 2_500_000)
-    checked(words)
+    checked(words, package)
     assert "large: tables/words.json (2.5 MB); name in .rayignore" in capsys.readouterr().out
 
 
@@ -112,13 +132,15 @@ PARTS = ("jobs", "dircluster", "tune_spaces", "pyproject.toml", "README.md", "LI
 """What of a checkout a job imports, or may be installed from."""
 
 
-def test_a_checkout_holds_nothing_that_looks_like_a_secret_and_is_small(root: Path) -> None:
+def test_a_checkout_holds_nothing_that_looks_like_a_secret_and_is_small(root: Path, tmp_path: Path) -> None:
     files = [file for file in files_sent(root) if file.relative_to(root).parts[0] in PARTS]
     assert secrets_among(files) == []
     assert large_among(files) == []
-    sizes = {file: file.stat().st_size for file in files}  # Ray packs without compression
+    sizes = {file: file.stat().st_size for file in files}  # Ray by itself packs without compression
     assert sum(sizes.values()) < 2_000_000
     assert sum(size for file, size in sizes.items() if file.suffix != ".py") < 500_000
+    pack(files, root, tmp_path / "package.zip")
+    assert (tmp_path / "package.zip").stat().st_size < 1_000_000
 
 
 def test_large_files_are_found_the_largest_first(tmp_path: Path) -> None:
@@ -129,7 +151,7 @@ def test_large_files_are_found_the_largest_first(tmp_path: Path) -> None:
 
 def test_a_command_that_is_missing() -> None:
     with pytest.raises(ConfigError, match="the command is missing"):
-        checked(["--address", "http://127.0.0.1:8265"])
+        checked(["--address", "http://127.0.0.1:8265"], PACKAGE)
 
 
 def test_ray_takes_the_locked_dependencies_as_a_runtime_environment(root: Path) -> None:
