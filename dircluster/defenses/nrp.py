@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,16 @@ from dircluster.rng import Stream
 
 
 class NrpPurifier(NRPNet, Purifier):
-    """g of the paper. It draws nothing."""
+    """g of the paper. It draws nothing. ``clamp`` cuts what it makes to [0, 1] in eval mode, that of crafting too."""
+
+    def __init__(self, channels: int = 3, *, clamp: bool = False, **network: Any) -> None:
+        super().__init__(channels, **network)
+        self.clamp = clamp
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return super().forward(images)
+        restored = super().forward(images)
+        return restored.clamp(0, 1) if self.clamp and not self.training else restored
 
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
@@ -153,6 +159,7 @@ DEFENSE = Defense(
             growth=run.model.growth,
             blocks=run.model.blocks,
             network=run.model.network,
+            clamp=run.model.clamp,
         ),
         "discriminator": lambda: Critic(run.data.channels, run.data.height, run.data.width, run.model.critic_features),
     },

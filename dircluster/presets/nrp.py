@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dircluster.config import OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base, compared
@@ -32,6 +32,10 @@ class NrpNetConfig:
     """rrdb: channels that each convolution of a dense block adds."""
     critic_features: int = 32
     """Channels of the critic's first layers."""
+    clamp: bool = False
+    """Cut what the purifier makes to [0, 1] wherever it is not being trained: judged, attacked and deployed. The
+    authors' scripts do so (purify.py where it stores images, bypass_nrp.py inside the attack). Off by
+    itself: a pixel that is cut has no gradient, which makes attacks weaker and the defense no stronger."""
 
     def __post_init__(self) -> None:
         require_positive("model", self, "blocks", "features", "growth", "critic_features")
@@ -75,6 +79,7 @@ class NrpRun(RunConfig):
     """One whole run of NRP: target, purifier and critic, evaluation."""
 
     defense: ClassVar[str] = "nrp"
+    later: ClassVar[Mapping[str, Any]] = {"model.clamp": False}
 
     model: NrpNetConfig = NrpNetConfig()
     nrp: NrpConfig = NrpConfig()

@@ -16,6 +16,7 @@ from dircluster.defenses.apegan import ApeganRecipe, GeneratorPurifier
 from dircluster.defenses.denoiser import GanRecipe
 from dircluster.defenses.nrp import NrpPurifier, NrpRecipe
 from dircluster.defenses.recipe import Batch
+from dircluster.defenses.table import find_defense
 from dircluster.models import classifiers
 from dircluster.models.apegan import Discriminator
 from dircluster.models.nrp import Critic
@@ -108,6 +109,25 @@ def test_losses_of_nrp(distance: Any, layer: Any) -> None:
     assert terms["fooling"].item() == pytest.approx(ragan(fake, real), rel=1e-5)
     expected = feature + 1e-2 * squares(restored, batch.images) + 5e-3 * ragan(fake, real)
     assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nrp_is_cut_to_the_pixel_range_where_asked_and_not_while_it_is_trained() -> None:
+    images = torch.rand(N, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for clamp in (None, False, True):
+        run: Any = preset("digits_nrp")
+        run = run if clamp is None else replace(run, model=replace(run.model, clamp=clamp))
+        purifier = find_defense("nrp").build(run, "purifier")
+        with torch.no_grad():
+            for weight in purifier.head.parameters():  # type: ignore[union-attr]
+                weight.mul_(20)  # so that much of what it makes is no pixel
+            made[clamp] = purifier.train()(images), purifier.eval()(images)
+    as_before, off, on = made[None], made[False], made[True]
+    assert bool((as_before[1] < 0).any())
+    assert bool((as_before[1] > 1).any())
+    for found in (*as_before, *off, on[0]):
+        assert torch.equal(found, as_before[0])
+    assert torch.equal(on[1], as_before[1].clamp(0, 1))
 
 
 @pytest.mark.parametrize(("name", "denoisers"), [("apegan", 2), ("nrp", 1)])

@@ -47,6 +47,10 @@ KEYS = {  # computed at d27d5de, before there were other norms than linf
         "dir": "b6943747a9de34c66579a239138b051415bdb466a5ba4b56796481b4ddf14a21",
     },
     "digits_hgd": {"hgd": "db537b4dc27b6c6b1e7dbaafbdf5a2912d71d4ca7a711222e6a6558364d8901f"},  # computed at f908ee0
+    "cifar10_nrp_a": {  # computed at 15e9388
+        "nrp": "1e759a41684dc856494608887d8e7d542eeb775b09ba5ff39f214632196edc68",
+        "nrp_a": "fb6879fccfb279cc0bb51b607bacbf643af7cefa56d06a27e7e9dc0d770c9c49",
+    },
     "cifar10_joint": {"dir": "d6412af9c087a0958f7239e54a6608752b86a3d3204ba378b602fcb90c329313"},
     "digits_smoke": {
         "target": "6bdb9a71dacfe5124ce13625d2ae65b0ec35034c34f83fac14d70861e73a9b26",
@@ -100,6 +104,15 @@ def test_another_norm_is_another_stage(stage: str) -> None:
     other = replace(run, attack=replace(run.attack, norm="l2", step_size=run.attack.step))
     assert stage_key(other, find_stage(other, stage), INPUTS) != stage_key(run, find_stage(run, stage), INPUTS)
     assert flatten(stage_settings(run, find_stage(run, stage)))["attack.norm"] == "linf"  # what MLflow shows is whole
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "setting", "value"), [("cifar10_nrp_a", {"nrp", "nrp_a"}, "model.clamp", True)]
+)
+def test_another_form_of_a_system_is_another_stage(name: str, stages: set[str], setting: str, value: object) -> None:
+    run = preset(name)
+    other = keys(with_values(run, {setting: value}))
+    assert {stage for stage, key in keys(run).items() if other[stage] != key} == stages | {"run"}
 
 
 def test_only_defaults_of_later_settings_are_left_out() -> None:
