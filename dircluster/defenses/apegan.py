@@ -77,6 +77,7 @@ def stages(run: ApeganRun) -> tuple[Stage, ...]:
         {"purifier": run.apegan.optimizer, "discriminator": run.apegan.optimizer},
         sections=("model", "apegan"),
         stored=("purifier", "discriminator", "classifier"),
+        keep=run.apegan.keep,
     )
     return (target_stage(run), trained)
 

@@ -119,9 +119,15 @@ def _autoattack(fixed: AttackSpec, settings: EvaluationConfig, masked: bool) -> 
 def _paper(
     fixed: AttackSpec, fresh: AttackSpec, attack: AttackConfig, settings: EvaluationConfig, masked: bool
 ) -> tuple[list[AttackSpec], list[AttackSpec]]:
-    """The attacks under fixed and under fresh draws."""
+    """The attacks under fixed and under fresh draws.
+
+    PGD-100, 2.5 radii in all, tells what the larger steps of PGD-20 had left to find. It is left out where
+    ``settings.steps`` is given: then all attacks have as many steps, and PGD is a row already.
+    """
     forty, eot = settings.steps or 40, fresh.eot
     restarts = settings.restarts or 1
+    small = min(attack.step_for(100), 2.5 * attack.epsilon / 100)
+    converged = [] if settings.steps else [replace(fixed, steps=100, step_size=small, restarts=restarts)]
     restored = replace(fixed, attack="restored", label=f"restored{fixed.steps}-from-natural")
     eq_8 = [
         replace(_lasting(form, attack, forty), attack="masked", eot=1, label=f"masked{forty}")
@@ -129,6 +135,7 @@ def _paper(
     ]
     known = [
         replace(fixed, restarts=restarts),
+        *converged,
         _margin(fixed),
         *_autoattack(fixed, settings, masked),
         replace(fixed, attack="mifgsm"),

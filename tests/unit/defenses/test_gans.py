@@ -218,6 +218,14 @@ def test_what_cannot_be_is_refused(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_both_stages_of_ape_gan_end_on_the_weights_that_are_asked_for(keep: Any) -> None:
+    run: Any = preset("digits_apegan_a")
+    asked = replace(run, apegan=replace(run.apegan, keep=keep))
+    assert [stage.keep for stage in stages_of(asked)] == ["best", keep, keep]
+    assert [stage.keep for stage in stages_of(run)] == ["best"] * 3
+
+
 @pytest.mark.parametrize("name", ["digits_apegan", "digits_nrp_a"])
 def test_several_workers_are_refused_before_anything_is_trained(name: str) -> None:
     with pytest.raises(ConfigError, match=r"scaling.workers must be 1 to train (apegan|nrp_a), got 1:2"):

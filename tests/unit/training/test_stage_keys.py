@@ -51,6 +51,10 @@ KEYS = {  # computed at d27d5de, before there were other norms than linf
         "nrp": "1e759a41684dc856494608887d8e7d542eeb775b09ba5ff39f214632196edc68",
         "nrp_a": "fb6879fccfb279cc0bb51b607bacbf643af7cefa56d06a27e7e9dc0d770c9c49",
     },
+    "cifar10_apegan_a": {  # computed at 15e9388
+        "apegan": "f1c8622b8ec51f03427c1512a674cb1596c22bd0a60d1288f0eb982ec6706591",
+        "apegan_a": "a350880f3ccd186c429efe78c40f5f5a999b51fea687c001799b2bf632e8db52",
+    },
     "cifar10_joint": {"dir": "d6412af9c087a0958f7239e54a6608752b86a3d3204ba378b602fcb90c329313"},
     "digits_smoke": {
         "target": "6bdb9a71dacfe5124ce13625d2ae65b0ec35034c34f83fac14d70861e73a9b26",
@@ -107,7 +111,11 @@ def test_another_norm_is_another_stage(stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "setting", "value"), [("cifar10_nrp_a", {"nrp", "nrp_a"}, "model.clamp", True)]
+    ("name", "stages", "setting", "value"),
+    [
+        ("cifar10_nrp_a", {"nrp", "nrp_a"}, "model.clamp", True),
+        ("cifar10_apegan_a", {"apegan", "apegan_a"}, "apegan.keep", "last"),
+    ],
 )
 def test_another_form_of_a_system_is_another_stage(name: str, stages: set[str], setting: str, value: object) -> None:
     run = preset(name)
