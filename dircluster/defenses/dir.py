@@ -13,11 +13,11 @@ from dircluster.attacks.crafting import craft
 from dircluster.attacks.gradient import cross_entropy, kl_divergence, pgd
 from dircluster.attacks.restored import perturbation
 from dircluster.attacks.threat import threat_of
-from dircluster.config import AttackConfig
+from dircluster.config import AttackConfig, TargetConfig
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.defenses.recipe import Batch, Recipe, drawn, freeze
 from dircluster.defenses.stage import Defense, Modules, Stage
-from dircluster.defenses.target import target_stage
+from dircluster.defenses.target import mart_terms, target_stage
 from dircluster.models.masked_vit import MaskedDenoiser
 from dircluster.models.masking import complementary_masks, pixel_mask, random_permutations
 from dircluster.models.modules import under_attack
@@ -195,6 +195,40 @@ class DirRecipe(Recipe):
         return Defended(self.denoiser, self.classifier)
 
 
+class JointRecipe(DirRecipe):
+    """Trains denoiser and target together by TRADES or MART on h(g(x)) in place of Eq. 7.
+
+    So do two scripts that the authors deleted. Natural images pass under masks of their own.
+    """
+
+    def __init__(
+        self,
+        denoiser: MaskedPurifier,
+        classifier: nn.Module,
+        config: DirConfig,
+        attack: AttackConfig,
+        target: TargetConfig,
+    ) -> None:
+        super().__init__(denoiser, classifier, config, attack)
+        self.target = target
+
+    def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Those of DIR, of which the start of Eq. 4 has no use, and permutations for the natural images."""
+        return {**super().draws(stream, shape), **drawn(stream, "masks/natural", self.denoiser)}
+
+    def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:
+        """``target.objective`` of logits: TRADES's natural or MART's boosted term, and beta times their divergence."""
+        logits = self.classifier(self.denoiser(batch.images, batch.draws["masks/natural"]))
+        attacked = self.classifier(self.denoiser(batch.attacked, batch.draws["masks"]))
+        if self.target.objective == "mart":
+            name = "boosted"
+            first, divergence = mart_terms(logits, attacked, batch.labels)
+        else:
+            name = "natural"
+            first, divergence = F.cross_entropy(logits.float(), batch.labels), kl_divergence(logits, attacked).mean()
+        return {"loss": first + self.target.weight * divergence, name: first, "divergence": divergence}
+
+
 def _denoiser(run: DirRun) -> Callable[[], nn.Module]:
     data = run.data
     return lambda: MaskedPurifier(run.model, run.masking, data.channels, data.height, data.width)
@@ -220,16 +254,23 @@ def stages(run: DirRun) -> tuple[Stage, ...]:
     optimizers = {"denoiser": run.dir.optimizer}
     if run.dir.joint:
         optimizers["classifier"] = run.dir.target_optimizer
+    paired = run.dir.joint and run.target.objective != "at"
+
+    def recipe(modules: Modules) -> Recipe:
+        if paired:
+            return JointRecipe(_of(modules), modules["classifier"], run.dir, run.attack, run.target)
+        return DirRecipe(_of(modules), modules["classifier"], run.dir, run.attack)
+
     game = Stage(
         "dir",
-        lambda modules: DirRecipe(_of(modules), modules["classifier"], run.dir, run.attack),
+        recipe,
         run.dir.epochs,
         optimizers,
         sections=("masking", "model", "dir", *(("target",) if run.dir.joint else ())),
         stored=("denoiser", "classifier"),
         keep=run.dir.keep,
         ema=run.dir.ema or None,
-        passes=run.attack.pipeline_gradients + 1,
+        passes=run.attack.pipeline_gradients + (2 if paired else 1),
     )
     if run.dir.joint:
         return (game,)
@@ -238,12 +279,13 @@ def stages(run: DirRun) -> tuple[Stage, ...]:
 
 def describe(run: DirRun) -> str:
     """For the model card."""
-    model = run.model
+    model, objective = run.model, run.target.objective.upper()
+    together = f"\nTarget and denoiser learned together, by {objective}." if run.dir.joint else ""
     return (
         f"Masked auto-encoding denoiser in front of a classifier (DIR; Zhou et al., ICML 2023): each image is seen\n"
         f"through {run.masking.masks} masks that hide {run.masking.ratio:.0%} of its {run.tokens} patches, restored"
         f" from each, averaged, classified.\nDenoiser: patch {model.patch}, width {model.width}, {model.encoder_depth}"
-        f" + {model.decoder_depth} blocks; alpha {run.dir.alpha:g}."
+        f" + {model.decoder_depth} blocks; alpha {run.dir.alpha:g}.{together}"
     )
 
 

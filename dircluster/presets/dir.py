@@ -119,7 +119,8 @@ class DirConfig:
     mse_weight: float = 0.0
     """Weight of the squared error between restored and natural images, averaged over pixels (0 in the paper)."""
     joint: bool = False
-    """Train the target from scratch together with the denoiser (released code) instead of freezing it."""
+    """Train the target from scratch together with the denoiser instead of freezing it: by Eq. 7 where target.objective
+    is at (released code), else by that objective alone on the whole pipeline."""
     keep: Literal["best", "last"] = "best"
     """What the stage ends on: its best held-out weights by robust accuracy, or its last, which a schedule that ends at
     zero makes good, and no choice among a few noisy measurements can spoil."""
@@ -183,6 +184,15 @@ class DirRun(RunConfig):
                 self.pretrain.epochs == 0,
                 f"pretrain.epochs must be 0 in joint mode (there is no target yet), got {self.pretrain.epochs}",
             )
+            objective = self.target.objective
+            require(objective != "natural", "target.objective must be at, trades or mart in joint mode, got natural")
+            for name in ("alpha", "mse_weight"):
+                value = getattr(self.dir, name)
+                require(
+                    objective == "at" or value == 0,
+                    f"dir.{name} must be 0 where {objective} is learned in joint mode, whose loss has no such term,"
+                    f" got {value:g}",
+                )
 
     @property
     def tokens(self) -> int:
@@ -365,6 +375,44 @@ def cifar10_joint() -> DirRun:
     )
 
 
+def _joint_by(objective: Literal["trades", "mart"], rate: float) -> DirRun:
+    """``cifar10_joint`` as two deleted scripts have it (github.com/chenyyyykun/DIR, commits 54014d8 and 7adda4d)."""
+    run = cifar10_joint()
+    return replace(
+        run,
+        name=f"cifar10_joint_{objective}",
+        attack=replace(run.attack, steps=10),  # --num-steps, of --step-size 2/255: PGD on the cross-entropy in both
+        target=replace(run.target, objective=objective, beta=6.0),  # both scripts; usual for MART is 5
+        dir=replace(
+            run.dir,
+            alpha=0.0,  # no L_rep in either
+            epochs=91,
+            keep="last",  # they store every epoch over the one before
+            optimizer=replace(run.dir.optimizer, lr=rate),
+            target_optimizer=replace(run.dir.target_optimizer, milestones=(74, 89)),  # their epochs 75 and 90, from 1
+        ),
+    )
+
+
+def cifar10_joint_trades() -> DirRun:
+    """TRADES on h(g(x)), CIFAR-10: target and denoiser learn together, without L_rep, as in train_trades_ours.py.
+
+    ``python jobs/train.py cifar10_joint_trades``. The authors' script, deleted a day later, begins with a pre-trained
+    denoiser, which a rate of 6e-5 is meant for, and stores the target alone. Here the denoiser begins untrained, since
+    pre-training (Eq. 2) needs a target to attack, and both are stored. Its accuracy has not been measured yet.
+    """
+    return _joint_by("trades", 6e-5)
+
+
+def cifar10_joint_mart() -> DirRun:
+    """MART on h(g(x)), CIFAR-10: as ``cifar10_joint_trades``, by train_mart_ours.py, its denoiser at a rate of 5e-5.
+
+    ``python jobs/train.py cifar10_joint_mart``. The script's logarithms have other small constants in them. Its
+    accuracy has not been measured yet.
+    """
+    return _joint_by("mart", 5e-5)
+
+
 def svhn() -> DirRun:
     """The paper on SVHN: as ``cifar10``, without flips.
 
@@ -430,5 +478,6 @@ def imagenet_smoke() -> DirRun:
     )
 
 
-PRESETS = with_smoke_twins((digits, cifar10, cifar10_fast, cifar10_small, cifar10_joint, svhn, cifar100), smaller)
+JOINT = (cifar10_joint, cifar10_joint_trades, cifar10_joint_mart)
+PRESETS = with_smoke_twins((digits, cifar10, cifar10_fast, cifar10_small, *JOINT, svhn, cifar100), smaller)
 PRESETS["imagenet_smoke"] = imagenet_smoke

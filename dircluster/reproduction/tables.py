@@ -37,7 +37,8 @@ DRAWS = (
 )
 TRANSFER = (
     "The text transfers a denoiser trained for the AT target. Scripts that the authors deleted train target and"
-    " denoiser together for TRADES and MART instead (MART with weight 6, where 5 is usual and used here)."
+    " denoiser together for TRADES and MART instead (MART with weight 6, where 5 is usual and used here): presets"
+    " cifar10_joint_trades and cifar10_joint_mart."
 )
 CITED = "The paper cites TRADES as Ding et al. 2019 throughout: it is of Zhang et al. 2019."
 SIGN = "The paper's Eq. 6, the cross-entropy in DIR's loss, lacks its minus sign: it has one here."

@@ -41,6 +41,7 @@ COMPARED = ("apegan", "apegan_a", "hgd", "hgd_a", "nrp", "nrp_a", "jatp", "menet
 COMPARED += ("ebm",)
 PRESETS = (
     *("digits", "cifar10", "cifar10_fast", "cifar10_small", "cifar10_joint", "cifar10_ebm_short", "svhn"),
+    *("cifar10_joint_trades", "cifar10_joint_mart"),
     *(f"{family}_{name}" for family in ("digits", "cifar10") for name in COMPARED),
 )
 JOBS = ("train", "evaluate", "tune", "benchmark", "doctor", "reproduce")

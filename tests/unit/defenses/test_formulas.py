@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.config import AttackConfig, ConfigError, DataConfig, TargetConfig
-from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
+from dircluster.config import AttackConfig, ConfigError, DataConfig, TargetConfig, with_values
+from dircluster.defenses.dir import DirRecipe, JointRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.recipe import Batch
+from dircluster.defenses.table import find_defense
 from dircluster.defenses.target import TargetRecipe, mart_terms
 from dircluster.models.classifiers import build
 from dircluster.models.modules import under_attack
+from dircluster.presets import preset
 from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
+from dircluster.training.stages import Networks, stages_of
+from tests.unit.training.test_updates import ALONE
 
 MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 ATTACK = AttackConfig(epsilon=0.1, steps=3)
@@ -185,6 +189,83 @@ def test_joint_mode_teaches_both(make_batch: MakeBatch) -> None:
     for module in (denoiser, classifier):
         assert all(p.grad is not None for p in module.parameters())
     assert classifier.training
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("trades", 6.0), ("mart", 6.0), ("mart", None)])
+def test_joint_mode_by_trades_and_mart(make_batch: MakeBatch, objective: Any, beta: float | None) -> None:
+    """Their losses on h(g(x)): both image kinds restored, each under masks of its own, and no L_rep."""
+    denoiser, classifier = parts()
+    target = TargetConfig(objective=objective, beta=beta)
+    knobs = DirConfig(joint=True, alpha=0.0, crafting_masks="fresh")
+    recipe = JointRecipe(denoiser, classifier, knobs, ATTACK, target).double().train()
+    batch = make_batch(recipe)
+    batch = recipe.attack(dataclasses.replace(batch, images=batch.images.double()))
+    assert not torch.equal(batch.draws["masks/natural"], batch.draws["masks"])
+
+    def chances(images: Tensor, draws: Tensor) -> list[list[float]]:
+        kept = denoiser.masks(draws)
+        each = [denoiser.restore_each(images, kept[k : k + 1])[0] for k in range(2)]
+        return rows(classifier(sum(each) / 2))
+
+    p, q = chances(batch.images, batch.draws["masks/natural"]), chances(batch.attacked, batch.draws["masks"])
+    first, divergences = [], []
+    for a, b, y in zip(p, q, batch.labels.tolist(), strict=True):
+        if objective == "trades":
+            first.append(-math.log(a[y]))
+            divergences.append(kl(a, b))
+        else:
+            first.append(-math.log(b[y]) - math.log(1 - max(b[k] for k in range(10) if k != y)))
+            divergences.append(kl(a, b) * (1 - a[y]))
+    terms = recipe(batch)
+    assert set(terms) == {"loss", "divergence", "natural" if objective == "trades" else "boosted"}
+    assert terms["divergence"].item() == pytest.approx(mean(divergences), rel=1e-3)
+    expected = mean(first) + (5 if beta is None else beta) * mean(divergences)
+    assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
+    terms["loss"].backward()
+    assert recipe.trained == ("denoiser", "classifier")
+    for module in (denoiser, classifier):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_joint_mode_crafts_alike_whatever_it_learns_by(make_batch: MakeBatch) -> None:
+    """PGD on the cross-entropy of h(g(x)), new masks at every step, for TRADES too."""
+    denoiser, classifier = parts()
+    knobs = DirConfig(joint=True, alpha=0.0, crafting_masks="fresh")
+    plain = DirRecipe(denoiser, classifier, knobs, ATTACK)
+    paired = JointRecipe(denoiser, classifier, knobs, ATTACK, TargetConfig(objective="trades"))
+    found = [recipe.attack(make_batch(recipe)).attacked for recipe in (plain, paired)]
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(("name", "rate"), [("cifar10_joint_trades", 6e-5), ("cifar10_joint_mart", 5e-5)])
+def test_presets_of_joint_mode_are_the_deleted_scripts(name: str, rate: float) -> None:
+    run: Any = preset(name)
+    (stage,) = stages_of(run)
+    assert isinstance(stage.recipe(Networks(preset(f"{name}_smoke"), ALONE)), JointRecipe)
+    assert (run.target.objective, run.target.weight) == (name.rpartition("_")[2], 6.0)
+    assert (run.attack.steps, run.attack.step, run.training.batch_size) == (10, 2 / 255, 128)
+    assert (stage.epochs, stage.keep) == (91, "last")
+    rates = stage.optimizers
+    assert {optimizer.weight_decay for optimizer in rates.values()} == {2e-4}
+    assert [rates["denoiser"].rate(epoch, 91) for epoch in (0, 90)] == [rate, rate]
+    target = [rates["classifier"].rate(epoch - 1, 91) for epoch in (74, 75, 89, 90)]  # their epochs begin at 1
+    assert target == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    assert "learned together, by" in find_defense("dir").describe(run)
+    assert not run.printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("target.objective", "natural", "target.objective must be at, trades or mart in joint mode"),
+        ("dir.alpha", 1.0, "dir.alpha must be 0 where trades is learned in joint mode"),
+        ("dir.mse_weight", 0.5, "dir.mse_weight must be 0 where trades is learned"),
+        ("pretrain.epochs", 1, "pretrain.epochs must be 0 in joint mode"),
+    ],
+)
+def test_what_joint_mode_cannot_learn_is_refused(setting: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_values(preset("cifar10_joint_trades"), {setting: value})
 
 
 def test_adversarial_and_natural_training(make_batch: MakeBatch) -> None:

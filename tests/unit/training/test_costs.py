@@ -13,16 +13,18 @@ from dircluster.rng import Stream
 from dircluster.training import costs, stages
 
 
-@pytest.mark.parametrize("stage", ["target", "pretrain", "dir", "joint"])
+@pytest.mark.parametrize("stage", ["target", "pretrain", "dir", "joint", "joint_trades"])
 def test_what_is_counted_without_computing_is_what_is_computed(stage: str) -> None:
     config = preset("digits_smoke")
-    if stage == "joint":
+    if stage.startswith("joint"):
+        trades = stage == "joint_trades"
         config = dataclasses.replace(
             config,
+            target=dataclasses.replace(config.target, objective="trades" if trades else "at"),
             pretrain=dataclasses.replace(config.pretrain, epochs=0),
-            dir=dataclasses.replace(config.dir, joint=True),
+            dir=dataclasses.replace(config.dir, joint=True, alpha=0.0 if trades else config.dir.alpha),
         )
-    name = "dir" if stage == "joint" else stage
+    name = "dir" if stage.startswith("joint") else stage
     networks = stages.Networks(config, Parallel(0, 1, torch.device("cpu")))
     images = config.training.batch_size
     recipe, stream = (

@@ -33,7 +33,7 @@ from dircluster.presets.dir import DirRun
 from dircluster.training.stages import find_stage, stage_key, stage_settings, stages_of
 
 INPUTS: dict[str, str | None] = {"data": "0" * 64}
-NEWER = ("cifar10_fast", "cifar10_small", "digits_", "cifar10_jatp", "svhn_jatp")
+NEWER = ("cifar10_fast", "cifar10_small", "cifar10_joint_", "digits_", "cifar10_jatp", "svhn_jatp")
 """Presets younger than these settings."""
 KEYS = {  # computed at d27d5de, before there were other norms than linf
     "digits": {
@@ -197,6 +197,13 @@ def _select_steps(run: RunConfig) -> Derived | None:
     return Derived(steps, 2 * steps) if run.attack.step == run.attack.step_for(steps) else None
 
 
+def _beta(run: RunConfig) -> Derived | None:
+    if run.defense == "menet":  # which has no such term
+        return None
+    joint = isinstance(run, DirRun) and run.dir.joint
+    return Derived(6.0, 12.0, {"target.objective": "trades", **({"dir.alpha": 0.0} if joint else {})})
+
+
 def _perturb_step_size(run: RunConfig) -> Derived:
     assert isinstance(run, DirRun)
     size = run.attack.step_for(run.dir.perturb_steps)
@@ -211,9 +218,7 @@ def _masks(run: RunConfig) -> Derived:
 DERIVED: dict[str, Callable[[RunConfig], Derived | None]] = {
     "attack.step_size": lambda run: Derived(run.attack.epsilon / 4, run.attack.epsilon / 2),
     "attack.training_step_size": lambda run: Derived(run.attack.step, 2 * run.attack.step),
-    "target.beta": lambda run: (
-        None if run.defense == "menet" else Derived(6.0, 12.0, {"target.objective": "trades"})  # which has no such term
-    ),
+    "target.beta": _beta,
     "target.awp": lambda run: Derived(0.0, 0.5),
     "target.ema": lambda run: Derived(0.0, 0.5),
     "training.microbatch": lambda run: Derived(run.training.batch_size, run.training.batch_size // 2),
