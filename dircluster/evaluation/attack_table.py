@@ -68,7 +68,8 @@ class AttackSpec:
     draws: int = 1
     """Fresh draws on which every final image is judged."""
     average: int = 1
-    """Draws whose logits the defense averages before it answers, or that vote on the answer; the attacker's too."""
+    """Draws whose logits the defense averages before it answers, or that vote on the answer; the attacker's too, but
+    for bpda, which averages gradients alone (``eot``)."""
     protocol: Protocol = "plain"
     """How a defense of fresh draws answers, and when it is broken (DiffBreak, Kassis et al. 2025). wor, worst-case
     robustness: any of ``eot`` draws at any step of the attack may break an image, and any of ``draws`` at its end. mv:

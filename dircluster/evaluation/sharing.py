@@ -36,6 +36,6 @@ def length(shard: EvalShard) -> float:
         crafting = 3 * spec.steps * spec.restarts * spec.eot
     else:
         crafting = (spec.steps + AUTOATTACK * (spec.attack == "autoattack")) * spec.eot
-    crafting *= TARGET if spec.on == "target" else spec.average
+    crafting *= TARGET if spec.on == "target" else 1 if spec.attack == "bpda" else spec.average
     judging = spec.draws * (TARGET if spec.judged == "target" else spec.average)
     return (shard.rows[1] - shard.rows[0]) * (crafting + judging)

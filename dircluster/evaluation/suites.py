@@ -12,6 +12,8 @@ from dircluster.evaluation.marks import in_words
 
 SuiteName = Literal["quick", "paper", "rigorous"]
 SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
+MEAN = 10
+"""Draws whose logits ``paper`` averages into an answer, beside answers of one: EBM's authors verify by ten of its."""
 
 
 def known_suite(name: str) -> SuiteName:
@@ -122,7 +124,8 @@ def _paper(
     """The attacks under fixed and under fresh draws.
 
     PGD-100, 2.5 radii in all, tells what the larger steps of PGD-20 had left to find. It is left out where
-    ``settings.steps`` is given: then all attacks have as many steps, and PGD is a row already.
+    ``settings.steps`` is given: then all attacks have as many steps, and PGD is a row already. What a defense
+    answers by the mean logits of several fresh draws is judged on natural images and on those of BPDA.
     """
     forty, eot = settings.steps or 40, fresh.eot
     restarts = settings.restarts or 1
@@ -144,12 +147,16 @@ def _paper(
         restored,
         replace(restored, source="adversarial", label=f"restored{fixed.steps}-from-adversarial"),
     ]
+    bpda = replace(_lasting(fresh, attack, forty), attack="bpda")
     unknown = [
         replace(fresh, restarts=restarts),
         replace(fresh, attack="mifgsm"),
         eq_8[1],
-        replace(_lasting(fresh, attack, forty), attack="bpda", label=f"bpda{forty}-eot{eot}"),
+        replace(bpda, label=f"bpda{forty}-eot{eot}"),
     ]
+    if fresh.randomness == "fresh":
+        mean = replace(bpda, eot=min(eot, MEAN), average=MEAN, draws=max(1, fresh.draws // 4))
+        unknown += [mean.unattacked("natural"), replace(mean, label=f"bpda{forty}-mean-of-{MEAN}")]
     return known, unknown
 
 

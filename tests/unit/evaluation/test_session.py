@@ -75,7 +75,8 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
             " dir pgd3-margin fixed, dir autoattack-standard fixed, dir mifgsm3 fixed, dir vnifgsm3 fixed,"
             " dir masked3 fixed,"
             " dir restored3-from-natural fixed, dir restored3-from-adversarial fixed, dir natural fresh,"
-            " dir pgd3 fresh, dir mifgsm3 fresh, dir masked3 fresh, dir bpda3-eot2 fresh, dir pgd3-wor2 fresh,"
+            " dir pgd3 fresh, dir mifgsm3 fresh, dir masked3 fresh, dir bpda3-eot2 fresh,"
+            " dir natural-mean-of-10 fresh, dir bpda3-mean-of-10 fresh, dir pgd3-wor2 fresh,"
             " dir pgd3-mv3 fresh, dir malt fixed",
         ),
         (

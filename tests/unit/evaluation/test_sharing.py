@@ -41,6 +41,11 @@ def test_everybody_attacks_the_bare_target(name: str) -> None:
         assert len(share.intersection(bare)) < 0.5 * len(bare)
 
 
+def test_bpda_passes_once_a_draw_and_is_judged_by_the_mean_of_several() -> None:
+    (shard,) = (shard for shard in planned("paper", 1).shards() if shard.spec.name == "bpda40-mean-of-10")
+    assert length(shard) == 3 * 40 * 10 + 5 * 10
+
+
 def test_a_query_is_one_pass_and_a_gradient_three() -> None:
     shards = [shard for shard in planned("rigorous", 1).shards() if shard.spec.judged == shard.spec.on == "defense"]
     factors = {"square": 1, "pgd": 3}

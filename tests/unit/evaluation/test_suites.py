@@ -54,6 +54,23 @@ def test_where_all_attacks_are_to_have_as_many_steps_it_has_no_second_meaning() 
         assert [(spec.randomness, spec.step_size) for spec in named] == [("fixed", 2 / 255), ("fresh", 2 / 255)]
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_what_averages_its_draws_is_judged_so_beside_what_answers_by_one(kind: dict[str, Any]) -> None:
+    rows = {spec.name: spec for spec in paper(kind) if spec.randomness == "fresh"}
+    natural, bpda, single = rows["natural-mean-of-10"], rows["bpda40-mean-of-10"], rows["bpda40-eot20"]
+    assert (single.average, single.eot, single.draws) == (1, 20, 20)
+    assert (bpda.attack, bpda.average, bpda.eot, bpda.draws) == ("bpda", 10, 10, 5)
+    assert (bpda.steps, bpda.step_size, bpda.epsilon) == (single.steps, single.step_size, single.epsilon)
+    assert natural == bpda.control("natural")
+    few = {spec.name: spec for spec in paper(kind, eot=2)}["bpda40-mean-of-10"]  # few chains attack, many judge
+    assert (few.eot, few.average) == (2, 10)
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_what_draws_nothing_has_nothing_to_average(kind: dict[str, Any]) -> None:
+    assert {spec.average for spec in paper(kind)} == {1}
+
+
 def test_tables_of_the_paper_show_pgd_20_beside_its_number() -> None:
     rows = [{"defense": "dir", "attack": spec.name, "randomness": spec.randomness} for spec in paper(KINDS[0])]
     found = row_of(rows, "pgd20")
