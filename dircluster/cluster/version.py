@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import subprocess
@@ -20,8 +21,10 @@ def source_version() -> str:
     return f"{dircluster.__version__} ({digest.hexdigest()[:8]})"
 
 
+@functools.cache
 def commit() -> str:
-    """The version of this code: a git commit, with + where files differ from it.
+    """The version of this code: a git commit, with + where files differ from it; asked once, for files may change
+    under a process.
 
     Outside a checkout, as in a job's copy of the working directory, it is DIRCLUSTER_COMMIT, which an image sets, or
     the package's version and a digest of its source.

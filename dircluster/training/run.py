@@ -62,15 +62,18 @@ class Run:
         owner: str = "",
         fresh: bool = False,
         until: str = "",
+        version: str = "",
         open_path: Callable[[str], Path] = local_path,
     ) -> None:
         """``owner`` names the job; with ``fresh`` its stages start again, in folders that carry the name.
 
-        ``until`` names a stage after which the run ends.
+        ``until`` names a stage after which the run ends. ``version`` is that of the code, for what is trained to be
+        recorded with; nothing is where it is empty.
         ``open_path`` opens the URIs of storage, data and target.
         """
         self.config, self.parallel, self.tracker, self.console = config, parallel, tracker, console
         self.owner, self.token, self.until = owner, owner if fresh else None, until
+        self.version = version
         self.open_path = open_path
         self.storage = open_path(config.storage.uri)
         self.defense = find_defense(config.defense)
@@ -81,6 +84,8 @@ class Run:
         """Peak bytes on this worker's device, or of its process on a CPU, by the same names."""
         self.folders: dict[str, str] = {}
         """Of the stages that were trained."""
+        self.trained_by: dict[str, list[str]] = {}
+        """The versions of the code that trained each stage, reused ones too; empty where none was recorded."""
         self.target: dict[str, Any] | None = None
         """The target that was given, where one was: its URI and SHA-256."""
 
@@ -117,6 +122,7 @@ class Run:
             "seconds": self.seconds,
             "memory": self.memory,
             "folders": self.folders,
+            "trained_by": self.trained_by,
             "data": self.data.fingerprint,
             "target": self.target,
         }
@@ -179,6 +185,7 @@ class Run:
         for name in stage.modules:
             networks[name].load_state_dict(finished.tensors[name])
         self.selection[stage.name] = finished.state["best"]
+        self.trained_by[stage.name] = parallel.first_does(lambda: list(stage_folder.trained_by))
         return stage_folder
 
     def _is_finished(self, stage_folder: StageFolder) -> bool:
@@ -214,6 +221,7 @@ class Run:
         guard: Callable[[], None],
     ) -> None:
         config, parallel = self.config, self.parallel
+        parallel.first_does(lambda: self._begin_version(stage_folder))
         loader = self._loader(stage)
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
@@ -230,6 +238,7 @@ class Run:
             def finish() -> None:
                 guard()
                 self._keep_unsent(record, stage_folder)
+                self._add_version(stage_folder)
                 checkpoint.write(stage_folder.final, tensors, state, stage_folder.key)
 
             parallel.first_does(lambda: self._persist(finish))
@@ -240,6 +249,15 @@ class Run:
             raise
         finally:
             record.end(status)
+
+    def _begin_version(self, stage_folder: StageFolder) -> None:
+        """Record the code before its first checkpoint; where storage is away, the end of the stage does."""
+        with contextlib.suppress(Exception):
+            self._add_version(stage_folder)
+
+    def _add_version(self, stage_folder: StageFolder) -> None:
+        if self.version:
+            stage_folder.add_version(self.version)
 
     def _loader(self, stage: Stage) -> Loader | StreamLoader:
         config, parallel, train = self.config, self.parallel, self.data.train

@@ -6,10 +6,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dircluster.files import write_whole
 from dircluster.training import checkpoint
 
 TOKEN = "started-by"
 """File that names the job which started a stage from nothing."""
+TRAINED_BY = "trained-by"
+"""File that names the versions of the code that trained a stage, a line each, in their order. It lies beside the
+result, whose digest is that of weights and facts alone: the same weights are the same stage, whatever made them.
+"""
+UNKNOWN = "unknown"
+"""The version of what was trained before versions were recorded."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,21 @@ class StageFolder:
     def digest(self) -> str | None:
         """Digest of the finished result, None before."""
         return checkpoint.digest(self.final)
+
+    @property
+    def trained_by(self) -> tuple[str, ...]:
+        """The versions of the code that trained it, in their order; empty where none was recorded."""
+        try:
+            return tuple((self.folder / TRAINED_BY).read_text().splitlines())
+        except FileNotFoundError:
+            return ()
+
+    def add_version(self, version: str) -> None:
+        """Record that ``version`` of the code trains it from here; those before count while a checkpoint is theirs."""
+        begun = any(self.folder.glob("step-*"))
+        before = (self.trained_by or (UNKNOWN,)) if begun else ()
+        if before[-1:] != (version,):
+            write_whole(self.folder / TRAINED_BY, "".join(f"{each}\n" for each in (*before, version)).encode())
 
 
 def find_stage_folder(storage: Path, name: str, key: str, token: str | None = None) -> StageFolder:

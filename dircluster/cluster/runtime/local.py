@@ -8,6 +8,7 @@ from typing import Any
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.storage import opener
+from dircluster.cluster.version import commit
 from dircluster.config import ConfigError, RunConfig, named_line
 from dircluster.distributed.launch import local_workers
 from dircluster.training.protocols import NoTracker, Tracker
@@ -30,7 +31,10 @@ def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Termin
 
     def execute() -> dict[str, Any]:
         with local_workers(config.scaling) as parallel:
-            run = Run(config, parallel, tracker, terminal, owner=owner, fresh=fresh, open_path=opener(config.storage))
+            open_path = opener(config.storage)
+            run = Run(
+                config, parallel, tracker, terminal, owner=owner, fresh=fresh, version=commit(), open_path=open_path
+            )
             try:
                 return run.execute()
             except OSError as error:

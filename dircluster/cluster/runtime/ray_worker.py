@@ -11,6 +11,7 @@ import ray
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, RemoteConsole
 from dircluster.cluster.storage import opener, to_environment
+from dircluster.cluster.version import commit
 from dircluster.config import RunConfig
 from dircluster.distributed.launch import local_workers
 from dircluster.presets import run_from_plain
@@ -49,6 +50,7 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
             owner=owner,
             fresh=fresh,
             until=until,
+            version=commit(),
             open_path=opener(run_config.storage),
         )
         outcome = outcome_of(run.execute)

@@ -77,6 +77,22 @@ def test_a_run_interrupted_at_any_step_ends_in_the_same_bits(
     assert outcome["selection"] == whole["selection"]
 
 
+def test_a_stage_knows_the_code_that_trained_it(smoke: RunConfig, tmp_path: Path) -> None:
+    def by(version: str, console: Any = None) -> dict[str, Any]:
+        config = elsewhere(smoke, tmp_path / "broken")
+        return Run(config, ALONE, NoTracker(), console or Quiet(), version=version).execute()
+
+    with pytest.raises(Interrupted):
+        by("one", StopAfter(3))
+    broken = by("two")
+    assert broken["trained_by"] == {"target": ["one", "two"], "pretrain": ["two"], "dir": ["two"]}
+    assert by("three")["trained_by"] == broken["trained_by"]
+    unrecorded = run(elsewhere(smoke, tmp_path / "unrecorded"))
+    assert unrecorded["trained_by"] == {"target": [], "pretrain": [], "dir": []}
+    stages = [sorted(file.parent.name for file in (tmp_path / f).glob("*/final")) for f in ("broken", "unrecorded")]
+    assert stages[0] == stages[1]  # whoever trained it, it is the same stage
+
+
 @pytest.mark.long
 def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -> None:
     lines: list[str] = []
