@@ -15,7 +15,7 @@ CARD = """# {name}: a {defense} defense
 
 - images: {channels} x {height} x {width} in [0, 1], {classes} classes; data `{data}` (SHA-256 {fingerprint})
 - target: {target}
-- threat: {norm}, epsilon {epsilon:.4g}; seed {seed}; code {commit}
+- threat: {norm}, epsilon {epsilon:.4g}; seed {seed}; code {code}
 
 ## Accuracy on the test split
 
@@ -62,6 +62,13 @@ def _target(config: RunConfig, given: dict[str, Any] | None) -> str:
     return f"given, `{given['uri']}` (SHA-256 {given['sha256']}){made}"
 
 
+def _code(outcome: dict[str, Any], commit: str) -> str:
+    """The versions of the code that trained the stages, and where they are not ``commit`` alone, that it judged."""
+    trained = (versions or ["unknown"] for versions in outcome.get("trained_by", {}).values())
+    found = list(dict.fromkeys(version for versions in trained for version in versions))
+    return commit if found in ([], [commit]) else f"{', '.join(found)}; judged by {commit}"
+
+
 def model_card(config: RunConfig, outcome: dict[str, Any], commit: str, folder: str = "") -> str:
     """Markdown that says what the defense is, what it was judged against, and how to use it: from MLflow's registry, or
     from the ``folder`` that it lies in."""
@@ -83,7 +90,7 @@ def model_card(config: RunConfig, outcome: dict[str, Any], commit: str, folder: 
         norm={"linf": "L-infinity", "l2": "L2"}[config.attack.norm],
         epsilon=config.attack.epsilon,
         seed=config.seed,
-        commit=commit,
+        code=_code(outcome, commit),
         table=markdown_table(outcome["results"]),
         suite=config.evaluation.suite,
         draws=max(row["draws"] for row in outcome["results"]),
