@@ -114,6 +114,8 @@ class Outcome:
     """Its rows with the evidence of each, as a leaderboard takes them."""
     claim_file: str = ""
     """Where the page keeps it."""
+    trained_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The versions of the code that trained each stage, as far as that was recorded."""
 
 
 def row_of(rows: Sequence[Row], column: str) -> Row | None:

@@ -13,10 +13,15 @@ from typing import Any
 
 from dircluster.reproduction.cells import STRONGEST, Cell, Found
 from dircluster.reproduction.exhibits import MEASURED, Exhibit
+from dircluster.reproduction.versions import Versions
 
 TEMPLATE = Path(__file__).with_name("page.html")
 EVIDENCE = ["row", "attack", "ours", "95 % interval", "seeds", "n"]
 EVIDENCE += ["paper", "difference", "over None", "paper over None", "how"]
+CODE = (
+    "The commits that trained the stages of each system and judged it; + stands for changes that no commit holds,"
+    " unknown for what was trained before that was recorded."
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,9 @@ def in_full(cell: Cell) -> dict[str, str]:
     return dict(zip(EVIDENCE, texts, strict=True))
 
 
-def to_markdown(title: str, facts: Mapping[str, str], notes: Sequence[str], sections: Sequence[Section]) -> str:
+def to_markdown(
+    title: str, facts: Mapping[str, str], notes: Sequence[str], sections: Sequence[Section], code: Sequence[Versions]
+) -> str:
     """The page as Markdown; pictures lie beside it as NAME.png."""
     lines = [f"# {title}", "", *_wrapped([f"{word}: {text}" for word, text in facts.items()]), *_wrapped(notes)]
     for section in sections:
@@ -113,10 +120,16 @@ def to_markdown(title: str, facts: Mapping[str, str], notes: Sequence[str], sect
         lines += ["**Again.** Each of these commands finds what is stored, or makes it:", ""]
         lines += [f"    {command}" for command in dict.fromkeys(chain(*section.commands.values()))]
         lines.append("")
+    versions = [each.to_texts() for each in code]
+    if versions:
+        lines += ["## Code", "", *_wrapped([CODE]), *_rows(list(versions[0]), [[*each.values()] for each in versions])]
+        lines.append("")
     return "\n".join(lines)
 
 
-def to_html(title: str, facts: Mapping[str, str], notes: Sequence[str], sections: Sequence[Section]) -> str:
+def to_html(
+    title: str, facts: Mapping[str, str], notes: Sequence[str], sections: Sequence[Section], code: Sequence[Versions]
+) -> str:
     """The page as HTML that stands alone."""
     from jinja2 import Environment
 
@@ -127,6 +140,8 @@ def to_html(title: str, facts: Mapping[str, str], notes: Sequence[str], sections
         notes=notes,
         sections=sections,
         columns=EVIDENCE,
+        reading=CODE,
+        versions=[each.to_texts() for each in code],
         data_of=lambda picture: "data:image/png;base64," + base64.b64encode(picture).decode(),
     )
 

@@ -53,6 +53,10 @@ def test_a_table(reproduced: Outcome, folder: Path) -> None:
     assert found["DIR", "pgd20"]["difference"] is None  # digits are not CIFAR-10
     (command,) = found["DIR", "pgd20"]["commands"]
     assert command.startswith("python jobs/train.py digits_smoke --evaluation.suite paper")
+    here = reproduced.summary["facts"]["commit"]
+    assert [each["system"] for each in reproduced.summary["code"]] == ["identity, seed 0", "dir, seed 0"]
+    assert reproduced.summary["code"][1]["trained_by"] == {stage: [here] for stage in ("target", "pretrain", "dir")}
+    assert {each["judged_by"] for each in reproduced.summary["code"]} == {here}
     kept = Path(reproduced.summary["folder"])
     page = {f"reproduction.{kind}" for kind in ("html", "md", "json")}
     assert {file.name for file in kept.iterdir()} - {"leaderboard.md", "leaderboard.html"} == {*page, "claims"}

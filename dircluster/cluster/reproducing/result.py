@@ -30,6 +30,7 @@ from dircluster.reproduction.page import Section, to_html, to_markdown
 from dircluster.reproduction.pictures import PICTURES, Scene, swept
 from dircluster.reproduction.plan import Plan, Unit
 from dircluster.reproduction.tables import CONTROLS
+from dircluster.reproduction.versions import Versions, several, versions_of
 from dircluster.training.export import load_defense_folder
 from dircluster.training.forecast import Calibration, calibrate
 from dircluster.training.run import data_cache
@@ -190,6 +191,11 @@ class Result:
         return Scene(defenses, test, config.attack, config.evaluation.steps or 20, config.seed)
 
     @cached_property
+    def versions(self) -> list[Versions]:
+        """The code that trained and judged each system."""
+        return versions_of(self.plan, self.outcomes)
+
+    @cached_property
     def evidence(self) -> list[dict[str, str]]:
         """A line of texts for each cell."""
         return [{"exhibit": each.exhibit.name, **row} for each in self.sections for row in each.evidence]
@@ -210,6 +216,8 @@ class Result:
             )
         if self.plan.factor != 1:
             made.append(f"All schedules are {self.plan.factor:g} times the presets': nothing here is at its best.")
+        if line := several(self.versions):
+            made.append(line)
         errors = {unit.name: self.outcomes[unit.key].error for unit in self.plan.all}
         return [*made, *(f"Failed: {name}: {error}" for name, error in errors.items() if error)]
 
@@ -219,10 +227,11 @@ class Result:
         shown = {**facts, "machine": machine, "schedules": f"times {self.plan.factor:g}"}
         self.plain: dict[str, Any] = {"title": title, "facts": shown, "notes": self.notes}
         self.plain["exhibits"] = [section.to_plain() for section in self.sections]
+        self.plain["code"] = [each.to_plain() for each in self.versions]
         pictures = {f"{each.exhibit.name}.png": each.picture for each in self.sections if each.picture is not None}
         return {
-            "reproduction.html": to_html(title, shown, self.notes, self.sections).encode(),
-            "reproduction.md": to_markdown(title, shown, self.notes, self.sections).encode(),
+            "reproduction.html": to_html(title, shown, self.notes, self.sections, self.versions).encode(),
+            "reproduction.md": to_markdown(title, shown, self.notes, self.sections, self.versions).encode(),
             "reproduction.json": json.dumps(self.plain, indent=1).encode(),
             **pictures,
             **self._claims(),

@@ -83,7 +83,7 @@ class Units:
         if ended["status"] == "FAILED":
             reason = str(ended["error"])
             return Outcome(error=self.terminal.last if reason.endswith("stands above") else reason.splitlines()[0])
-        done = Outcome(tuple(ended["results"]), ended["checkpoint"])
+        done = Outcome(tuple(ended["results"]), ended["checkpoint"], trained_by=ended["trained_by"])
         return self._claimed(training, run, kept, name, done)
 
     def _follow(self, run: RunConfig, training: Training) -> dict[str, Any]:
@@ -152,7 +152,8 @@ class Units:
             return Outcome(error=first_line(error) if isinstance(error, ConfigError) else named_line(error))
         if isinstance(claim, int):
             return claim
-        return self._noted(run, transfer, Outcome(tuple(claim["rows"]), folder, claim=claim))
+        trained_by = {**purifier.trained_by, f"{transfer.system.onto} target": target.trained_by.get("target", ())}
+        return self._noted(run, transfer, Outcome(tuple(claim["rows"]), folder, claim=claim, trained_by=trained_by))
 
     def _claimed(self, training: Training, run: RunConfig, kept: Store, name: str, done: Outcome) -> Outcome | int:
         """The outcome of a training with its claim, kept; without, with a line that says why, where there is none."""
@@ -213,7 +214,8 @@ def _kept(run: RunConfig) -> Store:
 
 def _keep(kept: Store, name: str, run: RunConfig, done: Outcome) -> None:
     sha256 = checkpoint.digest(open_path(done.checkpoint, run.storage))
-    kept.put(name, {"rows": done.rows, "checkpoint": done.checkpoint, "digest": sha256, "claim": done.claim})
+    found = {"rows": done.rows, "checkpoint": done.checkpoint, "digest": sha256, "claim": done.claim}
+    kept.put(name, {**found, "trained_by": done.trained_by})
 
 
 def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:
@@ -223,4 +225,6 @@ def _found(kept: Store, name: str, run: RunConfig) -> Outcome | None:
         return None
     if checkpoint.digest(open_path(found["checkpoint"], run.storage)) != found["digest"]:
         return None
-    return Outcome(tuple(found["rows"]), found["checkpoint"], claim=found["claim"])
+    return Outcome(
+        tuple(found["rows"]), found["checkpoint"], claim=found["claim"], trained_by=found.get("trained_by", {})
+    )

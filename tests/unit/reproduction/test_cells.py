@@ -165,8 +165,8 @@ def test_the_page_says_it_all(plan: Plan) -> None:
     grid = {line[0]: line[1:] for line in section.grid}
     assert grid["None"][1] == "42.0 ± 2.8 (paper 45.72)"
     assert grid["ratio 0.5"] == ["failed (paper 85.11)", "failed (paper 54.27)", "failed"]
-    markdown = to_markdown("Ratio", {"seeds": "0, 1"}, ["read it"], [section])
-    html = to_html("Ratio", {"seeds": "0, 1"}, ["read it"], [section])
+    markdown = to_markdown("Ratio", {"seeds": "0, 1"}, ["read it"], [section], [])
+    html = to_html("Ratio", {"seeds": "0, 1"}, ["read it"], [section], [])
     for text in ("Section 4.3, CIFAR-10, ratio 0.7, column pgd20", "no luck", "dir, ratio 0.7, seed 1", "32.8 to 51.8"):
         assert text in markdown
         assert text in html

@@ -33,7 +33,7 @@ def commit(folder: Path, digest: str) -> None:
 def test_an_outcome_is_of_one_checkpoint(tmp_path: Path, run: RunConfig) -> None:
     folder, kept = tmp_path / "final", Store(tmp_path / "outcomes")
     commit(folder, "a" * 64)
-    ended = Outcome(({"accuracy": 0.5},), str(folder), claim={"rows": []})
+    ended = Outcome(({"accuracy": 0.5},), str(folder), claim={"rows": []}, trained_by={"target": ["a", "b"]})
     units._keep(kept, "one", run, ended)
     assert units._found(kept, "one", run) == ended
     commit(folder, "b" * 64)  # trained again, by other code or for longer
