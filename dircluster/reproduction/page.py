@@ -13,6 +13,7 @@ from typing import Any
 
 from dircluster.reproduction.cells import STRONGEST, Cell, Found
 from dircluster.reproduction.exhibits import MEASURED, Exhibit
+from dircluster.reproduction.pictures import Picture
 from dircluster.reproduction.versions import Versions
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -30,8 +31,7 @@ class Section:
 
     exhibit: Exhibit
     cells: Sequence[Sequence[Cell]]
-    picture: bytes | None = None
-    """PNG."""
+    picture: Picture | None = None
     left_out: str = ""
     """Why there is no picture, where there should be one."""
 
@@ -69,6 +69,7 @@ class Section:
             "title": self.exhibit.title,
             "notes": list(self.exhibit.notes),
             "cells": [cell.to_plain() for line in self.cells for cell in line],
+            "figure": dict(self.picture.data) if self.picture else {},
         }
 
 
@@ -113,6 +114,7 @@ def to_markdown(
         lines += [f"## {section.exhibit.title}", "", *_rows(section.head, section.grid), ""]
         if section.picture is not None:
             lines += [f"![{section.exhibit.title}]({section.exhibit.name}.png)", ""]
+            lines += _curves(section.picture)
         if section.left_out:
             lines += [f"Picture left out: {section.left_out}", ""]
         lines += _wrapped(section.exhibit.notes)
@@ -149,6 +151,13 @@ def to_html(
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     texts = [head, ["---"] * len(head), *([text.replace("|", "/") for text in row] for row in rows)]
     return [f"| {' | '.join(row)} |" for row in texts]
+
+
+def _curves(picture: Picture) -> list[str]:
+    if not picture.table:
+        return []
+    texts = [list(line.values()) for line in picture.table]
+    return [*textwrap.wrap(picture.reading, 100), "", *_rows(list(picture.table[0]), texts), ""]
 
 
 def _wrapped(paragraphs: Sequence[str]) -> list[str]:

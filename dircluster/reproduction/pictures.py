@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +16,25 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
 from dircluster.evaluation.meeting import meet
+from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.sweep_table import Point, Trial, figure
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import pooled
 from dircluster.reproduction.cells import Cell
 from dircluster.reproduction.exhibits import DISCARDED, EMBEDDED, SHOWN, Exhibit
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and what it shows where no cell holds it."""
+
+    png: bytes
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """For JSON."""
+    reading: str = ""
+    """What the table is of."""
+    table: Sequence[Mapping[str, str]] = ()
+    """Curves in texts, a line each."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Scene:
         return figures.restoration(victim, images, labels, self.attack, self.steps, self.seed)[0]
 
 
-def noise(scene: Scene) -> bytes:
+def noise(scene: Scene) -> Picture:
     """Figure 2: accuracy while a share of the noise, or of the natural image, is discarded."""
     _need(scene, "identity")
     names = {"standard AT": "identity", "natural": "natural"}
@@ -53,7 +67,34 @@ def noise(scene: Scene) -> bytes:
     images, labels = scene.images(DISCARDED)
     found = figures.discarded_noise(targets, images, labels, scene.attack, scene.steps, scene.seed)
     found |= {f"{word}, image": _discarded_image(t, images, labels, scene.seed) for word, t in targets.items()}
-    return _png(figures.draw_shares(found))
+    return Picture(_png(figures.draw_shares(found)), *_curves(scene, found, len(labels)))
+
+
+def _curves(
+    scene: Scene, found: Mapping[str, Sequence[float]], images: int
+) -> tuple[dict[str, Any], str, list[dict[str, str]]]:
+    """Curves over figures.SHARES, shares of ``images``, as the data, the reading and the table of a Picture."""
+    intervals = {name: [wilson_interval(v * images, images) for v in values] for name, values in found.items()}
+    widest = max(high - low for each in intervals.values() for low, high in each) / 2
+    attack = {"norm": scene.attack.norm, "epsilon": scene.attack.epsilon, "steps": scene.steps}
+    data = {
+        "images": images,
+        "seed": scene.seed,
+        "attack": {**attack, "step_size": scene.attack.step_for(scene.steps)},
+        "discarded": figures.SHARES,
+        "accuracy": found,
+        "interval": intervals,
+    }
+    reading = (
+        "Accuracy in %, by the share of the pixels that lose their noise (in the rows of images: of natural images,"
+        f" that turn zero); n = {images}, 95 % intervals of ± {100 * widest:.1f} points at the most."
+    )
+    words = [f"{100 * share:.0f} %" for share in figures.SHARES]
+    table = [
+        {"": name, **dict(zip(words, (f"{100 * v:.1f}" for v in values), strict=True))}
+        for name, values in found.items()
+    ]
+    return data, reading, table
 
 
 def _discarded_image(target: nn.Module, images: Tensor, labels: Tensor, seed: int) -> list[float]:
@@ -64,7 +105,7 @@ def _discarded_image(target: nn.Module, images: Tensor, labels: Tensor, seed: in
         return [(target(some).argmax(1) == labels).double().mean().item() for some in kept]
 
 
-def restored(scene: Scene) -> bytes:
+def restored(scene: Scene) -> Picture:
     """Figure 4: natural images, adversarial ones against DIR, and what HGD and DIR restore of each."""
     _need(scene, "dir", "hgd")
     dir_, hgd = scene.restored("dir", SHOWN), scene.restored("hgd", SHOWN)
@@ -76,10 +117,10 @@ def restored(scene: Scene) -> bytes:
         "by HGD ": _restore(scene, "hgd", dir_["adversarial"]),
         "by DIR ": dir_["restored"],
     }
-    return _png(figures.draw_images(rows))
+    return Picture(_png(figures.draw_images(rows)))
 
 
-def gallery(scene: Scene) -> bytes:
+def gallery(scene: Scene) -> Picture:
     """Figure 7: adversarial images against DIR and against HGD, and what DIR, HGD and HGD_A restore of them."""
     _need(scene, "dir", "hgd")
     rows: dict[str, Tensor] = {}
@@ -88,10 +129,10 @@ def gallery(scene: Scene) -> bytes:
         rows |= {f"against {word}": own["adversarial"], f"by {word}": own["restored"]}
     if "hgd_a" in scene.defenses:
         rows["by HGD_A"] = _restore(scene, "hgd_a", rows["against HGD"])
-    return _png(figures.draw_images(rows))
+    return Picture(_png(figures.draw_images(rows)))
 
 
-def embedded(scene: Scene) -> bytes:
+def embedded(scene: Scene) -> Picture:
     """Figure 5: UMAP of the target's features of restored images under white-box PGD, HGD left, DIR right."""
     _need(scene, "dir", "hgd")
     _, labels = scene.images(EMBEDDED)
@@ -111,10 +152,12 @@ def embedded(scene: Scene) -> bytes:
             axis.scatter(x, y, c=labels.numpy(), cmap="tab10", s=12)
             axis.set(title=title, xticks=[], yticks=[])
 
-    return figures.drawing(draw, 9, 4, 2)
+    shown = {title: [[round(at, 4) for at in point] for point in points.tolist()] for title, points in panels.items()}
+    data = {"images": len(labels), "seed": scene.seed, "labels": labels.tolist(), "points": shown}
+    return Picture(figures.drawing(draw, 9, 4, 2), data)
 
 
-PICTURES: dict[str, Callable[[Scene], bytes]] = {
+PICTURES: dict[str, Callable[[Scene], Picture]] = {
     "noise": noise,
     "restored": restored,
     "gallery": gallery,
@@ -123,7 +166,7 @@ PICTURES: dict[str, Callable[[Scene], bytes]] = {
 """By the names that exhibits give; each raises ConfigError where the scene lacks what it needs."""
 
 
-def swept(exhibit: Exhibit, cells: Sequence[Sequence[Cell]]) -> bytes:
+def swept(exhibit: Exhibit, cells: Sequence[Sequence[Cell]]) -> Picture:
     """The figure that a sweep draws, of natural accuracy and that under the paper's attack.
 
     Raises ConfigError where nothing has come out.
@@ -146,7 +189,7 @@ def swept(exhibit: Exhibit, cells: Sequence[Sequence[Cell]]) -> bytes:
         points.append(Point(settings, tuple(trials)))
     if not points:
         raise ConfigError("no line has come out")
-    return figure(points)
+    return Picture(figure(points))
 
 
 def _restore(scene: Scene, name: str, images: Tensor) -> Tensor:

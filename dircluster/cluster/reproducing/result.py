@@ -228,7 +228,7 @@ class Result:
         self.plain: dict[str, Any] = {"title": title, "facts": shown, "notes": self.notes}
         self.plain["exhibits"] = [section.to_plain() for section in self.sections]
         self.plain["code"] = [each.to_plain() for each in self.versions]
-        pictures = {f"{each.exhibit.name}.png": each.picture for each in self.sections if each.picture is not None}
+        pictures = {f"{each.exhibit.name}.png": each.picture.png for each in self.sections if each.picture is not None}
         return {
             "reproduction.html": to_html(title, shown, self.notes, self.sections, self.versions).encode(),
             "reproduction.md": to_markdown(title, shown, self.notes, self.sections, self.versions).encode(),

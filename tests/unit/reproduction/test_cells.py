@@ -11,6 +11,7 @@ import pytest
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.reproduction.cells import STRONGEST, Cell, Outcome, cells_of, row_of
 from dircluster.reproduction.page import Section, to_html, to_markdown
+from dircluster.reproduction.pictures import Picture
 from dircluster.reproduction.plan import Plan, make_plan
 from dircluster.reproduction.tables import exhibits
 
@@ -161,19 +162,24 @@ def test_what_cannot_be_timed_is_a_failed_cell(plan: Plan) -> None:
 
 def test_the_page_says_it_all(plan: Plan) -> None:
     cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", comparable=True)
-    section = Section(plan.exhibits[0], cells, b"png")
+    curve = {"": "natural, PGD", "0%": "12.5", "10%": "25.0"}
+    section = Section(plan.exhibits[0], cells, Picture(b"png", {"discarded": [0.0, 0.1]}, "n = 8", [curve]))
     grid = {line[0]: line[1:] for line in section.grid}
     assert grid["None"][1] == "42.0 ± 2.8 (paper 45.72)"
     assert grid["ratio 0.5"] == ["failed (paper 85.11)", "failed (paper 54.27)", "failed"]
     markdown = to_markdown("Ratio", {"seeds": "0, 1"}, ["read it"], [section], [])
     html = to_html("Ratio", {"seeds": "0, 1"}, ["read it"], [section], [])
-    for text in ("Section 4.3, CIFAR-10, ratio 0.7, column pgd20", "no luck", "dir, ratio 0.7, seed 1", "32.8 to 51.8"):
+    seen = ("Section 4.3, CIFAR-10, ratio 0.7, column pgd20", "dir, ratio 0.7, seed 1", "32.8 to 51.8")
+    for text in (*seen, "no luck", "n = 8"):
         assert text in markdown
         assert text in html
     assert "](ratio.png)" in markdown
+    assert "| natural, PGD | 12.5 | 25.0 |" in markdown
+    assert "<td>natural, PGD</td><td>12.5</td>" in html
     assert "data:image/png;base64,cG5n" in html
     plain = json.loads(json.dumps(section.to_plain()))
     assert plain["cells"][1]["found"]["sd"] == pytest.approx(0.0283, abs=1e-4)
+    assert plain["figure"] == {"discarded": [0.0, 0.1]}
 
 
 def test_a_shortened_schedule_stands_in_every_cell() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -37,7 +38,38 @@ def scene() -> Scene:
 
 @pytest.mark.parametrize("name", ["noise", "restored", "gallery"])
 def test_figures_are_drawn(scene: Scene, name: str) -> None:
-    assert PICTURES[name](scene).startswith(PNG)
+    assert PICTURES[name](scene).png.startswith(PNG)
+
+
+def test_curves_are_numbers_too(scene: Scene) -> None:
+    """Figure 2: the noise is whole at first and gone at the end, where accuracy is that on natural images."""
+    drawn = PICTURES["noise"](scene)
+    data = json.loads(json.dumps(drawn.data))
+    assert data["images"] == 16
+    assert data["attack"] == {"norm": "linf", "epsilon": 0.15, "steps": 1, "step_size": scene.attack.step_for(1)}
+    assert data["discarded"] == pytest.approx([i / 10 for i in range(11)])
+    curves = {f"{target}, {kind}" for target in ("standard AT", "natural") for kind in ("PGD", "MI-FGSM", "image")}
+    assert set(data["accuracy"]) == set(data["interval"]) == curves
+    images, labels = scene.images(16)
+    for target, name in (("standard AT", "identity"), ("natural", "natural")):
+        clean = (scene.defenses[name].classifier(images).argmax(1) == labels).double().mean().item()
+        ends = [data["accuracy"][f"{target}, {kind}"] for kind in ("PGD", "MI-FGSM", "image")]
+        assert [ends[0][-1], ends[1][-1], ends[2][0]] == [clean] * 3
+        assert ends[0][0] <= clean
+    low, high = data["interval"]["natural, PGD"][0]
+    assert low <= data["accuracy"]["natural, PGD"][0] <= high
+    assert [line[""] for line in drawn.table] == list(data["accuracy"])
+    assert list(drawn.table[0])[1:] == [f"{10 * i} %" for i in range(11)]
+    for line in drawn.table:
+        assert line["30 %"] == f"{100 * data['accuracy'][line['']][3]:.1f}"
+    assert "n = 16, 95 % intervals of ±" in drawn.reading
+
+
+def test_an_embedding_is_points_too(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dircluster.evaluation.figures.embedding", lambda features, seed: features[:, :2])
+    data = PICTURES["embedded"](scene).data
+    assert data["labels"] == scene.test.labels.tolist()
+    assert {name: len(points) for name, points in data["points"].items()} == {"HGD": 16, "DIR": 16}
 
 
 def test_a_figure_says_what_it_lacks(scene: Scene) -> None:
@@ -52,4 +84,4 @@ def test_cells_are_drawn_as_a_sweep(name: str) -> None:
     found = Found((0.5, 0.6), 100)
     cells = [[Cell(line.label, column, found) for column in exhibit.columns] for line in exhibit.lines]
     cells[-1] = [Cell(exhibit.lines[-1].label, column, error="failed") for column in exhibit.columns]
-    assert swept(exhibit, cells).startswith(PNG)
+    assert swept(exhibit, cells).png.startswith(PNG)
