@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dircluster.config import ConfigError, RunConfig, digest, with_values
+from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
-from dircluster.training.forecast import Calibration, as_launched, calibrate, judging_seconds, stage_seconds
+from dircluster.training.forecast import (
+    Calibration,
+    as_launched,
+    as_seconds,
+    calibrate,
+    judging_seconds,
+    stage_operations,
+    stage_seconds,
+)
 from dircluster.training.stages import stage_settings, stages_of
 
 TIMED = 2.0
@@ -22,13 +31,21 @@ Sizes = Callable[[RunConfig], tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training adds to those before it."""
+    """What a training or a transfer adds to those before it; of several seeds where they add the same."""
 
-    name: str
-    seconds: float
-    """Of training."""
+    kind: str
+    seeds: tuple[int, ...]
+    suite: str
+    trained: tuple[str, ...] = ()
+    """Its stages that are to be trained."""
+    stored: tuple[str, ...] = ()
+    """Stages that storage holds finished."""
     shared: tuple[str, ...] = ()
     """Stages that an earlier one trains."""
+    operations: float = 0.0
+    """Floating-point, of training, a multiply-add counted as two; NaN where a stage cannot be counted."""
+    seconds: float = 0.0
+    """Of training; 0 where no pace is known, as of judging."""
     judging: float = 0.0
     """Seconds of the suite's attacks that are counted."""
     left: tuple[str, ...] = ()
@@ -48,40 +65,84 @@ def calibrated(plan: Plan, parallel: Parallel, budget: float, launcher: str) -> 
 
 
 def costs(
-    plan: Plan, known: Mapping[str, Calibration], sizes: Sizes, launcher: str, *, judged_too: bool = True
+    plan: Plan,
+    sizes: Sizes,
+    launcher: str,
+    known: Mapping[str, Calibration] | None = None,
+    stored: Collection[str] = (),
+    *,
+    judged_too: bool = True,
 ) -> list[Cost]:
     """What each training and transfer of the plan takes; a stage that several share counts for the first.
 
+    ``known`` are paces by preset: without them nothing is in seconds, and a stage that cannot be counted is no error:
+    its training tells. ``stored`` are the keys of finished stages.
     Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
     made, seen, met = list[Cost](), set[str](), dict[str, float]()
     judged: dict[str, tuple[float, tuple[str, ...]]] = {}
 
     def judging(run: RunConfig, training: Training) -> tuple[float, tuple[str, ...]]:
-        if not judged_too:
+        if known is None or not judged_too:
             return 0.0, ()
         same = digest({**run.identity, "seed": 0})
         if same not in judged:
             judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])
         return judged[same]
 
+    def counted(run: RunConfig, stage: Stage) -> float:
+        alike = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
+        if alike not in met:
+            train, held_out, _ = sizes(run)
+            try:
+                met[alike] = stage_operations(run, stage, train, held_out)
+            except Exception:  # whatever a system raises is its own
+                if known is not None:
+                    raise
+                met[alike] = math.nan
+        return met[alike]
+
     for training in plan.trainings.values():
-        run, total, shared = as_launched(training.run, launcher), 0.0, []
+        run, operations, seconds = as_launched(training.run, launcher), 0.0, 0.0
+        names: dict[str, list[str]] = {"trained": [], "stored": [], "shared": []}
         for stage in stages_of(run):
-            if training.stages[stage.name] in seen:
-                shared.append(stage.name)
+            key = training.stages[stage.name]
+            if not stage.epochs:
                 continue
-            seen.add(training.stages[stage.name])
-            alike = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
-            if alike not in met:
-                met[alike] = stage_seconds(run, stage, known[training.preset], *sizes(run)[:2])
-            total += met[alike]
-        made.append(Cost(training.name, total, tuple(shared), *judging(run, training)))
+            names["stored" if key in stored else "shared" if key in seen else "trained"].append(stage.name)
+            if key in stored or key in seen:
+                continue
+            seen.add(key)
+            operations += counted(run, stage)
+            if known is not None:
+                seconds += as_seconds(counted(run, stage), run, stage.name, known[training.preset])
+        trained, there, shared = (tuple(names[word]) for word in ("trained", "stored", "shared"))
+        suite, timed = run.evaluation.suite, judging(run, training)
+        made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, *timed))
     for transfer in plan.transfers.values():
         training = plan.trainings[transfer.purifier]
         run = with_values(as_launched(training.run, launcher), {"evaluation.suite": transfer.suite})
-        made.append(Cost(transfer.name, 0.0, (), *judging(run, training)))
+        time, left = judging(run, training)
+        made.append(Cost(transfer.kind, (transfer.seed,), transfer.suite, judging=time, left=left))
     return made
+
+
+def by_kind(found: Sequence[Cost]) -> list[Cost]:
+    """As few: seeds that have the same to do together."""
+    made: dict[tuple[object, ...], Cost] = {}
+    for cost in found:
+        same = (cost.kind, cost.suite, cost.trained, cost.stored, cost.shared)
+        if before := made.get(same):
+            made[same] = replace(
+                before,
+                seeds=(*before.seeds, *cost.seeds),
+                operations=before.operations + cost.operations,
+                seconds=before.seconds + cost.seconds,
+                judging=before.judging + cost.judging,
+            )
+        else:
+            made[same] = cost
+    return list(made.values())
 
 
 def factor_for(minutes: float, found: list[Cost]) -> float:

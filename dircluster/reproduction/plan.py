@@ -30,10 +30,15 @@ class Training:
     """The key of each stage."""
 
     @property
+    def kind(self) -> str:
+        """What its seeds have in common: ``dir, alpha 2``."""
+        words = [f"{name.rpartition('.')[2]} {short(value)}" for name, value in self.system.settings.items()]
+        return ", ".join([self.system.name, *words])
+
+    @property
     def name(self) -> str:
         """``dir, alpha 2, seed 0``."""
-        words = [f"{name.rpartition('.')[2]} {short(value)}" for name, value in self.system.settings.items()]
-        return ", ".join([self.system.name, *words, f"seed {self.seed}"])
+        return f"{self.kind}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,14 @@ class Transfer:
     suite: str
 
     @property
+    def kind(self) -> str:
+        """``dir onto trades``."""
+        return f"{self.system.name} onto {self.system.onto}"
+
+    @property
     def name(self) -> str:
         """``dir onto trades, seed 0``."""
-        return f"{self.system.name} onto {self.system.onto}, seed {self.seed}"
+        return f"{self.kind}, seed {self.seed}"
 
 
 Unit = Training | Transfer
@@ -161,8 +171,9 @@ def at_equal_cost(run: RunConfig, objective: str) -> RunConfig:
     """
     if run.target.objective == objective:
         return run
-    usual = step_operations(with_values(run, {"target.objective": objective}), "finetune")
-    epochs = flatten(to_dict(run))["finetune.epochs"] * usual / step_operations(run, "finetune")
+    first = with_values(run, {"seed": 0})  # seeds cost the same, and are counted once
+    usual = step_operations(with_values(first, {"target.objective": objective}), "finetune")
+    epochs = flatten(to_dict(run))["finetune.epochs"] * usual / step_operations(first, "finetune")
     return with_values(run, {"finetune.epochs": max(1, round(epochs))})
 
 

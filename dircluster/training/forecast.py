@@ -157,12 +157,22 @@ def judging_seconds(config: RunConfig, found: Calibration, test: int) -> tuple[f
 
 def stage_seconds(config: RunConfig, stage: Stage, found: Calibration, train: int, held_out: int) -> float:
     """What a stage will take. Raises ConfigError where the calibration knows nothing of it."""
-    pace, batch = _pace_of(found, stage.name), config.training.batch_size
-    steps = stage.epochs * (train // batch)
-    step = step_operations(config, stage.name)
+    return as_seconds(stage_operations(config, stage, train, held_out), config, stage.name, found)
+
+
+def stage_operations(config: RunConfig, stage: Stage, train: int, held_out: int) -> float:
+    """Floating-point operations of a stage, with selection on held-out images."""
+    if not stage.epochs:
+        return 0.0
+    batch, step = config.training.batch_size, step_operations(config, stage.name)
     judged = -(-stage.epochs // config.training.select_every)
     judging = judged * _selection(config, stage, min(held_out, config.training.select_images), step / batch)
-    return (steps * step + judging) / (pace.operations_per_second * config.scaling.most)
+    return stage.epochs * (train // batch) * step + judging
+
+
+def as_seconds(operations: float, config: RunConfig, stage: str, found: Calibration) -> float:
+    """What a stage's operations take on its workers. Raises ConfigError where the calibration knows nothing of it."""
+    return operations / (_pace_of(found, stage).operations_per_second * config.scaling.most)
 
 
 def to_plain(found: Calibration) -> dict[str, Any]:

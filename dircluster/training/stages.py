@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.precision import channels_last
 from dircluster.training.compiling import compile_blocks
+from dircluster.training.stage_folder import StageFolder, find_stage_folder
 
 CRAFTING = ("crafting", "pipeline_steps", "pipeline_every")
 """Settings of ``attack`` that say how samples are crafted on a whole pipeline."""
@@ -53,6 +55,20 @@ def stage_key(config: RunConfig, stage: Stage, inputs: Mapping[str, str | None])
     """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
     settings = as_hashed(stage_settings(config, stage), {**LATER_FIELDS, **config.later})
     return digest({"format": FORMAT, "stage": stage.name, "inputs": dict(inputs), **settings})
+
+
+def finished_stages(config: RunConfig, fingerprint: str, storage: Path) -> Iterator[StageFolder]:
+    """The stages of a run that ``storage`` holds finished, in their order, up to the first that it does not.
+
+    ``fingerprint`` is that of the run's data. The target must not be given: its key would be that of its weights.
+    """
+    inputs: dict[str, str | None] = {"data": fingerprint}
+    for stage in stages_of(config):
+        found = find_stage_folder(storage, stage.name, stage_key(config, stage, inputs))
+        if found.digest is None:
+            return
+        inputs[stage.name] = found.digest
+        yield found
 
 
 class Networks(Mapping[str, nn.Module]):

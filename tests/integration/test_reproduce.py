@@ -41,9 +41,22 @@ def cells(done: Outcome, exhibit: int = 0) -> dict[tuple[str, str], Any]:
     return {(cell["line"], cell["column"]): cell for cell in done.summary["exhibits"][exhibit]["cells"]}
 
 
+def rows_of(done: Outcome) -> list[list[str]]:
+    """The plan as it was shown before anything began."""
+    shown = done.out[: done.out.index("reuses: stages")].splitlines()
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in shown if line.startswith("│")]
+
+
 def test_a_table(reproduced: Outcome, folder: Path) -> None:
     assert "2 trainings, 0 transfers" in reproduced.out
-    assert "(target)" in reproduced.out  # DIR finds that of None
+    planned = rows_of(reproduced)
+    assert [row[:4] for row in planned] == [
+        ["identity", "0", "target", ""],
+        ["dir", "0", "pretrain, dir", "(target)"],  # DIR finds that of None
+        ["in all", "", "", ""],
+    ]
+    assert all(int(row[5]) > 0 for row in planned)
+    assert sum(float(row[6].split()[0]) for row in planned[:2]) == pytest.approx(100, abs=0.2)
     assert len(list((folder / "runs").glob("target-*/final"))) == 1
     found = cells(reproduced)
     for column in ("natural", "pgd20", "autoattack-standard", "mifgsm20", "vnifgsm20", "strongest"):
@@ -128,6 +141,11 @@ def test_again_nothing_is_trained(reproduced: Outcome, folder: Path) -> None:
     again = run_job("reproduce", *words, folder=folder)
     assert again.code == 0, again.err
     assert again.out.count("reused: ") == 2
+    assert [row[2:6] for row in rows_of(again)] == [
+        ["", "target", "paper", ""],
+        ["", "target, pretrain, dir", "paper", ""],
+        ["", "", "", ""],
+    ]
     assert again.summary["exhibits"] == reproduced.summary["exhibits"]
 
 
@@ -142,6 +160,8 @@ def test_a_system_that_fails_leaves_the_others(
         planted.setattr("dircluster.defenses.hgd.HgdRecipe.compare", fail)
         done = run_job("reproduce", *words, folder=folder)
     assert done.code == 1
+    planned = {row[0]: row[2:] for row in rows_of(done)}
+    assert planned["hgd"] == ["hgd", "target", "quick", "?", "?"]  # it cannot be counted either
     told = ["hgd, seed 0", "hgd onto trades, seed 0", "hgd onto mart, seed 0"]
     assert done.error == [f"error: {name} failed: RuntimeError: planted" for name in told]
     found = cells(done)

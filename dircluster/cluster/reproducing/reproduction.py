@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dircluster import cli
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.reproducing.result import Result
+from dircluster.cluster.reproducing.stored import stored_stages
 from dircluster.cluster.reproducing.units import Listening, Units
 from dircluster.cluster.storage import open_path, opener
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import commit
-from dircluster.config import RunConfig, digest
+from dircluster.config import ConfigError, RunConfig, digest, named_line
 from dircluster.data.layout import split_sizes
 from dircluster.distributed.launch import local_workers
-from dircluster.reproduction.costs import TIMED, Cost, calibrated, costs, factor_for
+from dircluster.reproduction.costs import TIMED, Cost, by_kind, calibrated, costs, factor_for
 from dircluster.reproduction.exhibits import Exhibit, Settings
 from dircluster.reproduction.plan import Plan, Unit, make_plan
 from dircluster.reproduction.store import Store
@@ -123,50 +125,56 @@ class Reproduction:
         return 1 if self.failed else 0
 
     def _costed(self) -> list[Cost]:
-        """Fit the plan to the budget; -> what it takes, where that is asked or has to be known."""
-        budget, stored = self.job.budget, self.store.get("factor")
-        known = budget is not None and stored is not None  # a command that goes on must not choose another
-        if known and stored is not None:
-            self.plan = self.asked.plan(stored["factor"])
-        if not self.job.dry_run and (known or budget is None):
-            return []
-        self.terminal.say("timing some steps of each system, to foretell what it takes")
-        with local_workers(as_launched(self.config, self.job.launcher).scaling) as parallel:
-            found = calibrated(self.plan, parallel, TIMED, self.job.launcher)
+        """Fit the plan to the budget; -> what it takes, in seconds too where steps have to be timed for that."""
+        self.terminal.say("counting what each system takes")
+        budget, kept, paces = self.job.budget, self.store.get("factor"), None
+        known = budget is not None and kept is not None  # a command that goes on must not choose another
+        if known and kept is not None:
+            self.plan = self.asked.plan(kept["factor"])
+        if self.job.dry_run or (budget is not None and not known):
+            self.terminal.say("timing some steps of each system, to foretell what it takes")
+            with local_workers(as_launched(self.config, self.job.launcher).scaling) as parallel:
+                paces = calibrated(self.plan, parallel, TIMED, self.job.launcher)
         if budget is not None and not known:
-            factor = factor_for(budget, self._costs(found, judged_too=False))
+            factor = factor_for(budget, self._costs(paces, judged_too=False))
             self.plan = self.asked.plan(factor)
             if not self.job.dry_run:
                 self.store.put("factor", {"factor": factor})
-        return self._costs(found)
+        return self._costs(paces, self._stored())
 
-    def _costs(self, known: Mapping[str, Any], *, judged_too: bool = True) -> list[Cost]:
+    def _costs(self, paces: Mapping[str, Any] | None, stored: Collection[str] = (), **more: bool) -> list[Cost]:
         def sizes(run: RunConfig) -> tuple[int, int, int]:
             return split_sizes(run.data, opener(run.storage))
 
-        return costs(self.plan, known, sizes, self.job.launcher, judged_too=judged_too)
+        return costs(self.plan, sizes, self.job.launcher, paces, stored, **more)
+
+    def _stored(self) -> set[str]:
+        try:
+            return stored_stages(self.plan, self.config)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever object storage raises: each training looks again
+            self.terminal.say(f"what is stored cannot be seen: {named_line(error)}")
+            return set()
 
     def _show(self, found: list[Cost]) -> None:
-        """The plan as a table, a row a unit, with minutes where they are known."""
-        plan, seen, rows = self.plan, set[str](), list[dict[str, str]]()
-        for training in plan.trainings.values():
-            words = [name if key not in seen else f"({name})" for name, key in training.stages.items()]
-            seen |= set(training.stages.values())
-            rows.append({"system": training.name, "stages": ", ".join(words), "suite": training.run.evaluation.suite})
-        rows += [{"system": each.name, "stages": "", "suite": each.suite} for each in plan.transfers.values()]
-        if found:
-            whole = Cost("in all", sum(cost.seconds for cost in found), judging=sum(cost.judging for cost in found))
-            minutes = {
-                cost.name: {"training, min": f"{cost.seconds / 60:.1f}", "judging, min": f"{cost.judging / 60:.1f}"}
-                for cost in (*found, whole)
-            }
-            rows.append({"system": whole.name, "stages": "", "suite": ""})
-            rows = [{**row, **minutes.get(row["system"], dict.fromkeys(minutes[whole.name], ""))} for row in rows]
+        """The plan as a table: a row a training or transfer, seeds together, with minutes where they are known."""
+        plan, timed = self.plan, any(cost.seconds or cost.judging for cost in found)
+        whole = Cost(
+            "in all",
+            (),
+            "",
+            operations=sum(cost.operations for cost in found if not math.isnan(cost.operations)),
+            seconds=sum(cost.seconds for cost in found),
+            judging=sum(cost.judging for cost in found),
+        )
+        rows = [_row(cost, whole, timed) for cost in (*by_kind(found), whole)]
         shorter = "" if plan.factor == 1 else f", schedules times {plan.factor:g}"
         counted = f"{len(plan.trainings)} trainings, {len(plan.transfers)} transfers{shorter}"
         self.terminal.lines(f"{self.job.what} of {self.job.preset}: {counted}", rows)
-        self.terminal.say("stages in brackets are trained by a row above them")
-        if found:
+        self.terminal.say("reuses: stages that storage holds finished, and in brackets those that a row above trains")
+        self.terminal.say("GMAC: what is left to train, counted on its own steps (?: it cannot be); judging is on top")
+        if timed:
             left = dict.fromkeys(name for cost in found for name in cost.left)
             self.terminal.say(f"not foretold: {', '.join([*left, 'storage'])}, the start and end of each job")
 
@@ -209,3 +217,22 @@ class Reproduction:
             tracker.close()
         self.terminal.say(f"took      {seconds:.0f} s")
         cli.write_summary(self.job, {**result.plain, "folder": folder})
+
+
+def _row(cost: Cost, whole: Cost, timed: bool) -> dict[str, str]:
+    """A row of the plan; ``whole`` is that of all."""
+    gmac, share = "?", "?"
+    if not math.isnan(cost.operations):
+        gmac = f"{cost.operations / 2e9:,.0f}" if cost.operations else ""
+        share = f"{100 * cost.operations / whole.operations:.1f} %" if cost.operations else ""
+    row = {
+        "system": cost.kind,
+        "seeds": ", ".join(map(str, cost.seeds)),
+        "trains": ", ".join(cost.trained),
+        "reuses": ", ".join([*cost.stored, *(f"({stage})" for stage in cost.shared)]),
+        "suite": cost.suite,
+        "GMAC": gmac,
+        "share": share,
+    }
+    minutes = {"training, min": f"{cost.seconds / 60:.1f}", "judging, min": f"{cost.judging / 60:.1f}"}
+    return row | minutes if timed else row

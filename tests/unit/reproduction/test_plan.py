@@ -10,12 +10,12 @@ from dircluster.cluster.sweeps.store import key_of
 from dircluster.config import ConfigError, RunConfig
 from dircluster.defenses.stage import Stage
 from dircluster.presets import preset
-from dircluster.reproduction.costs import Cost, costs, factor_for
+from dircluster.reproduction.costs import Cost, by_kind, costs, factor_for
 from dircluster.reproduction.exhibits import LABELS, ONE_WORKER
 from dircluster.reproduction.plan import Plan, make_plan, preset_of, shortened
 from dircluster.reproduction.tables import NAMES, exhibits
 from dircluster.training.costs import recipe_on_meta, step_operations
-from dircluster.training.forecast import Calibration
+from dircluster.training.forecast import Calibration, Pace
 from dircluster.training.stages import stages_of
 
 
@@ -148,10 +148,20 @@ def test_a_factor_shortens_all_that_counts_in_epochs() -> None:
     assert {t.run.target.epochs for t in plan.trainings.values()} == {45}
 
 
+SIZES = (1294, 144, 359)
+
+
+def pace(plan: Plan) -> dict[str, Calibration]:
+    """A machine that does an operation a second, in all stages of all systems."""
+    names = {stage for training in plan.trainings.values() for stage in training.stages}
+    paces = {name: Pace(1.0, 1, 0) for name in names}
+    return {training.preset: Calibration("here", paces) for training in plan.trainings.values()}
+
+
 def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def seconds(run: RunConfig, stage: Stage, *_: Any) -> float:
+    def operations(run: RunConfig, stage: Stage, *_: Any) -> float:
         asked.append(stage.name)
         return 60.0
 
@@ -159,20 +169,45 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(run.defense + " judged")
         return 30.0, ("autoattack-standard",)
 
-    monkeypatch.setattr("dircluster.reproduction.costs.stage_seconds", seconds)
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_operations", operations)
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
-    plan, nothing = planned("fig6b", only="hgd_a,dir", seeds=2), Calibration("here", {})
-    found = costs(plan, dict.fromkeys(("digits", "digits_hgd_a"), nothing), lambda run: (1294, 144, 359), "ray")
+    plan = planned("fig6b", only="hgd_a,dir", seeds=2)
+    found = costs(plan, lambda run: SIZES, "local", pace(plan))
     assert [cost.shared for cost in found] == [(), (), ("target",), ("target",)]
+    assert [cost.trained for cost in found[::2]] == [("target", "hgd", "hgd_a"), ("pretrain", "dir")]
+    assert [cost.operations for cost in found] == [180.0, 180.0, 120.0, 120.0]
     assert [cost.seconds for cost in found] == [180.0, 180.0, 120.0, 120.0]
     assert [(cost.judging, cost.left) for cost in found] == [(30.0, ("autoattack-standard",))] * 4
     stages = ["dir", "hgd", "hgd_a", "pretrain", "target"]
     assert sorted(asked) == sorted([*stages, "dir judged", "hgd_a judged"])  # seeds cost the same
     asked.clear()
-    known = dict.fromkeys(("digits", "digits_hgd_a"), nothing)
-    trained = costs(plan, known, lambda run: (1294, 144, 359), "ray", judged_too=False)
+    trained = costs(plan, lambda run: SIZES, "local", pace(plan), judged_too=False)
     assert [cost.seconds for cost in trained] == [cost.seconds for cost in found]
     assert sorted(asked) == stages
+    asked.clear()
+    uncalibrated = costs(plan, lambda run: SIZES, "local")
+    assert [(cost.operations, cost.seconds, cost.judging) for cost in uncalibrated[::2]] == [
+        (180.0, 0.0, 0.0),
+        (120.0, 0.0, 0.0),
+    ]
+    assert sorted(asked) == stages
+    seeds = by_kind(found)
+    assert [(cost.kind, cost.seeds, cost.operations, cost.judging) for cost in seeds] == [
+        ("hgd_a", (0, 1), 360.0, 60.0),
+        ("dir", (0, 1), 240.0, 60.0),
+    ]
+
+
+def test_what_is_stored_costs_nothing() -> None:
+    plan = planned("fig6b", family="digits_smoke", only="identity,dir", seeds=2)
+    first = plan.trainings[plan.served["fig6b", "None"][0]]
+    found = costs(plan, lambda run: (60, 20, 80), "local", stored={first.stages["target"]})
+    assert [(cost.stored, cost.trained) for cost in found[:2]] == [(("target",), ()), ((), ("target",))]
+    assert [(cost.stored, cost.shared) for cost in found[2:]] == [(("target",), ()), ((), ("target",))]
+    assert found[0].operations == 0
+    assert found[1].operations > 0
+    assert found[2].operations == found[3].operations > 0
+    assert [cost.seeds for cost in by_kind(found)] == [(0,), (1,), (0,), (1,)]
 
 
 def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,22 +217,21 @@ def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
         suites.append(run.evaluation.suite)
         return 30.0, ()
 
-    monkeypatch.setattr("dircluster.reproduction.costs.stage_seconds", lambda *_: 60.0)
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_operations", lambda *_: 60.0)
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
-    plan, nothing = planned("table2", only="dir"), Calibration("here", {})
-    known = dict.fromkeys((training.preset for training in plan.trainings.values()), nothing)
-    found = costs(plan, known, lambda run: (1294, 144, 359), "local")
+    plan = planned("table2", only="dir")
+    found = costs(plan, lambda run: SIZES, "local", pace(plan))
     assert plan.transfers
-    moved = [cost for cost in found if cost.name in {transfer.name for transfer in plan.transfers.values()}]
-    assert [(cost.seconds, cost.judging) for cost in moved] == [(0.0, 30.0)] * len(plan.transfers)
+    moved = [cost for cost in found if cost.kind in {transfer.kind for transfer in plan.transfers.values()}]
+    assert [(cost.operations, cost.judging) for cost in moved] == [(0.0, 30.0)] * len(plan.transfers)
     assert {transfer.suite for transfer in plan.transfers.values()} <= set(suites)
 
 
 @pytest.mark.parametrize(("minutes", "factor"), [(100.0, 1.0), (60.0, 1.0), (20.0, 0.33), (0.65, 0.01)])
 def test_a_budget_gives_one_factor(minutes: float, factor: float) -> None:
-    assert factor_for(minutes, [Cost("a", 1800.0), Cost("b", 1800.0)]) == factor
+    assert factor_for(minutes, [Cost(name, (0,), "quick", seconds=1800.0) for name in "ab"]) == factor
 
 
 def test_a_budget_that_teaches_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--budget 0\.5 is too little of the 60 minutes .* give at least 1, fewer"):
-        factor_for(0.5, [Cost("a", 3600.0)])
+        factor_for(0.5, [Cost("a", (0,), "quick", seconds=3600.0)])
