@@ -35,6 +35,10 @@ DRAWS = (
     "AutoAttack's 51.34 for DIR, a randomized defense, is printed without its version or a number of mask draws. Ours"
     " is AutoAttack standard with the draws known to the attacker; the strongest column has fresh draws with EOT too."
 )
+UNSAID = (
+    "Not printed either: of how many test images the numbers are, how PGD starts (uniformly here), and VNI-FGSM's"
+    " neighbors and their distance (20 within 1.5 radii here)."
+)
 TRANSFER = (
     "The text transfers a denoiser trained for the AT target. Scripts that the authors deleted train target and"
     " denoiser together for TRADES and MART instead (MART with weight 6, where 5 is usual and used here): presets"
@@ -56,7 +60,11 @@ LONGER = (
     "The paper asks 1.1 times the time without pre-training, so it must have trained longer than with it; how long is"
     " not said. Here the second stage is as long in both."
 )
-HALF = "The paper says in words alone that noise loses its effect where more than half of it is discarded."
+TWENTY = "Table 5 does not say of how many steps its PGD is: 20 here, as in Table 1."
+HALF = (
+    "The paper says in words alone that noise loses its effect where more than half of it is discarded. Which pixels is"
+    " not said: any, at random, with all their channels; the noise is made on the target alone."
+)
 FEATURES = "The features that the paper embeds are not named: those before the target's last layer here."
 
 
@@ -75,7 +83,7 @@ def exhibits(data: str) -> dict[str, Exhibit]:
 
 def _table_1(data: str) -> Exhibit:
     lines = _lines((*CONTROLS, *DENOISERS), {n: _table_1_row(data, n, COLUMNS) for n in TABLE_1[data]})
-    notes = (BELOW_NONE, DRAWS, SIGN, SETTINGS, JATP)
+    notes = (BELOW_NONE, DRAWS, UNSAID, SIGN, SETTINGS, JATP)
     return Exhibit("table1", "Table 1: white-box attacks", COLUMNS, lines, "paper", notes=notes)
 
 
@@ -124,6 +132,8 @@ def _table_4(data: str) -> Exhibit:
         " its attack, which is not named, weaker. PGD-20 here.",
         "The printed times are as 1 : 1.2 : 1.8. By our counts HGD : JATP : DIR are as 1 : 1.8 : 3.7, or as 1 : 1 :"
         " 2.05 if HGD was timed with samples crafted on the whole pipeline.",
+        "Whether the denoisers of this table were trained over the natural target or transferred to it is not said:"
+        " they are trained over it here.",
         "Ours are of one worker: the mean of timed steps of the last stage, times the steps of an epoch.",
         JATP,
     )
@@ -140,7 +150,8 @@ def _ablations(data: str) -> Iterable[Exhibit]:
         settings = {"model.encoder_depth": encoder, "model.decoder_depth": decoder}
         where = f"Table 5, CIFAR-10, encoder {encoder}, decoder {decoder}"
         points.append(_point(f"{encoder} + {decoder}", settings, depths[encoder, decoder], where))
-    yield Exhibit("table5", "Table 5: depth of DIR", BOTH, (*_controls(data), *points), picture="sweep")
+    title = "Table 5: depth of DIR"
+    yield Exhibit("table5", title, BOTH, (*_controls(data), *points), picture="sweep", notes=(TWENTY,))
 
     ratios = {**RATIOS, 0.5: (usual[NATURAL].value, usual[PGD].value)} if own else dict.fromkeys((0.3, 0.5, 0.7))
     points = [

@@ -55,7 +55,7 @@ def test_a_table(reproduced: Outcome, folder: Path) -> None:
         ["dir", "0", "pretrain, dir", "(target)"],  # DIR finds that of None
         ["in all", "", "", ""],
     ]
-    assert all(int(row[5]) > 0 for row in planned)
+    assert all(float(row[5]) > 0 for row in planned)
     assert sum(float(row[6].split()[0]) for row in planned[:2]) == pytest.approx(100, abs=0.2)
     assert len(list((folder / "runs").glob("target-*/final"))) == 1
     found = cells(reproduced)

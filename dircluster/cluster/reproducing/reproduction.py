@@ -223,7 +223,8 @@ def _row(cost: Cost, whole: Cost, timed: bool) -> dict[str, str]:
     """A row of the plan; ``whole`` is that of all."""
     gmac, share = "?", "?"
     if not math.isnan(cost.operations):
-        gmac = f"{cost.operations / 2e9:,.0f}" if cost.operations else ""
+        multiplied = cost.operations / 2e9
+        gmac = f"{multiplied:,.0f}" if multiplied >= 10 else f"{multiplied:.2g}" if multiplied else ""
         share = f"{100 * cost.operations / whole.operations:.1f} %" if cost.operations else ""
     row = {
         "system": cost.kind,

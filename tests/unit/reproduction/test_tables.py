@@ -81,6 +81,9 @@ def test_jatp_is_called_what_it_is_in_every_row() -> None:
         ("fig4", "Figure 3.3"),
         ("table1", "which HGD and NRP do not have"),
         ("table4", "which is not what JATP is"),
+        ("table4", "trained over the natural target or transferred"),
+        ("table1", "VNI-FGSM's neighbors and their distance (20 within 1.5 radii here)"),
+        ("table5", "of how many steps its PGD is"),
         ("fig2", "the first 256 test images, at the first seed"),
     ],
 )
