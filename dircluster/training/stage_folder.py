@@ -41,7 +41,7 @@ class StageFolder:
     def trained_by(self) -> tuple[str, ...]:
         """The versions of the code that trained it, in their order; empty where none was recorded."""
         try:
-            return tuple((self.folder / TRAINED_BY).read_text().splitlines())
+            return tuple((self.folder / TRAINED_BY).read_text(errors="replace").splitlines())
         except FileNotFoundError:
             return ()
 
