@@ -24,10 +24,10 @@ def craft(
     """Samples by ``attack.crafting`` against ``purifier``: (N, C, H, W) -> (N, C, H, W), detached.
 
     ``objective`` is what the attacker wants large of images that the target is given, such as the cross-entropy of its
-    logits. ``uniform`` in [0, 1), shaped like ``images``, gives the start; ``number`` is the batch's, for
-    ``attack.pipeline_every``. Steps on the target alone cost no pass through the purifier, and a sample that fools the
-    target is a good start against the pipeline; a straight-through step runs the purifier forward only (BPDA with the
-    identity, Athalye et al. 2018).
+    logits. ``uniform`` in [0, 1), shaped like ``images``, gives the start; ``number`` is that of the step within
+    its stage, for ``attack.pipeline_every``. Steps on the target alone cost no pass through the purifier, and a sample
+    that fools the target is a good start against the pipeline; a straight-through step runs the purifier forward only
+    (BPDA with the identity, Athalye et al. 2018).
     """
     threat = threat_of(attack)
 

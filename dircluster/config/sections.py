@@ -113,7 +113,7 @@ class AttackConfig:
     pipeline_steps: int = 1
     """target_first, straight_through: last steps, on the pipeline."""
     pipeline_every: int = 1
-    """target_first: takes the pipeline's own gradient in every so many batches, and is straight_through in others."""
+    """target_first: takes the pipeline's own gradient at every so many steps of a stage, else is straight_through."""
     norm: Literal["linf", "l2"] = "linf"
     """Which ball: of the maximum norm, or of the Euclidean norm over all pixels and channels of an image."""
 

@@ -24,7 +24,7 @@ class Batch:
     adversarial: Tensor | None = None
     """(N, C, H, W) in [0, 1]."""
     number: int = 0
-    """Of the step within its epoch."""
+    """Of the step within its stage."""
 
     @property
     def attacked(self) -> Tensor:
@@ -66,9 +66,9 @@ class Recipe(nn.Module):
         """
         return {}
 
-    def batch(self, images: Tensor, labels: Tensor, stream: Stream) -> Batch:
-        """Images (N, C, H, W), labels (N,) and the draws that ``stream`` makes for them."""
-        return Batch(images, labels, self.draws(stream, tuple(images.shape[1:])), number=stream.step)
+    def batch(self, images: Tensor, labels: Tensor, stream: Stream, number: int = 0) -> Batch:
+        """Images (N, C, H, W), labels (N,) and the draws that ``stream`` makes for them, for step ``number``."""
+        return Batch(images, labels, self.draws(stream, tuple(images.shape[1:])), number=number)
 
     def gauged(self, batch: Batch) -> Batch:
         """``batch`` as the gauge of overfitting attacks it: every image, and as most batches are attacked.

@@ -171,9 +171,9 @@ def step_operations(config: RunConfig, stage: str) -> int:
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
 
     def operations(number: int) -> int:
-        stream = Stream(config.seed, 0, number, IMAGES, slice(0, IMAGES), torch.device("meta"))
+        stream = Stream(config.seed, 0, 0, IMAGES, slice(0, IMAGES), torch.device("meta"))
         with counting() as found:
-            batch = recipe.attack(recipe.batch(_images(config, IMAGES), labels, stream))
+            batch = recipe.attack(recipe.batch(_images(config, IMAGES), labels, stream, number))
             for update in range(len(recipe.updates)):
                 torch.autograd.backward(recipe(batch, update)["loss"])
         return found.total

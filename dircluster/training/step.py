@@ -159,7 +159,7 @@ class Stepper:
         count = pieces(self.config.training.batch_size, self.parallel.world, self.config.training.microbatch)
         bounds = [len(labels) * i // count for i in range(count + 1)]
         return [
-            self.recipe.batch(images[begin:end], labels[begin:end], stream.narrow(begin, end))
+            self.recipe.batch(images[begin:end], labels[begin:end], stream.narrow(begin, end), step)
             for begin, end in pairwise(bounds)
         ]
 

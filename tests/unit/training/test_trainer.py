@@ -231,6 +231,17 @@ def make_trainer(config: RunConfig, folder: Path) -> Trainer:
     return Trainer(stage, recipe, loader, data.held_out, config, ALONE, Checkpoints(folder, "k"), NoRecord(), Quiet())
 
 
+@pytest.mark.parametrize("microbatch", [None, 5])
+def test_batches_are_numbered_over_the_whole_stage_whoever_made_those_before(
+    smoke: RunConfig, tmp_path: Path, microbatch: int | None
+) -> None:
+    """By their numbers every k-th is attacked otherwise: the same in a run that was resumed."""
+    trainer = make_trainer(with_values(smoke, {"training.microbatch": microbatch}), tmp_path)
+    steps = [2 * trainer.loader.steps_per_epoch + 1, *range(trainer.loader.steps_per_epoch + 2)]
+    for step in steps:
+        assert {batch.number for batch in trainer.batches(step)} == {step}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_loss_stops_before_the_update_and_names_the_term(
     smoke: RunConfig, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
