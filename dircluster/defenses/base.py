@@ -46,6 +46,8 @@ class Purifier(nn.Module):
     :meth:`draw` is then (replicates, ...), and ``forward`` goes by the first of them."""
     image_shape: tuple[int, int, int] | None = None
     """Channels, height and width of the only images that its network takes; None where it takes any."""
+    reads_whole = False
+    """Whether autocast in bf16 rounds no image in it, although no layer of models.precision keeps it from that."""
     recompute = False
     """Whether activations are computed again in the backward pass instead of being kept, where the network can."""
 

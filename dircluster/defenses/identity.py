@@ -13,6 +13,8 @@ from dircluster.presets.identity import IdentityRun
 class Identity(Purifier):
     """g(x) = x: no weights, nothing drawn."""
 
+    reads_whole = True
+
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
         """(N, C, H, W) -> the same."""
         return images

@@ -48,6 +48,7 @@ class MatrixEstimation(Purifier):
         AdaptiveAttack("bpda", "identity", steps=200, step=1 / 40, eot=41),  # what broke it, on 1,000 images
         AdaptiveAttack("projector", "exact", steps=40),
     )
+    reads_whole = True
 
     def __init__(self, config: EstimationConfig, channels: int, height: int, width: int) -> None:
         super().__init__()

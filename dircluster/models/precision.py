@@ -105,6 +105,7 @@ def outside_autocast(device: torch.device) -> Any:
 class OutsideAutocast(nn.Module):
     """A layer that computes in the precision of its weights, fp32, whatever surrounds it."""
 
+    reads_whole = True
     weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,8 +149,9 @@ def keep_whole(layer: nn.Module) -> None:
 
 
 def reads_images_whole(*networks: nn.Module) -> bool:
-    """Whether each of ``networks`` keeps layers outside autocast, so that bf16 does not round the images it is given.
+    """Whether each of ``networks`` has a part that ``reads_whole``, so that bf16 does not round the images it is given.
 
-    What somebody made elsewhere does not: attacks on it in bf16 would be weaker than they look.
+    Layers outside autocast do, and purifiers that say so. What somebody made elsewhere does not: attacks on it in bf16
+    would be weaker than they look.
     """
-    return all(any(isinstance(part, OutsideAutocast) for part in network.modules()) for network in networks)
+    return all(any(getattr(part, "reads_whole", False) for part in network.modules()) for network in networks)

@@ -176,6 +176,7 @@ def test_somebodys_network_is_known_to_round_images() -> None:
     assert not reads_images_whole(classifiers.build("small_cnn", COLOR), own)
     keep_whole(own[0])
     assert reads_images_whole(own)
+    assert not reads_images_whole(nn.Identity())  # of layers without weights nobody knows
     assert timm.is_model("resnet18")
     assert type(classifiers.build("timm:resnet18", COLOR).network.conv1) is WholeConv2d  # type: ignore[union-attr]
 
