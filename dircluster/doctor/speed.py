@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from dircluster.config import first_line
 from dircluster.doctor.findings import Finding, at_least, brief, seen, skipped
 from dircluster.doctor.machine import Machine, trainer
+from dircluster.models.precision import autocast
 from dircluster.training.costs import step_operations
 from dircluster.training.memory import peak, resting
-from dircluster.training.profiling import mean_seconds, now, time_eot
+from dircluster.training.profiling import mean_seconds, now, time_eot, untimed
 from dircluster.training.stages import stages_of
 from dircluster.training.trainer import Trainer
 
@@ -34,7 +35,7 @@ def stages(machine: Machine, budget: float) -> Iterator[Finding]:
     config, ends = machine.config, time.monotonic() + 0.9 * budget
     own = config.training.batch_size
     sizes = (own, 2 * own, 4 * own) if machine.gpu else tuple(dict.fromkeys((max(1, own // 4), own)))
-    warm, timed = (3, 10) if machine.gpu else (1, 2)
+    warm, timed = untimed(config.training.precision, machine.device), 10 if machine.gpu else 2
     rate = machine.rates.get("bf16" if machine.half else "fp32")
     for stage in stages_of(config):
         operations = step_operations(config, stage.name) / own
@@ -88,7 +89,7 @@ def _timed(machine: Machine, stage: str, size: int, warm: int, timed: int) -> tu
 def _crafting(machine: Machine, made: Trainer) -> float:
     recipe = made.recipe.train()
     batch = recipe.batch(*made.loader(0, 0))
-    with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.half):
+    with autocast(made.config.training.precision, machine.device, recipe):
         return mean_seconds(lambda: recipe.attack(batch), machine.device, 1, warm=0)
 
 

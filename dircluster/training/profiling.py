@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
@@ -23,14 +22,13 @@ from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.provenance import machine
 from dircluster.models.modules import evaluating, frozen
-from dircluster.models.precision import autocast, is_half
+from dircluster.models.precision import Precision, is_half
+from dircluster.training.capture import WARM_UP
 from dircluster.training.costs import count, forward_operations, step_operations
 from dircluster.training.memory import peak, resting
 from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.step import PHASES
 from dircluster.training.trainer import Trainer
-
-PHASES = ("draws", "attack", "forward", "backward", "update")
-"""Of a step: batch and randomness; adversarial samples; loss terms; gradients; the optimizers."""
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, tries: int = 10) -> float:
@@ -71,6 +69,16 @@ def answer_costs(module: nn.Module, images: Tensor) -> dict[str, Any]:
     }
 
 
+def untimed(precision: Precision, device: torch.device) -> int:
+    """Steps to make before one is timed: they allocate and choose kernels, and on a GPU the last may be recorded.
+
+    On a CPU it takes one in fp32 (digits, 155 and then 139 ms), three in bf16 (204, 139, 90 and then 100 to 120 ms).
+    """
+    if device.type == "cuda":
+        return WARM_UP + 1
+    return 3 if is_half(precision, device) else 1
+
+
 def wait_for(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
@@ -82,41 +90,29 @@ def time_phases(
 ) -> dict[str, Any]:
     """Train ``stage`` for some steps, of which ``steps`` are timed; -> mean seconds a phase, images/s, losses, shares.
 
-    The first step is not timed, nor are the two after it on a GPU.
+    They are the steps of a run, but for the device, which is waited for after each phase; the first ones are
+    :func:`untimed`.
     """
     device, training = parallel.device, config.training
-    warm = 3 if device.type == "cuda" else 1
     resting(device)
     trainer = stage_trainer(stage, recipe, config, train, parallel)
-    loader, optimizers = trainer.loader, trainer.optimizers
-    spent, losses = dict.fromkeys(PHASES, 0.0), []
-    for step in range(warm + steps):
-        recipe.train()
-        marks = [now(device)]
-        batch = recipe.batch(*loader(*divmod(step, loader.steps_per_epoch)))
-        marks.append(now(device))
-        with autocast(training.precision, device):
-            batch = recipe.attack(batch)
-        marks.append(now(device))
-        times, total = [0.0, 0.0, 0.0], 0.0
-        for update, trained in enumerate(recipe.updates):
-            began = now(device)
-            with autocast(training.precision, device):
-                loss = recipe(batch, update)["loss"]
-            compared = now(device)
-            for optimizer in optimizers.values():
-                optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            back = now(device)
-            for name in trained:
-                optimizers[name].step()
-            ends = (began, compared, back, now(device))
-            times = [was + b - a for was, (a, b) in zip(times, pairwise(ends), strict=True)]
-            total += loss.item()
-        losses.append(total)
-        if step >= warm:
-            for phase, taken in zip(PHASES, [b - a for a, b in pairwise(marks)] + times, strict=True):
-                spent[phase] += taken / steps
+    spent, since, losses = dict.fromkeys(PHASES, 0.0), 0.0, []
+
+    def passed(phase: str) -> None:
+        nonlocal since
+        before, since = since, now(device)
+        spent[phase] = spent.get(phase, 0.0) + since - before
+
+    trainer.passed = passed
+    try:
+        for step in range((warm := untimed(training.precision, device)) + steps):
+            if step == warm:
+                spent = dict.fromkeys(PHASES, 0.0)
+            since = now(device)
+            losses.append(trainer.step(step)[0]["loss"])
+    finally:
+        trainer.batches.close()
+    spent = {phase: taken / steps for phase, taken in spent.items()}
     seconds = sum(spent.values())
     bf16 = is_half(training.precision, device)
     rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
@@ -142,19 +138,18 @@ def time_phases(
 
 
 def time_in_turns(
-    steps: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+    steps: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device, warm: int
 ) -> dict[str, list[float]]:
     """Seconds of each of ``steps``, given the number of the round: one after the other in every round.
 
-    What slows the machine for a while then slows all of them. One round before, three on a GPU, are not timed.
+    What slows the machine for a while then slows all of them. Of ``warm`` rounds before there are none.
     """
-    untimed = 3 if device.type == "cuda" else 1
     found: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(untimed + rounds):
+    for number in range(warm + rounds):
         for name, step in steps.items():
             began = now(device)
             step(number)
-            if number >= untimed:
+            if number >= warm:
                 found[name].append(now(device) - began)
     return found
 
@@ -168,7 +163,9 @@ def compare(
     """
     trainers = {name: stage_trainer(*variant, train, parallel) for name, variant in variants.items()}
     try:
-        seconds = time_in_turns({name: made.step for name, made in trainers.items()}, rounds, parallel.device)
+        steps = {name: made.step for name, made in trainers.items()}
+        warm = max(untimed(run.training.precision, parallel.device) for _, _, run in variants.values())
+        seconds = time_in_turns(steps, rounds, parallel.device, warm)
     finally:
         for made in trainers.values():
             made.batches.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +27,11 @@ from dircluster.training.interrupt import interruptible
 from dircluster.training.optim import is_fused, make_optimizer
 from dircluster.training.protocols import Console
 from dircluster.training.running_mean import RunningMean
+
+PHASES = ("draws", "attack", "forward", "backward", "update")
+"""Of a step: batch and randomness; adversarial samples; loss terms; gradients; the optimizers and what follows them."""
+REPLAY = "replay"
+"""The phase of a captured step in place of attack, forward and backward."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -89,6 +94,8 @@ class Stepper:
         self.batches = Batches(self._make_batches, self.steps, parallel.device, ahead)
         self.captured = captured_step(config, parallel, recipe, recorder, self._capture)
         self.mean = RunningMean(stage.ema, self._state())
+        self.passed: Callable[[str], None] = lambda phase: None
+        """Called by its name once the host has left a phase of a step, of which each may come several times."""
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """One step: -> loss terms averaged over the global batch, and the signal that asks to stop (or 0)."""
@@ -102,6 +109,7 @@ class Stepper:
         """
         epoch, index = divmod(step, self.loader.steps_per_epoch)
         batches = self.batches(step)
+        self.passed("draws")
         self.recipe.train()
         reshard(self.wrapped)  # validation gathers frozen weights, and may leave them so
         for name, optimizer in self.optimizers.items():
@@ -126,8 +134,10 @@ class Stepper:
                 self._must_be_finite({name: float(norm) for name, norm in norms.items()}, step)
             for name in trained:
                 self.optimizers[name].step()
+            self.passed("update")
         if self.mean.tensors:
             self.mean.follow(self._state(), step)
+            self.passed("update")
         return reading, signal
 
     def _clip(self, name: str) -> Tensor | None:
@@ -166,6 +176,7 @@ class Stepper:
     def _update(self, batches: list[Batch], update: int) -> tuple[Terms, int]:
         """Gradients of one update, over micro-batches that the first one attacks: -> loss terms, and a signal or 0."""
         if (replayed := self._replayed(batches[0])) is not None:
+            self.passed(REPLAY)
             return replayed, self.console.stop_signal()
         names: tuple[str, ...] = ()
         total: Tensor | None = None
@@ -181,10 +192,13 @@ class Stepper:
             if update == 0:
                 with self._autocast(self.recipe), self._leavable(stateless or number == 0):
                     batch = batches[number] = self.recipe.attack(batch)
+                self.passed("attack")
             with without_sync(self.wrapped, last=last):
                 with self._autocast(*self.still), self._leavable(stateless and safe):
                     losses = self.wrapped(batch, update)
+                self.passed("forward")
                 torch.autograd.backward(losses["loss"] * weight)
+            self.passed("backward")
             names = tuple(losses)
             if not last and not accumulates(self.wrapped):
                 self.pending.put()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from dircluster.training.profiling import PHASES
+from dircluster.training.step import PHASES
 from tests.conftest import Trained
 from tests.jobs import ROOT, environment, run_job
 

@@ -93,12 +93,16 @@ def test_captured_steps_are_the_steps(whole: DirRun, tmp_path: Path, stage: str)
     made = trainer(whole, tmp_path / "made", recorder, stage)
     assert (plain.captured is None, made.captured is None) == (True, False)
     before = {k: v.clone() for k, v in made.recipe.state_dict().items()}
+    phases: list[str] = []
+    made.passed = phases.append
     for step in range(6):
         assert made.step(step)[0] == plain.step(step)[0]
         if step == 0:
             gradients = {n: p.grad for n, p in made.parameters.items()}
             assert None not in gradients.values()
     assert (recorder.warmed, recorder.recorded, recorder.replayed) == (WARM_UP, 1, 6 - WARM_UP)
+    assert phases[:3] == ["draws", "replay", "update"]
+    assert set(phases) == set(phases[:3])
     assert all(p.grad is gradients[n] for n, p in made.parameters.items())  # never dropped: a graph adds to these
     state = plain.recipe.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in made.recipe.state_dict().items())

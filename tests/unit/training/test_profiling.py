@@ -1,0 +1,51 @@
+"""What a step is timed by is the step of a run: its weights, its micro-batches, its optimizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dircluster.config import with_values
+from dircluster.data.sources import load
+from dircluster.data.split import Split
+from dircluster.distributed.parallel import Parallel
+from dircluster.models.precision import WholeConv2d
+from dircluster.presets.dir import DirRun
+from dircluster.training import stages
+from dircluster.training.capture import WARM_UP
+from dircluster.training.profiling import stage_trainer, time_phases, untimed
+from dircluster.training.step import PHASES
+
+CPU = torch.device("cpu")
+ALONE = Parallel(0, 1, CPU)
+
+
+def test_a_timed_step_is_that_of_a_run(smoke: DirRun) -> None:
+    """Its losses come from micro-batches, clipped gradients and a rate that warms up."""
+    config = with_values(smoke, {"dir.optimizer.clip": 0.01, "dir.optimizer.warmup_epochs": 1, "dir.ema": 0.9})
+    stage, train = stages.find_stage(config, "dir"), load(config.data, config.seed).train
+    assert isinstance(train, Split)
+    made = stage_trainer(stage, stage.recipe(stages.Networks(config, ALONE)), config, train, ALONE)
+    losses = [made.step(step)[0]["loss"] for step in range(3)]
+    found = time_phases(stage, stage.recipe(stages.Networks(config, ALONE)), train, config, ALONE, 2)
+    assert (found["first_loss"], found["last_loss"]) == (losses[0], losses[-1])
+    assert tuple(found["seconds"]) == PHASES
+    assert found["seconds"]["attack"] > 0
+
+
+def test_still_weights_are_twins_in_bf16_while_a_step_is_timed(smoke: DirRun) -> None:
+    config = with_values(smoke, {"training.precision": "bf16"})
+    stage, train = stages.find_stage(config, "dir"), load(config.data, config.seed).train
+    assert isinstance(train, Split)
+    networks = stages.Networks(config, ALONE)
+    seen: set[torch.dtype] = set()
+    for layer in networks["classifier"].modules():
+        if isinstance(layer, nn.Conv2d) and not isinstance(layer, WholeConv2d):
+            layer.register_forward_pre_hook(lambda layer, inputs: seen.add(layer.weight.dtype))
+    time_phases(stage, stage.recipe(networks), train, config, ALONE, 1)
+    assert seen == {torch.bfloat16}
+
+
+def test_steps_that_choose_kernels_or_are_recorded_are_not_timed() -> None:
+    assert untimed("auto", torch.device("cuda")) > WARM_UP
+    assert [untimed("auto", CPU), untimed("bf16", CPU)] == [1, 3]
