@@ -180,7 +180,7 @@ class BenchmarkJob(DefenseJob):
     """Time the phases of a training step on real images: draws, attack, forward, backward, update."""
 
     steps: int = 5
-    """Steps timed, after one that is not."""
+    """Steps timed, after the first ones, which are not."""
     compare: Switch = False
     """Time whole steps in turns instead: the paper's step written plainly, the same here, and fast crafting."""
 

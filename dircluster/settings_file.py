@@ -14,8 +14,8 @@ import yaml
 from dircluster.config import ConfigError, first_line, flatten
 
 
-def flags_of(kind: type, *types: type, prefix: str = "--") -> Iterator[str]:
-    """The flags of a job or section whose values are of one of ``types``, or of any where none are given."""
+def flags_of(kind: type, *types: Any, prefix: str = "--") -> Iterator[str]:
+    """The flags of a job or section whose values are of one of ``types``, or may be such a word; all without any."""
     for name, annotation in get_type_hints(kind).items():
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             inner = prefix if name == "run" else f"{prefix}{name.replace('_', '-')}."
@@ -31,6 +31,8 @@ class Flags:
     known: frozenset[str]
     switches: frozenset[str]
     """On or off; those of sections have a form for off, --data.no-flip."""
+    worded: frozenset[str]
+    """The word on is a value of theirs, and off: true and false are taken for these."""
     optional: frozenset[str]
     """None is a value of theirs."""
 
@@ -38,10 +40,10 @@ class Flags:
     def of(kind: type, run: type) -> Flags:
         """The flags of a job of that kind over a run of that type."""
 
-        def found(*types: type) -> frozenset[str]:
+        def found(*types: Any) -> frozenset[str]:
             return frozenset([*flags_of(kind, *types), *flags_of(run, *types)])
 
-        return Flags(found(), found(bool), found(type(None)))
+        return Flags(found(), found(bool), found("on"), found(type(None)))
 
 
 class _AsWritten(yaml.SafeLoader):
@@ -127,6 +129,8 @@ def _checked_words(name: str, value: Any, flags: Flags) -> list[str]:
             got = "null" if value is None else repr(value)
             raise ConfigError(f"{name} must be true or false, got {got}")
         return as_words(name, switched) if switched or "." in name else []
+    if isinstance(value, bool) and flag in flags.worded:
+        value = "on" if value else "off"
     if value is None and flag in flags.known - flags.optional:
         raise ConfigError(f"{name} must have a value, got null: give one, or leave the line out")
     if value is None and any(known.startswith(f"{flag}.") for known in flags.known):

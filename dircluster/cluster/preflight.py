@@ -71,7 +71,7 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
 
 def _check_switches(config: RunConfig) -> None:
     """Raise ConfigError where this machine, which trains, cannot capture or compile what it is asked to."""
-    if elsewhere() or not (config.training.capture == "on" or config.training.compile):
+    if elsewhere() or not (config.training.capture == "on" or config.training.compiles):
         return
     import torch
 

@@ -82,8 +82,15 @@ class RunConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, as plain data in one form: everything but where it runs and what it tells."""
-        plain = to_dict(self.canonical)
+        plain = self.decisive
         return {k: v for k, v in plain.items() if k not in ("name", "scaling", "parallel", "storage", "tracking")}
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The run in one form as plain data, as keys hold it: ``compile`` is true or false there, as it once was."""
+        plain = to_dict(self.canonical)
+        plain["training"]["compile"] = self.training.compiles
+        return plain
 
     @property
     def canonical(self: AnyRun) -> AnyRun:

@@ -349,10 +349,10 @@ class TrainingConfig:
     batch normalization."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
-    compile: bool = False
-    """torch.compile transformer blocks, residual blocks and the units of U-nets, each by itself. It takes a minute or
-    more at first, and its guards cost the host time at every call: on the slow host of the H100 in docs/results.md no
-    stage became faster."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile transformer blocks, residual blocks and the units of U-nets, each by itself; auto: on no device.
+    It takes a minute or more at first, and its guards cost the host time at every call: on the slow host of the H100
+    in docs/results.md no stage became faster."""
     fused: Literal["auto", "on", "off"] = "auto"
     """Optimizers that update all weights in one kernel; auto: on a GPU."""
     draws_ahead: Literal["auto", "on", "off"] = "auto"
@@ -374,10 +374,17 @@ class TrainingConfig:
             self.microbatch is None or self.microbatch > 0,
             f"training.microbatch must be positive, got {self.microbatch}",
         )
+        words = ("auto", "on", "off")  # it once was true or false
+        require(self.compile in words, f"training.compile must be auto, on or off, got {self.compile}")
         require(
             self.select_steps is None or self.select_steps > 0,
             f"training.select_steps must be positive, got {self.select_steps}",
         )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.compile == "on"
 
     def canonical_under(self, attack: AttackConfig) -> TrainingConfig:
         """The same settings in one form where samples are crafted by ``attack``: what would be derived is not given."""

@@ -38,7 +38,7 @@ def compared(run: DirRun) -> dict[str, tuple[DirRun, Callable[[Modules], Recipe]
         assert isinstance(denoiser, MaskedPurifier)
         return PlainDirRecipe(denoiser, modules["classifier"], paper.dir, paper.attack)
 
-    eager = replace(paper, training=replace(paper.training, compile=False, capture="off"))
+    eager = replace(paper, training=replace(paper.training, compile="off", capture="off"))
     return {"plain": (eager, plain), "paper": (paper, None), "fast": (with_fast_crafting(run), None)}
 
 

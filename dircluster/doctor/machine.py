@@ -68,15 +68,8 @@ class Machine:
 
 def plain(config: RunConfig, **training: Any) -> RunConfig:
     """``config`` in fp32, neither compiled nor captured, but for what ``training`` says."""
-    switches = {"precision": "fp32", **{name: switch(config, name, False) for name in ("compile", "capture")}}
-    made = {name: value for name, value in {**switches, **training}.items() if value is not None}
+    made = {"precision": "fp32", "compile": "off", "capture": "off", **training}
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **made))
-
-
-def switch(config: RunConfig, name: str, on: bool) -> Any:
-    """The value that turns the switch ``training.NAME`` on or off; None where the library has no such switch."""
-    found = getattr(config.training, name, None)
-    return found if found is None else on if isinstance(found, bool) else "on" if on else "off"
 
 
 def pictures(data: DataConfig, count: int) -> Split:
@@ -111,7 +104,7 @@ def trainer(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> 
         made.captured = None  # a graph holds memory
         if made.writer is not None:
             made.writer.close(0)
-        if config.training.compile:
+        if config.training.compiles:
             torch.compiler.reset()  # graphs of other batch sizes would count against the limit
 
 

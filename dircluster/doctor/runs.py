@@ -21,7 +21,7 @@ from dircluster.config import ConfigError, RunConfig
 from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
-from dircluster.doctor.machine import Machine, plain, switch, trainer, true_fp32
+from dircluster.doctor.machine import Machine, plain, trainer, true_fp32
 from dircluster.presets import preset
 from dircluster.training import checkpoint
 from dircluster.training.protocols import NoTracker, Quiet, Status
@@ -136,7 +136,7 @@ def steps(machine: Machine) -> Iterator[Finding]:
                 yield skipped(f"{word} steps", reason)
                 continue
             try:
-                other, _, there = _steps(plain(config, **{name: switch(config, name, True)}), machine, count)
+                other, _, there = _steps(plain(config, **{name: "on"}), machine, count)
             except ConfigError as error:  # such as a recipe whose steps differ
                 yield skipped(f"{word} steps", str(error))
                 continue
@@ -147,13 +147,10 @@ def steps(machine: Machine) -> Iterator[Finding]:
 
 def _without(machine: Machine, name: str) -> str:
     """Why there are no steps with that switch here; empty where there are."""
-    asked = getattr(machine.config.training, name, None)
-    if asked is None:
-        return f"this version has no training.{name}"
-    if machine.gpu or asked == switch(machine.config, name, True):
+    if machine.gpu or getattr(machine.config.training, name) == "on":
         return ""
     if name == "compile":
-        return "compiling takes more than a minute on a CPU; --training.compile asks for it"
+        return "compiling takes more than a minute on a CPU; --training.compile on asks for it"
     return "there is nothing to capture on a CPU"
 
 

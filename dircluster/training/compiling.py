@@ -38,7 +38,7 @@ def check_compiler(device: torch.device) -> None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise ConfigError("training.compile needs Triton on a GPU, which is missing; use --training.no-compile")
+            raise ConfigError("training.compile needs Triton on a GPU, which is missing; use --training.compile off")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -47,7 +47,7 @@ def check_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ConfigError(
-            "training.compile needs a C++ compiler on a CPU, and none is found; use --training.no-compile"
+            "training.compile needs a C++ compiler on a CPU, and none is found; use --training.compile off"
         ) from error
 
 

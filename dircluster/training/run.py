@@ -342,7 +342,7 @@ class Run:
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
             resting(parallel.device)
-            with interruptible(defense.classifier, self.console), uncompiled(config.training.compile):
+            with interruptible(defense.classifier, self.console), uncompiled(config.training.compiles):
                 run(evaluation, batch, on_shard, shares(evaluation, parallel.world)[parallel.rank].__contains__)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)

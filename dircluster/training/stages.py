@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dircluster.config import LATER_FIELDS, ConfigError, RunConfig, as_hashed, digest, to_dict
+from dircluster.config import LATER_FIELDS, ConfigError, RunConfig, as_hashed, digest
 from dircluster.defenses.base import Purifier
 from dircluster.defenses.stage import Defense, Stage
 from dircluster.defenses.table import find_defense
@@ -39,7 +39,7 @@ def find_stage(config: RunConfig, name: str) -> Stage:
 
 def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
     """The settings that decide a stage's weights, as nested plain data in one form."""
-    plain = to_dict(config.canonical)
+    plain = config.decisive
     settings = {section: plain[section] for section in (*stage.sections, "attack", "training")}
     for name in ("uri", "entry"):
         settings.get("target", {}).pop(name, None)
@@ -99,6 +99,6 @@ class Networks(Mapping[str, nn.Module]):
             if name == "classifier" and channels_last(config.training.precision, parallel.device):
                 made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             parallel.synchronize_statistics(made)
-            if config.training.compile:
+            if config.training.compiles:
                 compile_blocks(made)
             self._made[name] = made

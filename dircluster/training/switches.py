@@ -12,7 +12,7 @@ from dircluster.training.stages import stages_of
 
 def check_switches(config: RunConfig, parallel: Parallel) -> None:
     """Raise ConfigError where blocks are to be compiled and cannot be, or steps to be captured and one cannot be."""
-    if config.training.compile:
+    if config.training.compiles:
         check_compiler(parallel.device)
     if config.training.capture != "on":
         return

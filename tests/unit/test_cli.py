@@ -256,6 +256,8 @@ LAUGHS = "a0: &a0 {0}{2}x, {3}x{1}\n" + "".join(
         ("name: null", None, "name must have a value, got null"),
         ("seed:", None, "seed must have a value, got null"),
         ("data: {uri: null}", "data.uri", None),
+        ("training: {compile: false}", "training.compile", "off"),  # as it once was printed
+        ("training: {fused: true}", "training.fused", "on"),
         ("dir:", None, "dir is a section without settings"),
         ("seed: 1\nname: a\nseed: 2", None, "seed is given in line 1 and again in line 3: leave one out"),
         ("dir: {alpha: 1}\ndir: {epochs: 3}", None, "dir is given in line 1 and again in line 2"),

@@ -203,7 +203,7 @@ def test_switches_that_this_machine_cannot_fulfil_are_refused(monkeypatch: pytes
 
     monkeypatch.setattr("dircluster.training.switches.check_compiler", missing)
     run = run_of("scaling.device cpu")
-    compiled = dataclasses.replace(run, training=dataclasses.replace(run.training, compile=True))
+    compiled = dataclasses.replace(run, training=dataclasses.replace(run.training, compile="on"))
     with pytest.raises(ConfigError, match="no compiler for the cpu"):
         preflight.check(compiled)
     preflight.check(compiled, trains=False)

@@ -45,11 +45,11 @@ def test_it_is_neither_captured_nor_compiled() -> None:
     """It drops gradients on its way: a recording of it wrote to memory that others held by then."""
     run = preset("cifar10_smoke")
     assert isinstance(run, DirRun)
-    asked = dataclasses.replace(run, training=dataclasses.replace(run.training, capture="on", compile=True))
+    asked = dataclasses.replace(run, training=dataclasses.replace(run.training, capture="on", compile="on"))
     variants = compared(asked)
     for name, (found, recipe) in variants.items():
         plain = name == "plain"
-        assert (found.training.capture, found.training.compile) == (("off", False) if plain else ("on", True))
+        assert (found.training.capture, found.training.compile) == (("off",) * 2 if plain else ("on",) * 2)
         networks = {n: dir_defense.DEFENSE.build(run, n) for n in ("classifier", "denoiser")}
         made = (recipe or stages_of(found)[-1].recipe)(networks)
         assert made.capturable is not plain

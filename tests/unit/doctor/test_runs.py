@@ -15,7 +15,7 @@ from dircluster.defenses.base import Purifier
 from dircluster.distributed.launch import WorkerError
 from dircluster.doctor import devices, rates, runs, speed
 from dircluster.doctor.findings import Finding
-from dircluster.doctor.machine import Machine, pictures, plain, switch
+from dircluster.doctor.machine import Machine, pictures, plain
 from dircluster.presets import preset
 from dircluster.training import stages, trainer
 
@@ -33,7 +33,7 @@ def test_a_resumed_run_that_forgets_its_optimizer_fails(machine: Machine, monkey
 def compiled(machine: Machine, monkeypatch: pytest.MonkeyPatch, as_what: Any) -> list[Finding]:
     """The findings about steps where compiling a network is what ``as_what`` does to it."""
     monkeypatch.setattr(stages, "compile_blocks", as_what)
-    training = dataclasses.replace(machine.config.training, compile=switch(machine.config, "compile", True))
+    training = dataclasses.replace(machine.config.training, compile="on")
     machine.config = dataclasses.replace(machine.config, training=training)
     return list(runs.steps(machine))
 

@@ -114,7 +114,7 @@ def test_an_evaluation_runs_uncompiled(run: DirRun, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("dircluster.training.stages.compile_blocks", lambda network: compile_blocks(network, backend))
     monkeypatch.setattr("dircluster.training.switches.check_compiler", asked.append)
-    config = dataclasses.replace(run, training=dataclasses.replace(run.training, compile=True))
+    config = dataclasses.replace(run, training=dataclasses.replace(run.training, compile="on"))
     config = dataclasses.replace(config, pretrain=dataclasses.replace(run.pretrain, epochs=0))
     outcome = Run(config, ALONE, NoTracker(), Hears()).execute()
     assert asked == [torch.device("cpu")]

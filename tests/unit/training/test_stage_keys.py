@@ -16,6 +16,7 @@ from dircluster.config import (
     LATER_FIELDS,
     SAME_NUMBERS,
     AttackConfig,
+    ConfigError,
     EvaluationConfig,
     RunConfig,
     as_hashed,
@@ -140,6 +141,16 @@ def test_how_a_number_is_computed_is_in_no_key(field: str) -> None:
     for stage in ("target", "pretrain", "dir"):
         assert stage_key(other, find_stage(other, stage), INPUTS) == KEYS["digits"][stage]
         assert field in flatten(stage_settings(other, find_stage(other, stage)))
+
+
+def test_a_switch_of_three_words_has_the_keys_that_it_had_of_two() -> None:
+    compiled = "07f66e1a612b4cd1be4f5738fbbb2785a5f28482311633be4a43dfa6d6fe92c6"  # computed at 15e9388
+    for word, wanted in (("auto", KEYS["digits"]["dir"]), ("off", KEYS["digits"]["dir"]), ("on", compiled)):
+        run = with_values(earlier("digits"), {"training.compile": word})
+        assert stage_key(run, find_stage(run, "dir"), INPUTS) == wanted
+        assert run.identity["training"]["compile"] is (word == "on")
+    with pytest.raises(ConfigError, match=r"training.compile must be auto, on or off, got True"):
+        replace(preset("digits").training, compile=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PRESETS)
