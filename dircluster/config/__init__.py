@@ -22,6 +22,7 @@ from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfi
 from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_hashed
 from dircluster.config.sections import (
     ARCHITECTURES,
+    USUAL_ROWS,
     AttackConfig,
     DataConfig,
     EvaluationConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "ARCHITECTURES",
     "LATER_FIELDS",
     "SAME_NUMBERS",
+    "USUAL_ROWS",
     "AttackConfig",
     "ConfigError",
     "DataConfig",

@@ -87,9 +87,10 @@ class RunConfig:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The run in one form as plain data, as keys hold it: ``compile`` is true or false there, as it once was."""
+        """The run in one form as plain data, as keys hold it: what has become ``auto`` or None is as it once was."""
         plain = to_dict(self.canonical)
         plain["training"]["compile"] = self.training.compiles
+        plain["evaluation"]["rows"] = self.evaluation.usual_rows
         return plain
 
     @property

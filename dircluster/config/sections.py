@@ -396,6 +396,10 @@ class TrainingConfig:
         return made
 
 
+USUAL_ROWS = 256
+"""Rows that pass through a model at a time where nobody said how many: on a CPU, and on a GPU at least."""
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """The evaluation on the test split: what a defense must face, and on how many images."""
@@ -412,8 +416,9 @@ class EvaluationConfig:
     """Of these, as many answer for the verdict."""
     batch_size: int = 128
     """Images attacked together: a shard, the unit of work, of resumption and of the random draws."""
-    rows: int = 256
-    """Most rows, images times mask draws, that pass through a model at a time: memory against speed."""
+    rows: int | None = None
+    """Most rows, images times mask draws, that pass through a model at a time: memory against speed. When not given:
+    256 on a CPU; on a GPU as many as half of its free memory holds, from 256 to 2,048."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What attacks are crafted in; auto: bf16 on a GPU, fp32 on a CPU and for networks whose first layers bf16 would
     round. Final predictions are always made in fp32 without TF32."""
@@ -437,8 +442,8 @@ class EvaluationConfig:
     """Radius of the L2 ball in rigorous."""
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "batch_size", "rows", "queries", "l2_epsilon", "verdict_images")
-        for name in ("images", "steps", "restarts", "eot", "draws", "resubmissions", "votes"):
+        require_positive("evaluation", self, "batch_size", "queries", "l2_epsilon", "verdict_images")
+        for name in ("images", "rows", "steps", "restarts", "eot", "draws", "resubmissions", "votes"):
             value = getattr(self, name)
             require(value is None or value > 0, f"evaluation.{name} must be positive, got {value}")
         require(self.sample is None or self.sample >= 0, f"evaluation.sample must be 0 or more, got {self.sample}")
@@ -446,6 +451,11 @@ class EvaluationConfig:
             self.sample is None or self.images is not None,
             "evaluation.images is missing: evaluation.sample draws so many from the test split",
         )
+
+    @property
+    def usual_rows(self) -> int:
+        """``rows``, or what they are on a CPU: what is counted and what keys hold, on whatever device."""
+        return USUAL_ROWS if self.rows is None else self.rows
 
     @property
     def canonical(self) -> EvaluationConfig:

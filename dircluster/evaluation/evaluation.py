@@ -25,6 +25,7 @@ from dircluster.evaluation.marks import Seen
 from dircluster.evaluation.pictures import kept_pictures, read_pictures
 from dircluster.evaluation.provenance import code_digest, machine, modules_of
 from dircluster.evaluation.results import Control, Result
+from dircluster.evaluation.rows import fitting_rows
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import ResultStore
 from dircluster.evaluation.streams import OwnStreams
@@ -58,12 +59,13 @@ class Evaluation:
         images: int,
         seed: int,
         shard_size: int,
-        most_rows: int,
+        most_rows: int | None,
         store: ResultStore,
         victim: VictimModel,
         precision: Precision = "auto",
     ) -> None:
-        """``precision`` is what attacks are crafted in, see :func:`crafting`."""
+        """``most_rows`` pass at a time, as many as fit where none are given; ``precision`` is what
+        attacks are crafted in, see :func:`crafting`."""
         self.specs, self.images, self.seed = list(specs), images, seed
         self.shard_size, self.most_rows, self.store = shard_size, most_rows, store
         self.victim, self.precision = victim, precision
@@ -106,6 +108,8 @@ class Evaluation:
         seed = rng.entropy(self.seed, "judgement/attack", step=shard.number)  # all attacks start the same: fair pairs
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
+        if self.most_rows is None:
+            self.most_rows = fitting_rows(victim, images)
         watch = Watch(len(images))
         watched = victim.watched_by(watch)
         attack = AttackRunner(watched, shard.spec, seed, fixed, self.most_rows)
@@ -132,6 +136,7 @@ class Evaluation:
             "warnings": warned,
             "crafting": crafted,
             "machine": machine(images.device),
+            "rows": self.most_rows,
             "seen": watch.counts(),
             "seconds": round(time.monotonic() - began, 3),
         }

@@ -31,7 +31,7 @@ def facts_of(
 
     ``defense`` and ``surrogate`` are digests: of the committed folder, or of weights and code where there is none.
     """
-    shards: dict[str, Any] = {"batch": settings.batch_size, "rows": settings.rows}
+    shards: dict[str, Any] = {"batch": settings.batch_size, "rows": settings.usual_rows}
     if settings.precision != "auto":  # what is found by auto counts, whatever machine found it: its rows say in what
         shards["precision"] = settings.precision
     if settings.sample is not None:

@@ -124,7 +124,7 @@ def evaluation_operations(config: RunConfig) -> tuple[float, tuple[str, ...]]:
 
     def operations(work: Callable[[AttackRunner], object], spec: AttackSpec) -> int:
         with counting() as found, under_attack(*victim.modules):
-            work(AttackRunner(victim, spec, 0, 0, settings.rows))
+            work(AttackRunner(victim, spec, 0, 0, settings.usual_rows))
         return found.total
 
     def whole(runner: AttackRunner) -> None:
@@ -132,7 +132,7 @@ def evaluation_operations(config: RunConfig) -> tuple[float, tuple[str, ...]]:
 
     def judged(runner: AttackRunner, made: Tensor = images) -> None:
         with torch.no_grad():
-            judge(victim, runner.spec, 0, 0, settings.rows)(made, labels)
+            judge(victim, runner.spec, 0, 0, settings.usual_rows)(made, labels)
 
     def gradient(runner: AttackRunner) -> None:
         runner.value_and_grad(runner.model(IMAGES), labels)(images)

@@ -122,7 +122,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
     per_image = gradient_operations(on_meta, _image(config))
     paces[EVALUATION] = _pace(
-        lambda images: _gradient(defense, config, images), per_image, config.evaluation.rows, parallel, budget
+        lambda images: _gradient(defense, config, images), per_image, config.evaluation.usual_rows, parallel, budget
     )
     return Calibration(device_name(parallel.device), paces)
 

@@ -65,7 +65,7 @@ def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str, monkeypatch
     victim = VictimModel(networks.defense.defended(config, networks), "dir")
     counted, left = evaluation_operations.__wrapped__(config)
     specs = [spec for spec in plan(victim, config.attack, settings).specs if spec.name not in left]
-    judgment = Evaluation(specs, 2, 0, 2, settings.rows, MemoryStore(), victim)
+    judgment = Evaluation(specs, 2, 0, 2, settings.usual_rows, MemoryStore(), victim)
     with counting() as found:
         run(judgment, lambda start, stop: (images, torch.tensor([3, 5])))
     assert 2 * counted == found.total

@@ -234,6 +234,7 @@ DERIVED: dict[str, Callable[[RunConfig], Derived | None]] = {
     "target.ema": lambda run: Derived(0.0, 0.5),
     "training.microbatch": lambda run: Derived(run.training.batch_size, run.training.batch_size // 2),
     "training.select_steps": _select_steps,
+    "evaluation.rows": lambda run: Derived(256, 512),
     **{
         f"evaluation.{name}": _evaluation(name)
         for name in ("steps", "restarts", "eot", "draws", "resubmissions", "votes")
