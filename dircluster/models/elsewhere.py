@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 from torch import nn
 
 from dircluster.config import ConfigError, DataConfig, first_line, named_line
-from dircluster.models.precision import keep_whole
+from dircluster.models.modules import device_of
+from dircluster.models.precision import keep_ends_whole, keep_whole
 
 CLASSES = ("num_classes", "classes", "n_classes", "nb_classes", "nclasses", "num_class", "n_class")
 CHANNELS = ("in_chans", "channels", "in_channels", "num_channels", "n_channels", "input_channels", "num_input_channels")
@@ -108,6 +110,7 @@ def factory_network(path: str, data: DataConfig) -> nn.Module:
         raise ConfigError(f"target.architecture {path!r} raised {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
+    keep_ends_whole(made, torch.zeros(1, data.channels, data.height, data.width, device=device_of(made)))
     return made
 
 

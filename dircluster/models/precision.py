@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from dircluster.models.modules import evaluating
+from dircluster.rng import put_back
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -143,9 +147,34 @@ WHOLE: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+@cache
+def _whole(kind: type[nn.Module]) -> type[nn.Module]:
+    """``kind``, a convolution or linear layer in a form of somebody's own, in fp32."""
+    return type(kind.__name__, (OutsideAutocast, kind), {"__module__": kind.__module__})
+
+
 def keep_whole(layer: nn.Module) -> None:
-    """Make ``layer`` of somebody's network one that computes in fp32, where its kind is known."""
-    layer.__class__ = WHOLE.get(type(layer), type(layer))
+    """Make ``layer`` of somebody's network one that computes in fp32, where it is a convolution or linear."""
+    kind = type(layer)
+    if isinstance(layer, tuple(WHOLE)) and not isinstance(layer, OutsideAutocast):
+        layer.__class__ = WHOLE.get(kind) or _whole(kind)  # type: ignore[arg-type]  # classes are hashable
+
+
+def keep_ends_whole(network: nn.Module, images: Tensor) -> None:
+    """Keep the first and the last layer whole that ``images`` (N, C, H, W) pass in somebody's network, if they do."""
+    layers = [part for part in network.modules() if isinstance(part, tuple(WHOLE))]
+    passed: list[nn.Module] = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: passed.append(layer)) for layer in layers]
+    try:
+        with put_back(), evaluating(network), torch.no_grad():
+            network(images)
+    except Exception:  # whoever uses the network is told
+        passed.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer in (*passed[:1], *passed[-1:]):
+        keep_whole(layer)
 
 
 def reads_images_whole(*networks: nn.Module) -> bool:

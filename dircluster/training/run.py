@@ -30,6 +30,7 @@ from dircluster.evaluation.sharing import shares
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models import classifiers
+from dircluster.models.precision import is_half, reads_images_whole
 from dircluster.training import checkpoint, export, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.compiling import uncompiled
@@ -103,6 +104,7 @@ class Run:
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         networks = stages.Networks(config, parallel)
         classifiers.check_classes(networks["classifier"], config.data)
+        self._name_what_rounds(networks)
         done: StageFolder | None = None
         planned = stages.stages_of(config)
         for stage in planned:
@@ -126,6 +128,17 @@ class Run:
             "data": self.data.fingerprint,
             "target": self.target,
         }
+
+    def _name_what_rounds(self, networks: stages.Networks) -> None:
+        """Say which networks of the run round the images that they are given, to bf16."""
+        if not self.parallel.first or not is_half(self.config.training.precision, self.parallel.device):
+            return
+        for name, network in networks.items():
+            if any(True for _ in network.parameters()) and not reads_images_whole(network):
+                self.console.say(
+                    f"{name}: which of its layers reads images is not known; in bf16 it rounds them, and attacks are"
+                    " weaker: use --training.precision fp32, or models.precision.keep_whole"
+                )
 
     def _load_everywhere(self) -> None:
         """One download or one error, then every worker reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dircluster import rng
 from dircluster.config import DataConfig
 from dircluster.models import classifiers
 from dircluster.models.masked_vit import MaskedDenoiser
@@ -38,10 +40,33 @@ COLOR = DataConfig(name="cifar10", height=32, width=32, channels=3)
 TINY = {"width": 12, "heads": 3, "encoder_depth": 1, "decoder_depth": 1}
 
 
+class Standardized(nn.Conv2d):
+    """A convolution of somebody's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True), self.bias)
+
+
+def somebodys(classes: int, channels: int) -> nn.Module:
+    """A factory's, whose layers are registered in another order than they are passed."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.middle, self.first = nn.Linear(4, classes), nn.Conv2d(4, 4, 3), Standardized(channels, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.last(self.middle(self.first(x)).mean(dim=(2, 3)))
+            return logits
+
+    return Network()
+
+
 def networks() -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {name: classifiers.build(name, COLOR) for name in ("small_cnn", "resnet18")}
     made["preactresnet18"] = classifiers.build("preactresnet18", COLOR)
     made["timm"] = classifiers.build("timm:vit_tiny_patch16_224", COLOR)
+    made["own"] = classifiers.build(f"{__name__}:somebodys", COLOR)
     made["g"] = MaskedDenoiser(ModelConfig(**TINY), 3, 32, 32)  # type: ignore[arg-type]
     made["g, mixing"] = MaskedDenoiser(ModelConfig(head="conv", **TINY), 3, 32, 32)  # type: ignore[arg-type]
     made["u-net"] = DUNet(3, 32, 32, widths=(4, 4), units=(1, 1))
@@ -179,6 +204,46 @@ def test_somebodys_network_is_known_to_round_images() -> None:
     assert not reads_images_whole(nn.Identity())  # of layers without weights nobody knows
     assert timm.is_model("resnet18")
     assert type(classifiers.build("timm:resnet18", COLOR).network.conv1) is WholeConv2d  # type: ignore[union-attr]
+
+
+def test_a_layer_of_somebodys_own_stays_what_it_is_but_for_its_precision() -> None:
+    plain = somebodys(10, 3)
+    made = copy.deepcopy(classifiers.build(f"{__name__}:somebodys", COLOR))
+    plain.load_state_dict(made.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(made(images), plain(images))
+    assert repr(made) == repr(plain)
+    assert isinstance(made.first, Standardized)
+    assert type(made.first).__module__ == __name__  # by which stored results know its code
+    keep_whole(made.first)  # again
+    assert repr(made) == repr(plain)
+
+
+def unfit(classes: int, channels: int) -> nn.Module:
+    """For images of 8 pixels."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1) + torch.randn(len(x), 1))
+
+
+def noisy(classes: int, channels: int) -> nn.Module:
+    """Draws at each pass."""
+    return Noisy(3072, classes)
+
+
+def test_a_network_that_cannot_be_passed_is_left_as_it_is() -> None:
+    assert not reads_images_whole(classifiers.build(f"{__name__}:unfit", COLOR))
+
+
+def test_looking_for_the_ends_of_a_network_draws_nothing() -> None:
+    found = []
+    for make in (lambda: noisy(10, 3), lambda: classifiers.build(f"{__name__}:noisy", COLOR)):
+        with rng.seeded_torch_rng(0, "noisy"):
+            found.append([make().weight, torch.rand(2)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 class Casts(TorchDispatchMode):
