@@ -12,12 +12,13 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
 from dircluster.training.forecast import (
     Calibration,
+    Work,
     as_launched,
-    as_seconds,
     calibrate,
     judging_seconds,
-    stage_operations,
+    seconds_of,
     stage_seconds,
+    stage_work,
 )
 from dircluster.training.stages import stage_settings, stages_of
 
@@ -79,7 +80,7 @@ def costs(
     its training tells. ``stored`` are the keys of finished stages.
     Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
-    made, seen, met = list[Cost](), set[str](), dict[str, float]()
+    made, seen, met = list[Cost](), set[str](), dict[str, Work]()
     judged: dict[str, tuple[float, tuple[str, ...]]] = {}
 
     def judging(run: RunConfig, training: Training) -> tuple[float, tuple[str, ...]]:
@@ -90,16 +91,16 @@ def costs(
             judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])
         return judged[same]
 
-    def counted(run: RunConfig, stage: Stage) -> float:
+    def counted(run: RunConfig, stage: Stage) -> Work:
         alike = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
         if alike not in met:
             train, held_out, _ = sizes(run)
             try:
-                met[alike] = stage_operations(run, stage, train, held_out)
+                met[alike] = stage_work(run, stage, train, held_out)
             except Exception:  # whatever a system raises is its own
                 if known is not None:
                     raise
-                met[alike] = math.nan
+                met[alike] = Work(stage.name, math.nan)
         return met[alike]
 
     for training in plan.trainings.values():
@@ -113,9 +114,9 @@ def costs(
             if key in stored or key in seen:
                 continue
             seen.add(key)
-            operations += counted(run, stage)
+            operations += counted(run, stage).total
             if known is not None:
-                seconds += as_seconds(counted(run, stage), run, stage.name, known[training.preset])
+                seconds += seconds_of(counted(run, stage), run, stage.name, known[training.preset])
         trained, there, shared = (tuple(names[word]) for word in ("trained", "stored", "shared"))
         suite, timed = run.evaluation.suite, judging(run, training)
         made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, *timed))

@@ -23,6 +23,7 @@ import torch
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
+from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.evaluation import crafting
@@ -41,6 +42,7 @@ from dircluster.training.costs import (
 )
 from dircluster.training.memory import peak, resting
 from dircluster.training.profiling import device_name, stage_trainer, wait_for
+from dircluster.training.validation import GAUGED, PICTURED
 
 EVALUATION = "evaluation"
 LONG = 15
@@ -64,6 +66,24 @@ class Calibration:
 
     device: str
     paces: Mapping[str, Pace]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a stage."""
+
+    at: str
+    """The stage or the evaluation whose pace the passes on held-out images have."""
+    steps: float
+    """Of training, at the stage's own pace."""
+    passes: float = 0.0
+    """Of selection and of the gauge of overfitting."""
+    pictures: float = 0.0
+    """Which one worker draws."""
+
+    @property
+    def total(self) -> float:
+        return self.steps + self.passes + self.pictures
 
 
 @dataclass(frozen=True)
@@ -121,9 +141,9 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
     on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
     per_image = gradient_operations(on_meta, _image(config))
-    paces[EVALUATION] = _pace(
-        lambda images: _gradient(defense, config, images), per_image, config.evaluation.usual_rows, parallel, budget
-    )
+    judged = config.evaluation
+    rows = min(judged.usual_rows, judged.batch_size, judged.images or judged.batch_size)
+    paces[EVALUATION] = _pace(lambda images: _gradient(defense, config, images), per_image, rows, parallel, budget)
     return Calibration(device_name(parallel.device), paces)
 
 
@@ -157,22 +177,35 @@ def judging_seconds(config: RunConfig, found: Calibration, test: int) -> tuple[f
 
 def stage_seconds(config: RunConfig, stage: Stage, found: Calibration, train: int, held_out: int) -> float:
     """What a stage will take. Raises ConfigError where the calibration knows nothing of it."""
-    return as_seconds(stage_operations(config, stage, train, held_out), config, stage.name, found)
+    return seconds_of(stage_work(config, stage, train, held_out), config, stage.name, found)
 
 
-def stage_operations(config: RunConfig, stage: Stage, train: int, held_out: int) -> float:
-    """Floating-point operations of a stage, with selection on held-out images."""
+def stage_work(config: RunConfig, stage: Stage, train: int, held_out: int) -> Work:
+    """What a stage computes, with what it does on held-out images."""
+    work = Work(stage.name, 0.0)
     if not stage.epochs:
-        return 0.0
-    batch, step = config.training.batch_size, step_operations(config, stage.name)
-    judged = -(-stage.epochs // config.training.select_every)
-    judging = judged * _selection(config, stage, min(held_out, config.training.select_images), step / batch)
-    return stage.epochs * (train // batch) * step + judging
+        return work
+    batch, recipe = config.training.batch_size, recipe_on_meta(config, stage.name)
+    deployed, images = recipe.deployed(), min(held_out, config.training.select_images)
+    judged = _times(stage, config.training.select_every)
+    steps = float(stage.epochs * (train // batch))
+    if recipe.attacks_deployed:  # the gauge of overfitting crafts as a step does
+        steps += judged * min(images, GAUGED) / batch
+    work = replace(work, steps=steps * step_operations(config, stage.name))
+    if deployed is None or not images:
+        return work
+    work = replace(work, passes=judged * _selection(config, recipe, images))
+    if not isinstance(deployed, Defended):
+        return work
+    drawn = _times(stage, config.tracking.picture_every) * _picture(config, deployed)
+    return replace(work, at=EVALUATION, pictures=drawn)  # gradients of the whole pipeline as well
 
 
-def as_seconds(operations: float, config: RunConfig, stage: str, found: Calibration) -> float:
-    """What a stage's operations take on its workers. Raises ConfigError where the calibration knows nothing of it."""
-    return operations / (_pace_of(found, stage).operations_per_second * config.scaling.most)
+def seconds_of(work: Work, config: RunConfig, stage: str, found: Calibration) -> float:
+    """What a stage's work takes on its workers. Raises ConfigError where the calibration knows nothing of it."""
+    workers = config.scaling.most
+    seconds = work.steps / (_pace_of(found, stage).operations_per_second * workers)
+    return seconds + (work.passes / workers + work.pictures) / _pace_of(found, work.at).operations_per_second
 
 
 def to_plain(found: Calibration) -> dict[str, Any]:
@@ -212,8 +245,8 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: 
     """Time ``step`` on ever more images, up to ``full``, while the next is not thought to take more than the budget.
 
     Seconds grow with images by a part alone, so that sizes are timed until two of them tell by which. Each is done
-    twice: the first time allocates and chooses algorithms, which in bf16 takes longer than a step. What takes LONG
-    budgets is not done again. What the first worker measures counts for all of them.
+    twice: the first time, after which memory is read, allocates and chooses algorithms, which in bf16 takes longer than
+    a step. What takes LONG budgets is not done again. What the first worker measures counts for all of them.
     """
     device, images = parallel.device, min(full, 2)
     seconds, peaks = dict[int, float](), dict[int, float]()
@@ -221,10 +254,9 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: 
         before = resting(device)
         seconds[images] = _timed(step, images, parallel)
         long = seconds[images] > LONG * budget
-        if not long:
-            before = resting(device)
-            seconds[images] = _timed(step, images, parallel)
         peaks[images] = peak(device)
+        if not long:
+            seconds[images] = _timed(step, images, parallel)
         longer = min(full, 4 * images)
         grows = len(seconds) > 1 and seconds[images] > seconds[max(size for size in seconds if size < images)]
         if images == full or long or (grows and _carried_over(seconds, 0, longer) > budget):
@@ -272,16 +304,25 @@ def _gradient(defense: Defended, config: RunConfig, images: int) -> None:
         torch.autograd.grad(defense(asked).sum(), asked)
 
 
-def _selection(config: RunConfig, stage: Stage, images: int, step: float) -> float:
-    """Operations of one held-out selection, the gauge of overfitting included; 0 where nothing is deployed."""
-    recipe = recipe_on_meta(config, stage.name)
+def _times(stage: Stage, every: int) -> int:
+    """How often comes what comes after so many epochs of a stage, and at its end."""
+    return -(-stage.epochs // every)
+
+
+def _selection(config: RunConfig, recipe: Recipe, images: int) -> float:
+    """Operations of one held-out selection, and of the gauge of overfitting but for the samples that it crafts."""
     deployed = recipe.deployed()
-    if deployed is None:
-        return 0.0
+    assert deployed is not None
     forward, gradient = forward_operations(deployed, _image(config)), gradient_operations(deployed, _image(config))
     steps = config.training.select_steps or config.attack.steps
-    gauge = min(images, 128) * (step + 20 * gradient + 2 * forward) if recipe.attacks_deployed else 0.0
+    gauge = min(images, GAUGED) * (20 * gradient + 2 * forward) if recipe.attacks_deployed else 0.0
     return images * (steps * gradient + 2 * forward) + gauge
+
+
+def _picture(config: RunConfig, deployed: Defended) -> float:
+    """Operations of a picture of restored images, which shows eight."""
+    forward, gradient = forward_operations(deployed, _image(config)), gradient_operations(deployed, _image(config))
+    return PICTURED * (config.attack.steps * gradient + forward)
 
 
 def _stored(config: RunConfig, stage: Stage) -> int:

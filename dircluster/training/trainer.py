@@ -25,7 +25,7 @@ from dircluster.training.interrupt import Interrupted, waiting
 from dircluster.training.optim import optimizer_tensors, restore_optimizer
 from dircluster.training.protocols import Console, StageRecord, Status
 from dircluster.training.step import NonFiniteLoss, Reading, Stepper
-from dircluster.training.validation import held_out_accuracy, overfitting, restoration_grid
+from dircluster.training.validation import GAUGED, held_out_accuracy, overfitting, restoration_grid
 
 OVERFITTED = 0.15
 """How far the gauge of catastrophic overfitting may go before the log warns."""
@@ -246,7 +246,7 @@ class Trainer(Stepper):
         curves: dict[str, float] = {}
         with self._as_kept():
             if self.recipe.attacks_deployed:
-                few = min(128, self.config.training.select_images)
+                few = min(GAUGED, self.config.training.select_images)
                 gap = overfitting(self.recipe, deployed, self.held_out, self.config, self.parallel, few)
                 curves["held_out/overfitting"] = gap
                 self._warn(gap)

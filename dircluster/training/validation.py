@@ -20,6 +20,11 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.models.modules import under_attack
 from dircluster.models.precision import autocast
 
+GAUGED = 128
+"""Most held-out images that the gauge of overfitting looks at."""
+PICTURED = 8
+"""Held-out images of a picture."""
+
 
 class Judge:
     """Scores one split, sharded over the workers; an image's numbers depend neither on its batch nor its worker."""
@@ -98,7 +103,7 @@ def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, para
 
 
 def overfitting(
-    recipe: Recipe, deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel, images: int = 128
+    recipe: Recipe, deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel, images: int = GAUGED
 ) -> float:
     """The gauge of catastrophic overfitting (Wong et al. 2020), on the first held-out images.
 
@@ -121,7 +126,7 @@ def overfitting(
 
 
 def restoration_grid(
-    deployed: Defended, split: Split, config: RunConfig, device: torch.device, images: int = 8
+    deployed: Defended, split: Split, config: RunConfig, device: torch.device, images: int = PICTURED
 ) -> Tensor:
     """Held-out images through the pipeline, one a column, in [0, 1]: -> (rows, n, C, H, W).
 

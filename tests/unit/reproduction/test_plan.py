@@ -15,7 +15,7 @@ from dircluster.reproduction.exhibits import LABELS, ONE_WORKER
 from dircluster.reproduction.plan import Plan, make_plan, preset_of, shortened
 from dircluster.reproduction.tables import NAMES, exhibits
 from dircluster.training.costs import recipe_on_meta, step_operations
-from dircluster.training.forecast import Calibration, Pace
+from dircluster.training.forecast import Calibration, Pace, Work
 from dircluster.training.stages import stages_of
 
 
@@ -161,15 +161,15 @@ def pace(plan: Plan) -> dict[str, Calibration]:
 def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def operations(run: RunConfig, stage: Stage, *_: Any) -> float:
+    def work(run: RunConfig, stage: Stage, *_: Any) -> Work:
         asked.append(stage.name)
-        return 60.0
+        return Work(stage.name, 60.0)
 
     def judging(run: RunConfig, *_: Any) -> tuple[float, tuple[str, ...]]:
         asked.append(run.defense + " judged")
         return 30.0, ("autoattack-standard",)
 
-    monkeypatch.setattr("dircluster.reproduction.costs.stage_operations", operations)
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_work", work)
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
     plan = planned("fig6b", only="hgd_a,dir", seeds=2)
     found = costs(plan, lambda run: SIZES, "local", pace(plan))
@@ -217,7 +217,7 @@ def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
         suites.append(run.evaluation.suite)
         return 30.0, ()
 
-    monkeypatch.setattr("dircluster.reproduction.costs.stage_operations", lambda *_: 60.0)
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_work", lambda run, stage, *_: Work(stage.name, 60.0))
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
     plan = planned("table2", only="dir")
     found = costs(plan, lambda run: SIZES, "local", pace(plan))

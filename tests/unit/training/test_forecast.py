@@ -36,6 +36,7 @@ from dircluster.training.costs import (
     forward_operations,
     gradient_operations,
     meta_networks,
+    recipe_on_meta,
     step_operations,
 )
 from dircluster.training.forecast import (
@@ -94,12 +95,11 @@ def test_a_selection_counts_what_it_runs(smoke: DirRun, stage: str) -> None:
         if recipe.attacks_deployed:
             overfitting(recipe, deployed, data.held_out, config, ALONE, images)
         held_out_accuracy(deployed, data.held_out, config, ALONE)
-    step = step_operations(config, stage) / config.training.batch_size
     with counting() as crafting:
         recipe.attack(recipe.batch(*_one(config)))
-    guess = module._selection(config, stages.find_stage(config, stage), images, step)
-    gauge = images * (step - crafting.total) if recipe.attacks_deployed else 0  # of the whole step
-    assert guess - gauge == pytest.approx(found.total, rel=1e-6)
+    crafted = images * crafting.total if recipe.attacks_deployed else 0  # at the pace of a step
+    beside = module._selection(config, recipe_on_meta(config, stage), images)
+    assert beside + crafted == pytest.approx(found.total, rel=1e-6)
 
 
 def test_a_selection_of_a_target_with_batch_statistics_is_counted(smoke: DirRun) -> None:
@@ -108,7 +108,7 @@ def test_a_selection_of_a_target_with_batch_statistics_is_counted(smoke: DirRun)
     network = meta_networks(config)["classifier"].eval()
     forward, gradient = forward_operations(network, image), gradient_operations(network, image)
     steps = config.training.select_steps or config.attack.steps
-    found = module._selection(config, stages.find_stage(config, "target"), 3, 0.0)
+    found = module._selection(config, recipe_on_meta(config, "target"), 3)
     assert found >= 3 * (steps * gradient + 2 * forward)
 
 
@@ -125,6 +125,12 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
     made = {one.name: one for one in forecast(smoke, Calibration("card", paces), *sizes)}
     steps = smoke.dir.epochs * (sizes[0] // smoke.training.batch_size)
     assert made["dir"].seconds > steps * step_operations(smoke, "dir") / 1e9
+    judged = {**paces, EVALUATION: dataclasses.replace(paces[EVALUATION], operations_per_second=1e99)}
+    quick = {one.name: one for one in forecast(smoke, Calibration("card", judged), *sizes)}
+    images = min(sizes[1], smoke.training.select_images) * -(-smoke.dir.epochs // smoke.training.select_every)
+    crafted = steps + images / smoke.training.batch_size  # the gauge's too
+    assert quick["dir"].seconds == pytest.approx(crafted * step_operations(smoke, "dir") / 1e9)
+    assert quick["target"].seconds == made["target"].seconds  # which has no pipeline
     faster = {name: dataclasses.replace(pace, operations_per_second=2e9) for name, pace in paces.items()}
     halved = {one.name: one for one in forecast(smoke, Calibration("card", faster), *sizes)}
     assert all(halved[name].seconds == pytest.approx(one.seconds / 2) for name, one in made.items())
@@ -248,6 +254,22 @@ def test_seconds_that_all_images_share_are_not_multiplied(monkeypatch: pytest.Mo
     assert found.images == max(asked) == 32  # of 128 it is thought that they take more than two seconds
     assert found.operations_per_second == pytest.approx(4096e6 / (0.9 + 40.96))
     assert found.operations_per_second > 3 * 2e6 / 0.92  # what two images alone would tell
+
+
+def test_an_evaluation_is_timed_on_as_many_rows_as_pass_together(
+    smoke: DirRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def pace(step: object, per_image: float, full: int, parallel: Parallel, budget: float) -> Pace:
+        asked.append(full)
+        return Pace(1.0, full, 0)
+
+    monkeypatch.setattr(module, "_pace", pace)
+    for changed, rows in (({}, 128), ({"images": 6}, 6), ({"rows": 5}, 5), ({"batch_size": 512}, 256)):
+        settings = dataclasses.replace(smoke.evaluation, **({"images": None, "batch_size": 128} | changed))
+        calibrate(dataclasses.replace(smoke, evaluation=settings), ALONE)
+        assert asked[-1] == rows
 
 
 def test_the_first_time_of_a_size_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
