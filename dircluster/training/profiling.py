@@ -159,21 +159,24 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Whole training steps of several recipes in turns: a row each, with its ratio to the first one's in each round.
 
-    Seconds are medians; ``spread`` holds the quartiles of the ratio.
+    All are of one precision. Seconds are medians; ``spread`` holds the quartiles of the ratio. Shares of the
+    matrix-product rate go by what the run's own recipe counts, in however many operations the same is computed.
     """
+    device, precision = parallel.device, next(iter(variants.values()))[2].training.precision
     trainers = {name: stage_trainer(*variant, train, parallel) for name, variant in variants.items()}
     try:
         steps = {name: made.step for name, made in trainers.items()}
-        warm = max(untimed(run.training.precision, parallel.device) for _, _, run in variants.values())
-        seconds = time_in_turns(steps, rounds, parallel.device, warm)
+        seconds = time_in_turns(steps, rounds, device, untimed(precision, device))
     finally:
         for made in trainers.values():
             made.batches.close()
     rows, first = [], next(iter(seconds.values()))
+    rate = product_rate(device, torch.bfloat16 if is_half(precision, device) else torch.float32)
     for name, taken in seconds.items():
         ratios = [one / other for one, other in zip(first, taken, strict=True)]
         low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        middle, images = median(taken), variants[name][2].training.batch_size
+        stage, _, config = variants[name]
+        middle, images = median(taken), config.training.batch_size
         spread = [round(low, 3), round(high, 3)]
         rows.append(
             {
@@ -182,6 +185,7 @@ def compare(
                 "images_per_second": round(images / middle, 1),
                 "times_the_first": round(median(ratios), 3),
                 "spread": spread,
+                "share_of_matrix_product_rate": round(step_operations(config, stage.name) / middle / rate, 3),
             }
         )
     return rows

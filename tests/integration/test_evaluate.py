@@ -155,5 +155,7 @@ def test_a_comparison_of_steps(place: Path) -> None:
     assert timed.code == 0, timed.err
     assert [row["step"] for row in timed.summary["steps"]] == ["plain", "paper", "fast"]
     assert "times the first" in timed.out
+    assert "% of the matrix-product rate" in timed.out
+    assert all(row["share_of_matrix_product_rate"] > 0 for row in timed.summary["steps"])
     none = run_job("benchmark", "digits_hgd_smoke", "--compare", folder=place)
     assert (none.code, none.error) == (2, ["error: --compare has nothing to compare the step of hgd with"])

@@ -80,7 +80,8 @@ def _comparison(measured: dict[str, Any]) -> str:
         low, high = row["spread"]
         lines.append(
             f"  {row['step']:8} {row['seconds']:10.4f} s  {row['images_per_second']:9,.1f} images/s"
-            f"  {row['times_the_first']:.2f} times the first (quartiles {low:.2f} to {high:.2f})"
+            f"  {row['times_the_first']:.2f} times the first (quartiles {low:.2f} to {high:.2f}),"
+            f" {row['share_of_matrix_product_rate']:.0%} of the matrix-product rate"
         )
     return "\n".join(lines)
 
