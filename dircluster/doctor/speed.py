@@ -101,7 +101,8 @@ def expectation(machine: Machine) -> Iterator[Finding]:
         return
     split = machine.pictures(8 if machine.gpu else 4)
     images, labels = split.pixels().to(machine.device), split.labels.to(machine.device)
-    found = time_eot(defense, images, labels, draws=20, tries=3 if machine.gpu else 1)
+    tries, precision = 3 if machine.gpu else 1, machine.config.evaluation.precision
+    found = time_eot(defense, images, labels, 20, precision, tries)
     taken = f"{brief(found['batched'])} s, {brief(found['calls'])} s as calls"
     note = f"{found['draws']} draws of {found['images']} images: {taken}"
     ratio = found["calls"] / found["batched"]

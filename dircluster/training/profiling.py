@@ -20,9 +20,11 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
+from dircluster.evaluation.evaluation import crafting
 from dircluster.evaluation.provenance import machine
-from dircluster.models.modules import evaluating, frozen
-from dircluster.models.precision import Precision, is_half
+from dircluster.evaluation.victim import VictimModel
+from dircluster.models.modules import evaluating, under_attack
+from dircluster.models.precision import Precision, autocast, is_half
 from dircluster.training.capture import WARM_UP
 from dircluster.training.costs import count, forward_operations, step_operations
 from dircluster.training.memory import peak, resting
@@ -222,15 +224,21 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def time_eot(defense: Defended, images: Tensor, labels: Tensor, draws: int, tries: int = 3) -> dict[str, Any]:
-    """Best seconds of one EOT gradient, its draws side by side and one after the other; images (N, C, H, W)."""
+def time_eot(
+    defense: Defended, images: Tensor, labels: Tensor, draws: int, precision: Precision, tries: int = 3
+) -> dict[str, Any]:
+    """Best seconds of one EOT gradient, its draws side by side and one after the other; images (N, C, H, W).
+
+    ``precision`` is that of an evaluation, which decides by it what its attacks are crafted in.
+    """
+    crafted = crafting(precision, VictimModel(defense, defense.name), images.device)
     generator, best = rng.generator(0, "eot"), {"batched": float("inf"), "calls": float("inf")}
 
     def model(candidates: Tensor) -> Tensor:
         drawn = defense.purifier.draw(generator, len(candidates))
         return defense.logits(candidates, None if drawn is None else drawn.to(candidates.device))
 
-    with frozen(defense):
+    with under_attack(defense), autocast(crafted, images.device, defense):
         for _ in range(tries + 1):
             for name, rows in (("batched", None), ("calls", len(images))):
                 wait_for(images.device)

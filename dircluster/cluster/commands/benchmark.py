@@ -55,7 +55,7 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
         defense = networks.defense.defended(config, networks).eval()
         few = slice(min(8, len(train)))
         images, labels = train.pixels(few).to(parallel.device), train.labels[few].to(parallel.device)
-        return measured | {"eot": time_eot(defense, images, labels, draws=20)}
+        return measured | {"eot": time_eot(defense, images, labels, 20, config.evaluation.precision)}
 
 
 def _compare(job: cli.BenchmarkJob, train: Split, parallel: Parallel) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
@@ -13,7 +16,7 @@ from dircluster.models.precision import WholeConv2d
 from dircluster.presets.dir import DirRun
 from dircluster.training import stages
 from dircluster.training.capture import WARM_UP
-from dircluster.training.profiling import stage_trainer, time_phases, untimed
+from dircluster.training.profiling import stage_trainer, time_eot, time_phases, untimed
 from dircluster.training.step import PHASES
 
 CPU = torch.device("cpu")
@@ -44,6 +47,19 @@ def test_still_weights_are_twins_in_bf16_while_a_step_is_timed(smoke: DirRun) ->
             layer.register_forward_pre_hook(lambda layer, inputs: seen.add(layer.weight.dtype))
     time_phases(stage, stage.recipe(networks), train, config, ALONE, 1)
     assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("auto", torch.float32)])
+def test_eot_is_timed_in_what_an_evaluation_crafts_in(smoke: DirRun, precision: Any, dtype: torch.dtype) -> None:
+    networks = stages.Networks(smoke, ALONE)
+    seen: set[torch.dtype] = set()
+    for layer in networks["denoiser"].modules():
+        if type(layer) is nn.Linear:
+            layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    defense = networks.defense.defended(smoke, networks)
+    found = time_eot(defense, torch.rand(2, 1, 8, 8), torch.arange(2), 3, precision, tries=1)
+    assert found["batched"] > 0
+    assert seen == {dtype}
 
 
 def test_steps_that_choose_kernels_or_are_recorded_are_not_timed() -> None:
