@@ -28,6 +28,7 @@ PRINTED = [
     *(("cifar10-small-dir", f"dir/natural/{randomness}") for randomness in ("fixed", "fresh")),
     *(("cifar10-small-hgd", f"hgd/{attack}/none") for attack in ("natural", "transfer-pgd20")),
     *(("cifar10-small-apegan", f"apegan/{attack}/none") for attack in ("natural", "pgd20")),
+    ("cifar10-small-jatp", "jatp/pgd20/none"),
     ("cifar10-small-hgd", "hgd/pgd20/none"),
 ]
 """Of "A small pair on all of CIFAR-10": those that take a minute or two."""
