@@ -17,6 +17,7 @@ from typing import Any
 from dircluster.config import ConfigError, DataConfig, first_line
 from dircluster.data.files import one_line
 from dircluster.data.picture import Cell
+from dircluster.data.split_columns import SplitColumns
 
 LABEL_COLUMNS = (
     *("label", "labels", "fine_label", "target", "class", "targets", "cls", "class_id", "class_idx", "class_label"),
@@ -94,16 +95,18 @@ def first_image(file: Path, chosen: Columns) -> Cell:
 
 
 def choose_all(files: Sequence[Path], config: DataConfig, root: Path | None = None) -> dict[Path, Columns]:
-    """The columns of all files that have rows, from their footers; folders below ``root`` may hold labels.
+    """The columns of all files of a split that have rows; folders below ``root`` may hold labels.
 
-    Raises ConfigError where all are empty, one has no images or labels, or two differ in what they hold.
+    Raises ConfigError where all are empty, one has no images or labels, two differ in what they hold, or a column says
+    that rows are of several splits.
     """
     chosen: dict[Path, Columns] = {}
+    splits = SplitColumns()
     for file in files:
         with opened(file) as table:
-            rows, schema = table.metadata.num_rows, table.schema_arrow
-        if rows:
-            chosen[file] = choose(schema, file, config, root)
+            if table.metadata.num_rows:
+                chosen[file] = choose(table.schema_arrow, file, config, root)
+                splits.check(table, file, (chosen[file].image, chosen[file].label))
     if not chosen:
         raise ConfigError(f"{files[0]} holds no rows")
     same_columns(chosen, config)

@@ -128,6 +128,58 @@ def test_other_labels_are_one_line(tmp_path: Path, name: str, stream: bool) -> N
     assert "\n" not in str(refusal.value)
 
 
+HALVES = [False] * (ROWS // 2) + [True] * (ROWS // 2)
+SPLITS: dict[str, tuple[str, Any]] = {
+    "texts": ("split", ["train" if half else "test" for half in HALVES]),
+    "words of a set": ("Usage", ["Training", *["PublicTest"] * 9, *["PrivateTest"] * 9, None]),
+    "another name": ("phase.name", ["dev" if half else "train" for half in HALVES]),
+    "categories": ("part", pa.array(["val" if half else "train" for half in HALVES]).dictionary_encode()),
+    "words of nobody else": ("data_split", ["tr" if half else "te" for half in HALVES]),
+    "numbers": ("split", [int(half) for half in HALVES]),
+    "truth values": ("is_test", HALVES),
+    "zero and one": ("is_training_image", [int(half) for half in HALVES]),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_column_that_says_two_splits_is_one_line(tmp_path: Path, name: str, stream: bool) -> None:
+    column, values = SPLITS[name]
+    write(tmp_path / "train.parquet", image=PNGS, label=LABELS, **{column: values})
+    write(tmp_path / "test.parquet", image=PNGS, label=LABELS)
+    wanted = config(tmp_path, stream=stream)
+    for ask in (load, lambda wanted, _: check(wanted)):
+        with pytest.raises(
+            ConfigError, match=rf"train\.parquet: its column '{column}' says the splits of rows"
+        ) as refusal:
+            ask(wanted, 0)
+        assert "write a file of each split" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_column_that_says_another_split_in_each_file_is_one_line(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "test")):
+        write(tmp_path / f"{number}.parquet", image=PNGS, label=LABELS, split=[split] * ROWS)
+    with pytest.raises(ConfigError, match=r"1\.parquet: its column 'split' says the splits of rows \(test, train\)"):
+        load(config(tmp_path), 0)
+
+
+def test_columns_that_say_one_split_or_none_are_left_alone(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(
+            tmp_path / f"{split}.parquet",
+            image=PNGS,
+            label=LABELS,
+            split=[split] * ROWS,
+            kind=["bus" if half else "train" for half in HALVES],
+            caption=[f"a {('test', 'train')[half]} {'x' * row}" for row, half in enumerate(HALVES)],
+            test_score=[label / 10 for label in LABELS],
+            train_id=LABELS,
+            width=[4] * ROWS,
+        )
+    assert right(load(config(tmp_path), 0))
+
+
 WRONG = [9 - label for label in LABELS]
 TAKEN: dict[str, tuple[dict[str, Any], str]] = {
     "mask first": ({"mask": OTHERS, "image": PNGS, "label": LABELS}, "column 'image', not from 'mask'"),
