@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dircluster.config import ConfigError, first_line
-from dircluster.data.files import IMAGE_SUFFIXES, Found, Listing, one_line
+from dircluster.data.files import IMAGE_SUFFIXES, SIDE_SUFFIXES, Found, Listing, one_line
 from dircluster.data.split_names import split_name
 
-SIDE_SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".mat"}
-"""What may lie beside images without being one. Other files are refused: an image that is left out moves labels."""
 _READ = ", ".join(sorted(IMAGE_SUFFIXES))
 PLAIN_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 """Folders that say nothing about the images in them, in lower case."""

@@ -14,6 +14,8 @@ IMAGE_SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".webp", ".avif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga", ".qoi"),
 }
+SIDE_SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".mat"}
+"""What may lie beside images without being one. Other files are refused: an image that is left out moves labels."""
 SYSTEM_NAMES = {
     *("__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin"),
     *("system volume information", "lost+found", "lost.dir", "found.000", "recycled", "recycler", "@recycle"),

@@ -15,6 +15,7 @@ from dircluster.data.class_folders import ClassFolders, class_folders
 from dircluster.data.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, Found, listing
 from dircluster.data.picture import Blob, check_shape, pixels
 from dircluster.data.table_files import missing_shards, table_splits
+from dircluster.data.unread import check_unread
 
 KNOWN_SIZES = {
     "digits": (1438, 359),
@@ -69,6 +70,7 @@ def layout_of(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
     else:
         beside = [f" (but {files[0].path.name})"] if files else [f"; {note}" for note in left_out]
         raise ConfigError(f"data.uri {str(path)!r} holds neither parquet files nor images{''.join(beside)}")
+    check_unread(files, PARQUET_SUFFIXES if tables else IMAGE_SUFFIXES)
     if not made.train:
         raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
     return made

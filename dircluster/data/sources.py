@@ -77,10 +77,13 @@ def load(
     source = Source(*DATASETS[config.name](cache)) if config.uri is None else _from_path(config, open_path)
     first, second = source.train, source.test
     _check_labels(first, config)
+    cut_off: tuple[str, ...] = ()
     if second is None:
         first = _in_memory(first, config) if config.limit is None else first  # all is used: sizes are compared
         order = torch.randperm(len(first), generator=rng.generator(0, "test_split"))
         cut = max(1, round(config.test_share * len(first)))
+        if config.uri is not None:  # a named set's test split is known
+            cut_off = (f"no test split is there: {cut} of the {len(first)} images are (data.test_share)",)
         first, second = first.take(order[cut:]), first.take(order[:cut])
     _check_labels(second, config)
     training, test = _in_memory(first, config), _in_memory(second, config)
@@ -92,7 +95,7 @@ def load(
     for part in (training, test):
         digest.update(part.images.numpy().tobytes())
         digest.update(part.labels.numpy().tobytes())
-    notes = (*source.notes, *_class_notes(source.train.labels, source.classes, config))
+    notes = (*source.notes, *_class_notes(source.train.labels, source.classes, config), *cut_off)
     train, held_out = training.take(order[cut:]), training.take(order[:cut])
     return Dataset(train, held_out, test, digest.hexdigest(), source.classes, notes)
 

@@ -207,7 +207,54 @@ REFUSED: dict[str, tuple[dict[str, int | str], str]] = {
     ),
     "only a test split": ({"test/a/x.png": 1, "test/b/x.png": 2}, "has no training split"),
     "archives": ({"train.zip": ""}, "neither parquet files nor images (but train.zip)"),
+    **{
+        f"{name} beside {train}": ({train: 1, "train/b/x.png": 2, name: ""}, f"{name} says by its name that it is of")
+        for train in ("train/a/x.png", "train.parquet")
+        for name in ("test.zip", "test.arrow", "test.csv", "test.jsonl", "test.parquet.gz", "test", "my-test.tar")
+    },
+    "only val is read": (
+        {"train.parquet": 1, "val.parquet": 2, "test.arrow": ""},
+        "test.arrow says by its name that it is of the split test, and is not read: bring it into the form of the rest",
+    ),
+    "a val that is not read": (
+        {"train.parquet": 1, "dev.arrow": ""},
+        "dev.arrow says by its name that it is of the split val",
+    ),
+    "a training split that is not read": (
+        {"data.parquet": 1, "train/0.arrow": ""},
+        "0.arrow says by its name that it is of the split train",
+    ),
+    "pictures beside a table": (
+        {"train.parquet": 1, "test/cat/x.png": 2},
+        "x0.png says by its name that it is of the split test",
+    ),
+    "a list beside classes": ({"a/x.png": 1, "b/x.png": 2, "test.txt": ""}, "test.txt says by its name"),
 }
+
+
+def test_unread_files_of_splits_that_are_read_are_left_alone(tmp_path: Path) -> None:
+    lists: dict[str, int | str] = {
+        f"{split}.{kind}": "" for split in ("train", "test") for kind in ("csv", "zip", "arrow")
+    }
+    code: dict[str, int | str] = {
+        "train.py": "",
+        "eval.ipynb": "",
+        "test.log": "",
+        "train_test_split.csv": "",
+        "contest.zip": "",
+    }
+    grow(tmp_path, CLASSES | lists | {"val.txt": ""} | code)
+    assert seen(read(tmp_path)) == ({10: 0, 20: 1}, {11: 0, 21: 1})
+    grow(tmp_path / "other", {"a/x.png": 1, "b/x.png": 2, "test_notes.txt": ""} | code)
+    assert seen(read(tmp_path / "other"))[0] == {1: 0, 2: 1}
+
+
+@pytest.mark.parametrize("tree", [{"x.parquet": 1}, {f"{name}/x.png": 1 for name in "abcde"}])
+def test_a_test_split_that_is_cut_off_is_noted(tmp_path: Path, tree: dict[str, int | str]) -> None:
+    grow(tmp_path, tree)
+    assert "no test split is there: 4 of the 20 images are (data.test_share)" in read(tmp_path).notes
+    grow(tmp_path / "whole", CLASSES)
+    assert not any("data.test_share" in note for note in read(tmp_path / "whole").notes)
 
 
 @pytest.mark.parametrize("name", REFUSED)

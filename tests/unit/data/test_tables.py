@@ -198,7 +198,8 @@ TAKEN: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", TAKEN)
 def test_columns_that_are_taken_and_what_is_said_of_it(tmp_path: Path, name: str) -> None:
     columns, said = TAKEN[name]
-    write(tmp_path / "x.parquet", **columns)
+    write(tmp_path / "train.parquet", **columns)
+    write(tmp_path / "test.parquet", **columns)
     data = load(config(tmp_path), 0)
     assert right(data)
     assert said in " ".join(data.notes)
