@@ -95,7 +95,8 @@ def load(
     for part in (training, test):
         digest.update(part.images.numpy().tobytes())
         digest.update(part.labels.numpy().tobytes())
-    notes = (*source.notes, *_class_notes(source.train.labels, source.classes, config), *cut_off)
+    labels = {"training": training.labels, "test": test.labels}
+    notes = (*source.notes, *_class_notes(labels, source.classes, config), *cut_off)
     train, held_out = training.take(order[cut:]), training.take(order[:cut])
     return Dataset(train, held_out, test, digest.hexdigest(), source.classes, notes)
 
@@ -119,7 +120,11 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
         check_size(split.images, config)
     digest = hashlib.sha256(shards.fingerprint().encode())
     digest.update(judged.images.numpy().tobytes())
-    notes = (*layout.notes, *shards.columns.notes, *_class_notes(None, shards.columns.classes, config))
+    notes = (
+        *layout.notes,
+        *shards.columns.notes,
+        *_class_notes({"test": judged.labels}, shards.columns.classes, config),
+    )
     return Dataset(rest, held_out, judged, digest.hexdigest(), shards.columns.classes, notes)
 
 
@@ -135,16 +140,17 @@ def _check_labels(split: Stored, config: DataConfig) -> None:
     parquet.check_labels(split.labels.tolist(), config)
 
 
-def _class_notes(labels: Tensor | None, names: tuple[str, ...], config: DataConfig) -> list[str]:
-    """What a reader of the log should see: how classes are called, and which of them no training image has."""
+def _class_notes(labels: Mapping[str, Tensor], names: tuple[str, ...], config: DataConfig) -> list[str]:
+    """What a reader of the log should see: how classes are called, and which of them a split, by its name, has not."""
     notes = []
     if names:
         notes.append(f"classes 0 to {len(names) - 1} are {one_line(names[:10])}{', ...' * (len(names) > 10)}")
-    if labels is not None and config.limit is None:
-        empty = (torch.bincount(labels, minlength=config.classes) == 0).nonzero().flatten().tolist()
+    limited = "" if config.limit is None else f" (data.limit takes the first {config.limit})"
+    for split, of in labels.items():
+        empty = (torch.bincount(of, minlength=config.classes) == 0).nonzero().flatten().tolist()
         if empty:
             some = ", ".join(map(str, empty[:5])) + ", ..." * (len(empty) > 5)
-            notes.append(f"{len(empty)} of {config.classes} classes have no training image: {some}")
+            notes.append(f"{len(empty)} of {config.classes} classes have no {split} image: {some}{limited}")
     return notes
 
 

@@ -21,7 +21,7 @@ from dircluster.evaluation.inputs import as_images, as_labels, as_number
 from dircluster.evaluation.marks import shared_marks
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.results import Result, to_plain
-from dircluster.evaluation.sample import judged_rows
+from dircluster.evaluation.sample import class_notes, judged_rows
 from dircluster.evaluation.store import MemoryStore, ResultStore
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
@@ -102,7 +102,7 @@ class EvaluationReport:
     evaluation: Evaluation = field(repr=False, compare=False)
     """What came of every image."""
     notes: list[str] = field(default_factory=list)
-    """How the module and its images were taken, where that had to be guessed."""
+    """How the module and its images were taken, where that had to be guessed; classes that the images lack."""
 
     @property
     def flags(self) -> list[gradient_masking.Check]:
@@ -186,7 +186,8 @@ def evaluate(
     module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``attacks``
     are met besides those of the suite, such as one of your own (see attack_table.ATTACKS). ``store`` keeps finished
     shards, so that an evaluation can go on; ``on_shard`` is called before each shard with the shards done and open.
-    What had to be guessed, such as which part of a tuple is the logits, stands in the report's ``notes``.
+    What had to be guessed, such as which part of a tuple is the logits, stands in the report's ``notes``; so do classes
+    that the judged images lack because images lie in the order of their classes.
 
     Modules are judged in eval mode. They come back with the modes, flags, gradients and buffers, and on the device,
     that they came with; images and random streams are left as they are. Raises ConfigError, one line, for images out
@@ -201,8 +202,9 @@ def evaluate(
     with undisturbed():
         pixels, notes = as_images(images)
         rows = judged_rows(len(pixels), chosen)
-        classes = as_labels(labels, len(pixels))[rows]
-        pixels = pixels[rows]
+        given_labels = as_labels(labels, len(pixels))
+        notes += class_notes(given_labels, chosen)
+        pixels, classes = pixels[rows], given_labels[rows]
         judged = _taken(module, "the defense", place)
         other = None if surrogate is None else _taken(surrogate, "the surrogate", place)
         device = device_of(judged) if parts_of(judged) else pixels.device

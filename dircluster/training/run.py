@@ -24,7 +24,7 @@ from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.results import to_plain
-from dircluster.evaluation.sample import judged_rows
+from dircluster.evaluation.sample import class_notes, judged_rows
 from dircluster.evaluation.session import plan, report
 from dircluster.evaluation.sharing import shares
 from dircluster.evaluation.store import FolderStore
@@ -326,7 +326,8 @@ class Run:
         began, test = time.monotonic(), self.data.test.take(judged_rows(len(self.data.test), settings))
         defense = self.defense.defended(config, networks).to(parallel.device)
         victim = VictimModel(defense, defense.name)
-        planned = plan(victim, config.attack, dataclasses.replace(settings, verdict=False))
+        table_only = dataclasses.replace(settings, verdict=False)
+        planned = plan(victim, config.attack, table_only)
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
         store = FolderStore(results_folder(self.storage, victim.name, facts))
         evaluation = Evaluation(
@@ -351,6 +352,8 @@ class Run:
                 begun.append(shard.spec)
                 say(f"evaluation: {shard.spec.name}, randomness {shard.spec.randomness}, of {shard.spec.judged}")
 
+        for note in class_notes(self.data.test.labels, table_only):
+            say(f"evaluation: {note}")
         left = parallel.first_does(lambda: len(evaluation.open_shards()))
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")

@@ -22,7 +22,7 @@ from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of, results_folder
-from dircluster.evaluation.sample import judged_rows, row_numbers
+from dircluster.evaluation.sample import class_notes, judged_rows, row_numbers
 from dircluster.evaluation.session import EvaluationReport, Plan, plan, report
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
@@ -53,6 +53,7 @@ class EvaluationJob:
         self.victim = VictimModel(module, self.name, surrogate)
         images, _ = self.batch(0, min(8, len(self.test)))
         meet(self.victim, images, int(self.test.labels.max()), self.config.data.classes)
+        self.victim.notes += class_notes(data.test.labels, self.settings)
         self.facts = facts_of(
             committed(job_spec, self.config) or fingerprint(module, job_spec.defense),
             data.fingerprint,

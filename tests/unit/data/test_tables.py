@@ -304,8 +304,21 @@ def test_names_of_classes(tmp_path: Path, stream: bool) -> None:
 
 
 def test_classes_without_images_are_noted(tmp_path: Path) -> None:
-    write(tmp_path / "x.parquet", image=PNGS, label=[1 + i % 2 for i in range(ROWS)])
-    assert load(config(tmp_path, classes=3), 0).notes == ("1 of 3 classes have no training image: 0",)
+    write(tmp_path / "train.parquet", image=PNGS, label=[1 + i % 2 for i in range(ROWS)])
+    write(tmp_path / "test.parquet", image=PNGS, label=[i % 2 for i in range(ROWS)])
+    lacking = ("1 of 3 classes have no training image: 0", "1 of 3 classes have no test image: 2")
+    assert load(config(tmp_path, classes=3), 0).notes == lacking
+    assert load(config(tmp_path, classes=3, stream=True), 0).notes == lacking[1:]
+
+
+def test_the_first_images_of_a_table_in_the_order_of_its_classes_are_noted(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", image=[png(i // 2) for i in range(ROWS)], label=sorted(LABELS))
+    assert not load(config(tmp_path), 0).notes
+    assert load(config(tmp_path, limit=10), 0).notes == tuple(
+        f"5 of 10 classes have no {split} image: 5, 6, 7, 8, 9 (data.limit takes the first 10)"
+        for split in ("training", "test")
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
