@@ -5,7 +5,7 @@ It knows no torch: what it can refuse is refused at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,16 +114,18 @@ def check(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> 
     return split_sizes(config, open_path, layout)
 
 
-def check_names(names: Sequence[str], config: DataConfig) -> None:
-    """Raise ConfigError where there are more class folders than ``data.classes``."""
-    if len(names) > config.classes:
-        raise ConfigError(f"there are {len(names)} class folders, but data.classes is {config.classes}")
+def check_names(layout: Layout, config: DataConfig) -> None:
+    """Raise ConfigError where there are more or fewer class folders than ``data.classes``: labels would be others'."""
+    count = len(layout.folders.names) if layout.folders else config.classes
+    if count != config.classes:
+        noted = "".join(f"; {note}" for note in layout.notes)
+        raise ConfigError(f"there are {count} class folders, but data.classes is {config.classes}{noted}")
 
 
 def _first_images(layout: Layout, config: DataConfig) -> list[Blob]:
     """The first image of each split, once names and labels are checked."""
     if layout.folders:
-        check_names(layout.folders.names, config)
+        check_names(layout, config)
         return [*layout.train[:1], *layout.test[:1]]
     train = parquet.choose_all(layout.train, config, layout.root)
     test = parquet.choose_all(layout.test, config, layout.root) if layout.test else {}

@@ -205,7 +205,8 @@ DATASETS: dict[str, Callable[[Path], tuple[Split, Split | None]]] = {
 def _from_path(config: DataConfig, open_path: Callable[[str], Path]) -> Source:
     layout = layout_of(config, open_path)
     if layout.folders:
-        return _read_folders(layout.folders, config, layout.notes)
+        check_names(layout, config)
+        return _read_folders(layout.folders, layout.notes)
     train = parquet.choose_all(layout.train, config, layout.root)
     test = parquet.choose_all(layout.test, config, layout.root) if layout.test else {}
     chosen = parquet.same_columns(train | test, config)
@@ -225,9 +226,8 @@ def _read_tables(chosen: Mapping[Path, parquet.Columns], config: DataConfig) -> 
     return Encoded(cells, torch.tensor(labels, dtype=torch.int64))
 
 
-def _read_folders(folders: ClassFolders, config: DataConfig, notes: tuple[str, ...]) -> Source:
+def _read_folders(folders: ClassFolders, notes: tuple[str, ...]) -> Source:
     names = folders.names
-    check_names(names, config)
     label = {name: number for number, name in enumerate(names)}
     splits = [
         Encoded([file for file, _ in split], torch.tensor([label[name] for _, name in split], dtype=torch.int64))

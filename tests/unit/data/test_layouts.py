@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -13,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dircluster.config import ConfigError, DataConfig
-from dircluster.data.layout import split_sizes
+from dircluster.config import ConfigError, DataConfig, local_path
+from dircluster.data.layout import check, layout_of, split_sizes
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.split_names import split_name
@@ -40,9 +41,12 @@ def grow(root: Path, tree: dict[str, int | str]) -> None:
                 path.with_stem(f"{path.stem}{i}").write_bytes(png(value))
 
 
-def read(root: Path, classes: int = 10, **changes: Any) -> Dataset:
-    wanted: dict[str, Any] = {"name": "custom", "uri": str(root), "height": 4, "width": 4, "classes": classes}
+def read(root: Path, **changes: Any) -> Dataset:
+    """What is read; ``classes`` are as many as class folders where they are not given, and ten for tables."""
+    wanted: dict[str, Any] = {"name": "custom", "uri": str(root), "height": 4, "width": 4, "classes": 10}
     config = DataConfig(**wanted | changes)
+    if "classes" not in changes and (folders := layout_of(config, local_path).folders):
+        config = dataclasses.replace(config, classes=len(folders.names))
     data = load(config, 0)
     if not config.stream:
         assert split_sizes(config) == (len(data.train), len(data.held_out), len(data.test))
@@ -108,6 +112,23 @@ def test_what_lies_beside_classes_moves_no_label(tmp_path: Path, name: str) -> N
     data = read(tmp_path)
     assert seen(data) == ({10: 0, 20: 1}, {11: 0, 21: 1})
     assert data.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_other_than_data_classes_class_folders_are_refused(tmp_path: Path, classes: int) -> None:
+    grow(tmp_path, {f"{name}/x.png": gray for gray, name in enumerate(("glass", "organic", "paper"))})
+    wanted = DataConfig(name="custom", uri=str(tmp_path), height=4, width=4, classes=classes)
+    for ask in (check, lambda config: load(config, 0)):
+        with pytest.raises(ConfigError, match=f"^there are 3 class folders, but data.classes is {classes}$"):
+            ask(wanted)
+
+
+def test_a_class_that_is_called_as_a_systems_folder_is_named(tmp_path: Path) -> None:
+    grow(tmp_path, {f"{name}/x.png": gray for gray, name in enumerate(("glass", "organic", "recycled"))})
+    said = "2 class folders, but data.classes is 3; left out, as systems use such names or they begin with _: recycled"
+    with pytest.raises(ConfigError, match=said):
+        read(tmp_path, classes=3)
+    assert seen(read(tmp_path, classes=2))[0] == {0: 0, 1: 1}
 
 
 def test_what_might_have_been_a_class_is_said_to_be_left_out(tmp_path: Path) -> None:
@@ -228,6 +249,13 @@ REFUSED: dict[str, tuple[dict[str, int | str], str]] = {
         {"train.parquet": 1, "test/cat/x.png": 2},
         "x0.png says by its name that it is of the split test",
     ),
+    **{
+        f"images in {name} beside classes": (
+            {"cat/x.png": 1, "dog/x.png": 2, f"{name}/x.png": 3},
+            f"lies in a folder called as a split, '{name}', beside class folders",
+        )
+        for name in ("test", "Validation", "testSet", "unlabeled")
+    },
     "a list beside classes": ({"a/x.png": 1, "b/x.png": 2, "test.txt": ""}, "test.txt says by its name"),
 }
 
