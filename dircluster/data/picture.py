@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import sys
 import warnings
 import zlib
@@ -62,6 +63,7 @@ def pixels(blob: Blob, config: DataConfig) -> Pixels:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a photo's MPO holds previews of it
                 raise ConfigError(f"it holds {frames} frames or pages; store the one that counts")
+            _check_alone(image, encoded)
             _check_colors(image, encoded)
             image.load()
             made = _upright(_in_eight_bits(image), image)
@@ -117,10 +119,25 @@ def _check_png(encoded: bytes) -> None:
         start = len(encoded) if kind == b"IEND" else end + 4
 
 
+def _check_alone(image: Any, encoded: bytes) -> None:
+    """Raise ConfigError where another image follows in a binary PBM, PGM, PPM or PFM: Pillow reads the first alone."""
+    if image.format != "PPM" or image.tile[0].codec_name == "ppm_plain":
+        return
+    codec, _, start, given = image.tile[0]
+    wide = codec == "ppm" and given[1] > 255
+    values = image.width * len(image.getbands())
+    row = (values + 7) // 8 if image.mode == "1" else values * {"I": 2, "F": 4}.get(image.mode, 1 + wide)
+    if re.match(rb"\s*P[1-7Ff]\s", encoded[start + row * image.height :]):
+        raise ConfigError("another image follows in it; store the one that counts")
+
+
 def _in_eight_bits(image: Any) -> Any:
     """The image in a mode of 8 bits without transparency. Raises ConfigError where that needs a guess."""
     from PIL import Image
 
+    signed = 2 in getattr(image, "tag_v2", {}).get(339, ())  # which Pillow reads as unsigned where they have 8 bits
+    if signed or (image.mode == "I" and image.format != "PPM"):
+        raise ConfigError("its integers are signed or of 32 bits, and nothing says which is white; save it with 8 bits")
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_scaled(image))
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
@@ -140,8 +157,6 @@ def _scaled(image: Any) -> Pixels:
                 f"its floats reach from {pixels.min():g} to {pixels.max():g}, not 0 to 1; save it with 8 bits"
             )
         return np.round(255 * (1 - pixels if inverted else pixels)).astype(np.uint8)
-    if image.mode == "I" and image.format != "PPM":
-        raise ConfigError("its integers are signed or of 32 bits, and nothing says which is white; save it with 8 bits")
     white = 4095 if tags.get(258) == (12,) else 65535
     if white > 4095:
         _check_range(int(pixels.max()))

@@ -111,6 +111,11 @@ def animation(kind: str) -> bytes:
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
+def signed(values: Any) -> bytes:
+    """A gray TIFF of signed bytes (SampleFormat 2)."""
+    return encoded(Image.fromarray(np.asarray(values).astype(np.int8).view(np.uint8)), "TIFF", tiffinfo={339: 2})
+
+
 HUGE = b"P5 20000 10000 255\n"
 REFUSED = {
     "alpha": (encoded(glyph("RGBA")), "transparent pixels"),
@@ -123,6 +128,8 @@ REFUSED = {
     "animated png": (animation("PNG"), "holds 2 frames"),
     "animated webp": (animation("WEBP"), "holds 2 frames"),
     "pages": (animation("TIFF"), "holds 2 frames"),
+    "signed bytes": (signed(RAMP.astype(int) - 128), "integers are signed"),
+    "signed bytes from 0 on": (signed(RAMP // 2), "integers are signed"),
     "integers of 32 bits": (encoded(Image.fromarray(WIDE.astype(np.int32)), "TIFF"), "32 bits"),
     "floats to 255": (encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floats reach from 0 to 252"),
     "floats below 0": (encoded(Image.fromarray(RAMP / np.float32(255) - 1), "TIFF"), "floats reach from -1"),
@@ -146,6 +153,28 @@ def test_what_would_need_a_guess_is_one_line_with_its_row(name: str) -> None:
     assert str(refusal.value).startswith("train.parquet, row 17: an image cannot be read: ")
     assert "\n" not in str(refusal.value)
     assert " at 0x" not in str(refusal.value)
+
+
+NETPBM = {
+    "bits": b"P4 4 2\n" + bytes(2),
+    "gray": b"P5 4 2 255\n" + RAMP.tobytes(),
+    "gray of few levels": b"P5 4 2 100\n" + bytes(range(8)),
+    "gray of 16 bits": pgm(WIDE),
+    "gray of 12 bits": b"P5 4 2 4095\n" + (RAMP.astype(int) * 16).astype(">u2").tobytes(),
+    "color": b"P6 4 2 255\n" + RAMP.repeat(3).tobytes(),
+    "color of 16 bits": b"P6 4 2 65535\n" + WIDE.repeat(3).astype(">u2").tobytes(),
+    "floats": b"Pf\n4 2\n-1.0\n" + bytes(32),
+}
+
+
+@pytest.mark.parametrize("kind", NETPBM)
+@pytest.mark.parametrize("between", [b"", b"\n"])
+def test_a_second_image_behind_the_first_is_refused(kind: str, between: bytes) -> None:
+    one = NETPBM[kind]
+    for alone in (one, one + b"\n", one + b"\n# made by P5"):
+        read(alone)
+    with pytest.raises(ConfigError, match="another image follows in it; store the one that counts"):
+        read(one + between + one)
 
 
 def test_a_file_is_named(tmp_path: Path) -> None:
