@@ -120,6 +120,7 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
         check_size(split.images, config)
     digest = hashlib.sha256(shards.fingerprint().encode())
     digest.update(judged.images.numpy().tobytes())
+    digest.update(judged.labels.numpy().tobytes())
     notes = (
         *layout.notes,
         *shards.columns.notes,

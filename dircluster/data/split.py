@@ -38,7 +38,8 @@ class Dataset:
     held_out: Split
     test: Split
     fingerprint: str
-    """SHA-256 of the images and labels of all splits; of names, sizes and row counts of a split that is streamed."""
+    """SHA-256 of the images and labels of all splits; of a split that is streamed, of names, sizes, row counts and
+    labels."""
     classes: tuple[str, ...] = ()
     """Names of the classes by label, where folders or the metadata of parquet files say them."""
     notes: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,8 @@ class RowGroup:
     first: int
     """Row of the shard that is its first."""
     columns: parquet.Columns
+    labels: str
+    """SHA-256 of its labels."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ class Shards:
         return rest, off
 
     def fingerprint(self) -> str:
-        """SHA-256 of names, sizes and row counts, and of columns that were asked for: no image is read for it."""
+        """SHA-256 of names, sizes, row counts and labels, and of columns that were asked for: no image is read."""
         asked = (self.config.image_column, self.config.label_column)
         digest = hashlib.sha256(repr(asked).encode() if any(asked) else b"")
         sizes = {shard: shard.stat().st_size for shard in {group.shard for group in self.groups}}
         for group in self.groups:
-            digest.update(f"{group.shard.name}/{group.number}/{group.rows}/{sizes[group.shard]}\n".encode())
+            facts = (group.shard.name, group.number, group.rows, sizes[group.shard], group.labels)
+            digest.update(f"{'/'.join(map(str, facts))}\n".encode())
         return digest.hexdigest()
 
 
@@ -90,12 +94,21 @@ def open_shards(files: list[Path], config: DataConfig, root: Path | None = None)
     for file, columns in chosen.items():
         with parquet.opened(file) as table:
             read = table.read(columns=columns.stored[1:])
-            parquet.check_labels(parquet.labels(read, columns, file), config, file)
+            labels = parquet.labels(read, columns, file)
+            parquet.check_labels(labels, config, file)
             sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
         first = itertools.accumulate(sizes, initial=0)
         numbered = enumerate(zip(sizes, first, strict=False))
-        groups += [RowGroup(file, i, rows, start, columns) for i, (rows, start) in numbered if rows]
+        groups += [
+            RowGroup(file, i, rows, start, columns, _digest(labels[start : start + rows]))
+            for i, (rows, start) in numbered
+            if rows
+        ]
     return Shards(tuple(groups), config, parquet.same_columns(chosen, config))
+
+
+def _digest(labels: list[int]) -> str:
+    return hashlib.sha256(np.array(labels, np.int64).tobytes()).hexdigest()
 
 
 def read_group(group: RowGroup) -> tuple[list[Cell], list[int]]:

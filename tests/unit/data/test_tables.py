@@ -303,6 +303,26 @@ def test_names_of_classes(tmp_path: Path, stream: bool) -> None:
         load(config(tmp_path, stream=stream, classes=12), 0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_labels_are_other_data(tmp_path: Path, split: str, stream: bool) -> None:
+    def fingerprint(labels: list[int]) -> str:
+        write(tmp_path / f"{split}.parquet", image=OTHERS, label=labels)
+        return load(config(tmp_path, stream=stream), 0).fingerprint
+
+    for each in ("train", "test"):
+        write(tmp_path / f"{each}.parquet", image=OTHERS, label=LABELS)
+    first = fingerprint(LABELS)
+    sizes = {(tmp_path / f"{split}.parquet").stat().st_size}
+    for row in (0, 7, ROWS - 2):
+        exchanged = list(LABELS)
+        exchanged[row], exchanged[row + 1] = exchanged[row + 1], exchanged[row]
+        assert fingerprint(exchanged) != first
+        sizes.add((tmp_path / f"{split}.parquet").stat().st_size)
+    assert len(sizes) < 4  # a size alone would not tell them
+    assert fingerprint(LABELS) == first
+
+
 def test_classes_without_images_are_noted(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", image=PNGS, label=[1 + i % 2 for i in range(ROWS)])
     write(tmp_path / "test.parquet", image=PNGS, label=[i % 2 for i in range(ROWS)])
