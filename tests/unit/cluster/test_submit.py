@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -23,6 +25,8 @@ LEFT_OUT = (
     *("ray_results/a/b.json", "logs/events.out.tfevents.1", "core.123", "talk.mp4", "train-images-idx3-ubyte"),
     *("cifar-10-batches-py/data_batch_1", "cifar/train/cat/1.png", "imagenet/train/n01/a.JPEG", "a.onnx.data"),
     *("kaggle.json", "putty.ppk", "keys.gpg", "home.ovpn", "rclone.conf", ".s3cfg", ".docker/config.json"),
+    *("netrc", ".my.cnf", "krb5cc_0", "spark.keytab", "hadoop.jceks", "apns.p8", "mine.age", ".secrets/s3"),
+    *("client_secret_1.apps.googleusercontent.com.json", ".databrickscfg", ".vault-token"),
     *("CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run", ".pre-commit-config.yaml", "docs/api.md"),
 )
 SENT = (
@@ -32,6 +36,7 @@ SENT = (
 PACKAGE = Path("/nowhere/package.zip")
 """Of what is not packed."""
 PRIVATE = "-----BEGIN RSA PRIVATE " + "KEY-----\nMIIE"
+ESCAPED = PRIVATE.replace("RSA ", "").replace("\n", "\\n")
 HIDDEN = {
     "prod.env.txt": None,
     "deploy.md": PRIVATE,
@@ -111,6 +116,52 @@ def test_a_large_file_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) 
     assert "large: tables/words.json (2.5 MB); name in .rayignore" in capsys.readouterr().out
 
 
+SECRETS: dict[str, str | None] = {
+    "secrets": None,
+    "secret": None,
+    "creds.json": None,
+    "mlflow_creds": None,
+    "mypassword.txt": None,
+    "auth.json": None,
+    "my-project-1a2b.json": f'{{"type": "service_account", "private_key": "{ESCAPED}"}}',
+    "gcp.yaml": f'private_key: "{ESCAPED}"',
+    "gcp.sh": f"export KEY=$'{ESCAPED}'",
+    "twice.json": json.dumps(json.dumps({"private_key": PRIVATE})),
+    "kube.yaml": "client-key-data: " + base64.b64encode(PRIVATE.encode()).decode(),
+    "mine.asc": PRIVATE.replace("RSA ", "PGP ").replace("KEY", "KEY BLOCK"),
+    "client.json": '{"installed": {"client_secret": "GOCSPX-' + 28 * "j" + '"}}',
+    "run.sh": "MLFLOW_TRACKING_PASSWORD=correct-horse9 python jobs/train.py",
+    "mine.py": 'os.environ["MLFLOW_TRACKING_PASSWORD"] = "hunter' + '2"',
+    "compose.yml": "environment:\n  - POSTGRES_PASSWORD=hunter" + "2\n",
+    "values.yaml": "postgres:\n  password: hunter" + "2  # of the test server\n",
+    "my.cnf": "[client]\nuser=root\npassword = Secret1\r\n",
+    "user.json": '{"user": "me", "password": "Secret' + '1"}',
+    "minio.ini": "secret_key = minio1",
+    "redis.txt": "redis://:hunter" + "2@host:6379",
+    "short.txt": "https://admin:" + "pw@mlflow.example.org",
+    "machines": "machine api.wandb.ai\n  login user\n  password " + 40 * "k",
+    "aws.sh": "export AWS_SESSION_TOKEN=IQoJ" + 200 * "l",
+    "github.yml": "token: ghr_" + 36 * "m",
+    "npm.txt": "npm_" + 36 * "n",
+    "pypi.txt": "pypi-AgEIcHlwaS5vcmc" + 50 * "o",
+    "stripe.txt": "sk_" + "live_" + 24 * "p",
+    "vault.txt": "hvs." + 90 * "q",
+    "databricks.cfg": "token=dapi" + 32 * "0",
+    "jwt.txt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0." + 43 * "r",
+    "header.txt": "Authorization: Basic YWRtaW46cGFzc3dvcmQ=",
+    "azure_sas.txt": "https://a.blob.core.windows.net/c?sv=2020&sig=" + 43 * "s" + "%3D",
+    "slack.txt": "https://hooks.slack" + ".com/services/T0000/B0000/" + 24 * "t",
+    "agekey.txt": "AGE-SECRET-KEY-1" + 58 * "Q",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_what_looks_like_a_secret_is_found(name: str, tmp_path: Path) -> None:
+    write(tmp_path, name, SECRETS[name] or "x")
+    assert secrets_among([tmp_path / name]) == [tmp_path / name]
+
+
+CERTIFICATE = base64.b64encode(bytes(range(256))).decode()
 HARMLESS = {
     "added_tokens.json": "{}",
     "special_tokens.json": "{}",
@@ -119,6 +170,15 @@ HARMLESS = {
     "notes.txt": "s3://bucket/prefix http://127.0.0.1:8265 git@github.com:me/mine.git task-with-a-long-name-of-its-own",
     "tokenizer.json": '{"key": "value", "auth": "none"}',
     "digest.json": f'{{"sha256": "{64 * "a"}"}}',
+    "special_tokens_map.json": '{"eos_token": "</s>", "pad_token": "pad", "max_tokens": 4096}',
+    "chart.yaml": "password: {{ .Values.password }}\nsecretKeyRef: s3-keys\napi_key: null\npassword: str\n",
+    "compose.yml": "POSTGRES_PASSWORD: ${PASSWORD}\nPOSTGRES_PASSWORD_FILE=/run/secrets/postgres\n",
+    "names.py": "os.environ['A_PASSWORD'] = password\nlogin(password=given, api_key=key)\nPASSWORD = 'password'",
+    "guide.md": "export A_PASSWORD=...\nexport B_PASSWORD=$MINE\n\nPassword: it comes from the environment.\n",
+    "steps.yaml": "forward_pass: 100\nsingle_pass = yes\n",
+    "server.crt": f"-----BEGIN CERTIFICATE-----\n{CERTIFICATE}\n-----END CERTIFICATE-----\n",
+    "kube.yaml": f"certificate-authority-data: {base64.b64encode(b'-----BEGIN CERTIFICATE-----').decode()}",
+    "keys.py": "HEADER = '-----BEGIN RSA PRIVATE " + "KEY-----'",
 }
 
 
@@ -126,6 +186,13 @@ HARMLESS = {
 def test_what_is_no_secret_is_sent(name: str, tmp_path: Path) -> None:
     write(tmp_path, name, HARMLESS[name])
     assert secrets_among([tmp_path / name]) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_text_in_two_bytes_a_character_is_read(encoding: str, tmp_path: Path) -> None:
+    for name, text in (("a.txt", "AWS_SECRET_ACCESS_KEY=" + 40 * "a"), ("b.txt", "my@b.de, in two bytes")):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+    assert secrets_among(tmp_path / name for name in ("a.txt", "b.txt")) == [tmp_path / "a.txt"]
 
 
 PARTS = ("jobs", "dircluster", "tune_spaces", "pyproject.toml", "README.md", "LICENSE", ".rayignore", ".gitignore")
