@@ -66,6 +66,8 @@ _AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null
 _AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), None)
 SWITCHED = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 """What is true or false for a switch alone, quoted or not: ``training.capture: on`` is a word."""
+NO_SETTINGS = ("config", "help")
+"""What a file says to nobody: which file is read, and to read none."""
 LONGEST = 1 << 16
 """Characters of a file of settings; all settings of a run are a tenth of it."""
 MOST_WORDS = 1000
@@ -79,7 +81,8 @@ def words_of(file: Path, flags: Flags) -> list[str]:
             text = opened.read(LONGEST + 1)
         if len(text) > LONGEST:
             raise ConfigError(f"it is longer than {LONGEST} characters: give the settings that change alone")
-        words = [word for name, value in _settings_of(text).items() for word in _checked_words(name, value, flags)]
+        settings = _settings_of(text, flags)
+        words = [word for name, value in settings.items() for word in _checked_words(name, value, flags)]
         if len(words) > MOST_WORDS:
             raise ConfigError(f"it holds {len(words)} names and values, more than the {MOST_WORDS} that a run may need")
     except ConfigError as error:
@@ -93,8 +96,8 @@ def words_of(file: Path, flags: Flags) -> list[str]:
     return words
 
 
-def _settings_of(text: str) -> dict[str, Any]:
-    """YAML as settings by their dotted names. Raises ConfigError where one is given twice."""
+def _settings_of(text: str, flags: Flags) -> dict[str, Any]:
+    """YAML as settings by their dotted names. Raises ConfigError where one is given twice, or without a value."""
     loader = _AsWritten(text)
     try:
         root = loader.get_single_node()
@@ -102,7 +105,8 @@ def _settings_of(text: str) -> dict[str, Any]:
             found = "nothing" if root is None else f"a {'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
             raise ConfigError(f"it must hold settings, one a line, got {found}")
         lines: dict[str, int] = {}
-        for name, line in _named(root):
+        for given, line in _named(root):
+            name = _switched_on(given, flags)
             if name in lines:
                 raise ConfigError(f"{name} is given in line {lines[name]} and again in line {line}: leave one out")
             lines[name] = line
@@ -117,12 +121,26 @@ def _named(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]
         name = f"{prefix}{key.value}".replace("-", "_")
         yield name, key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
+            if not value.value:
+                raise ConfigError(f"{name} has nothing in it: give a value or settings, or leave the line out")
             yield from _named(value, f"{name}.")
+
+
+def _switched_on(name: str, flags: Flags) -> str:
+    """The name of a switch by its form for off, data.no_flip; any other as it is."""
+    section, dot, field = name.rpartition(".")
+    on = f"{section}.{field.removeprefix('no_')}"
+    return on if dot and as_words(on, "")[0] in flags.switches else name
 
 
 def _checked_words(name: str, value: Any, flags: Flags) -> list[str]:
     """A setting of a file as command-line words. Raises ConfigError where they could not say its value."""
     flag = as_words(name, "")[0]
+    if name in NO_SETTINGS:
+        raise ConfigError(f"{name} is no setting: give --{name} on the command line")
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and re.match(r"-(?!\.?\d)", item):
+            raise ConfigError(f"{name} cannot hold {item!r}, which begins as a flag does")
     if flag in flags.switches:
         switched = SWITCHED.get(str(value).lower())
         if switched is None:
