@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,9 @@ from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.config import ConfigError, first_line
 from dircluster.models.modules import device_of
+
+MOST_DRAWS = 1 << 16
+"""Draws over which a view averages at most: the rows of a pass are as many times the images."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +117,19 @@ class Defended(nn.Module):
         """A view that draws at each call, from a generator of its own, seeded from the system without ``seed``.
 
         Without one, copies and forked workers draw each from a stream of their own; with one, all draw the same.
+        Raises ConfigError where ``seed`` is no whole number.
         """
         view = self._view(None, draws)
         if seed is not None:
-            view._generator, view._seeded = rng.generator(seed, "fresh_masks"), True
+            view._generator, view._seeded = rng.generator(_seed(seed), "fresh_masks"), True
         return view
 
     def fixed(self, seed: int, draws: int = 1) -> Defended:
-        """A view with the same draw for every image and call: what an attacker faces who knows it."""
-        return self._view(seed, draws)
+        """A view with the same draw for every image and call: what an attacker faces who knows it.
+
+        Raises ConfigError unless ``seed`` is a whole number.
+        """
+        return self._view(_seed(seed), draws)
 
     def averaged(self, draws: int) -> Defended:
         """A view whose logits are means over so many draws; they are fixed where this module's are."""
@@ -131,9 +139,9 @@ class Defended(nn.Module):
         return view
 
     def _view(self, seed: int | None, draws: int) -> Defended:
-        """Raises ConfigError unless ``draws`` is a number from 1."""
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-            raise ConfigError(f"draws must be a whole number from 1, got {draws!r}")
+        """Raises ConfigError unless ``draws`` is a number from 1 to MOST_DRAWS."""
+        if not _is_whole(draws) or not 1 <= draws <= MOST_DRAWS:
+            raise ConfigError(f"draws must be a whole number from 1 to {MOST_DRAWS}, got {draws!r}")
         view = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, dict):  # what is registered with a view, such as a hook, is the view's
@@ -179,6 +187,8 @@ class Defended(nn.Module):
         """``images``. Raises ConfigError unless they are dense floats (N, C, H, W) of the size that is taken."""
         if not isinstance(images, Tensor):
             raise ConfigError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
+        if images.is_nested:
+            raise ConfigError("images must be dense, got a nested tensor: give torch.stack(images.unbind())")
         wanted, found = self.image_shape or self.purifier.image_shape, tuple(images.shape)
         if images.ndim != 4 or (wanted is not None and found[1:] != wanted):
             channels, height, width = wanted or ("C", "H", "W")
@@ -264,6 +274,17 @@ class Defended(nn.Module):
             raise ConfigError(
                 f"draws hold what the defense does not draw ({first_line(error)}): give defense.draw(len(images))"
             ) from error
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _seed(seed: int) -> int:
+    """``seed``. Raises ConfigError unless it is a whole number: None would draw afresh."""
+    if not _is_whole(seed):
+        raise ConfigError(f"seed must be a whole number, got {seed!r}")
+    return int(seed)
 
 
 def _moved(draws: Tensor | None, images: Tensor) -> Tensor | None:

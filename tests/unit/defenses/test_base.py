@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +38,7 @@ def test_fresh_masks_differ_at_each_call(defended: Defended) -> None:
     ("images", "message"),
     [
         (IMAGES.to_sparse(), r"images must be dense, got torch.sparse_coo: give images.to_dense\(\)"),
+        (torch.nested.nested_tensor([*IMAGES]), r"images must be dense, got a nested tensor: give torch\.stack"),
         (IMAGES.to("meta"), "images are on the meta device, which holds no values"),
     ],
 )
@@ -85,6 +88,18 @@ def test_fixed_masks_make_a_function_of_the_image_alone(defended: Defended, draw
     alone = torch.cat([fixed(IMAGES[i : i + 1]) for i in reversed(range(6))]).flip(0)
     torch.testing.assert_close(alone, whole)
     assert not torch.equal(whole, defended.fixed(seed=6, draws=draws)(IMAGES))
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, 1.0, "a", True, [0]])
+def test_a_seed_is_a_whole_number(seed: Any, defended: Defended) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"seed must be a whole number, got {seed!r}")):
+        defended.fixed(seed)
+    if seed is not None:
+        with pytest.raises(ConfigError, match="seed must be a whole number"):
+            defended.fresh(seed)
+    fixed = defended.fixed(np.int64(5))  # type: ignore[arg-type]
+    assert fixed.is_fixed
+    assert torch.equal(fixed(IMAGES), defended.fixed(5)(IMAGES))
 
 
 def test_logits_are_averaged_over_draws(defended: Defended) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
-from dircluster.defenses.base import Defended, Purifier
+from dircluster.defenses.base import MOST_DRAWS, Defended, Purifier
 from dircluster.defenses.dir import MaskedPurifier
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.victim import VictimModel
@@ -65,15 +65,15 @@ def test_no_images_have_no_logits(defense: Defended) -> None:
     assert defense.restore(IMAGES[:0]).shape == (0, 1, 8, 8)
 
 
-@pytest.mark.parametrize("draws", [0, -1, 1.5, "3", True])
-def test_draws_are_whole_numbers_from_one(defense: Defended, draws: Any) -> None:
+@pytest.mark.parametrize("draws", [0, -1, 1.5, "3", True, MOST_DRAWS + 1, 2**70])
+def test_draws_are_whole_numbers_that_a_pass_may_hold(defense: Defended, draws: Any) -> None:
     views: tuple[Callable[[], Defended], ...] = (
         lambda: defense.fresh(draws=draws),
         lambda: defense.fixed(0, draws=draws),
         lambda: defense.averaged(draws),
     )
     for view in views:
-        with pytest.raises(ConfigError, match="draws must be a whole number from 1, got "):
+        with pytest.raises(ConfigError, match=f"draws must be a whole number from 1 to {MOST_DRAWS}, got "):
             view()
 
 
