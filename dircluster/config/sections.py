@@ -218,8 +218,11 @@ class OptimizerConfig:
 
     @property
     def canonical(self) -> OptimizerConfig:
-        """The same optimizer in one form: what its kind and schedule do not read is as it is by itself."""
-        made, usual = self, OptimizerConfig()
+        """The same optimizer in one form: what its kind and schedule do not read is as it is by itself.
+
+        Milestones count in whatever order they are given.
+        """
+        made, usual = replace(self, milestones=tuple(sorted(self.milestones))), OptimizerConfig()
         if self.schedule != "step":
             made = replace(made, milestones=usual.milestones, gamma=usual.gamma)
         if self.name == "sgd":
@@ -459,8 +462,15 @@ class EvaluationConfig:
 
     @property
     def canonical(self) -> EvaluationConfig:
-        """The same evaluation in one form: what all of its attacks would derive is not given."""
+        """The same evaluation in one form: what all of its attacks would derive is not given, nor what none reads.
+
+        ``queries`` are kept: a reproduction reads them in suites of its own.
+        """
         same: dict[str, Any] = {name: None for name, value in self.derived.items() if getattr(self, name) == value}
+        if not self.verdict:
+            same["verdict_images"] = EvaluationConfig.verdict_images
+        if self.suite != "rigorous":
+            same["l2_epsilon"] = EvaluationConfig.l2_epsilon
         return replace(self, **same)
 
     @property

@@ -295,6 +295,9 @@ def test_the_settings_that_presets_were_first_given_mean_what_they_meant() -> No
         ),
         ({"dir.optimizer.schedule": "constant"}, {"dir.optimizer.milestones": (1,)}),
         ({"target.optimizer.name": "sgd"}, {"target.optimizer.beta2": 0.5}),
+        ({"evaluation.verdict": False}, {"evaluation.verdict_images": 7}),
+        ({"evaluation.suite": "quick"}, {"evaluation.l2_epsilon": 0.7}),
+        ({"evaluation.suite": "paper"}, {"evaluation.l2_epsilon": 0.7}),
     ],
 )
 def test_what_nothing_reads_is_in_no_key(base: dict[str, object], unread: dict[str, object]) -> None:
@@ -306,10 +309,19 @@ def test_what_nothing_reads_is_in_no_key(base: dict[str, object], unread: dict[s
         "pretrain.optimizer.schedule": "step",
         "dir.optimizer.schedule": "step",
         "target.optimizer.name": "adam",
+        "evaluation.verdict": True,
+        "evaluation.suite": "rigorous",
     }
     run = with_values(run, read)
     for name, value in unread.items():
         assert keys(with_values(run, {name: value})) != keys(run), name
+
+
+def test_milestones_are_the_same_in_any_order() -> None:
+    run = preset("cifar10")
+    assert run.target.optimizer.milestones == (75, 90)
+    assert keys(with_values(run, {"target.optimizer.milestones": (90, 75)})) == keys(run)
+    assert keys(with_values(run, {"target.optimizer.milestones": (75, 90, 90)})) != keys(run)  # twice is a tenth twice
 
 
 @pytest.mark.parametrize("name", ["data.uri", "target.uri"])
