@@ -46,6 +46,8 @@ def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code
     text = str(uri)
     if "\0" in text:
         raise ConfigError(f"{text!r} names nothing: no name holds a zero byte")
+    if "\n" in text or "\r" in text:
+        raise ConfigError(f"{text!r} names nothing: it holds a line break")
     try:
         if text.startswith(("models:/", "runs:/")):
             from dircluster.cluster.tracking.registry import fetch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -26,12 +26,14 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 FILE_FACTORY = re.compile(r"(.*\.py):([A-Za-z_]\w*)")
+RELATIVE = re.compile(r"^\s*from\s+\.", re.MULTILINE)
 
 
 def located(defense: str) -> tuple[str, str]:
     """A factory in a file, ``some/mine.py:make``, as package.module:factory and the folder that holds the module.
 
-    Any other ``defense`` comes back with the current folder. Raises ConfigError where there is no such module.
+    A file whose text imports what lies beside it (``from .``) is a module of its package. Any other ``defense`` comes
+    back with the current folder. Raises ConfigError where there is no such module, or another of its name.
     """
     found = FILE_FACTORY.fullmatch(defense)
     if found is None:
@@ -41,7 +43,28 @@ def located(defense: str) -> tuple[str, str]:
         raise ConfigError(f"--defense {defense}: {file} does not exist")
     if not file.stem.isidentifier():
         raise ConfigError(f"--defense {defense}: {file.stem!r} cannot be imported; rename the file")
-    return f"{file.stem}:{found[2]}", str(file.parent)
+    name, folder = file.stem, file.parent
+    if RELATIVE.search(file.read_text(encoding="utf-8", errors="replace")):
+        name, folder = f"{folder.name}.{name}", folder.parent
+        while (folder / "__init__.py").is_file():
+            name, folder = f"{folder.name}.{name}", folder.parent
+    other = _file_of(name.partition(".")[0])
+    if other is not None and other not in (str(file), str(folder / name.partition(".")[0] / "__init__.py")):
+        raise ConfigError(
+            f"--defense {defense}: {name.partition('.')[0]!r} is the name of another module ({other}); rename yours"
+        )
+    return f"{name}:{found[2]}", str(folder)
+
+
+def _file_of(module: str) -> str | None:
+    """The file of the module of that name which an import would find now, ``built-in`` or alike where it has none."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ValueError:  # of a module without a specification, such as __main__
+        return module
+    if found is None or found.origin is None:  # a folder without __init__.py
+        return None
+    return str(Path(found.origin).resolve()) if found.has_location else found.origin
 
 
 def finished(uri: str, config: RunConfig) -> str:

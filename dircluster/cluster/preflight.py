@@ -21,6 +21,7 @@ from dircluster import zoo
 from dircluster.cluster import storage
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict, without_secrets
 from dircluster.data import layout
+from dircluster.files import FETCH, POINTER
 from dircluster.presets import search_folder
 
 ANSWER = 3.0
@@ -248,6 +249,8 @@ def _check_file(name: str, path: Path) -> None:
         if elsewhere():
             return
         raise ConfigError(f"{name} {str(path)!r} does not exist")
+    if path.is_file() and _begins(path, POINTER):
+        raise ConfigError(f"{name} {str(path)!r} {FETCH}")
     if path.is_file() and path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -260,6 +263,14 @@ def _check_file(name: str, path: Path) -> None:
         raise ConfigError(f"{name} {str(path)!r} is empty")
     elif path.is_dir() and not any(path.iterdir()):
         raise ConfigError(f"{name} {str(path)!r} is an empty folder")
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as opened:
+            return opened.read(len(start)) == start
+    except OSError:  # who reads it says why
+        return False
 
 
 def _check_timm(uri: str) -> None:

@@ -112,9 +112,14 @@ def _digest(labels: list[int]) -> str:
 
 
 def read_group(group: RowGroup) -> tuple[list[Cell], list[int]]:
-    """Encoded images and labels of a row group. Raises ConfigError where it is damaged."""
+    """Encoded images and labels of a row group. Raises ConfigError where it is damaged or another than before."""
     try:
         with parquet.opened(group.shard) as table:
+            there = table.metadata
+            if group.number >= there.num_row_groups or there.row_group(group.number).num_rows != group.rows:
+                raise ConfigError(
+                    f"{group.shard} was written anew while it is read: its row groups are others; begin again"
+                )
             read = table.read_row_group(group.number, columns=group.columns.stored)
             return parquet.contents(read, group.columns, group.shard, group.first)
     except ConfigError as error:

@@ -17,6 +17,7 @@ from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
 from dircluster.config import ConfigError, first_line
+from dircluster.files import FETCH, POINTER
 from dircluster.models.elsewhere import Normalization
 
 SAVE = "torch.save(model.state_dict(), 'weights.pt')"
@@ -42,6 +43,8 @@ def parse(blob: bytes, source: str) -> Any:
     Raises ConfigError, one line, where it is damaged, or holds objects instead of weights. The zip form of torch.save
     has a checksum of each record, which torch.load does not look at; the old form has none.
     """
+    if blob.startswith(POINTER):
+        raise ConfigError(f"{source} {FETCH}")
     if not blob.startswith((b"PK\x03\x04", b"\x80")):
         try:
             return parse_tensors(blob)

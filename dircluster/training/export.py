@@ -75,6 +75,13 @@ def load_shipped(uri: str) -> Defended:
     return bare.eval()
 
 
+PLACES = (
+    "a defense is the folder of a finished stage or of an export, here or in s3://, zoo:NAME, or models:/NAME@champion;"
+    " a classifier's weights alone are for --target.uri"
+)
+"""Where a defense is, said to whom named something else."""
+
+
 def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """What a finished defense is, and its weights by network."""
     place = checkpoint.finished(folder)
@@ -85,6 +92,9 @@ def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]
             f"{folder} holds no committed checkpoint; it is the storage of runs, name one of its finished stages:"
             f" {names or 'there is none'}"
         )
+    if checkpoint.digest(place) is None:
+        what = "is a file" if folder.is_file() else "holds no committed checkpoint"
+        raise checkpoint.CheckpointError(f"{folder} {what}: {PLACES}")
     found = checkpoint.read(place)
     facts = found.state.get("defense")
     if not isinstance(facts, dict):

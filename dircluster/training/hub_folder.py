@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dircluster.config import ConfigError
 from dircluster.defenses.table import UNNAMED
+from dircluster.files import FETCH, POINTER
 from dircluster.models import weight_files
 from dircluster.training import checkpoint
 
@@ -71,6 +72,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         raise checkpoint.CheckpointError(f"{folder}: its {CONFIG} cannot be read") from error
     if not isinstance(config, Mapping) or not isinstance(config.get("defense"), dict):
         raise checkpoint.CheckpointError(f"{folder} holds no defense of {LIBRARY}: its {CONFIG} is of something else")
+    if blob.startswith(POINTER):
+        raise checkpoint.CheckpointError(f"{folder / WEIGHTS} {FETCH}")
     if hashlib.sha256(blob).hexdigest() != config.get("sha256"):
         raise checkpoint.CheckpointError(f"{folder} is damaged: {WEIGHTS} is not what was written")
     tensors: dict[str, dict[str, Tensor]] = {}

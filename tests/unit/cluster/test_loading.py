@@ -34,6 +34,29 @@ def test_files_that_hold_no_factory(given: str, message: str, tmp_path: Path, mo
         located(given)
 
 
+@pytest.mark.parametrize("name", ["json", "torch", "sys", "random"])
+def test_a_file_of_the_name_of_another_module_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("def make(): ...\n")
+    with pytest.raises(ConfigError, match=rf"'{name}' is the name of another module \(.*\); rename yours$"):
+        located(f"{tmp_path}/{name}.py:make")
+
+
+def test_a_file_that_imports_what_lies_beside_it_is_a_module_of_its_package(smoke: DirRun, tmp_path: Path) -> None:
+    inner = tmp_path / "my_outer_package" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").touch()
+    (inner.parent / "sizes.py").write_text("CLASSES = 10\n")
+    (inner / "relative.py").write_text(
+        "import torch\nfrom ..sizes import CLASSES\n"
+        "def make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, CLASSES))\n"
+    )
+    name, folder = located(f"{inner}/relative.py:make")
+    assert (name, folder) == ("my_outer_package.inner.relative:make", str(tmp_path))
+    assert not load_module(JobSpec(run_to_plain(smoke), name, folder), smoke).training
+    assert located(f"{inner}/relative.py:make") == (name, folder)  # now that it is imported
+
+
 def test_other_names_stay_as_they_are() -> None:
     for given in ("none", "runs/dir-1/final", "package.module:make", "models:/dir-digits@champion"):
         assert located(given) == (given, os.getcwd())

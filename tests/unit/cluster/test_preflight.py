@@ -25,6 +25,7 @@ from dircluster.cluster import preflight, storage
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.config import ConfigError, RunConfig, StorageConfig, with_values
 from dircluster.defenses.table import find_defense
+from dircluster.files import POINTER
 from dircluster.presets import preset
 
 
@@ -96,6 +97,7 @@ def test_data_that_can_be_used(tmp_path: Path) -> None:
     [
         ("target.uri nowhere", "target.uri '.*nowhere' does not exist"),
         ("target.uri file:///nowhere/h.safetensors", "target.uri '/nowhere/h.safetensors' does not exist"),
+        ("target.uri pointer.pt", "pointer.pt' is a pointer of Git LFS, not the file itself"),
         ("target.uri damaged.safetensors", "damaged.safetensors' is not a sound safetensors file"),
         ("target.uri empty.pt", "empty.pt' is empty"),
         ("target.uri folder", "folder' is an empty folder"),
@@ -116,6 +118,7 @@ def test_targets_and_names_that_cannot_be(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "pointer.pt").write_bytes(POINTER + b"v1\noid sha256:00\nsize 9\n")
     (tmp_path / "empty.pt").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=message):
@@ -153,6 +156,7 @@ def given_target(changed: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[
 
 
 WRONG_TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "not fetched": (lambda file: file.write_bytes(POINTER + b"v1"), "is a pointer of Git LFS"),
     "junk": (lambda file: file.write_bytes(b"hello" * 30), "is not a sound safetensors file, nor one of torch.save"),
     "numbers": (
         given_target(lambda sd: {name: value * float("nan") for name, value in sd.items()}),

@@ -49,6 +49,15 @@ def grays(loader: StreamLoader, epoch: int, step: int) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_shard_that_is_written_anew_while_it_is_read_is_one_line(shards: Shards, rows: int, tmp_path: Path) -> None:
+    group = shards.groups[1]
+    assert len(stream.read_group(group)[1]) == 8
+    write(tmp_path, "train-0.parquet", range(40), rows)
+    with pytest.raises(ConfigError, match=r"train-0.parquet was written anew while it is read: .*; begin again$"):
+        stream.read_group(group)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
 def test_workers_share_the_batches_of_one(shards: Shards, world: int) -> None:
     one = StreamLoader(shards, 24, 0, "t")

@@ -18,6 +18,7 @@ from dircluster.config import ConfigError, RunConfig, with_values
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.model_card import model_card
+from dircluster.files import POINTER
 from dircluster.training import checkpoint, hub_folder
 from dircluster.training.export import check_sizes
 from dircluster.training.protocols import NoTracker, Quiet
@@ -201,7 +202,10 @@ def test_a_uri_that_names_nothing_is_one_line(tmp_path: Path, monkeypatch: pytes
         "s3://": "s3:// must name a bucket",
         "gs://bucket/x": "is not on this machine",
         "https://127.0.0.1/x": "is not on this machine",
-        str(tmp_path / "none"): "holds no committed checkpoint",
+        str(tmp_path / "none"): "none holds no committed checkpoint: a defense is the folder of a finished stage",
+        __file__: r"test_export.py is a file: a defense is .* weights alone are for --target.uri$",
+        "./mine.py:make": "mine.py:make holds no committed checkpoint: a defense is the folder",
+        "a\nb": r"'a.nb' names nothing: it holds a line break",
         "a\0b": r"'a.x00b' names nothing: no name holds a zero byte",
     }.items():
         with pytest.raises(ConfigError, match=message) as refusal:
@@ -223,6 +227,10 @@ def test_a_folder_as_hubs_show_it_loads_again(final: Path, tmp_path: Path) -> No
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (lambda hub: (hub / "model.safetensors").write_bytes(b"12345678"), "is damaged: model.safetensors is not"),
+    "not fetched": (
+        lambda hub: (hub / "model.safetensors").write_bytes(POINTER + b"v1\noid sha256:00\nsize 9\n"),
+        "model.safetensors is a pointer of Git LFS, not the file itself: git lfs pull fetches it",
+    ),
     "no weights": (lambda hub: (hub / "model.safetensors").unlink(), "has a config.json, but no model.safetensors"),
     "no JSON": (lambda hub: (hub / "config.json").write_text("{"), "its config.json cannot be read"),
     "of others": (
