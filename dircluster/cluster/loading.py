@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
-from dircluster.config import ConfigError, RunConfig, named_line
+from dircluster.config import ANY_ERROR, ConfigError, RunConfig, named_line
 from dircluster.presets import search_folder
 from dircluster.training.checkpoint import digest
 from dircluster.training.export import load_defense_folder, load_shipped, load_target
@@ -149,7 +149,7 @@ def _made(job_spec: JobSpec) -> nn.Module:
     search_folder(job_spec.path)
     try:
         made = getattr(importlib.import_module(name), attribute)()
-    except Exception as error:  # somebody's code may raise anything
+    except ANY_ERROR as error:
         raise ConfigError(f"--defense {job_spec.defense}: {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"--defense {job_spec.defense} must return a torch.nn.Module, got {type(made).__name__}")

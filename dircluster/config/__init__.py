@@ -7,6 +7,7 @@ Numbers in [0, 1] are in units of the pixel range; epochs are passes over the tr
 from __future__ import annotations
 
 from dircluster.config.errors import (
+    ANY_ERROR,
     ConfigError,
     error_from_plain,
     error_to_plain,
@@ -33,6 +34,7 @@ from dircluster.config.sections import (
 from dircluster.config.serialize import digest, flatten, from_dict, local_path, short, to_dict, with_values
 
 __all__ = [
+    "ANY_ERROR",
     "ARCHITECTURES",
     "LATER_FIELDS",
     "SAME_NUMBERS",

@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """A setting that cannot work. Its text is one line: the field, the value and the way out."""
 
 
+ANY_ERROR = (Exception, SystemExit)
+"""What somebody else's code may raise; one that parses arguments where it is imported ends by SystemExit."""
+
+
 def error_to_plain(error: ConfigError) -> dict[str, Any]:
     """A ConfigError as plain data: its message, and the names of its class and of those that it derives from."""
     kinds = [kind for kind in type(error).__mro__ if issubclass(kind, ConfigError)]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from dircluster.config import ConfigError, DataConfig, first_line, named_line
+from dircluster.config import ANY_ERROR, ConfigError, DataConfig, first_line, named_line
 from dircluster.models.modules import device_of
 from dircluster.models.precision import keep_ends_whole, keep_whole
 
@@ -96,17 +96,17 @@ def answers(url: str) -> bool:
 
 
 def factory_network(path: str, data: DataConfig) -> nn.Module:
-    """What package.module:factory makes for ``data``. Raises ConfigError where that is no module."""
+    """What package.module:factory makes for ``data``. Raises ConfigError where it raises, or that is no module."""
     module_name, _, attribute = path.partition(":")
     try:
         make: Any = importlib.import_module(module_name)
         for name in attribute.split("."):
             make = getattr(make, name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"target.architecture {path!r} cannot be imported: {first_line(error)}") from error
+    except ANY_ERROR as error:
+        raise ConfigError(f"target.architecture {path!r} cannot be imported: {named_line(error)}") from error
     try:
         made = _called(make, data)
-    except Exception as error:  # the user's code may raise anything
+    except ANY_ERROR as error:
         raise ConfigError(f"target.architecture {path!r} raised {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")

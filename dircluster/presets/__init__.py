@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dircluster.config import ConfigError, RunConfig, from_dict, named_line, to_dict
+from dircluster.config import ANY_ERROR, ConfigError, RunConfig, from_dict, named_line, to_dict
 from dircluster.presets import apegan, dir, ebm, finetune, hgd, identity, jatp, menet, nrp
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -88,7 +88,7 @@ def own_defense(module: str) -> Any:
     """``DEFENSE`` of a module of the user's own. Raises ConfigError where there is none, or none that can be used."""
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # somebody's code may raise anything
+    except ANY_ERROR as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"there is no defense {module!r}: it is none of {', '.join(RUNS)}, and no module in the current folder"
@@ -115,7 +115,7 @@ def _made(name: str, make: Callable[[], RunConfig], kind: type[RunConfig]) -> Ru
         run = make()
     except ConfigError:
         raise
-    except Exception as error:  # somebody's code may raise anything
+    except ANY_ERROR as error:
         raise ConfigError(f"preset {name!r}: {named_line(error)}") from error
     if not isinstance(run, kind):
         raise ConfigError(f"preset {name!r} must be a {kind.__name__}, got {type(run).__name__}")

@@ -48,6 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "none": "",
         "wrong": "DEFENSE = 3",
         "broken": "1 / 0",
+        "ends": "import sys; sys.exit(3)",
         "needs": "import not_there_at_all",
         "listed": MODULE.format(name="ours.listed") + "PRESETS = ['a']",
     }
@@ -114,6 +115,7 @@ def test_another_process_finds_the_module_where_it_lies(place: Path, monkeypatch
         (["--defense", "ours.none"], "ours.none has no DEFENSE"),
         (["--defense", "ours.wrong"], "ours.wrong.DEFENSE must be a dircluster.defenses.stage.Defense"),
         (["--defense", "ours.broken"], "defense ours.broken cannot be imported: ZeroDivisionError: division by zero"),
+        (["--defense", "ours.ends"], "defense ours.ends cannot be imported: SystemExit: 3"),
         (["--defense", "ours.needs"], "cannot be imported: ModuleNotFoundError: No module named 'not_there_at_all'"),
         (["--defense", "ours.renamed"], "MineRun.defense must be 'ours.renamed'"),
         (["--defense", "ours.listed"], "ours.listed.PRESETS must map names"),

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dircluster.config import ConfigError, RunConfig, digest, flatten, named_line, short, to_dict, with_values
+from dircluster.config import (
+    ANY_ERROR,
+    ConfigError,
+    RunConfig,
+    digest,
+    flatten,
+    named_line,
+    short,
+    to_dict,
+    with_values,
+)
 
 Settings = Mapping[str, Any]
 Range = tuple[float, float] | tuple[float, float, str] | list[Any]
@@ -46,7 +56,7 @@ def load_space(path: Path) -> Space:
         raise ConfigError(f"--space {path} does not exist")
     try:
         found = runpy.run_path(str(path))
-    except Exception as error:  # somebody's file may raise anything
+    except ANY_ERROR as error:
         raise ConfigError(f"--space {path}: {named_line(error)}") from error
     grid, ranges = found.get("GRID", []), found.get("SEARCH", {})
     if not grid and not ranges:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_a_file_that_imports_what_lies_beside_it_is_a_module_of_its_package(smok
     assert (name, folder) == ("my_outer_package.inner.relative:make", str(tmp_path))
     assert not load_module(JobSpec(run_to_plain(smoke), name, folder), smoke).training
     assert located(f"{inner}/relative.py:make") == (name, folder)  # now that it is imported
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("def (:", "SyntaxError: invalid"), ("raise SystemExit(3)", "SystemExit: 3"), ("make = exit", "SystemExit: None")],
+)
+def test_a_factory_that_fails_is_told_in_a_line(text: str, message: str, smoke: DirRun, tmp_path: Path) -> None:
+    (tmp_path / "failing_defense.py").write_text(text)
+    with pytest.raises(ConfigError, match=f"^--defense failing_defense:make: {message}.*$"):
+        load_module(JobSpec(run_to_plain(smoke), "failing_defense:make", str(tmp_path)), smoke)
+    sys.modules.pop("failing_defense", None)
 
 
 def test_other_names_stay_as_they_are() -> None:

@@ -119,6 +119,26 @@ def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sys.modules.pop("my_target", None)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def (:", "cannot be imported: SyntaxError: invalid syntax"),
+        ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
+        ("def make(): raise SystemExit(3)", "raised SystemExit: 3"),
+        ("make = 5", "raised TypeError"),
+    ],
+)
+def test_code_that_fails_is_told_in_a_line(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_target.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^target.architecture 'failing_target:make' {message}.*$"):
+        build("failing_target:make", DataConfig())
+    sys.modules.pop("failing_target", None)
+
+
 FACTORIES = """
 from torch import nn
 class ByKeyword(nn.Sequential):

@@ -52,6 +52,7 @@ def test_spaces_of_the_paper_are_those_of_the_paper() -> None:
         ("GRID = [{'dir.alpha': 0}, {'masking.ratio': 0.3}]", "every point of GRID must give the same settings"),
         ("GRID = {1: [2]}", "names of settings must be texts"),
         ("assert False", ": AssertionError"),
+        ("raise SystemExit(3)", ": SystemExit: 3"),
         ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
     ],
 )
