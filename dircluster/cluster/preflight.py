@@ -173,7 +173,7 @@ def _try_target(config: RunConfig) -> None:
     here = uri is not None and (zoo.is_shipped(uri) or (not _is_address(uri) and local_path(uri).exists()))
     if not here and (uri is not None or ":" not in architecture):
         return
-    from dircluster.training.export import check_takes_images, load_target
+    from dircluster.training.export import check_begins, check_made, load_target
 
     if code:
         search_folder(os.getcwd())
@@ -181,9 +181,9 @@ def _try_target(config: RunConfig) -> None:
     if tried in _TRIED:  # of a sweep all points may have the same
         return
     if here:
-        load_target(config)
+        check_begins(load_target(config), config)
     else:
-        check_takes_images(config)
+        check_made(config)
     _TRIED.add(tried)
 
 

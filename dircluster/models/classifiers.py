@@ -307,13 +307,19 @@ def check_classes(classifier: nn.Module, data: DataConfig) -> None:
         raise ConfigError(f"the target gives {logits.shape[1]} classes, but data.classes is {data.classes}")
 
 
-def check_alive(classifier: nn.Module, data: DataConfig) -> None:
-    """Raise ConfigError where the logits of ``classifier`` are not finite, or the same for all images of ``data``."""
+def finite_logits(classifier: nn.Module, data: DataConfig, count: int) -> Tensor:
+    """What ``classifier`` gives for so many images of noise. Raises ConfigError where that is not finite."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand((4, data.channels, data.height, data.width), generator=generator, device="cpu")
+    images = torch.rand((count, data.channels, data.height, data.width), generator=generator, device="cpu")
     with evaluating(classifier), torch.no_grad():
-        logits = classifier(images.to(device_of(classifier)))
+        logits: Tensor = classifier(images.to(device_of(classifier)))
     if not logits.isfinite().all():
         raise ConfigError("the target gives logits that are not finite (NaN or infinity)")
+    return logits
+
+
+def check_alive(classifier: nn.Module, data: DataConfig) -> None:
+    """Raise ConfigError where the logits of ``classifier`` are not finite, or the same for all images of ``data``."""
+    logits = finite_logits(classifier, data, 4)
     if torch.equal(logits, logits[:1].expand_as(logits)):
         raise ConfigError("the target gives the same logits for every image: its weights are dead")

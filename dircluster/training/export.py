@@ -150,11 +150,27 @@ def check_sizes(config: RunConfig, numbers: int) -> None:
             )
 
 
-def check_takes_images(config: RunConfig) -> None:
-    """Raise ConfigError where the target that the run would train cannot be made, or cannot take its images."""
+def check_made(config: RunConfig) -> None:
+    """Raise ConfigError where the target that the run would train cannot be made, or begun with."""
     with plain_torch():
         made = find_defense(config.defense).build(config, "classifier")
-    classifiers.check_classes(made, config.data)
+    check_begins(made, config)
+
+
+def check_begins(classifier: nn.Module, config: RunConfig) -> None:
+    """Raise ConfigError where the run's target, with its first weights, cannot take its images or be trained."""
+    given = config.target.uri is not None  # then these weights are replaced, and may be anything
+    classifiers.check_classes(classifier, config.data)
+    for stage in find_defense(config.defense).stages(config):
+        trains = "classifier" in stage.optimizers and stage.epochs > 0 and not (given and stage.name == "target")
+        if trains and not any(parameter.requires_grad for parameter in classifier.parameters()):
+            raise ConfigError(
+                f"stage {stage.name} trains the target, but none of its parameters requires a gradient: see what"
+                f" target.architecture {config.target.architecture!r} makes"
+            )
+    if not given:
+        weights.check_numbers(dict(classifier.named_parameters()), "the target")
+        classifiers.finite_logits(classifier, config.data, 1)
 
 
 @dataclass(frozen=True)

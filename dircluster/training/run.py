@@ -29,7 +29,6 @@ from dircluster.evaluation.session import plan, report
 from dircluster.evaluation.sharing import shares
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
-from dircluster.models import classifiers
 from dircluster.models.precision import is_half, reads_images_whole
 from dircluster.training import checkpoint, export, stages
 from dircluster.training.checkpoint import Checkpoints
@@ -103,7 +102,7 @@ class Run:
             self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         networks = stages.Networks(config, parallel)
-        classifiers.check_classes(networks["classifier"], config.data)
+        export.check_begins(networks["classifier"], config)
         self._name_what_rounds(networks)
         done: StageFolder | None = None
         planned = stages.stages_of(config)

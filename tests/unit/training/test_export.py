@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,9 @@ from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.model_card import model_card
 from dircluster.files import POINTER
+from dircluster.presets import preset
 from dircluster.training import checkpoint, hub_folder
-from dircluster.training.export import check_sizes
+from dircluster.training.export import check_begins, check_sizes
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 
@@ -33,6 +35,52 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def given(config: RunConfig, uri: object, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, target=dataclasses.replace(config.target, uri=str(uri), **changes))
+
+
+def network(weight: float = 0.1, trainable: bool = True) -> torch.nn.Module:
+    """One linear layer of constant weights for digits."""
+    layer = torch.nn.Linear(64, 10)
+    torch.nn.init.constant_(layer.weight, weight)
+    return torch.nn.Sequential(torch.nn.Flatten(), layer.requires_grad_(trainable))
+
+
+class Overflow(torch.nn.Module):
+    """Its weights are finite, its logits are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = network()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.layer(images) * 1e30 * 1e30
+        return logits
+
+
+NOTHING = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.AdaptiveAvgPool1d(10))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (network(0.0), None),  # a last layer may begin at zero
+        (NOTHING, "stage target trains the target, but none of its parameters requires a gradient: see .*'small_cnn'"),
+        (network(trainable=False), "stage target trains the target, but none of its parameters requires a gradient"),
+        (network(float("nan")), r"the target holds numbers that are not finite \(NaN or infinity\) in '1.weight'"),
+        (Overflow(), "the target gives logits that are not finite"),
+        (torch.nn.Flatten(), "the target gives 64 classes, but data.classes is 10"),
+    ],
+)
+def test_what_a_targets_training_may_begin_with(made: torch.nn.Module, message: str | None, smoke: RunConfig) -> None:
+    with contextlib.nullcontext() if message is None else pytest.raises(ConfigError, match=f"^{message}"):
+        check_begins(made, smoke)
+
+
+def test_a_given_target_is_asked_for_gradients_where_it_is_trained_on(smoke: RunConfig) -> None:
+    frozen = network(trainable=False)
+    check_begins(frozen, given(smoke, "h.pt"))
+    check_begins(network(float("nan"), trainable=False), given(smoke, "h.pt"))  # weights that are replaced
+    with pytest.raises(ConfigError, match=r"^stage finetune trains the target, but none"):
+        check_begins(frozen, given(preset("digits_finetune_smoke"), "h.pt"))
 
 
 @pytest.mark.long
