@@ -56,23 +56,25 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
     elif config.scaling.least > 1 and "RANK" not in os.environ:
         count = config.scaling.workers
         raise ConfigError(f"--launcher local is one worker: start scaling.workers {count} by torchrun, or on Ray")
-    check_target(config)
+    away = elsewhere(on_ray)
+    check_target(config, away)
     reads = "RANK" not in os.environ  # of torchrun's processes the first one reads, and says for all what is wrong
     if reads:
-        _check_data(config, trains)
+        _check_data(config, trains, away)
     if not on_ray or _has_large(config):
-        _check_sizes(config)
+        _check_sizes(config, away)
     if reads:
         if trains:
-            _check_switches(config)
-            _try_target(config)
-        if download and config.data.uri is None and not elsewhere():
+            if not away:
+                _check_switches(config)
+            _try_target(config, away)
+        if download and config.data.uri is None and not away:
             check_download(config.data.name, config.storage.uri)
 
 
 def _check_switches(config: RunConfig) -> None:
     """Raise ConfigError where this machine, which trains, cannot capture or compile what it is asked to."""
-    if elsewhere() or not (config.training.capture == "on" or config.training.compiles):
+    if not (config.training.capture == "on" or config.training.compiles):
         return
     import torch
 
@@ -127,14 +129,17 @@ def _speaks_grpc(connection: socket.socket) -> bool:
     return connection.recv(9)[3:4] == b"\4"
 
 
-def check_target(config: RunConfig) -> None:
-    """Raise ConfigError where ``target.uri`` names nothing, or ``target.architecture`` code that is not there."""
+def check_target(config: RunConfig, away: bool) -> None:
+    """Raise ConfigError where ``target.uri`` names nothing, or ``target.architecture`` code that is not there.
+
+    ``away`` as :func:`elsewhere` says.
+    """
     uri, architecture = config.target.uri, config.target.architecture
     if uri is not None:
-        check_model("target.uri", uri, config)
+        check_model("target.uri", uri, config, away)
     elif architecture.startswith("timm:"):
         _check_timm(architecture)
-    elif ":" in architecture and not elsewhere():
+    elif ":" in architecture and not away:
         check_code("target.architecture", architecture, os.getcwd())
 
 
@@ -153,22 +158,22 @@ def _has_large(config: RunConfig) -> bool:
     return False
 
 
-def _check_sizes(config: RunConfig) -> None:
+def _check_sizes(config: RunConfig, away: bool) -> None:
     """Raise ConfigError where a network is more than this machine's memory, or that of any where others compute."""
     from dircluster.training.export import check_sizes
 
     here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes of a number
-    check_sizes(config, MOST_NUMBERS if elsewhere() else min(here, MOST_NUMBERS))
+    check_sizes(config, MOST_NUMBERS if away else min(here, MOST_NUMBERS))
 
 
-def _try_target(config: RunConfig) -> None:
+def _try_target(config: RunConfig, away: bool) -> None:
     """Load a target that is given on this machine, or make one of other code, as the run will. Raises ConfigError.
 
     What is only fetched then is left out, and on a cluster code that may be on its nodes alone.
     """
     uri, architecture = config.target.uri, config.target.architecture
     code = ":" in architecture and not architecture.startswith("timm:")
-    if code and elsewhere():
+    if code and away:
         return
     here = uri is not None and (zoo.is_shipped(uri) or (not _is_address(uri) and local_path(uri).exists()))
     if not here and (uri is not None or ":" not in architecture):
@@ -192,8 +197,11 @@ def _is_address(uri: str) -> bool:
     return ADDRESS.match(uri) is not None and not uri.startswith("file://") and not Path(uri).exists()
 
 
-def check_model(name: str, uri: str, config: RunConfig) -> None:
-    """Raise ConfigError where the classifier or defense that the setting ``name`` names by ``uri`` is not there."""
+def check_model(name: str, uri: str, config: RunConfig, away: bool) -> None:
+    """Raise ConfigError where the classifier or defense that the setting ``name`` names by ``uri`` is not there.
+
+    ``away`` as :func:`elsewhere` says.
+    """
     if zoo.is_shipped(uri):
         zoo.find(uri)
     elif storage.is_remote(uri):
@@ -210,7 +218,7 @@ def check_model(name: str, uri: str, config: RunConfig) -> None:
                 " s3://BUCKET/PATH, models:/NAME@ALIAS or zoo:NAME; of a classifier also timm:NAME"
             )
     else:
-        _check_file(name, local_path(uri))
+        _check_file(name, local_path(uri), away)
 
 
 def check_code(name: str, factory: str, folder: str) -> None:
@@ -227,26 +235,26 @@ def check_code(name: str, factory: str, folder: str) -> None:
         raise ConfigError(f"{name} {factory!r}: there is no module {package!r} in {folder} or installed")
 
 
-def elsewhere() -> bool:
-    """Whether what the run reads may lie on other machines alone."""
-    return "RANK" in os.environ or os.environ.get("RAY_ADDRESS", "").strip() not in NEITHER
+def elsewhere(on_ray: bool) -> bool:
+    """Whether what a run reads may lie on other machines alone: it is torchrun's, or joins a cluster by RAY_ADDRESS."""
+    return "RANK" in os.environ or (on_ray and os.environ.get("RAY_ADDRESS", "").strip() not in NEITHER)
 
 
-def _check_data(config: RunConfig, trains: bool) -> None:
+def _check_data(config: RunConfig, trains: bool, away: bool) -> None:
     uri = config.data.uri
     if uri is not None and storage.is_remote(uri):
         storage.check_bucket(uri, config.storage, name="data.uri")
         return
-    if uri is not None and elsewhere() and not local_path(uri).exists():
+    if uri is not None and away and not local_path(uri).exists():
         return
     images, batch = layout.check(config.data)[0], config.training.batch_size
     if trains and images < batch:
         raise ConfigError(f"training.batch_size {batch} is more than the {images:,} training images")
 
 
-def _check_file(name: str, path: Path) -> None:
+def _check_file(name: str, path: Path, away: bool) -> None:
     if not path.exists():
-        if elsewhere():
+        if away:
             return
         raise ConfigError(f"{name} {str(path)!r} does not exist")
     if path.is_file() and _begins(path, POINTER):

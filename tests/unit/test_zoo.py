@@ -86,7 +86,7 @@ def test_an_unknown_name_is_one_line_that_lists_them(
     assert len(lines) == 2
     assert all(there in line and SMALL in line for line in lines)
     with pytest.raises(ConfigError, match=there):  # before a run or a sweep starts anything
-        preflight.check_target(given(preset("digits"), "zoo:nothing"))
+        preflight.check_target(given(preset("digits"), "zoo:nothing"), away=False)
     with pytest.raises(ConfigError, match="there is no model 'none' for digits"):
         dircluster.load_model("none", "digits")
     assert [file.name for file in tmp_path.iterdir()] == ["mlruns"]  # asking made no record

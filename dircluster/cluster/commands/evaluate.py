@@ -52,13 +52,14 @@ def _judge(job: cli.EvaluateJob) -> int:
     config = with_suite(job.run, suite, asked and not job.no_verdict)
     config = with_absolute_paths(config)
     storage.to_environment(config.storage)
-    preflight.check(config, on_ray=job.launcher == "ray", trains=False)
+    on_ray = job.launcher == "ray"
+    preflight.check(config, on_ray, trains=False)
     named = {"--defense": job.defense, "--surrogate": job.surrogate, "--natural-target": job.natural_target}
     for name, uri in named.items():
         if uri not in ("", "none"):
-            preflight.check_model(name, uri, config)
+            preflight.check_model(name, uri, config, preflight.elsewhere(on_ray))
     storage.check(config)
-    first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
+    first = on_ray or os.environ.get("RANK", "0") == "0"
     with Terminal() if first else Bystander() as terminal:
         signal = _Judging(job, config, terminal, first, other).run()
         if signal:

@@ -224,6 +224,15 @@ def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener(SETTINGS)}")
     check("data.uri /nowhere target.uri /nowhere/h.safetensors")
     check("target.architecture os.path:join")
+    for words, message in (
+        ("data.uri /nowhere", "/nowhere"),
+        ("target.uri /nowhere/h.safetensors", "target.uri '/nowhere/h.safetensors' does not exist"),
+        ("target.architecture nowhere:make", "target.architecture 'nowhere:make': there is no module 'nowhere'"),
+        ("target.architecture os.path:join", "target.architecture 'os.path:join' raised TypeError"),
+        ("training.capture on scaling.device cpu", "training.capture is on"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            preflight.check(run_of(words), on_ray=False)  # which does not join the cluster
 
 
 SETTINGS = b"\0\0\6\4\0\0\0\0\0\0\3\0\0\0\x64"
