@@ -25,7 +25,11 @@ from dircluster.files import FETCH, POINTER
 from dircluster.presets import search_folder
 
 ANSWER = 3.0
-"""Seconds that the head of a cluster has to accept a connection."""
+"""Seconds that the head of a cluster has to accept a connection, and to answer."""
+PING = "/ray.rpc.NodeInfoGcsService/GetClusterId", b""
+"""What Ray asks a cluster's head first, and the request's bytes."""
+CLIENT_PING = "/ray.rpc.RayletDriver/ClusterInfo", b"\x08\x06"
+"""What its client (ray://) asks first: whether the server is there."""
 NEITHER = ("", "auto", "local")
 """RAY_ADDRESS without an address."""
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")
@@ -103,7 +107,7 @@ def check_download(name: str, storage_uri: str) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raise ConfigError where a value of RAY_ADDRESS is no address of a cluster, or nothing listens there."""
+    """Raise ConfigError where a value of RAY_ADDRESS is no address of a cluster, or no cluster answers there."""
     if address in NEITHER:
         return
     shown = f"RAY_ADDRESS {without_secrets(address)}"
@@ -113,9 +117,9 @@ def check_address(address: str) -> None:
         raise ConfigError(f"{shown} is no address of a Ray cluster: give HOST:PORT of its head, port 6379{dashboard}")
     host, port = form[2].strip("[]"), int(form[3] or 10001)
     try:
-        with socket.create_connection((host, port), timeout=ANSWER) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(connection):
-                raise OSError("what listens there is something else")
+        socket.create_connection((host, port), timeout=ANSWER).close()
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            _ask_ray(f"{form[2]}:{port}", *(CLIENT_PING if form[1] else PING))
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ConfigError(
@@ -123,10 +127,18 @@ def check_address(address: str) -> None:
         ) from error
 
 
-def _speaks_grpc(connection: socket.socket) -> bool:
-    """Whether the other end answers the greeting of HTTP/2 with its settings, frame type 4, as gRPC does."""
-    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
-    return connection.recv(9)[3:4] == b"\4"
+def _ask_ray(address: str, method: str, request: bytes) -> None:
+    """Raise OSError unless ``method`` of Ray is answered, be it with a lack of a token, which Ray tells better."""
+    import grpc  # it takes half a second
+
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(method)(request, timeout=ANSWER)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise OSError("it accepts a connection, and says nothing") from error
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise OSError("what listens there is something else") from error
 
 
 def check_target(config: RunConfig, away: bool) -> None:

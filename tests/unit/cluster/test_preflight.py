@@ -10,10 +10,12 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -219,9 +221,9 @@ def test_the_target_of_an_evaluation_is_loaded_there(tmp_path: Path) -> None:
 
 
 def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
-    monkeypatch: pytest.MonkeyPatch, listener: Callable[[bytes], int]
+    monkeypatch: pytest.MonkeyPatch, head: Callable[..., int]
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listener(SETTINGS)}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head(preflight.PING)}")
     check("data.uri /nowhere target.uri /nowhere/h.safetensors")
     check("target.architecture os.path:join")
     for words, message in (
@@ -233,6 +235,32 @@ def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
     ):
         with pytest.raises(ConfigError, match=message):
             preflight.check(run_of(words), on_ray=False)  # which does not join the cluster
+
+
+@pytest.fixture
+def head() -> Iterator[Callable[..., int]]:
+    """A gRPC server that knows one of Ray's calls, with its request: -> its port."""
+    servers: list[grpc.Server] = []
+
+    def serve(call: tuple[str, bytes], code: grpc.StatusCode = grpc.StatusCode.OK) -> int:
+        method, wanted = call
+
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if request != wanted or code is not grpc.StatusCode.OK:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT if request != wanted else code, "")
+            return b""
+
+        service, name = method.strip("/").split("/")
+        handlers = {name: grpc.unary_unary_rpc_method_handler(answer)}
+        servers.append(grpc.server(ThreadPoolExecutor(1)))
+        servers[-1].add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+        port: int = servers[-1].add_insecure_port("127.0.0.1:0")
+        servers[-1].start()
+        return port
+
+    yield serve
+    for server in servers:
+        server.stop(None).wait()
 
 
 SETTINGS = b"\0\0\6\4\0\0\0\0\0\0\3\0\0\0\x64"
@@ -287,11 +315,23 @@ def test_addresses_that_are_none(address: str) -> None:
     preflight.check_address(address)
 
 
-def test_a_port_of_something_else_is_no_cluster(listener: Callable[[bytes], int]) -> None:
-    preflight.check_address(f"127.0.0.1:{listener(SETTINGS)}")
-    for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""):
+def test_a_cluster_is_known_by_what_it_answers(head: Callable[..., int]) -> None:
+    preflight.check_address(f"127.0.0.1:{head(preflight.PING)}")
+    preflight.check_address(f"ray://127.0.0.1:{head(preflight.CLIENT_PING)}")
+    preflight.check_address(f"127.0.0.1:{head(preflight.PING, grpc.StatusCode.UNAUTHENTICATED)}")  # it wants a token
+
+
+def test_a_port_of_something_else_is_no_cluster(
+    head: Callable[..., int], listener: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = [listener(answer) for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", SETTINGS)]
+    for port in (*ports, head(preflight.CLIENT_PING), head(("/some.other/Service", b""))):
         with pytest.raises(ConfigError, match="what listens there is something else"):
-            preflight.check_address(f"127.0.0.1:{listener(answer)}")
+            preflight.check_address(f"127.0.0.1:{port}")
+    monkeypatch.setattr(preflight, "ANSWER", 0.5)
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent, pytest.raises(ConfigError, match="it accepts a connection, and says nothing"):
+        preflight.check_address(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
 @pytest.mark.parametrize("section", ["data", "target"])
