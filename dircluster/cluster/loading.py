@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ANY_ERROR, ConfigError, RunConfig, named_line
 from dircluster.presets import search_folder
+from dircluster.training import hub_folder
 from dircluster.training.checkpoint import digest
 from dircluster.training.export import load_defense_folder, load_shipped, load_target
 from dircluster.zoo import is_shipped
@@ -68,15 +69,15 @@ def _file_of(module: str) -> str | None:
 
 
 def finished(uri: str, config: RunConfig) -> str:
-    """The folder of the committed checkpoint that ``uri`` means: itself, or ``final`` in a stage's folder.
+    """The folder of the finished defense that ``uri`` means: itself, or ``final`` in a stage's folder.
 
-    What has no folder (none, zoo:NAME, package.module:factory) is itself. Raises ConfigError, with the way out, where
-    it is a file or holds neither.
+    It is a committed checkpoint or an export. What has no folder (none, zoo:NAME, package.module:factory) is itself.
+    Raises ConfigError, with the way out, where it is a file or holds neither.
     """
     if uri == "none" or is_shipped(uri) or FACTORY.fullmatch(uri):
         return uri
     folder = open_path(uri, config.storage)
-    if digest(folder) is not None:
+    if digest(folder) is not None or hub_folder.is_one(folder):
         return uri
     if digest(folder / "final") is not None:
         return f"{uri.rstrip('/')}/final"

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dircluster.cluster.loading import JobSpec, finished, load_module, located
 from dircluster.config import ConfigError
+from dircluster.defenses.base import Defended
+from dircluster.defenses.table import find_defense
 from dircluster.presets import run_to_plain
 from dircluster.presets.dir import DirRun
-from dircluster.training import checkpoint
+from dircluster.training import checkpoint, hub_folder
 
 
 def test_a_factory_in_a_file_is_made(smoke: DirRun, tmp_path: Path) -> None:
@@ -72,6 +75,21 @@ def test_a_factory_that_fails_is_told_in_a_line(text: str, message: str, smoke: 
 def test_other_names_stay_as_they_are() -> None:
     for given in ("none", "runs/dir-1/final", "package.module:make", "models:/dir-digits@champion"):
         assert located(given) == (given, os.getcwd())
+
+
+def test_an_export_is_judged_as_what_it_was_made_of(smoke: DirRun, tmp_path: Path) -> None:
+    defense = find_defense("dir")
+    networks = {name: defense.build(smoke, name).state_dict() for name in ("denoiser", "classifier")}
+    checkpoint.write(tmp_path / "final", networks, {"stage": "dir", "defense": defense.to_plain(smoke)}, "key")
+    hub_folder.write(tmp_path / "final", tmp_path / "hub", "")
+    images, logits = torch.rand(2, 1, 8, 8), []
+    for name in ("final", "hub"):
+        folder = finished(str(tmp_path / name), smoke)
+        assert folder == str(tmp_path / name)
+        module = load_module(JobSpec(run_to_plain(smoke), folder, ""), smoke)
+        assert isinstance(module, Defended)
+        logits.append(module.fixed(1)(images))
+    assert torch.equal(*logits)
 
 
 def test_a_stage_means_what_it_ended_in(smoke: DirRun, tmp_path: Path) -> None:
