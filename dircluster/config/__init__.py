@@ -23,6 +23,7 @@ from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfi
 from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_hashed
 from dircluster.config.sections import (
     ARCHITECTURES,
+    LEAST_STD,
     USUAL_ROWS,
     AttackConfig,
     DataConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "ANY_ERROR",
     "ARCHITECTURES",
     "LATER_FIELDS",
+    "LEAST_STD",
     "SAME_NUMBERS",
     "USUAL_ROWS",
     "AttackConfig",

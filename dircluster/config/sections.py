@@ -13,6 +13,8 @@ from dircluster.config.errors import require, require_positive, require_share
 
 LARGEST_SIDE = 1 << 16
 """Pixels."""
+LEAST_STD = 1e-5
+"""Of images in [0, 1]: 1/65535 makes numbers of 16 bits of them, and nothing takes larger ones."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class TargetConfig:
             f"target.{'mean' if self.mean is None else 'std'} is missing: target.mean and target.std go together",
         )
         for name in ("mean", "std"):
-            _require_pixels(f"target.{name}", getattr(self, name), above_zero=name == "std")
+            _require_pixels(f"target.{name}", getattr(self, name), LEAST_STD if name == "std" else 0)
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -326,18 +328,14 @@ def _shortest(values: tuple[float, ...]) -> tuple[float, ...]:
     return decimals[:1] if len(set(decimals)) == 1 else decimals
 
 
-def _require_pixels(name: str, values: tuple[float, ...] | None, above_zero: bool) -> None:
-    """Raise ConfigError unless ``values`` are missing, or numbers in [0, 1]."""
+def _require_pixels(name: str, values: tuple[float, ...] | None, least: float) -> None:
+    """Raise ConfigError unless ``values`` are missing, or numbers in [least, 1]."""
     if values is None:
         return
     require(len(values) > 0, f"{name} is empty: give a number for each channel, or one for all")
     for value in values:
         hint = f"; did you mean {value:g}/255?" if 1 < value <= 255 else ""
-        low = "(0" if above_zero else "[0"
-        require(
-            (value > 0 if above_zero else value >= 0) and value <= 1,
-            f"{name} must lie in {low}, 1], got {value:g}{hint}",
-        )
+        require(least <= value <= 1, f"{name} must lie in [{least:g}, 1], got {value:g}{hint}")
 
 
 @dataclass(frozen=True)

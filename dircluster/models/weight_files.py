@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import re
 import zipfile
@@ -96,8 +97,8 @@ class StateDict:
     tensors: dict[str, Tensor]
     entry: str = ""
     """Where in the file they stand."""
-    normalization: Normalization | None = None
-    """Mean and std that stand among them or beside them."""
+    normalizations: tuple[Normalization, ...] = ()
+    """Each mean and std that stand among them or beside them."""
 
 
 def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
@@ -109,12 +110,12 @@ def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if any(value.ndim >= 2 for name, value in tensors.items() if name.rpartition(".")[2] not in (*MEANS, *STDS)):
         return [_cleaned(tensors, entry)]
-    beside = _pair({k: v for k, v in found.items() if k in (*MEANS, *STDS)})
+    beside = _pairs(found)
     made = []
     for name, inner in found.items():
         if isinstance(name, str) and not name.startswith(("optim", "sched")):
             for one in state_dicts(inner, f"{entry}.{name}".strip(".")):
-                made.append(StateDict(one.tensors, one.entry, one.normalization or beside))
+                made.append(StateDict(one.tensors, one.entry, one.normalizations + beside))
     return made
 
 
@@ -126,16 +127,15 @@ def _cleaned(tensors: Mapping[str, Tensor], entry: str) -> StateDict:
     return StateDict({names[name]: value for name, value in tensors.items()}, entry)
 
 
-def _pair(found: Mapping[str, Any]) -> Normalization | None:
-    """Mean and std by any of their names, as numbers; None where there are none."""
-    for mean, std in zip(MEANS, STDS, strict=True):
-        if mean in found and std in found:
-            try:
-                values = [torch.as_tensor(found[name], dtype=torch.float64).flatten().tolist() for name in (mean, std)]
-            except (TypeError, ValueError, RuntimeError):
-                return None
-            return tuple(values[0]), tuple(values[1])
-    return None
+def _pairs(found: Mapping[str, Any]) -> tuple[Normalization, ...]:
+    """Each mean and std by any of their names, as numbers."""
+    made = list[Normalization]()
+    for names in zip(MEANS, STDS, strict=True):
+        if all(name in found for name in names):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                mean, std = (torch.as_tensor(found[name], dtype=torch.float64).flatten().tolist() for name in names)
+                made.append((tuple(mean), tuple(std)))
+    return tuple(made)
 
 
 def without_normalization(found: StateDict) -> StateDict:
@@ -145,7 +145,7 @@ def without_normalization(found: StateDict) -> StateDict:
             before, dot, last = name.rpartition(".")
             other = f"{before}{dot}{std}"
             if last == mean and other in found.tensors:
-                pair = _pair({mean: found.tensors[name], std: found.tensors[other]})
+                own = _pairs({mean: found.tensors[name], std: found.tensors[other]})
                 rest = {k: v for k, v in found.tensors.items() if k not in (name, other)}
-                return StateDict(rest, found.entry, pair)
+                return StateDict(rest, found.entry, own + found.normalizations)
     return found

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, DataConfig, TargetConfig
+from dircluster.config import LEAST_STD, ConfigError, DataConfig, TargetConfig
 from dircluster.models.classifiers import ARCHITECTURES, Normalized, build
 from dircluster.models.elsewhere import Normalization
 from dircluster.models.layouts import UNSAID, renamed
@@ -100,7 +100,7 @@ def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: Dat
     notes = [f"its weights are those of entry {chosen.entry!r}"] if chosen.entry else []
     if fit.renamed and target.architecture in UNSAID:
         notes.append(UNSAID[target.architecture])
-    return notes + _normalize(network, module is network, inner.normalization, target, source)
+    return notes + _normalize(network, module is network, inner.normalizations, target, source)
 
 
 def _fit_of(network: nn.Module, found: StateDict, architecture: str) -> tuple[Fit, nn.Module, StateDict]:
@@ -145,13 +145,19 @@ def check_numbers(tensors: Mapping[str, Tensor], source: str, zeros: bool = Fals
 
 
 def _normalize(
-    network: nn.Module, loaded: bool, found: Normalization | None, target: TargetConfig, source: str
+    network: nn.Module, loaded: bool, said: tuple[Normalization, ...], target: TargetConfig, source: str
 ) -> list[str]:
-    """Bring the normalization of a file and that of the settings together; ``loaded``: it came with the weights."""
+    """Bring what a file says of normalization and the settings together; ``loaded``: it came with the weights too."""
     given, ask = target.normalization, "--target.mean M ... --target.std S ..."
+    if isinstance(network, Normalized) and loaded:
+        said = (tuple(network.mean.flatten().tolist()), tuple(network.std.flatten().tolist())), *said
+    found = next((one for one in said if given is not None and _agree(one, given)), said[0] if said else None)
+    if given is None and (other := next((one for one in said if not _agree(one, said[0])), None)):
+        raise ConfigError(
+            f"{source} says mean {_said(said[0][0])} and std {_said(said[0][1])}, and in another place mean"
+            f" {_said(other[0])} and std {_said(other[1])}: say which by {ask}"
+        )
     if isinstance(network, Normalized):
-        if loaded:
-            found = tuple(network.mean.flatten().tolist()), tuple(network.std.flatten().tolist())
         if found is None and given is None:
             raise ConfigError(
                 f"{source} does not say how images are normalized: give the mean and std that it was trained with,"
@@ -159,7 +165,7 @@ def _normalize(
             )
         if found is not None:
             _check_normalization(found, source, network.mean.numel(), ask)
-            if given is not None and any(_differ(a, b) for a, b in zip(found, given, strict=True)):
+            if given is not None and not _agree(found, given):
                 raise ConfigError(
                     f"{source} has mean {_said(found[0])} and std {_said(found[1])} of its own: leave --target.mean and"
                     " --target.std out"
@@ -186,18 +192,27 @@ def _normalize(
 
 def _check_normalization(found: Normalization, source: str, channels: int, ask: str) -> None:
     mean, std = found
-    if any(not (value > 0) or value == float("inf") for value in std):
-        raise ConfigError(f"{source} has a std of {_said(std)}: it must be positive; the file is not sound")
-    if any(not (0 <= value <= 1) for value in mean):
-        raise ConfigError(f"{source} has mean {_said(mean)}, not one of images in [0, 1]: its network takes others")
+    if any(not (value >= LEAST_STD) for value in std):
+        raise ConfigError(f"{source} has a std of {_said(std)}: it must be at least {LEAST_STD}; the file is not sound")
+    for name, values in (("mean", mean), ("std", std)):
+        if any(not (0 <= value <= 1) for value in values):
+            raise ConfigError(
+                f"{source} has {name} {_said(values)}, not one of images in [0, 1]: its network takes others"
+            )
     if {len(mean), len(std)} - {1, channels}:
         raise ConfigError(f"{source} has mean and std of {len(mean)} channels, but data.channels is {channels}")
 
 
-def _differ(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    size = max(len(one), len(other))
-    pairs = zip(one * (size // len(one)), other * (size // len(other)), strict=True)
-    return any(abs(a - b) > 1e-6 for a, b in pairs)
+def _agree(one: Normalization, other: Normalization) -> bool:
+    """Whether both say the same, up to the rounding of float32; one number stands for all channels."""
+    for mine, yours in zip(one, other, strict=True):
+        size = max(len(mine), len(yours))
+        if {len(mine), len(yours)} - {1, size} or 0 in (len(mine), len(yours)):
+            return False
+        pairs = zip(mine * (size // len(mine)), yours * (size // len(yours)), strict=True)
+        if any(not abs(a - b) <= 1e-6 for a, b in pairs):
+            return False
+    return True
 
 
 def _said(values: Any) -> str:

@@ -24,6 +24,8 @@ from dircluster.presets import dir as d
         (lambda: d.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
         (lambda: c.DataConfig(name="custom"), "data.uri is missing"),
         (lambda: c.TargetConfig(architecture="resnet19"), "target.architecture must be"),
+        (lambda: c.TargetConfig(mean=(0.5,), std=(1e-12,)), "target.std must lie in [1e-05, 1], got 1e-12"),
+        (lambda: c.TargetConfig(mean=(0.5,), std=(51.0,)), "target.std must lie in [1e-05, 1], got 51; did you mean"),
         (lambda: c.StorageConfig(uri="gs://bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
         (lambda: c.OptimizerConfig(lr=0), "optimizer.lr must be positive"),
         (lambda: c.ScalingConfig(threads=100_000), "scaling.threads must lie in [1, 1024], got 100000"),

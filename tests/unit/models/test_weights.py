@@ -100,6 +100,38 @@ def test_the_normalization_of_a_file_is_taken(given: Any, form: str) -> None:
         taken(saved(NORMALIZED[form](given.network.state_dict())), mean=(0.5,), std=(0.2,))
 
 
+CONTRADICTIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "its own": lambda made: {"net": made.state_dict(), "mean": [0.3], "std": [0.2]},
+    "in front": lambda made: {"net": NORMALIZED["mu and sigma"](inner(made)), "mean": [0.5], "std": [0.5]},
+    "one inside": lambda made: {"a": {"net": inner(made), "mean": [0.5], "std": [0.5]}, "mean": [0.3], "std": [0.2]},
+    "two names": lambda made: {"net": inner(made), "mean": 0.5, "std": 0.5, "image_mean": [0.3], "image_std": [0.2]},
+}
+
+
+def inner(made: Any) -> dict[str, Tensor]:
+    """The weights of a classifier without its normalization."""
+    found: dict[str, Tensor] = made.network.state_dict()
+    return found
+
+
+@pytest.mark.parametrize("form", CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_is_refused_until_it_is_said_which(given: Any, form: str) -> None:
+    blob, images = saved(CONTRADICTIONS[form](given)), torch.rand(3, 1, 8, 8)
+    with pytest.raises(ConfigError, match=r"^w.pt says mean 0..(,| )and.*in another place mean.*say which by --target"):
+        taken(blob)
+    for mean, std in ((0.3, 0.2), (0.5, 0.5)):
+        made, _ = taken(blob, mean=(mean,), std=(std,))
+        torch.testing.assert_close(made(images), given.network((images - mean) / std))
+    with pytest.raises(ConfigError, match=r"of its own: leave --target.mean"):
+        taken(blob, mean=(0.4,), std=(0.2,))
+
+
+def test_one_normalization_in_two_places_is_taken(given: Any) -> None:
+    made, _ = taken(saved({"net": given.state_dict(), "mean": [0.5, 0.5, 0.5], "std": [0.5]}), mean=(0.5,), std=(0.5,))
+    assert torch.equal(made.state_dict()["mean"], given.mean)
+    taken(saved({"net": given.state_dict(), "mean": [0.5], "std": 0.5}))
+
+
 def test_a_normalization_is_given_or_asked_for_and_never_guessed(given: Any) -> None:
     bare, images = saved(given.network.state_dict()), torch.rand(3, 1, 8, 8)
     with pytest.raises(ConfigError, match=r"does not say how images are normalized: give .* --target.mean M"):
@@ -115,8 +147,16 @@ def test_a_normalization_is_given_or_asked_for_and_never_guessed(given: Any) -> 
             lambda sd: sd | {"mean": torch.tensor([125.0]), "std": torch.tensor([60.0])},
             r"mean 125, not one of images in",
         ),
-        (lambda sd: sd | {"mean": torch.tensor([0.5]), "std": torch.tensor([0.0])}, r"a std of 0: it must be positive"),
-        (lambda sd: sd | {"mean": torch.tensor([0.5]), "std": torch.tensor([float("nan")])}, r"must be positive"),
+        (
+            lambda sd: sd | {"mean": torch.tensor([0.5]), "std": torch.tensor([0.0])},
+            r"std of 0: it must be at least 1e-05",
+        ),
+        (
+            lambda sd: sd | {"mean": torch.tensor([0.5]), "std": torch.tensor([float("nan")])},
+            r"a std of nan: it must be at least",
+        ),
+        (lambda sd: sd | {"mean": torch.tensor([0.5]), "std": torch.tensor([1e-12])}, r"a std of 1e-12: it must be"),
+        (lambda sd: sd | {"mean": torch.tensor([0.0]), "std": torch.tensor([255.0])}, r"std 255, not one of images in"),
         (
             lambda sd: sd | {"mean": torch.full((3,), 0.5), "std": torch.full((3,), 0.5)},
             r"3 channels, but data.channels",
