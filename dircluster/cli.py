@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from dircluster.config import ConfigError, RunConfig, flatten, to_dict, without_secrets
+from dircluster.config import ConfigError, RunConfig, flatten, real_path, to_dict, without_secrets
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 from dircluster.settings_file import SWITCHED, Flags, as_words, flags_of, forms_of, words_of
 
@@ -271,7 +271,7 @@ def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], in
             if job.print_config:
                 print(to_yaml(job.run), end="")
                 return 0
-        if job.summary is not None and not job.summary.resolve().parent.is_dir():
+        if job.summary is not None and not real_path(job.summary).parent.is_dir():
             raise ConfigError(f"--summary {job.summary}: its folder does not exist")
         return work(job)
     except ConfigError as error:

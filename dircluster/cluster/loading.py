@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
-from dircluster.config import ANY_ERROR, ConfigError, RunConfig, named_line
+from dircluster.config import ANY_ERROR, ConfigError, RunConfig, local_path, named_line, real_path
 from dircluster.presets import search_folder
 from dircluster.training import hub_folder
 from dircluster.training.checkpoint import digest
@@ -39,7 +39,7 @@ def located(defense: str) -> tuple[str, str]:
     found = FILE_FACTORY.fullmatch(defense)
     if found is None:
         return defense, os.getcwd()
-    file = Path(found[1]).expanduser().resolve()
+    file = real_path(local_path(found[1]))
     if not file.is_file():
         raise ConfigError(f"--defense {defense}: {file} does not exist")
     if not file.stem.isidentifier():

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from dircluster.cluster.storage import endpoint, is_remote
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, local_path, real_path
 
 ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]+:/|zoo:|timm:")
 """How what is no file of this machine begins: s3://, models:/, and networks by name. A folder may hold a colon."""
 
 
 def absolute(uri: str) -> str:
-    """``uri`` as any folder of this machine would understand it."""
+    """``uri`` as any folder of this machine would understand it. Raises ConfigError where it leads nowhere."""
     path = uri.removeprefix("file://")
-    return path if ELSEWHERE.match(path) else str(Path(path).expanduser().resolve())
+    return path if ELSEWHERE.match(path) else str(real_path(local_path(path)))
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -28,7 +27,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         return section if section.uri is None else dataclasses.replace(section, uri=absolute(section.uri))
 
     uri = config.storage.uri.removeprefix("file://")
-    here = ELSEWHERE.match(uri) is None and not Path(uri).expanduser().is_absolute()
+    here = ELSEWHERE.match(uri) is None and not local_path(uri).is_absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and here:
         raise ConfigError(
             f"storage.uri {uri!r} would lie in a copy of the working directory that ends with the job;"

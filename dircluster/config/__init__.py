@@ -32,7 +32,7 @@ from dircluster.config.sections import (
     TargetConfig,
     TrainingConfig,
 )
-from dircluster.config.serialize import digest, flatten, from_dict, local_path, short, to_dict, with_values
+from dircluster.config.serialize import digest, flatten, from_dict, local_path, real_path, short, to_dict, with_values
 
 __all__ = [
     "ANY_ERROR",
@@ -62,6 +62,7 @@ __all__ = [
     "from_dict",
     "local_path",
     "named_line",
+    "real_path",
     "refuse_secret",
     "require",
     "require_positive",

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dircluster.config.errors import require
+from dircluster.config.errors import ConfigError, first_line, require
 
 
 def local_path(uri: str) -> Path:
     """The folder or file on this machine that ``uri`` names. Raises ConfigError where it names none."""
     path = uri.removeprefix("file://")
     require("://" not in path, f"{uri!r} is not on this machine: the core alone reads folders and files")
-    return Path(path).expanduser()
+    with _leading_somewhere(path):
+        return Path(path).expanduser()
+
+
+def real_path(path: Path) -> Path:
+    """``path`` from the root, links followed. Raises ConfigError where one leads back to itself."""
+    with _leading_somewhere(path):
+        return path.resolve()
+
+
+@contextlib.contextmanager
+def _leading_somewhere(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # pathlib's, of links and of homes
+        raise ConfigError(f"{str(path)!r} leads nowhere: {first_line(error)}") from error
 
 
 WHOLE = ("warmup_epochs",)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, real_path
 from dircluster.data.split import Split
 from dircluster.evaluation.session import EvaluationReport
 
@@ -21,7 +21,7 @@ def check_export(file: Path) -> None:
     """Raise ConfigError unless ``file`` can be an export."""
     if file.suffix not in KINDS:
         raise ConfigError(f"--export {file}: its name must end in {' or '.join(KINDS)}")
-    if not file.resolve().parent.is_dir():
+    if not real_path(file).parent.is_dir():
         raise ConfigError(f"--export {file}: its folder does not exist")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, real_path
 from dircluster.defenses.table import UNNAMED
 from dircluster.files import FETCH, POINTER
 from dircluster.models import weight_files
@@ -34,7 +34,7 @@ def is_one(folder: Path) -> bool:
 
 def check(folder: Path) -> None:
     """Raise ConfigError unless ``folder`` can be written: it is new, empty, or an earlier export."""
-    if not folder.resolve().parent.is_dir():
+    if not real_path(folder).parent.is_dir():
         raise ConfigError(f"--export {folder}: the folder that it would lie in does not exist")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--export {folder} is a file: name a folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli, zoo
-from dircluster.config import ConfigError, RunConfig, first_line, refuse_secret
+from dircluster.config import ConfigError, RunConfig, first_line, local_path, real_path, refuse_secret
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class _Judging:
         given = is_remote(uri) or zoo.is_shipped(uri) or uri.startswith("timm:")
         if uri in ("", "none") or given or FACTORY.fullmatch(uri):
             return uri
-        return str(Path(uri.removeprefix("file://")).expanduser().resolve())  # workers live in other folders
+        return str(real_path(local_path(uri)))  # workers live in other folders
 
     def _make_evaluation_job(self, job_spec: JobSpec, parallel: Any) -> EvaluationJob:
         """This process's evaluation job. Where Ray's workers do the work, it stays on the CPU."""
