@@ -11,6 +11,9 @@ from dircluster.config.errors import require, require_positive, without_secrets
 MOST_THREADS = 1024
 """Threads of a worker; no machine has more cores, and libraries end without a word where they cannot start them."""
 
+LONGEST_NAME = 256
+"""Characters of an experiment's name that MLflow's table of them has room for; SQLite alone takes more."""
+
 
 @dataclass(frozen=True)
 class ScalingConfig:
@@ -121,3 +124,10 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require_positive("tracking", self, "log_every", "picture_every")
+        require(self.experiment.strip() != "", f"tracking.experiment must be a name, got {self.experiment!r}")
+        length = len(self.experiment)
+        require(
+            length <= LONGEST_NAME,
+            f"tracking.experiment must be at most {LONGEST_NAME} characters, which is what MLflow's databases hold,"
+            f" got {length}",
+        )
