@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and what Git leaves in place of one."""
+"""Files that are either whole or absent, whether a folder takes any, and what Git leaves in place of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for one which Git LFS did not fetch."""
 FETCH = "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"
+
+
+def check_writable(folder: Path) -> None:
+    """Write a file in ``folder`` and remove it. Raises OSError where it takes none."""
+    probe = folder / f".write-probe-{os.getpid()}"
+    probe.write_bytes(bytes(4096))  # a full disk takes an empty file
+    probe.unlink(missing_ok=True)
 
 
 def write_whole(file: Path, blob: bytes) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dircluster.config import ConfigError, RunConfig, StorageConfig, digest, first_line, local_path, refuse_secret
+from dircluster.files import check_writable
 from dircluster.zoo import find, is_shipped
 
 PATIENT, QUICK = 15, 1
@@ -197,9 +198,7 @@ def _check_folder(folder: Path, uri: str) -> None:
     """Make the storage folder and prove that it can be written. Raises ConfigError where it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.write_bytes(bytes(4096))  # a full disk takes an empty file
-        probe.unlink(missing_ok=True)
+        check_writable(folder)
     except OSError as error:
         raise ConfigError(f"storage.uri {uri!r} cannot be written: {error.strerror or error}") from error
 

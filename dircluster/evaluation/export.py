@@ -13,6 +13,7 @@ from torch import Tensor
 from dircluster.config import ConfigError, real_path
 from dircluster.data.split import Split
 from dircluster.evaluation.session import EvaluationReport
+from dircluster.files import check_writable
 
 KINDS = (".pt", ".npz")
 
@@ -23,6 +24,10 @@ def check_export(file: Path) -> None:
         raise ConfigError(f"--export {file}: its name must end in {' or '.join(KINDS)}")
     if not real_path(file).parent.is_dir():
         raise ConfigError(f"--export {file}: its folder does not exist")
+    try:
+        check_writable(real_path(file).parent)
+    except OSError as error:
+        raise ConfigError(f"--export {file} cannot be written: {error.strerror}") from error
 
 
 def exported(report: EvaluationReport, test: Split, numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dircluster.config import ConfigError, real_path
 from dircluster.defenses.table import UNNAMED
-from dircluster.files import FETCH, POINTER
+from dircluster.files import FETCH, POINTER, check_writable
 from dircluster.models import weight_files
 from dircluster.training import checkpoint
 
@@ -40,6 +40,10 @@ def check(folder: Path) -> None:
         raise ConfigError(f"--export {folder} is a file: name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not is_one(folder):
         raise ConfigError(f"--export {folder} holds other files: name a new folder")
+    try:
+        check_writable(folder if folder.is_dir() else real_path(folder).parent)
+    except OSError as error:
+        raise ConfigError(f"--export {folder} cannot be written: {error.strerror}") from error
 
 
 def write(checkpoint_folder: Path, folder: Path, card: str) -> None:

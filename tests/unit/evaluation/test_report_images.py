@@ -267,6 +267,8 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         check_export(tmp_path / "a.zip")
     with pytest.raises(ConfigError, match="its folder does not exist"):
         check_export(tmp_path / "no" / "a.pt")
+    with pytest.raises(ConfigError, match=r"^--export /proc/a.pt cannot be written: \w"):
+        check_export(Path("/proc/a.pt"))
     (tmp_path / "a.json").write_text('{"rows": []}')
     with pytest.raises(ConfigError, match="holds no outcomes of images"):
         read_report(tmp_path / "a.json")

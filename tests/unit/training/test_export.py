@@ -305,3 +305,10 @@ def test_an_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None
     for name, message in {"a/b": "does not exist", "file": "is a file", "full": "holds other files"}.items():
         with pytest.raises(ConfigError, match=message):
             hub_folder.check(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"^--export /proc/x cannot be written: \w"):
+        hub_folder.check(Path("/proc/x"))
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        hub_folder.check(tmp_path / name)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert list((tmp_path / "empty").iterdir()) == []
