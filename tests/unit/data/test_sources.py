@@ -141,7 +141,7 @@ def test_image_folders(tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
                 (tmp_path / split / name / f"{i}.png").write_bytes(png(value=100 * number + i))
-    data = load(config(tmp_path), seed=0)
+    data = load(config(tmp_path, classes=2), seed=0)
     assert len(data.test) == 4
     whole = torch.cat([data.train.images, data.held_out.images])[:, 0, 0, 0]
     assert torch.equal((whole >= 100).long(), torch.cat([data.train.labels, data.held_out.labels]))
@@ -162,14 +162,14 @@ def test_classes_of_the_test_split_are_those_of_the_training_split(tmp_path: Pat
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(5):
                 (tmp_path / split / name / f"{i}.PNG").write_bytes(png(value=ord(name[0])))
-    data = load(config(tmp_path), seed=0)
+    data = load(config(tmp_path, classes=3), seed=0)
     expected = {ord("a"): 0, ord("t"): 1, ord("v"): 2}
     for part in (data.train, data.held_out, data.test):
         assert [expected[v] for v in part.images[:, 0, 0, 0].tolist()] == part.labels.tolist()
     (tmp_path / "test" / "wasp").mkdir()
     (tmp_path / "test" / "wasp" / "0.png").write_bytes(png())
     with pytest.raises(ConfigError, match="classes that the training split has not: wasp"):
-        load(config(tmp_path), seed=0)
+        load(config(tmp_path, classes=3), seed=0)
 
 
 @pytest.mark.parametrize(
