@@ -58,7 +58,7 @@ def located(defense: str) -> tuple[str, str]:
 
 
 def _file_of(module: str) -> str | None:
-    """The file of the module of that name which an import would find now, ``built-in`` or alike where it has none."""
+    """The file of the module that an import of that name finds; ``built-in`` or ``frozen`` where it has none."""
     try:
         found = importlib.util.find_spec(module)
     except ValueError:  # of a module without a specification, such as __main__

@@ -398,7 +398,7 @@ class TrainingConfig:
 
 
 USUAL_ROWS = 256
-"""Rows that pass through a model at a time where nobody said how many: on a CPU, and on a GPU at least."""
+"""Rows that pass through a model at a time where none are given: on a CPU, and on a GPU at least."""
 
 
 @dataclass(frozen=True)

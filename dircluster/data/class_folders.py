@@ -89,8 +89,8 @@ def _placed(images: Sequence[Found], uri: str) -> list[_Placed]:
     if not splits and all(split_name(one.name) for one in placed):
         raise ConfigError(f"{placed[0].file.path} lies in no class folder: data.uri {uri!r} needs train/CLASS/*.png")
     for one in placed:
-        said = None if splits else split_name(one.name)
-        if said and said.plain and said.split != "train":  # a train may be a class
+        named = None if splits else split_name(one.name)
+        if named and named.plain and named.split != "train":  # a train may be a class
             raise ConfigError(
                 f"{one.file.path} lies in a folder called as a split, {one.name!r}, beside class folders: give it class"
                 " folders of its own, a class another name, or move it away"

@@ -118,7 +118,7 @@ def read_group(group: RowGroup) -> tuple[list[Cell], list[int]]:
             there = table.metadata
             if group.number >= there.num_row_groups or there.row_group(group.number).num_rows != group.rows:
                 raise ConfigError(
-                    f"{group.shard} was written anew while it is read: its row groups are others; begin again"
+                    f"{group.shard} was overwritten while it is read: its row groups are others; begin again"
                 )
             read = table.read_row_group(group.number, columns=group.columns.stored)
             return parquet.contents(read, group.columns, group.shard, group.first)

@@ -13,33 +13,33 @@ _NO_DATA = {".md", ".rst", ".html", ".pdf", ".log", ".py", ".ipynb", ".sh", ".ya
 
 
 def check_unread(files: Sequence[Found], read: set[str]) -> None:
-    """Raise ConfigError where a split is said by files alone whose suffix is none of ``read``.
+    """Raise ConfigError where a split is named only by files whose suffix is none of ``read``.
 
     A list (test.csv) says one where its name says nothing else; what lies in a folder has the folder's split too. val
     may lie unread beside test.
     """
-    known = {found.split for file in files if file.suffix in read for found in _said(file)}
+    known = {found.split for file in files if file.suffix in read for found in _splits_of(file)}
     unread = [file for file in files if file.suffix not in read | _NO_DATA]
     for split, others in (("train", set[str]()), ("test", set[str]()), ("val", {"test"})):
         if known & {split, *others}:
             continue
         for file in unread:
-            if any(found.split == split for found in _said(file)):
+            if any(found.split == split for found in _splits_of(file)):
                 raise ConfigError(
                     f"{file.path} says by its name that it is of the split {split}, and is not read: bring it into the"
                     " form of the rest, or move it away"
                 )
 
 
-def _said(file: Found) -> list[SplitName]:
+def _splits_of(file: Found) -> list[SplitName]:
     """The splits that a file's folders say, and its own name unless it is an image's; what says two says none."""
     names = [*file.folders, *([] if file.suffix in IMAGE_SUFFIXES else [file.path.stem])]
-    said = []
+    splits = []
     for name in names:
         try:
             found = split_name(name)
         except ConfigError:
             continue
         if found and (found.plain or file.suffix not in SIDE_SUFFIXES):
-            said.append(found)
-    return said
+            splits.append(found)
+    return splits

@@ -1,4 +1,4 @@
-"""How many rows, images times draws, pass through a model at a time where nobody said it."""
+"""How many rows, images times draws, pass through a model at a time where none are given."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_shard_that_is_written_anew_while_it_is_read_is_one_line(shards: Shard
     group = shards.groups[1]
     assert len(stream.read_group(group)[1]) == 8
     write(tmp_path, "train-0.parquet", range(40), rows)
-    with pytest.raises(ConfigError, match=r"train-0.parquet was written anew while it is read: .*; begin again$"):
+    with pytest.raises(ConfigError, match=r"train-0.parquet was overwritten while it is read: .*; begin again$"):
         stream.read_group(group)
 
 
