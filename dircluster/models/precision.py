@@ -168,7 +168,7 @@ def keep_ends_whole(network: nn.Module, images: Tensor) -> None:
     try:
         with put_back(), evaluating(network), torch.no_grad():
             network(images)
-    except Exception:  # whoever uses the network is told
+    except Exception:  # whoever uses the network sees it
         passed.clear()
     finally:
         for hook in hooks:

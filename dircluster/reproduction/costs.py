@@ -92,16 +92,16 @@ def costs(
         return judged[same]
 
     def counted(run: RunConfig, stage: Stage) -> Work:
-        alike = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
-        if alike not in met:
+        same = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
+        if same not in met:
             train, held_out, _ = sizes(run)
             try:
-                met[alike] = stage_work(run, stage, train, held_out)
+                met[same] = stage_work(run, stage, train, held_out)
             except Exception:  # whatever a system raises is its own
                 if known is not None:
                     raise
-                met[alike] = Work(stage.name, math.nan)
-        return met[alike]
+                met[same] = Work(stage.name, math.nan)
+        return met[same]
 
     for training in plan.trainings.values():
         run, operations, seconds = as_launched(training.run, launcher), 0.0, 0.0
