@@ -154,8 +154,8 @@ def _normalize(
     found = next((one for one in stated if given is not None and _agree(one, given)), stated[0] if stated else None)
     if given is None and (other := next((one for one in stated if not _agree(one, stated[0])), None)):
         raise ConfigError(
-            f"{source} says mean {_shown(stated[0][0])} and std {_shown(stated[0][1])}, and in another place mean"
-            f" {_shown(other[0])} and std {_shown(other[1])}: say which by {ask}"
+            f"{source} says mean {_text(stated[0][0])} and std {_text(stated[0][1])}, and in another place mean"
+            f" {_text(other[0])} and std {_text(other[1])}: say which by {ask}"
         )
     if isinstance(network, Normalized):
         if found is None and given is None:
@@ -167,18 +167,18 @@ def _normalize(
             _check_normalization(found, source, network.mean.numel(), ask)
             if given is not None and not _agree(found, given):
                 raise ConfigError(
-                    f"{source} has mean {_shown(found[0])} and std {_shown(found[1])} of its own: leave --target.mean and"
+                    f"{source} has mean {_text(found[0])} and std {_text(found[1])} of its own: leave --target.mean and"
                     " --target.std out"
                 )
             for buffer, values in zip((network.mean, network.std), found, strict=True):
                 buffer.copy_(torch.tensor(values, dtype=buffer.dtype).view(1, -1, 1, 1).expand_as(buffer))
-        return [f"images are normalized by mean {_shown(network.mean.flatten().tolist())},"
-                f" std {_shown(network.std.flatten().tolist())}"]  # fmt: skip
+        return [f"images are normalized by mean {_text(network.mean.flatten().tolist())},"
+                f" std {_text(network.std.flatten().tolist())}"]  # fmt: skip
     if found is not None:
         _check_normalization(found, source, len(found[0]), ask)
         raise ConfigError(
             f"{source} has a mean and std that {target.architecture} has no place for: put them in front by"
-            f" --target.mean {_shown(found[0])} --target.std {_shown(found[1])}"
+            f" --target.mean {_text(found[0])} --target.std {_text(found[1])}"
         )
     if target.architecture.startswith("torchvision."):
         raise ConfigError(
@@ -193,13 +193,11 @@ def _normalize(
 def _check_normalization(found: Normalization, source: str, channels: int, ask: str) -> None:
     mean, std = found
     if any(not (value >= LEAST_STD) for value in std):
-        raise ConfigError(
-            f"{source} has a std of {_shown(std)}: it must be at least {LEAST_STD}; the file is not sound"
-        )
+        raise ConfigError(f"{source} has a std of {_text(std)}: it must be at least {LEAST_STD}; the file is not sound")
     for name, values in (("mean", mean), ("std", std)):
         if any(not (0 <= value <= 1) for value in values):
             raise ConfigError(
-                f"{source} has {name} {_shown(values)}, not one of images in [0, 1]: its network takes others"
+                f"{source} has {name} {_text(values)}, not one of images in [0, 1]: its network takes others"
             )
     if {len(mean), len(std)} - {1, channels}:
         raise ConfigError(f"{source} has mean and std of {len(mean)} channels, but data.channels is {channels}")
@@ -217,5 +215,5 @@ def _agree(one: Normalization, other: Normalization) -> bool:
     return True
 
 
-def _shown(values: Any) -> str:
+def _text(values: Any) -> str:
     return " ".join(f"{value:.6g}" for value in values)
