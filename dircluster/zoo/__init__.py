@@ -49,6 +49,9 @@ ZOO = {
     "cifar10-small-apegan": Shipped(
         "cifar10-small-apegan", "9029164421fd9bafa57b5ec723395eeb2f3ba4a3797703bf8f984a1223b21462"
     ),
+    "cifar10-small-finetune": Shipped(
+        "cifar10-small-finetune", "7ef7ac73acadbb890ef6e4aab4c11cbd780918854871641d9997d0e9eec70bbc"
+    ),
     "cifar10-small-jatp": Shipped(
         "cifar10-small-jatp", "d1a847d42bc0fca02c2e8e36cd25edd40693fe9a059224e72963f0cbc04ee321"
     ),
