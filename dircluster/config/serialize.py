@@ -78,6 +78,8 @@ def from_dict(kind: type, plain: dict[str, Any]) -> Any:
         was = getattr(default, name)
         if dataclasses.is_dataclass(was) and isinstance(value, dict):
             made[name] = from_dict(type(was), value)
+        elif isinstance(value, bool) and "on" in get_args(hints[name]):  # stored when the switch had no auto
+            made[name] = "on" if value else "off"
         else:
             require(_fits(value, hints[name]), f"{kind.__name__}.{name} cannot be {value!r}")
             made[name] = tuple(value) if isinstance(value, list) else value

@@ -20,7 +20,7 @@ from dircluster.evaluation.claims import Claim, claim_of, read_claim, read_claim
 from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.leaderboard import PAGE, by_threat, line, write_leaderboard
 from dircluster.evaluation.session import evaluate
-from dircluster.presets import preset, run_to_plain
+from dircluster.presets import preset, run_from_plain, run_to_plain
 from dircluster.training.profiling import answer_costs
 
 FEW = EvaluationConfig(images=8, batch_size=8, steps=2, draws=2, eot=2)
@@ -179,3 +179,13 @@ def test_a_cell_of_fewer_images_says_so(root: Path) -> None:
     assert few["total"] != int(cells["n"].text)
     assert cells["AutoAttack"].text.endswith(f"), n = {few['total']}")
     assert "n =" not in cells["natural"].text
+
+
+def test_claims_that_were_made_before_are_read_by_the_code_as_it_is_now(root: Path) -> None:
+    files = sorted((root / "docs" / "claims").glob("*.json"))
+    made = [json.loads(file.read_text())["facts"]["settings"] for file in files]
+    older = [each for each in made if each["run"].get("training", {}).get("compile") is False]
+    assert older  # the switch once had no auto
+    assert {run_from_plain(each).training.compile for each in older} == {"off"}
+    for each in made:
+        run_from_plain(each)
