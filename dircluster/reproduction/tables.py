@@ -47,23 +47,23 @@ TRANSFER = (
 CITED = "The paper cites TRADES as Ding et al. 2019 throughout: it is of Zhang et al. 2019."
 SIGN = "The paper's Eq. 6, the cross-entropy in DIR's loss, lacks its minus sign: it has one here."
 POINTED = "Section 4.2 of the paper points to a Figure 3.3, which it does not have: Figure 4 is meant."
-GRID = "The figure prints no numbers but those of alpha 2, which are Table 1's; its grid is not said."
+GRID = "The figure prints no numbers but those of alpha 2, which are Table 1's; its grid is not stated."
 ORDER = (
     "The figure prints no numbers; None and DIR are Table 1's. The order to check is None above the adversarially"
     " trained baselines, and DIR above None (Section 3.2)."
 )
 LOSSES = (
-    "Which loss the baselines were trained on by is not said: their own here (adversarial.objective ce is the other"
+    "Which loss the baselines were trained on by is not stated: their own here (adversarial.objective ce is the other"
     " choice)."
 )
 LONGER = (
     "The paper asks 1.1 times the time without pre-training, so it must have trained longer than with it; how long is"
-    " not said. Here the second stage is as long in both."
+    " not stated. Here the second stage is as long in both."
 )
 TWENTY = "Table 5 does not say of how many steps its PGD is: 20 here, as in Table 1."
 HALF = (
     "The paper says in words alone that noise loses its effect where more than half of it is discarded. Which pixels is"
-    " not said: any, at random, with all their channels; the noise is made on the target alone."
+    " not stated: any, at random, with all their channels; the noise is made on the target alone."
 )
 FEATURES = "The features that the paper embeds are not named: those before the target's last layer here."
 
@@ -132,7 +132,7 @@ def _table_4(data: str) -> Exhibit:
         " its attack, which is not named, weaker. PGD-20 here.",
         "The printed times are as 1 : 1.2 : 1.8. By our counts HGD : JATP : DIR are as 1 : 1.8 : 3.7, or as 1 : 1 :"
         " 2.05 if HGD was timed with samples crafted on the whole pipeline.",
-        "Whether the denoisers of this table were trained over the natural target or transferred to it is not said:"
+        "Whether the denoisers of this table were trained over the natural target or transferred to it is not stated:"
         " they are trained over it here.",
         "Ours are of one worker: the mean of timed steps of the last stage, times the steps of an epoch.",
         JATP,

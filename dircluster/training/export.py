@@ -79,7 +79,7 @@ PLACES = (
     "a defense is the folder of a finished stage or of an export, here or in s3://, zoo:NAME, or models:/NAME@champion;"
     " a classifier's weights alone are for --target.uri"
 )
-"""Where a defense is, said to whom named something else."""
+"""Where a defense is: the way out for who names something else."""
 
 
 def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
