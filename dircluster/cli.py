@@ -261,13 +261,21 @@ times more: a step on two cores is then some 12 % faster on a quiet machine, and
 process (docs/results.md)."""
 
 
-def execute(kind: type[AnyJob], argv: Sequence[str], work: Callable[[AnyJob], int]) -> int:
-    """Parse, check and do ``work``; -> exit code. A ConfigError becomes one line on stderr and code 2."""
+def execute(
+    kind: type[AnyJob],
+    argv: Sequence[str],
+    work: Callable[[AnyJob], int],
+    settled: Callable[[AnyJob], AnyJob] = lambda job: job,
+) -> int:
+    """Parse, check and do ``work``; -> exit code. A ConfigError becomes one line on stderr and code 2.
+
+    ``settled`` gives a job the settings that follow from the rest of it, before they are printed or used.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read where PyTorch is imported, here and in workers
     try:
         with reader_may_leave():
-            job = parse(kind, argv)
+            job = settled(parse(kind, argv))
             if job.print_config:
                 print(to_yaml(job.run), end="")
                 return 0

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, flatten, to_dict, with_values
 from dircluster.reproduction.exhibits import LABELS, Exhibit
 from dircluster.reproduction.tables import NAMES, exhibits
+
+if TYPE_CHECKING:
+    from dircluster.cluster.reproducing.reproduction import Asked
 
 FAMILIES = {"digits": "cifar10", "cifar10": "cifar10", "cifar10_small": "cifar10", "svhn": "svhn"}
 """What the systems of Table 1 have presets for, and the data set whose printed numbers stand beside."""
@@ -20,27 +25,30 @@ def main(argv: list[str]) -> int:
     """Reproduce what the first word of ``argv`` names; -> exit code. Errors are one line on stderr."""
     words = list(argv)
     what = ["--what", words.pop(0)] if words and not words[0].startswith("-") else []
-    return cli.execute(cli.ReproduceJob, [*words, *what], _reproduce)
+    return cli.execute(cli.ReproduceJob, [*words, *what], _reproduce, settled)
 
 
-def _reproduce(job: cli.ReproduceJob) -> int:
-    job = cli.with_fewest_workers(job)
-    only = tuple(word.strip() for word in job.only.split(",") if word.strip())
-    chosen = _chosen(job, only)
-    given = {name: value for name, value in cli.describe(job).items() if name != "seed"}
+def settled(job: cli.ReproduceJob) -> cli.ReproduceJob:
+    """``job`` with the suite that what is reproduced is judged by; of all, the longest. Raises ConfigError."""
+    chosen = _chosen(job, _only(job))
     for name in DECIDED:
         if name in job.given:
             raise ConfigError(f"--{name} is decided by what is reproduced: leave it out")
+    suite = "paper" if any(exhibit.suite == "paper" for exhibit in chosen) else "quick"
+    return replace(job, run=with_values(job.run, {"evaluation.suite": suite}))
+
+
+def _reproduce(job: cli.ReproduceJob) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("reproduce is one process: leave out torchrun, and give --scaling.workers to --launcher ray")
 
     from dircluster.cluster import preflight, storage
     from dircluster.cluster.paths import with_absolute_paths
-    from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
+    from dircluster.cluster.reproducing.reproduction import Reproduction
     from dircluster.cluster.reproducing.units import Listening
 
-    preflight.check(with_absolute_paths(job.run), on_ray=job.launcher == "ray")
-    asked = Asked(job, tuple(chosen), only, given)
+    asked = asked_of(job)
+    preflight.check(with_absolute_paths(asked.job.run), on_ray=job.launcher == "ray")
     with Listening() as terminal:
         made = Reproduction(asked, terminal)
         if not job.dry_run:
@@ -49,6 +57,31 @@ def _reproduce(job: cli.ReproduceJob) -> int:
     for name, error in made.failed.items():
         print(f"error: {name} failed: {error}", file=sys.stderr)
     return code
+
+
+def asked_of(job: cli.ReproduceJob) -> Asked:
+    """What a job asks for. Raises ConfigError."""
+    from dircluster.cluster.reproducing.reproduction import Asked
+
+    job, only = cli.with_fewest_workers(job), _only(job)
+    return Asked(job, tuple(_chosen(job, only)), only, _given(job))
+
+
+def _only(job: cli.ReproduceJob) -> tuple[str, ...]:
+    return tuple(word.strip() for word in job.only.split(",") if word.strip())
+
+
+def _given(job: cli.ReproduceJob) -> dict[str, Any]:
+    """The settings of all systems: what differs from the preset, and what was said to be as there, since the presets of
+    other systems may differ from it.
+    """
+    differs, said = cli.describe(job), {name.replace(".no-", ".") for name in job.given}
+    own = (*DECIDED, "seed")
+    return {
+        name: value
+        for name, value in flatten(to_dict(job.run)).items()
+        if name not in own and (name in differs or name.replace("_", "-") in said)
+    }
 
 
 def _chosen(job: cli.ReproduceJob, only: tuple[str, ...]) -> list[Exhibit]:

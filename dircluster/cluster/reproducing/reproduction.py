@@ -37,7 +37,7 @@ class Asked:
     only: tuple[str, ...]
     """Systems, all where it is empty."""
     given: Settings
-    """To all systems."""
+    """To all systems; neither the seed nor the suite."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -64,9 +64,10 @@ class Asked:
         if job.budget is not None:
             what, only, seed = "", (), None
         words = ["python", "jobs/reproduce.py", what or job.what, job.preset]
-        for name, value in cli.describe(job).items():
-            words += as_words(name, value) if seed is None or name != "seed" else []
-        words += ["--seed", str(seed)] if seed is not None else []
+        first = cli.describe(job).get("seed") if seed is None else seed
+        for name, value in self.given.items():
+            words += as_words(name, value)
+        words += ["--seed", str(first)] if first is not None else []
         words += ["--seeds", str(job.seeds)] if job.seeds > 1 and seed is None else []
         words += ["--only", ",".join(only or self.only)] if only or self.only else []
         words += ["--budget", f"{job.budget:g}"] if job.budget is not None else []
@@ -91,10 +92,11 @@ class Reproduction:
         self.config = with_absolute_paths(asked.job.run)
         self.commit = commit()
         self.record: Any = None
-        words = {"what": self.job.what, "only": asked.only, "seeds": asked.seeds, "budget": self.job.budget}
-        name = f"{self.config.name}-{self.job.what}-{digest({**self.config.identity, **words})[:12]}"
-        self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
         self.plan = asked.plan(1.0)
+        words = {"what": self.job.what, "only": asked.only, "seeds": asked.seeds, "budget": self.job.budget}
+        done = [training.run.identity for training in self.plan.trainings.values()]
+        name = f"{self.config.name}-{self.job.what}-{digest([words, done])[:12]}"
+        self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
         self.failed: dict[str, str] = {}
         """Why units failed, by their names."""
 

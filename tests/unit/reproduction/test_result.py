@@ -81,13 +81,13 @@ def test_what_is_timed_is_made_again_by_timing_it(timed: list[RunConfig]) -> Non
 
 def test_a_narrower_command_makes_a_part_again() -> None:
     job = cli.parse(cli.ReproduceJob, ["digits", "--what", "all", "--seeds", "3", "--evaluation.images", "9"])
-    asked = Asked(job, (), (), {})
+    asked = Asked(job, (), (), {"evaluation.images": 9})
     assert asked.command("table2", ("hgd",), 2).split()[1:] == [
         *("jobs/reproduce.py", "table2", "digits", "--evaluation.images", "9", "--seed", "2", "--only", "hgd")
     ]
     whole = ["jobs/reproduce.py", "all", "digits", "--evaluation.images", "9", "--seeds", "3"]
     assert asked.command().split()[1:] == whole
-    budgeted = Asked(replace(job, budget=30.0), (), (), {})
+    budgeted = Asked(replace(job, budget=30.0), (), (), asked.given)
     assert budgeted.command("table2", ("hgd",), 2).split()[1:] == [*whole, "--budget", "30"]
 
 

@@ -1,0 +1,50 @@
+"""What jobs/reproduce.py makes of a command line, before anything begins: settings that say what is done."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from dircluster import cli
+from dircluster.cluster.commands import reproduce
+from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
+from dircluster.cluster.reproducing.units import Listening
+
+
+@pytest.mark.parametrize(
+    ("words", "suite"), [(("table1",), "paper"), (("fig4",), "quick"), (("all",), "paper"), (("ratio",), "quick")]
+)
+def test_the_suite_is_the_one_that_judges(words: tuple[str, ...], suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main([*words, "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["evaluation"]["suite"] == suite
+
+
+def asked(*words: str) -> Asked:
+    return reproduce.asked_of(reproduce.settled(cli.parse(cli.ReproduceJob, [*words[1:], "--what", words[0]])))
+
+
+def name_of(asked: Asked) -> str:
+    return Reproduction(asked, Listening()).store.folder.name
+
+
+def test_what_is_the_default_of_another_suite_is_given() -> None:
+    """20 steps are what quick has; paper has 20 or 40, by the attack."""
+    names = [name_of(asked("table1", "digits_smoke", "--evaluation.steps", steps)) for steps in ("20", "40")]
+    assert len({*names, name_of(asked("table1", "digits_smoke", "--evaluation.steps", "None"))}) == 3
+    assert name_of(asked("table1", "digits_smoke", "--evaluation.steps", "20")) == names[0]
+
+
+def test_what_the_preset_has_too_is_given_to_systems_that_differ() -> None:
+    """ME-Net-A crafts by 7 steps where it is not said, DIR by 5."""
+    given, usual = asked("table3", "cifar10", "--attack.steps", "5"), asked("table3", "cifar10")
+    found = [
+        {training.system.name: training.run.attack.steps for training in each.plan(1.0).trainings.values()}
+        for each in (given, usual)
+    ]
+    assert found[0]["menet_a"] == 5
+    assert found[1]["menet_a"] == 7
+    assert found[0]["dir"] == found[1]["dir"] == 5
+    assert name_of(given) != name_of(usual)
+    assert "--attack.steps 5" in given.command()
+    assert "--attack.steps" not in usual.command()
+    assert "suite" not in given.command()
