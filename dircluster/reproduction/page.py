@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from dircluster.reproduction.versions import Versions
 TEMPLATE = Path(__file__).with_name("page.html")
 EVIDENCE = ["row", "attack", "ours", "95 % interval", "seeds", "n"]
 EVIDENCE += ["paper", "difference", "over None", "paper over None", "how"]
+AGAIN = "These commands find what is stored, or make it: the cells of the row that stands above them."
 CODE = (
     "The commits that trained the stages of each system and judged it; + stands for changes that no commit holds,"
     " unknown for what was trained before that was recorded."
@@ -51,16 +51,17 @@ class Section:
 
     @property
     def commands(self) -> dict[str, list[str]]:
-        """What makes each line again."""
-        return {
-            line[0].line: list(dict.fromkeys(command for cell in line for command in cell.commands))
-            for line in self.cells
-        }
+        """What makes the cells of each line again, one a seed, and those of its columns that are timed."""
+        made = {}
+        for line in self.cells:
+            made[line[0].line] = [*next(cell.commands for cell in line if cell.column not in MEASURED)]
+            made |= {_of_cell(cell): [*cell.commands] for cell in line if cell.column in MEASURED}
+        return made
 
     @property
     def replays(self) -> list[str]:
         """What computes each number again, after the name of its cell."""
-        return [f"{cell.line}, {cell.column}: {each}" for line in self.cells for cell in line for each in cell.replays]
+        return [f"{_of_cell(cell)}: {each}" for line in self.cells for cell in line for each in cell.replays]
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,8 +75,8 @@ class Section:
 
 
 def in_grid(cell: Cell) -> str:
-    """``54.1 ± 0.4 (paper 54.27)``, what the strongest attack is, and how many of the seeds gave a number where it was
-    not all of them; ``failed`` with the reason in the evidence.
+    """``54.1 ± 0.4 (paper 54.27)``, what the strongest attack is, how many of the seeds gave a number where it was not
+    all of them, and the factor of its schedules; ``failed`` with the reason in the evidence.
     """
     printed = "" if cell.printed is None else f"(paper {_printed(cell)})"
     ours = "" if cell.found is None else _ours(cell.column, cell.found)
@@ -83,7 +84,8 @@ def in_grid(cell: Cell) -> str:
     if cell.found is not None and cell.column == STRONGEST:
         ours += f" by {cell.found.attack}"
     failed = "failed" if cell.error and cell.found is None else ""
-    return " ".join(part for part in (ours, failed, printed) if part) or "-"
+    shorter = f"[{_shortened(cell.factor)}]" if cell.factor != 1 and (ours or failed) else ""
+    return " ".join(part for part in (ours, failed, shorter, printed) if part) or "-"
 
 
 def in_full(cell: Cell) -> dict[str, str]:
@@ -119,8 +121,9 @@ def to_markdown(
             lines += [f"Picture left out: {section.left_out}", ""]
         lines += _wrapped(section.exhibit.notes)
         lines += ["**Evidence.**", "", *_rows(EVIDENCE, [list(each.values()) for each in section.evidence]), ""]
-        lines += ["**Again.** Each of these commands finds what is stored, or makes it:", ""]
-        lines += [f"    {command}" for command in dict.fromkeys(chain(*section.commands.values()))]
+        lines += ["**Again.** " + AGAIN, ""]
+        for row, commands in section.commands.items():
+            lines += [f"    # {row}", *(f"    {command}" for command in commands)]
         lines.append("")
     versions = [each.to_texts() for each in code]
     if versions:
@@ -164,6 +167,10 @@ def _wrapped(paragraphs: Sequence[str]) -> list[str]:
     """A list of Markdown, wrapped as documents are."""
     lines = [line for text in paragraphs for line in textwrap.wrap(f"- {text}", 100, subsequent_indent="  ")]
     return [*lines, ""] if lines else []
+
+
+def _of_cell(cell: Cell) -> str:
+    return f"{cell.line}, {cell.column}"
 
 
 def _number(column: str, value: float) -> str:

@@ -14,7 +14,7 @@ from dircluster.cluster.reproducing.units import Listening
 @pytest.mark.parametrize(
     ("words", "suite"), [(("table1",), "paper"), (("fig4",), "quick"), (("all",), "paper"), (("ratio",), "quick")]
 )
-def test_the_suite_is_the_one_that_judges(words: tuple[str, ...], suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_settings_name_the_suite(words: tuple[str, ...], suite: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main([*words, "--print-config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["evaluation"]["suite"] == suite
 

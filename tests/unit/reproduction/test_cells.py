@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dircluster.cluster.sweeps.store import key_of
-from dircluster.reproduction.cells import STRONGEST, Cell, Outcome, cells_of, row_of
+from dircluster.reproduction.cells import STRONGEST, Outcome, cells_of, row_of
 from dircluster.reproduction.page import Section, to_html, to_markdown
 from dircluster.reproduction.pictures import Picture
 from dircluster.reproduction.plan import Plan, make_plan
@@ -173,6 +173,9 @@ def test_the_page_says_it_all(plan: Plan) -> None:
     for text in (*seen, "no luck", "n = 8"):
         assert text in markdown
         assert text in html
+    for text in ("# ratio 0.7\n{0}dir, ratio 0.7, seed 0\n{0}dir, ratio 0.7, seed 1", "# None\n{0}identity, seed 0\n"):
+        assert text.format("    ") in markdown  # commands under the row that they make
+        assert text.format("") in html
     assert "](ratio.png)" in markdown
     assert "| natural, PGD | 12.5 | 25.0 |" in markdown
     assert "<td>natural, PGD</td><td>12.5</td>" in html
@@ -182,7 +185,13 @@ def test_the_page_says_it_all(plan: Plan) -> None:
     assert plain["figure"] == {"discarded": [0.0, 0.1]}
 
 
-def test_a_shortened_schedule_stands_in_every_cell() -> None:
-    from dircluster.reproduction.page import in_full
-
-    assert in_full(Cell("DIR", "pgd20", factor=0.1))["how"] == "schedules times 0.1"
+def test_a_shortened_schedule_stands_in_every_cell(plan: Plan) -> None:
+    """Of the table itself, of its evidence, and of the JSON; in words that a whole schedule does not have."""
+    exhibit = replace(plan.exhibits[0], columns=("natural", "pgd20", "training time"))
+    for factor, said in ((0.25, True), (1.0, False)):
+        there = {key: replace(end, untimed={"training time": "no time"}) for key, end in outcomes(plan).items()}
+        section = Section(exhibit, cells_of(replace(plan, factor=factor), exhibit, there, "linf", comparable=True))
+        assert {"[schedules times 0.25]" in text for line in section.grid for text in line[1:]} == {said}
+        assert {"schedules times 0.25" in each["how"] for each in section.evidence} == {said}
+        assert {cell["factor"] for cell in section.to_plain()["cells"]} == {factor}
+    assert section.grid[0][2] == "42.0 ± 2.8 (paper 45.72)"
