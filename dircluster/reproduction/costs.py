@@ -71,13 +71,14 @@ def costs(
     launcher: str,
     known: Mapping[str, Calibration] | None = None,
     stored: Collection[str] = (),
+    over: Collection[str] = (),
     *,
     judged_too: bool = True,
 ) -> list[Cost]:
     """What each training and transfer of the plan takes; a stage that several share counts for the first.
 
     ``known`` are paces by preset: without them nothing is in seconds, and a stage that cannot be counted is no error:
-    its training tells. ``stored`` are the keys of finished stages.
+    its training tells. ``stored`` are the keys of finished stages, ``over`` those of trainings that are judged too.
     Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
     made, seen, met = list[Cost](), set[str](), dict[str, Work]()
@@ -118,7 +119,7 @@ def costs(
             if known is not None:
                 seconds += seconds_of(counted(run, stage), run, stage.name, known[training.preset])
         trained, there, shared = (tuple(names[word]) for word in ("trained", "stored", "shared"))
-        suite, timed = run.evaluation.suite, judging(run, training)
+        suite, timed = run.evaluation.suite, (0.0, ()) if training.key in over else judging(run, training)
         made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, *timed))
     for transfer in plan.transfers.values():
         training = plan.trainings[transfer.purifier]

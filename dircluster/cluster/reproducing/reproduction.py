@@ -13,7 +13,7 @@ from dircluster import cli
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.reproducing.result import Result
 from dircluster.cluster.reproducing.stored import stored_stages
-from dircluster.cluster.reproducing.units import Listening, Units
+from dircluster.cluster.reproducing.units import Listening, Units, judged_trainings
 from dircluster.cluster.storage import open_path, opener
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import commit
@@ -25,7 +25,7 @@ from dircluster.reproduction.exhibits import Exhibit, Settings
 from dircluster.reproduction.plan import Plan, Unit, make_plan
 from dircluster.reproduction.store import Store
 from dircluster.settings_file import as_words
-from dircluster.training.forecast import as_launched
+from dircluster.training.forecast import EVALUATION, Calibration, as_launched, from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -127,37 +127,61 @@ class Reproduction:
         return 1 if self.failed else 0
 
     def _costed(self) -> list[Cost]:
-        """Fit the plan to the budget; -> what it takes, in seconds too where steps have to be timed for that."""
+        """Fit the plan to the budget; -> what is left of it, in seconds too where steps are timed, or were for it."""
         self.terminal.say("counting what each system takes")
-        budget, kept, paces = self.job.budget, self.store.get("factor"), None
-        known = budget is not None and kept is not None  # a command that goes on must not choose another
-        if known and kept is not None:
+        budget, paces = self.job.budget, None
+        kept = self.store.get("factor") if budget is not None else None
+        if kept is not None:  # a command that goes on must not choose another
             self.plan = self.asked.plan(kept["factor"])
-        if self.job.dry_run or (budget is not None and not known):
+            paces = None if self.job.dry_run else self._paces(kept)
+        if paces is not None:
+            device = next(iter(paces.values())).device
+            self.terminal.say(f"minutes are at the pace that the budget was shared out by, of {device}")
+        elif self.job.dry_run or budget is not None:
             self.terminal.say("timing some steps of each system, to foretell what it takes")
             with local_workers(as_launched(self.config, self.job.launcher).scaling) as parallel:
                 paces = calibrated(self.plan, parallel, TIMED, self.job.launcher)
-        if budget is not None and not known:
+        if budget is not None and paces is not None and kept is None:
             factor = factor_for(budget, self._costs(paces, judged_too=False))
             self.plan = self.asked.plan(factor)
             if not self.job.dry_run:
-                self.store.put("factor", {"factor": factor})
-        return self._costs(paces, self._stored())
+                plain = {name: to_plain(pace) for name, pace in paces.items()}
+                self.store.put("factor", {"factor": factor, "paces": plain})
+        stored, judged = self._stored()
+        return self._costs(paces, stored, judged)
 
-    def _costs(self, paces: Mapping[str, Any] | None, stored: Collection[str] = (), **more: bool) -> list[Cost]:
+    def _paces(self, kept: Mapping[str, Any]) -> dict[str, Calibration] | None:
+        """Those by which a factor was chosen; None where they are not all there, as of other code."""
+        try:
+            found = {name: from_plain(plain) for name, plain in kept["paces"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+        known = {(name, stage) for name, pace in found.items() for stage in pace.paces}
+        needed = {(each.preset, stage) for each in self.plan.trainings.values() for stage in (*each.stages, EVALUATION)}
+        return found if needed <= known else None
+
+    def _costs(
+        self,
+        paces: Mapping[str, Any] | None,
+        stored: Collection[str] = (),
+        judged: Collection[str] = (),
+        *,
+        judged_too: bool = True,
+    ) -> list[Cost]:
         def sizes(run: RunConfig) -> tuple[int, int, int]:
             return split_sizes(run.data, opener(run.storage))
 
-        return costs(self.plan, sizes, self.job.launcher, paces, stored, **more)
+        return costs(self.plan, sizes, self.job.launcher, paces, stored, judged, judged_too=judged_too)
 
-    def _stored(self) -> set[str]:
+    def _stored(self) -> tuple[set[str], set[str]]:
+        """Keys of finished stages, and of trainings that are judged."""
         try:
-            return stored_stages(self.plan, self.config)
+            return stored_stages(self.plan, self.config), judged_trainings(self.plan)
         except ConfigError:
             raise
         except Exception as error:  # whatever object storage raises: each training looks again
             self.terminal.say(f"what is stored cannot be seen: {named_line(error)}")
-            return set()
+            return set(), set()
 
     def _show(self, found: list[Cost]) -> None:
         """The plan as a table: a row a training or transfer, seeds together, with minutes where they are known."""

@@ -65,7 +65,7 @@ class Units:
 
     def _trained(self, training: Training) -> Outcome | int:
         run = with_absolute_paths(training.run)
-        kept, name = _kept(run), digest([key_of(run), source_version()])[:24]
+        kept, name = _kept(run), _called(run)
         found: Outcome | int | None = _found(kept, name, run)
         if isinstance(found, Outcome):
             self.terminal.say(f"reused: {found.checkpoint}")
@@ -205,6 +205,18 @@ class Units:
         except Interrupted as stop:
             return stop.signal
         return 0
+
+
+def judged_trainings(plan: Plan) -> set[str]:
+    """Keys of the trainings of a plan whose numbers are kept, with their claims: nothing is left to do for them."""
+    runs = {key: with_absolute_paths(training.run) for key, training in plan.trainings.items()}
+    there = {key: _found(_kept(run), _called(run), run) for key, run in runs.items()}
+    return {key for key, found in there.items() if found is not None and found.claim is not None}
+
+
+def _called(run: RunConfig) -> str:
+    """What the outcome of a run is kept as, for this code."""
+    return digest([key_of(run), source_version()])[:24]
 
 
 def _kept(run: RunConfig) -> Store:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
 import pytest
 import yaml
 
@@ -9,6 +13,10 @@ from dircluster import cli
 from dircluster.cluster.commands import reproduce
 from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
 from dircluster.cluster.reproducing.units import Listening
+from dircluster.reproduction.plan import Plan
+from dircluster.training.forecast import Calibration, Pace
+
+MODULE = "dircluster.cluster.reproducing.reproduction"
 
 
 @pytest.mark.parametrize(
@@ -48,3 +56,38 @@ def test_what_the_preset_has_too_is_given_to_systems_that_differ() -> None:
     assert "--attack.steps 5" in given.command()
     assert "--attack.steps" not in usual.command()
     assert "suite" not in given.command()
+
+
+def test_a_budget_that_is_kept_tells_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A command that goes on times nothing again, and counts what is not trained or judged yet."""
+    timed: list[str] = []
+
+    def calibrated(plan: Plan, *_: Any) -> dict[str, Calibration]:
+        timed.append("once")
+        paces = {
+            training.preset: dict.fromkeys((*training.stages, "evaluation"), Pace(2e9, 1, 1))
+            for training in plan.trainings.values()
+        }
+        return {name: Calibration("a machine", pace) for name, pace in paces.items()}
+
+    monkeypatch.setattr(f"{MODULE}.calibrated", calibrated)
+    monkeypatch.setattr(f"{MODULE}.local_workers", lambda scaling: nullcontext())
+    words = ("ratio", "digits_smoke", "--only", "identity", "--budget", "60", "--launcher", "local")
+    asked_for = asked(*words, "--storage.uri", str(tmp_path))
+    (first,) = Reproduction(asked_for, Listening())._costed()
+    assert first.seconds > 0
+    assert first.judging > 0
+    terminal = Listening()
+    made = Reproduction(asked_for, terminal)
+    assert made._costed() == [first]
+    assert timed == ["once"]
+    assert terminal.last == "minutes are at the pace that the budget was shared out by, of a machine"
+
+    (key,) = made.plan.trainings
+    monkeypatch.setattr(made, "_stored", lambda: ({*made.plan.trainings[key].stages.values()}, {key}))
+    (left,) = made._costed()
+    assert (left.seconds, left.judging, left.trained) == (0.0, 0.0, ())
+
+    made.store.put("factor", {"factor": 1.0})  # of code that kept no paces
+    made._costed()
+    assert timed == ["once", "once"]

@@ -13,10 +13,13 @@ from dircluster import zoo
 from dircluster.cluster.reproducing import units
 from dircluster.cluster.reproducing.reproduction import Reproduction
 from dircluster.cluster.reproducing.units import Listening
+from dircluster.cluster.sweeps.store import key_of
 from dircluster.config import RunConfig, with_values
 from dircluster.presets import preset
 from dircluster.reproduction.cells import Outcome
+from dircluster.reproduction.plan import make_plan
 from dircluster.reproduction.store import Store
+from dircluster.reproduction.tables import exhibits
 from dircluster.training import checkpoint
 
 
@@ -102,3 +105,15 @@ def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, m
     else:
         assert made.run() == 0
     assert ended == [status]
+
+
+def test_of_a_training_whose_claim_is_kept_nothing_is_left(tmp_path: Path) -> None:
+    given = {"storage.uri": str(tmp_path)}
+    plan = make_plan([exhibits("cifar10")["ratio"]], "digits_smoke", given, (0, 1), ("identity",), key_of)
+    assert units.judged_trainings(plan) == set()
+    first, second = plan.trainings.values()
+    commit(tmp_path / "final", "a" * 64)
+    for training, claim in ((first, {"rows": []}), (second, None)):  # the second's claim could not be made
+        kept, name = units._kept(training.run), units._called(training.run)
+        units._keep(kept, name, training.run, Outcome((), str(tmp_path / "final"), claim=claim))
+    assert units.judged_trainings(plan) == {first.key}
