@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.rng import Stream
-from tests.jobs import ROOT, Outcome, run_job
+from infra.local_cluster import Cluster
+from tests.jobs import RAY, ROOT, Outcome, run_job
 
 torch.set_num_threads(1)
 CLUSTER = tuple(f"tests/fault/test_{name}.py" for name in ("killed", "submitted", "sweep"))
@@ -56,6 +58,41 @@ def real_data() -> Path:
     if not (folder / "svhn").is_dir():
         pytest.skip(f"no parquet data in {folder}: set DIRCLUSTER_DATA to a folder with cifar10/ and svhn/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """S3, MLflow, a Ray head and two nodes of two CPUs."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "OMP_NUM_THREADS": "1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)  # the nodes inherit them
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def submit(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """ray job submit of a job with these words, and options of the submission: -> how the command ended."""
+
+    def run(
+        *words: str, script: str = "jobs/train.py", options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        command = [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", script, *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ | cluster.environment(), capture_output=True, text=True, timeout=600
+        )
+
+    return run
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import torch
 import dircluster.cluster  # noqa: F401 - it sets what Ray and MLflow read from the environment when they are imported
 
 ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).parent / "ray")
 FOREIGN = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RANK", "WORLD_SIZE", "FORCE_COLOR")
 """What would lead a job to a cluster, server or group that is not the test's own, or into colors."""
 

@@ -84,7 +84,7 @@ def in_grid(cell: Cell) -> str:
     if cell.found is not None and cell.column == STRONGEST:
         ours += f" by {cell.found.attack}"
     failed = "failed" if cell.error and cell.found is None else ""
-    shorter = f"[{_shortened(cell.factor)}]" if cell.factor != 1 and (ours or failed) else ""
+    shorter = f"[{of_schedules(cell.factor)}]" if cell.factor != 1 and (ours or failed) else ""
     return " ".join(part for part in (ours, failed, shorter, printed) if part) or "-"
 
 
@@ -102,9 +102,14 @@ def in_full(cell: Cell) -> dict[str, str]:
         _signed(cell.difference, cell.column),
         _signed(cell.gain),
         _signed(cell.printed_gain),
-        "; ".join(part for part in (found.how if found else "", _shortened(cell.factor), cell.error) if part),
+        "; ".join(part for part in (found.how if found else "", of_schedules(cell.factor), cell.error) if part),
     )
     return dict(zip(EVIDENCE, texts, strict=True))
+
+
+def of_schedules(factor: float) -> str:
+    """What is said of numbers whose schedules were multiplied; empty where they were not."""
+    return "" if factor == 1 else f"schedules times {factor:g}"
 
 
 def to_markdown(
@@ -198,7 +203,3 @@ def _signed(value: float | None, column: str = "") -> str:
     if value is None:
         return ""
     return f"{value:+,.0f}" if column in MEASURED and abs(value) >= 100 else f"{value:+.1f}"
-
-
-def _shortened(factor: float) -> str:
-    return "" if factor == 1 else f"schedules times {factor:g}"

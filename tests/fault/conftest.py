@@ -21,31 +21,10 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
 from infra.local_cluster import BUCKET, Cluster
-from tests.jobs import ROOT, run_job
+from tests.jobs import RAY, ROOT, run_job
 
-RAY = str(Path(sys.executable).parent / "ray")
 SMOKE = ("digits_smoke", "--training.select-every", "5", "--tracking.picture-every", "5")
 """A run whose first two stages take seconds; the DIR stage, of four steps an epoch, is what is broken into."""
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """S3, MLflow, a Ray head and two nodes of two CPUs."""
-    made = Cluster(tmp_path_factory.mktemp("cluster"))
-    settings = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-        "OMP_NUM_THREADS": "1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)  # the nodes inherit them
-    try:
-        made.up()
-        yield made
-    finally:
-        made.down()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(scope="session")

@@ -16,35 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster import storage
 from dircluster.config import StorageConfig
-from dircluster.defenses.table import DEFENSES
-from dircluster.training.export import load_defense_folder
 from infra.local_cluster import BUCKET, Cluster
 from infra.photo_shards import write_photos
-from tests.fault.conftest import RAY
-from tests.jobs import ROOT, run_job
+from tests.jobs import RAY, ROOT, run_job
 
 Make = Callable[..., Any]
 OFTEN = ("--storage.checkpoint-every", "10")
-
-
-@pytest.fixture
-def submit(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """ray job submit of a job with these words, and options of the submission: -> how the command ended."""
-
-    def run(
-        *words: str, script: str = "jobs/train.py", options: tuple[str, ...] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        command = [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", script, *words]
-        return subprocess.run(
-            command, cwd=ROOT, env=os.environ | cluster.environment(), capture_output=True, text=True, timeout=300
-        )
-
-    return run
 
 
 def places(cluster: Cluster) -> Iterator[tuple[str, bytes]]:
@@ -110,31 +91,6 @@ def test_a_crash_tells_no_secret(cluster: Cluster, job: Make) -> None:
     os.kill(crashed.workers()[0].pid, signal.SIGKILL)
     assert crashed.end(120) == 1
     hold_no_secret(cluster, crashed.said)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("system", sorted({"menet_a", *DEFENSES} - {"dir"}))
-def test_every_system_is_submitted_stored_recorded_and_loaded(
-    cluster: Cluster, submit: Any, system: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in cluster.environment().items():
-        monkeypatch.setenv(name, value)
-    uri = f"s3://{BUCKET}/submitted-{system}"
-    words = (f"digits_{system}_smoke", "--storage.uri", uri, "--tracking.experiment", f"submitted-{system}")
-    done = submit(*words)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "Accuracy on the test split" in done.stdout
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name(f"submitted-{system}")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    name = "menet" if system == "menet_a" else system  # whose threat is another, not its name
-    (final,) = re.findall(rf"s3://\S+/{name}-\w+/final", done.stdout)[:1]
-    defense = load_defense_folder(storage.open_path(final, StorageConfig()))
-    assert defense.name == name
-    assert defense(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 @pytest.mark.slow

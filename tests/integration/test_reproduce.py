@@ -15,7 +15,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster.commands import replay
-from dircluster.evaluation.claims import problem_of
+from dircluster.evaluation.claims import Claim, problem_of
+from dircluster.evaluation.leaderboard import COLUMNS
 from dircluster.evaluation.replay import name_of
 from tests.jobs import Outcome, run_job
 
@@ -86,6 +87,8 @@ def test_each_system_has_a_claim(reproduced: Outcome) -> None:
         assert all(f"| {name}" in lines for name in taken)
     else:
         assert "left off the leaderboard: 2 claims: it was found by code that no commit holds" in reproduced.out
+    whole = Claim("dir", claims["dir-seed-0.json"])
+    assert [column for column in COLUMNS if whole.row(column) is None] == []  # the suite fills the leaderboard
     found = cells(reproduced)
     rows = {name_of(row): row["accuracy"] for row in claims["dir-seed-0.json"]["rows"]}
     for column in ("natural", "pgd20", "autoattack-standard", "strongest"):

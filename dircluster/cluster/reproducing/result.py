@@ -26,7 +26,7 @@ from dircluster.presets.base import as_in_table_1
 from dircluster.reproduction.cells import Outcome, cells_of
 from dircluster.reproduction.costs import TIMED, epoch_seconds, own_seconds
 from dircluster.reproduction.exhibits import MEASURED, Exhibit, Line
-from dircluster.reproduction.page import Section, to_html, to_markdown
+from dircluster.reproduction.page import Section, of_schedules, to_html, to_markdown
 from dircluster.reproduction.pictures import PICTURES, Scene, swept
 from dircluster.reproduction.plan import Plan, Unit
 from dircluster.reproduction.tables import CONTROLS
@@ -240,6 +240,7 @@ class Result:
     def _claims(self) -> dict[str, bytes]:
         """The claim of each unit, and the leaderboard of those that are not refused, by the names of files."""
         made, taken, refused = dict[str, bytes](), list[Claim](), list[str]()
+        shorter = f" ({of_schedules(self.plan.factor)})" if self.plan.factor != 1 else ""
         for unit in self.plan.all:
             claim, file = self.outcomes[unit.key].claim, _claim_file(unit)
             if claim is None:
@@ -248,7 +249,7 @@ class Result:
             if problem := problem_of(claim):
                 refused.append(problem)
             else:
-                taken.append(Claim(PurePosixPath(file).stem, claim))
+                taken.append(Claim(PurePosixPath(file).stem + shorter, claim))
         for problem in dict.fromkeys(refused):
             self.terminal.say(f"left off the leaderboard: {refused.count(problem)} claims: {problem}")
         if taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dircluster import cli
+from dircluster import cli, zoo
 from dircluster.cluster.reproducing.reproduction import Asked
 from dircluster.cluster.reproducing.result import Result
 from dircluster.cluster.reproducing.units import Listening
@@ -160,3 +161,15 @@ def test_the_note_says_what_is_other() -> None:
     small = made(planned("table1", "cifar10_small", only=("identity",)), "cifar10_small")
     (note,) = (note for note in small.notes if "not accuracies" in note)
     assert "Here it is cifar10, wrn-10-2, and L-infinity 0.0314 in steps of 0.0078" in note
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_the_leaderboard_says_of_what_schedules_it_is(factor: float) -> None:
+    plan = replace(planned("ratio", "digits", only=("identity",)), factor=factor)
+    result, (key,) = made(plan, "digits"), plan.trainings
+    claim = json.loads((zoo.HERE / "digits-dir" / "digits-dir.json").read_text())
+    result.outcomes[key] = replace(result.outcomes[key], claim=claim)
+    files = result.files("Ratio", {})
+    name = "identity-seed-0" if factor == 1 else "identity-seed-0 (schedules times 0.5)"
+    assert f"| {name} | " in files["leaderboard.md"].decode()
+    assert "claims/identity-seed-0.json" in files
