@@ -54,10 +54,12 @@ LONG = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 @dataclass(frozen=True)
 class Place:
-    """Where jobs run: a job and its words -> how it ended; and the records that they keep there."""
+    """Where jobs run: a job and its words -> how it ended."""
 
     run: Callable[..., Outcome]
     records: Callable[[], MlflowClient]
+    experiment: str
+    """Of their records, and of no others."""
     sweeps: bool
     """Whether sweeps are run too: each starts Ray, which takes half a minute where no cluster runs."""
 
@@ -65,18 +67,20 @@ class Place:
 @pytest.fixture
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """This process, or a cluster that jobs are submitted to."""
-    system, where = request.node.callspec.params["system"], request.param
-    if where == "here":
+    experiment = f"systems-{request.node.callspec.params['system']}"
+    kept = ("--tracking.experiment", experiment)
+    if request.param == "here":
 
         def run(script: str, *words: str) -> Outcome:
-            return run_job(script, *words, *LOCAL, folder=tmp_path)
+            return run_job(script, *words, *kept, *LOCAL, folder=tmp_path)
 
-        return Place(run, lambda: MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"), sweeps=False)
+        records = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+        return Place(run, lambda: MlflowClient(records), experiment, sweeps=False)
 
     cluster, submit = request.getfixturevalue("cluster"), request.getfixturevalue("submit")
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
-    kept = ("--storage.uri", f"s3://{BUCKET}/systems-{system}", "--tracking.experiment", f"systems-{system}")
+    kept += ("--storage.uri", f"s3://{BUCKET}/{experiment}")
 
     def submitted(script: str, *words: str) -> Outcome:
         summary = tmp_path / "summary.json"
@@ -85,7 +89,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         found = json.loads(summary.read_text()) if summary.exists() else {}
         return Outcome(done.returncode, done.stdout, done.stderr, found)
 
-    return Place(submitted, MlflowClient, sweeps=True)
+    return Place(submitted, MlflowClient, experiment, sweeps=True)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,8 @@ def test_a_system_is_trained_stored_loaded_judged_recorded_and_swept(system: str
     assert done.code == 0, done.out + done.err
     rows = done.summary["results"]
     faced = {(row["defense"], row["attack"], row["randomness"]) for row in rows}
-    own = [("pgd2", "fixed"), ("pgd2", "fresh")] if known else [("natural", "none"), ("pgd2", "none")]
-    assert {("none", "natural", "none"), *((name, *each) for each in own)} <= faced
+    own = ("pgd2 fixed", "pgd2 fresh") if known else ("natural none", "pgd2 none", "transfer-pgd2 none")
+    assert {("none", "natural", "none"), *((name, *each.split()) for each in own)} <= faced
 
     folder = done.summary["checkpoint"]
     must_answer(dircluster.load_defense(folder), name, draws=bool(known))
@@ -130,7 +134,7 @@ def test_a_system_is_trained_stored_loaded_judged_recorded_and_swept(system: str
         assert swept.code == 0, swept.out + swept.err
         assert [trial["settings"] for trial in swept.summary["trials"]] == [{setting: value} for value in values]
         assert {trial["status"] for trial in swept.summary["trials"]} == {"FINISHED"}
-    must_be_recorded(place.records(), rows)
+    must_be_recorded(place.records(), place.experiment, rows)
 
 
 def must_answer(defense: Defended, name: str, draws: bool) -> None:
@@ -145,9 +149,11 @@ def must_answer(defense: Defended, name: str, draws: bool) -> None:
     torch.testing.assert_close(together, alone, atol=close, rtol=close)
 
 
-def must_be_recorded(client: MlflowClient, rows: list[dict[str, Any]]) -> None:
-    """Fail unless all runs are finished, and one has the accuracies of these rows."""
-    found = client.search_runs([each.experiment_id for each in client.search_experiments()])
+def must_be_recorded(client: MlflowClient, name: str, rows: list[dict[str, Any]]) -> None:
+    """Fail unless all runs of an experiment are finished, and one has the accuracies of these rows."""
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in found} == {"FINISHED"}
     accuracies = {f"test/{row['defense']}/{row['attack']}/{row['randomness']}": row["accuracy"] for row in rows}
     assert any(accuracies.items() <= run.data.metrics.items() for run in found)
