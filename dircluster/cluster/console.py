@@ -120,7 +120,7 @@ class Terminal:
         for row in rows:
             low, high = row["interval"]
             accuracy = f"{100 * row['accuracy']:.1f} %" + (" !" if row.get("marks") else "")
-            table.add_row(
+            texts = (
                 row["defense"],
                 row["attack"],
                 row.get("protocol", row["randomness"]),
@@ -129,15 +129,16 @@ class Terminal:
                 n_of(row),
                 how(row),
             )
+            table.add_row(*map(Text, texts))
         self._print(table)
 
     def lines(self, title: str, rows: list[dict[str, str]]) -> None:
-        """A table of texts, its columns those of the first row."""
-        table = Table(title=title)
+        """A table of texts, its columns those of the first row. Brackets are shown as they are: they are no markup."""
+        table = Table(title=Text(title))
         for name in rows[0]:
-            table.add_column(name, justify="right")
+            table.add_column(Text(name), justify="right")
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(Text, row.values()))
         self._print(table)
 
     def _print(self, table: Table) -> None:

@@ -97,6 +97,8 @@ class Reproduction:
         done = [training.run.identity for training in self.plan.trainings.values()]
         name = f"{self.config.name}-{self.job.what}-{digest([words, done])[:12]}"
         self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
+        self.timed = False
+        """Whether the plan is shown with minutes."""
         self.failed: dict[str, str] = {}
         """Why units failed, by their names."""
 
@@ -147,6 +149,7 @@ class Reproduction:
             if not self.job.dry_run:
                 plain = {name: to_plain(pace) for name, pace in paces.items()}
                 self.store.put("factor", {"factor": factor, "paces": plain})
+        self.timed = paces is not None
         stored, judged = self._stored()
         return self._costs(paces, stored, judged)
 
@@ -185,7 +188,7 @@ class Reproduction:
 
     def _show(self, found: list[Cost]) -> None:
         """The plan as a table: a row a training or transfer, seeds together, with minutes where they are known."""
-        plan, timed = self.plan, any(cost.seconds or cost.judging for cost in found)
+        plan = self.plan
         whole = Cost(
             "in all",
             (),
@@ -194,13 +197,13 @@ class Reproduction:
             seconds=sum(cost.seconds for cost in found),
             judging=sum(cost.judging for cost in found),
         )
-        rows = [_row(cost, whole, timed) for cost in (*by_kind(found), whole)]
+        rows = [_row(cost, whole, self.timed) for cost in (*by_kind(found), whole)]
         shorter = "" if plan.factor == 1 else f", schedules times {plan.factor:g}"
         counted = f"{len(plan.trainings)} trainings, {len(plan.transfers)} transfers{shorter}"
         self.terminal.lines(f"{self.job.what} of {self.job.preset}: {counted}", rows)
         self.terminal.say("reuses: stages that storage holds finished, and in brackets those that a row above trains")
         self.terminal.say("GMAC: what is left to train, counted on its own steps (?: it cannot be); judging is on top")
-        if timed:
+        if self.timed:
             left = dict.fromkeys(name for cost in found for name in cost.left)
             self.terminal.say(f"not foretold: {', '.join([*left, 'storage'])}, the start and end of each job")
 

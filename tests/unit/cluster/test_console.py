@@ -120,3 +120,14 @@ def test_a_log_is_as_wide_as_columns_says(columns: str | None, widest: int, monk
         Terminal().lines("Points", [{"point": "alpha 2", "said": "word " * 60, "robust": "55.1 %"}])
     assert widest - 12 < max(map(len, shown.getvalue().splitlines())) <= widest
     assert "55.1 %" in shown.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 140])
+def test_brackets_in_a_table_are_shown(width: int) -> None:
+    terminal, shown = Terminal(), io.StringIO()
+    terminal.rich = Rich(file=shown, force_terminal=True, color_system=None, width=width, soft_wrap=True)
+    terminal.lines("Table [x]", [{"[row]": "54.1 [red]", "error": "[/closed] twice"}])
+    terminal.table([{**ROW, "defense": "[b]mine"}])
+    assert [
+        text for text in ("Table [x]", "[row]", "54.1 [red]", "[/closed]", "[b]mine") if text not in shown.getvalue()
+    ] == []
