@@ -91,6 +91,13 @@ class Plan:
         """What serves a line, one a seed."""
         return [self.trainings.get(key) or self.transfers[key] for key in self.served[exhibit.name, line.label]]
 
+    def run_of(self, unit: Unit) -> RunConfig:
+        """The run that a unit is judged as: a transfer's is its purifier's, with the suite and target of its own."""
+        if isinstance(unit, Training):
+            return unit.run
+        own = {"evaluation.suite": unit.suite, "target.objective": unit.system.onto}
+        return with_values(self.trainings[unit.purifier].run, own)
+
 
 def make_plan(
     exhibits: Iterable[Exhibit],

@@ -94,7 +94,7 @@ class Reproduction:
         self.record: Any = None
         self.plan = asked.plan(1.0)
         words = {"what": self.job.what, "only": asked.only, "seeds": asked.seeds, "budget": self.job.budget}
-        done = [training.run.identity for training in self.plan.trainings.values()]
+        done = [self.plan.run_of(unit).identity for unit in self.plan.all]
         name = f"{self.config.name}-{self.job.what}-{digest([words, done])[:12]}"
         self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
         self.timed = False
@@ -177,9 +177,9 @@ class Reproduction:
         return costs(self.plan, sizes, self.job.launcher, paces, stored, judged, judged_too=judged_too)
 
     def _stored(self) -> tuple[set[str], set[str]]:
-        """Keys of finished stages, and of trainings that are judged."""
+        """Keys of finished stages, and, where it is foretold what judging takes, of trainings that are judged."""
         try:
-            return stored_stages(self.plan, self.config), judged_trainings(self.plan)
+            return stored_stages(self.plan, self.config), judged_trainings(self.plan) if self.timed else set()
         except ConfigError:
             raise
         except Exception as error:  # whatever object storage raises: each training looks again

@@ -142,8 +142,7 @@ class Units:
         purifier, target = (self.outcomes[key] for key in (transfer.purifier, transfer.target))
         if not purifier.checkpoint or not target.checkpoint:
             return Outcome(error=purifier.error or target.error)
-        run = with_absolute_paths(self.plan.trainings[transfer.purifier].run)
-        run = with_values(run, {"evaluation.suite": transfer.suite, "target.objective": transfer.system.onto})
+        run = with_absolute_paths(self.plan.run_of(transfer))
         try:
             places = [open_path(each.checkpoint, run.storage) for each in (purifier, target)]
             folder = str(transferred(open_path(run.storage.uri, run.storage), *places).absolute())
