@@ -7,7 +7,7 @@ import contextlib
 import io
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +108,9 @@ def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
     if not isinstance(found, Mapping):
         return []
     tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if any(value.ndim >= 2 for name, value in tensors.items() if name.rpartition(".")[2] not in (*MEANS, *STDS)):
-        return [_cleaned(tensors, entry)]
+    weights = any(value.ndim >= 2 for name, value in tensors.items() if name.rpartition(".")[2] not in (*MEANS, *STDS))
+    made = [_cleaned(tensors, entry)] if weights else []
     beside = _pairs(found)
-    made = []
     for name, inner in found.items():
         if isinstance(name, str) and not name.startswith(("optim", "sched")):
             for one in state_dicts(inner, f"{entry}.{name}".strip(".")):
@@ -119,12 +118,34 @@ def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
     return made
 
 
+def parts(found: StateDict) -> list[StateDict]:
+    """The weights whose names begin alike, set by set: model.*, teacher.*, loss.*.
+
+    A mean and std that belong to none of them are of all.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in found.tensors.items():
+        groups.setdefault(name.partition(".")[0], {})[name] = value
+    common: dict[str, Tensor] = {}
+    for first, group in list(groups.items()):
+        lasts = {name.rpartition(".")[2]: value for name, value in group.items()}
+        if lasts.keys() <= {*MEANS, *STDS}:
+            common |= lasts
+            del groups[first]
+    stated = _pairs(common) + found.normalizations
+    return [StateDict(group, f"{found.entry}.{first}".strip("."), stated) for first, group in groups.items()]
+
+
 def _cleaned(tensors: Mapping[str, Tensor], entry: str) -> StateDict:
-    tensors = {k: v for k, v in tensors.items() if k != "n_averaged"}
-    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
-    if len(set(names.values())) < len(names) or "" in names.values():  # a network's own part has such a name
-        names = {name: name for name in tensors}
-    return StateDict({names[name]: value for name, value in tensors.items()}, entry)
+    tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] != "n_averaged"}
+    return StateDict({new: tensors[old] for new, old in unwrapped_names(tensors).items()}, entry)
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Each of ``names`` by what it is without the parts that wrappers put in; by itself where those would be alike."""
+    given = list(names)
+    made = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in given}
+    return {name: name for name in given} if len(made) < len(given) or "" in made else made
 
 
 def _pairs(found: Mapping[str, Any]) -> tuple[Normalization, ...]:

@@ -13,7 +13,7 @@ from dircluster.config import LEAST_STD, ConfigError, DataConfig, TargetConfig
 from dircluster.models.classifiers import ARCHITECTURES, Normalized, build
 from dircluster.models.elsewhere import Normalization
 from dircluster.models.layouts import UNSAID, renamed
-from dircluster.models.weight_files import SAVE, StateDict, state_dicts, without_normalization
+from dircluster.models.weight_files import SAVE, StateDict, parts, state_dicts, unwrapped_names, without_normalization
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
@@ -34,11 +34,13 @@ class Fit:
     names: dict[str, str]
     wrong: str = ""
     renamed: bool = False
+    common: int = 0
+    """Names of the file that the network knows."""
 
 
 def _fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], architecture: str) -> Fit:
     """The best way to take ``tensors`` for ``own``."""
-    best: tuple[int, Fit] | None = None
+    best = Fit({}, "it holds no weights")
     for names in _unwrapped(tensors):
         table = renamed(names, architecture)
         for new, is_renamed in ((names, False), ({b: names[a] for a, b in (table or {}).items()}, True)):
@@ -46,9 +48,9 @@ def _fit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], architecture:
             if not wrong:
                 return Fit(new, renamed=is_renamed)
             common = len(set(new) & set(own))
-            if best is None or common > best[0]:
-                best = common, Fit(new, wrong)
-    return best[1] if best else Fit({}, "it holds no weights")
+            if not best.names or common > best.common:
+                best = Fit(new, wrong, common=common)
+    return best
 
 
 def misfit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -81,7 +83,8 @@ def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: Dat
     if not sets:
         raise ConfigError(f"{source} holds no weights (tensors by name): save them by {SAVE}")
     if target.entry is not None:
-        sets = [one for one in sets if one.entry == target.entry] or _no_entry(source, target.entry, sets)
+        named = [one for each in sets for one in (each, *parts(each))]
+        sets = [one for one in named if one.entry == target.entry] or _no_entry(source, target.entry, sets)
     fits = [(one, fit) for one in sets if not (fit := _fit_of(network, one, target.architecture)[0]).wrong]
     if not fits:
         raise ConfigError(_misfits(network, sets, target, data, source))
@@ -89,11 +92,12 @@ def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: Dat
         if value.is_meta:
             raise ConfigError(f"{source} holds {name!r} on the meta device, without values: save it once it is loaded")
     chosen = fits[0][0]
-    if len(fits) > 1 and any(not _same(chosen, other) for other, _ in fits[1:]):
-        names = ", ".join(one.entry for one, _ in fits)
+    if any(not _same(chosen, other) for other, _ in fits[1:]):
+        names = ", ".join(one.entry or "''" for one, _ in fits)
         raise ConfigError(f"{source} holds several sets of weights ({names}): choose with --target.entry NAME")
     fit, module, inner = _fit_of(network, chosen, target.architecture)
-    tensors = {name: inner.tensors[old] for name, old in fit.names.items()}
+    own = unwrapped_names(module.state_dict())
+    tensors = {own[name]: inner.tensors[old] for name, old in fit.names.items()}
     check_numbers(tensors, source, zeros=True)
     with torch.no_grad():
         module.load_state_dict(tensors, strict=False)
@@ -105,12 +109,19 @@ def load_weights(network: nn.Module, found: Any, target: TargetConfig, data: Dat
 
 def _fit_of(network: nn.Module, found: StateDict, architecture: str) -> tuple[Fit, nn.Module, StateDict]:
     """How weights fit, into which module, and which of them: those of all of ``network``, or of what it normalizes."""
-    whole = _fit(found.tensors, network.state_dict(), architecture)
+    whole = _fit(found.tensors, _own(network), architecture)
     if not whole.wrong:
         return whole, network, found
     inner = network.network if isinstance(network, Normalized) else network
     bare = without_normalization(found)
-    return _fit(bare.tensors, inner.state_dict(), architecture), inner, bare
+    fit = _fit(bare.tensors, _own(inner), architecture)
+    return (whole, network, found) if fit.wrong and whole.common > fit.common else (fit, inner, bare)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """What ``module`` holds, by names without the parts that wrappers put in."""
+    state = module.state_dict()
+    return {name: state[wrapped] for name, wrapped in unwrapped_names(state).items()}
 
 
 def _same(one: StateDict, other: StateDict) -> bool:
@@ -120,18 +131,25 @@ def _same(one: StateDict, other: StateDict) -> bool:
 
 
 def _no_entry(source: str, entry: str, sets: list[StateDict]) -> NoReturn:
-    there = ", ".join(one.entry or "(none)" for one in sets)
+    there = ", ".join(one.entry or "''" for one in sets)
     raise ConfigError(f"{source} holds no weights under --target.entry {entry}; there are: {there}")
 
 
 def _misfits(network: nn.Module, sets: list[StateDict], target: TargetConfig, data: DataConfig, source: str) -> str:
-    """What does not fit, and which architecture does."""
-    wrong = _fit_of(network, sets[0], target.architecture)[0].wrong
-    for name in ARCHITECTURES if target.architecture in ARCHITECTURES else ():
+    """What does not fit, and which part of it, or which architecture, does."""
+    architecture = target.architecture
+    wrong = _fit_of(network, sets[0], architecture)[0].wrong
+    held = [part.entry for one in sets for part in parts(one) if not _fit_of(network, part, architecture)[0].wrong]
+    if held:
+        return (
+            f"{source} does not fit the model: {wrong}; if a part of it is the whole network, name that by"
+            f" --target.entry {' or '.join(held)}"
+        )
+    for name in ARCHITECTURES if architecture in ARCHITECTURES else ():
         with torch.device("meta"):
             other = build(name, data)
         if any(not _fit_of(other, one, name)[0].wrong for one in sets):
-            return f"{source} does not fit {target.architecture}: it fits --target.architecture {name}"
+            return f"{source} does not fit {architecture}: it fits --target.architecture {name}"
     return f"{source} does not fit the model: {wrong}"
 
 
@@ -152,7 +170,7 @@ def _normalize(
     if isinstance(network, Normalized) and loaded:
         stated = (tuple(network.mean.flatten().tolist()), tuple(network.std.flatten().tolist())), *stated
     found = next((one for one in stated if given is not None and _agree(one, given)), stated[0] if stated else None)
-    if given is None and (other := next((one for one in stated if not _agree(one, stated[0])), None)):
+    if given is None and (other := next((one for one in stated[1:] if not _agree(one, stated[0])), None)):
         raise ConfigError(
             f"{source} says mean {_text(stated[0][0])} and std {_text(stated[0][1])}, and in another place mean"
             f" {_text(other[0])} and std {_text(other[1])}: say which by {ask}"

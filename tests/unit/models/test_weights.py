@@ -63,6 +63,7 @@ WHOLE: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "in a list": lambda sd: [{"lr": 0.1}, {"weights": sd}],
     "twice the same": lambda sd: {"model": sd, "ema": {name: value.clone() for name, value in sd.items()}},
     "double": lambda sd: {name: value.double() for name, value in sd.items()},
+    "beside tensors": lambda sd: {"state_dict": sd, "confusion": torch.ones(10, 10), "delta": torch.rand(1, 1, 8, 8)},
 }
 
 
@@ -176,6 +177,11 @@ def test_a_normalization_is_given_or_asked_for_and_never_guessed(given: Any) -> 
         (lambda sd: {"model": nn.Linear(2, 2)}, r"a pickled object \(torch.nn.modules.linear.Linear\)"),
         (lambda sd: {k: v for k, v in sd.items() if k != "5.bias"}, r"does not fit the model: '5.bias' is missing"),
         (lambda sd: sd | {"9.bias": torch.zeros(3)}, r"'9.bias' is unknown"),
+        (lambda sd: sd | {"queue": torch.zeros(3, 3)}, r"the model: 'queue' is unknown$"),
+        (
+            lambda sd: sd | {"mean": torch.tensor([float("nan")]), "std": torch.tensor([0.5])},
+            r"has mean nan, not one of images in \[0, 1\]",
+        ),
         (lambda sd: sd | {"7.bias": torch.zeros(3)}, r"'7.bias' is \(3,\), not \(10,\); check data.classes"),
     ],
 )
@@ -231,6 +237,43 @@ def test_one_of_several_sets_is_chosen_by_name(given: Any) -> None:
     assert notes[0] == "its weights are those of entry 'model'"
     with pytest.raises(ConfigError, match=r"holds no weights under --target.entry net; there are: model, ema"):
         taken(two, entry="net")
+
+
+def lightning(made: Any) -> dict[str, Any]:
+    """What a module that trains ``made`` beside a teacher and a running mean of it saves."""
+    own, half = made.state_dict(), {name: value * 0.5 for name, value in made.network.state_dict().items()}
+    parts = prefixed(own, "model.") | prefixed(half, "teacher.net.") | {"loss.weight": torch.ones(10)}
+    averaged = prefixed(own, "ema.module.") | {"ema.n_averaged": torch.tensor(3)}
+    return {"state_dict": parts | averaged, "epoch": 3}
+
+
+def test_a_part_of_what_was_saved_is_taken_only_by_name(given: Any) -> None:
+    blob, images = saved(lightning(given)), torch.rand(3, 1, 8, 8)
+    choice = "name that by --target.entry state_dict.model or state_dict.teacher or state_dict.ema"
+    with pytest.raises(ConfigError, match=f"does not fit the model: .* is missing; if a part .*{choice}$"):
+        taken(blob)
+    for part in ("model", "ema"):
+        assert torch.equal(taken(blob, entry=f"state_dict.{part}")[0](images), given(images))
+    with pytest.raises(ConfigError, match="does not say how images are normalized"):
+        taken(blob, entry="state_dict.teacher")
+    made, notes = taken(blob, entry="state_dict.teacher", mean=(0.3,), std=(0.2,))
+    assert torch.equal(made.network[0].weight, given.network[0].weight * 0.5)
+    assert notes[0] == "its weights are those of entry 'state_dict.teacher'"
+
+
+def test_the_normalization_beside_a_part_is_its_own(given: Any) -> None:
+    front = {"normalize.mean": torch.tensor([0.3]), "normalize.std": torch.tensor([0.2]), "loss.weight": torch.ones(10)}
+    made, _ = taken(saved({**front, **prefixed(inner(given), "net.")}), entry="net")
+    images = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(made(images), given.network((images - 0.3) / 0.2))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_a_network_in_a_wrapper_takes_weights_with_and_without_it(given: Any, wrap: Any, prefix: str) -> None:
+    made, target = wrap(build("small_cnn", DATA)), TargetConfig(architecture="my_package:wrapped")
+    load_weights(made, parse(saved(prefixed(given.state_dict(), prefix)), "w.pt"), target, DATA, "w.pt")
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), given.parameters(), strict=True))
 
 
 def test_a_factory_without_a_place_for_a_mean_says_how_to_put_it_in_front(
