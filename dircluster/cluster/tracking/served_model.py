@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from dircluster.config import ConfigError
+from dircluster.evaluation.inputs import as_images
 from dircluster.training.export import load_defense_folder
 
 
@@ -25,7 +26,9 @@ class ServedDefense(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defin
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
         try:
-            images = torch.as_tensor(np.asarray(model_input, dtype=np.float32))
+            images = torch.from_numpy(np.array(model_input, dtype=np.float32, order="C"))
+            if len(images) > 0:
+                images, _ = as_images(images)  # pixels of 0 to 255 would be answered, and wrongly
             with torch.no_grad():
                 logits: NDArray[np.float32] = self.defense(images).numpy()
         except (ConfigError, TypeError, ValueError) as error:  # who asked has to know, and the server goes on
