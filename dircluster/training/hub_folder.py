@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
-from dircluster.config import ConfigError, real_path
+from dircluster.config import ConfigError, digest, real_path
 from dircluster.defenses.table import UNNAMED
 from dircluster.files import FETCH, POINTER, check_writable
 from dircluster.models import weight_files
@@ -54,7 +54,8 @@ def write(checkpoint_folder: Path, folder: Path, card: str) -> None:
         raise ConfigError(f"{checkpoint_folder} holds no finished defense")
     tensors = {f"{part}.{name}": value for part, group in found.tensors.items() for name, value in group.items()}
     blob = dump_tensors(tensors, {"format": "pt"})
-    config = {"library_name": LIBRARY, "sha256": hashlib.sha256(blob).hexdigest(), "defense": facts}
+    sums = {"sha256": hashlib.sha256(blob).hexdigest(), "defense_sha256": digest(facts)}
+    config = {"library_name": LIBRARY, "defense": facts, **sums}
     try:
         folder.mkdir(exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it there is no export
@@ -76,6 +77,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         raise checkpoint.CheckpointError(f"{folder}: its {CONFIG} cannot be read") from error
     if not isinstance(config, Mapping) or not isinstance(config.get("defense"), dict):
         raise checkpoint.CheckpointError(f"{folder} holds no defense of {LIBRARY}: its {CONFIG} is of something else")
+    if config.get("defense_sha256") not in (None, digest(config["defense"])):  # older exports have none
+        raise checkpoint.CheckpointError(
+            f"{folder}: what {CONFIG} says of the defense is not what was written with its weights, such as its masks;"
+            " export it again"
+        )
     if blob.startswith(POINTER):
         raise checkpoint.CheckpointError(f"{folder / WEIGHTS} {FETCH}")
     if hashlib.sha256(blob).hexdigest() != config.get("sha256"):

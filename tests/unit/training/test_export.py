@@ -127,7 +127,7 @@ def test_targets_that_do_not_fit_are_one_line(smoke: RunConfig, tmp_path: Path) 
     save_file({"x": torch.zeros(2, 2)}, tmp_path / "foreign.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "seven.safetensors").read_bytes()[:-100])
     for name, message in {
-        "seven": r"'7.bias' is \(7,\), not \(10,\); check data.classes",
+        "seven": r"'network.7.bias' is \(7,\), not \(10,\); check data.classes",
         "foreign": "is missing",
         "cut": "is not a sound safetensors file",
         "nowhere": "does not exist",
@@ -271,6 +271,10 @@ def test_a_folder_as_hubs_show_it_loads_again(final: Path, tmp_path: Path) -> No
     assert torch.equal(found.fixed(1)(images), dircluster.load_defense(final).fixed(1)(images))
     hub_folder.check(hub)
     hub_folder.write(final, hub, "# Another card\n")
+    config = json.loads((hub / "config.json").read_text())
+    del config["defense_sha256"]  # as earlier versions wrote it
+    (hub / "config.json").write_text(json.dumps(config))
+    assert torch.equal(found.fixed(1)(images), dircluster.load_defense(hub).fixed(1)(images))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -286,7 +290,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "holds no defense of dircluster",
     ),
     "a list": (lambda hub: (hub / "config.json").write_text(json.dumps([1])), "holds no defense of dircluster"),
+    "other masks": (lambda hub: written(hub, "masking", ratio=0.25), "is not what was written with its weights"),
+    "other heads": (lambda hub: written(hub, "model", heads=3), "is not what was written with its weights"),
 }
+
+
+def written(hub: Path, section: str, **values: Any) -> None:
+    """Write a config.json whose defense has other settings in a section."""
+    config = json.loads((hub / "config.json").read_text())
+    config["defense"][section] |= values
+    (hub / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("how", DAMAGE)
