@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ANY_ERROR, ConfigError, RunConfig, local_path, named_line, real_path
+from dircluster.models.modules import defaults_kept, to_eval, unfinished
 from dircluster.presets import search_folder
 from dircluster.training import hub_folder
 from dircluster.training.checkpoint import digest
 from dircluster.training.export import load_defense_folder, load_shipped, load_target
 from dircluster.zoo import is_shipped
 
-FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-FILE_FACTORY = re.compile(r"(.*\.py):([A-Za-z_]\w*)")
+FILE_FACTORY = re.compile(r"(.*\.py):([A-Za-z_][\w.]*)")
 RELATIVE = re.compile(r"^\s*from\s+\.", re.MULTILINE)
 
 
@@ -119,7 +121,7 @@ def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
     if is_shipped(job_spec.defense):
         defense = load_shipped(job_spec.defense)
     elif FACTORY.fullmatch(job_spec.defense):
-        return _made(job_spec).eval()
+        return _made(job_spec)
     else:
         if job_spec.trust_code:
             search_folder(job_spec.path)
@@ -142,18 +144,26 @@ def load_classifier(uri: str, config: RunConfig) -> nn.Module:
     """
     own = {} if uri == config.target.uri else {"mean": None, "std": None, "entry": None}
     target = dataclasses.replace(config.target, uri=uri, **own)  # type: ignore[arg-type]
-    return load_target(dataclasses.replace(config, target=target), opener(config.storage)).eval()
+    classifier = load_target(dataclasses.replace(config, target=target), opener(config.storage))
+    to_eval(classifier)
+    return classifier
 
 
 def _made(job_spec: JobSpec) -> nn.Module:
+    """What a factory makes, in eval mode, whatever it does to PyTorch's defaults."""
     name, _, attribute = job_spec.defense.partition(":")
     search_folder(job_spec.path)
-    try:
-        made = getattr(importlib.import_module(name), attribute)()
-    except ANY_ERROR as error:
-        raise ConfigError(f"--defense {job_spec.defense}: {named_line(error)}") from error
+    with defaults_kept():
+        try:
+            make = attrgetter(attribute)(importlib.import_module(name))
+            made = make if isinstance(make, nn.Module) else make()
+        except ANY_ERROR as error:
+            raise ConfigError(f"--defense {job_spec.defense}: {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"--defense {job_spec.defense} must return a torch.nn.Module, got {type(made).__name__}")
+    if wrong := unfinished(made):
+        raise ConfigError(f"--defense {job_spec.defense} makes a network that {wrong}")
+    to_eval(made)
     return made
 
 

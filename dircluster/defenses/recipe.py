@@ -98,4 +98,6 @@ def drawn(stream: Stream, purpose: str, purifier: Purifier) -> dict[str, Tensor]
 
 def freeze(module: nn.Module) -> nn.Module:
     """``module`` in eval mode, its parameters asking for no gradient: a target that the stage does not train."""
-    return module.requires_grad_(False).eval()
+    module.requires_grad_(False)
+    module.eval()  # it and train of somebody's own return what they like
+    return module

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.config import ConfigError
 from dircluster.defenses.base import Defended, drawing_from_torch
+from dircluster.models.modules import parts_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What images may be passed on as; the first that a module takes."""
@@ -126,9 +127,7 @@ def default_place() -> torch.device | None:
 
 def without_inference(module: Any) -> Any:
     """``module``, or a copy of it where its parameters were made in inference mode, which no gradient can pass."""
-    if isinstance(module, nn.Module) and any(p.is_inference() for p in [*module.parameters(), *module.buffers()]):
-        return copy.deepcopy(module)
-    return module
+    return copy.deepcopy(module) if any(part.is_inference() for part in parts_of(module)) else module
 
 
 @contextmanager

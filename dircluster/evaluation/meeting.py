@@ -13,6 +13,7 @@ from dircluster.config import ConfigError, named_line
 from dircluster.evaluation.adapter import Adapted
 from dircluster.evaluation.streams import OwnStreams
 from dircluster.evaluation.victim import VictimModel
+from dircluster.models.classifiers import are_probabilities
 from dircluster.models.modules import evaluating
 
 
@@ -137,5 +138,5 @@ def _check_logits(called: str, logits: Tensor, images: int) -> None:
 
 
 def _check_no_probabilities(called: str, logits: Tensor) -> None:
-    if logits.min() >= 0 and (logits.double().sum(dim=1) - 1).abs().max() < 1e-4:
+    if are_probabilities(logits):
         raise ConfigError(f"{called} returns probabilities; return logits (what comes before the softmax)")

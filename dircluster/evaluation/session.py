@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.defenses.base import Defended, unwrapped
@@ -26,7 +27,7 @@ from dircluster.evaluation.store import MemoryStore, ResultStore
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
 from dircluster.evaluation.victim import VictimModel
-from dircluster.models.modules import device_of, parts_of
+from dircluster.models.modules import device_of, parts_of, unfinished
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,6 @@ def evaluate(
         judged = _taken(module, "the defense", place)
         other = None if surrogate is None else _taken(surrogate, "the surrogate", place)
         device = device_of(judged) if parts_of(judged) else pixels.device
-        if device.type == "meta":
-            raise ConfigError("the defense lies on the meta device, where nothing is computed: load its weights first")
         if other is not None and parts_of(other) and device_of(other) != device:
             other = copy.deepcopy(other).to(device)  # the caller's stays where it is
         victim = VictimModel(judged, name, other)
@@ -233,5 +232,8 @@ def evaluate(
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:
     """The defense, or anybody's module as one that is judged; a copy where no gradient can pass it as it is."""
-    given = without_inference(unwrapped(module) if called == "the defense" else module)
-    return given if isinstance(given, Defended) and called == "the defense" else Adapted(given, called, place)
+    given = unwrapped(module) if called == "the defense" else module
+    made = given if isinstance(given, Defended) and called == "the defense" else Adapted(given, called, place)
+    if wrong := unfinished(made):
+        raise ConfigError(f"{called} {wrong}")
+    return without_inference(made) if isinstance(given, nn.Module) else made

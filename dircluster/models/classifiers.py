@@ -13,6 +13,7 @@ from dircluster.config import ConfigError, DataConfig, first_line
 from dircluster.models.elsewhere import Normalization, factory_network, timm_network
 from dircluster.models.modules import begin, device_of, evaluating
 from dircluster.models.precision import WholeConv2d, WholeLinear
+from dircluster.rng import put_back
 
 
 class Normalized(nn.Module):
@@ -291,28 +292,68 @@ def _of_images(classifier: nn.Module, features: Callable[[Tensor], Tensor]) -> C
 
 
 def check_classes(classifier: nn.Module, data: DataConfig) -> None:
-    """Raise ConfigError unless ``classifier`` gives (1, data.classes) logits for one image of ``data``."""
+    """Raise ConfigError unless ``classifier`` gives logits, (N, data.classes), for N images of ``data``."""
+    images = _noise(data, 2).to(device_of(classifier))
+    with evaluating(classifier), put_back(), torch.no_grad():
+        for some in (images[:1], images):
+            logits = _logits(classifier, some, data)
+    if not logits.is_meta and are_probabilities(logits):
+        raise ConfigError("the target returns probabilities; it must return logits (what comes before the softmax)")
+
+
+def check_usable(classifier: nn.Module, data: DataConfig) -> None:
+    """Raise ConfigError unless a stage can work with ``classifier``: attacks differentiate its logits by the images of
+    ``data``, and recipes bring it into train and eval mode.
+    """
+    images = _noise(data, 2).to(device_of(classifier)).requires_grad_()
+    with evaluating(classifier), put_back(), torch.enable_grad():
+        try:
+            torch.autograd.grad(classifier(images).sum(), images)
+        except Exception as error:  # somebody's own operations may raise anything
+            raise ConfigError(
+                f"the target cannot be differentiated by its images, as attacks do: {first_line(error)}"
+            ) from error
+        try:
+            classifier.train()
+        except Exception as error:  # as what torch.export made does
+            raise ConfigError(f"the target cannot be brought into train mode: {first_line(error)}") from error
+
+
+def _logits(classifier: nn.Module, images: Tensor, data: DataConfig) -> Tensor:
+    """What ``classifier`` gives for ``images``. Raises ConfigError unless it is (N, data.classes)."""
+    count = f"{len(images)} image{'s' * (len(images) > 1)}"
     try:
-        with evaluating(classifier), torch.no_grad():
-            image = torch.zeros(1, data.channels, data.height, data.width, device=device_of(classifier))
-            logits: Any = classifier(image)
+        logits: Any = classifier(images)
     except Exception as error:  # whatever a network says of images that it was not made for
+        taken = "" if len(images) == 1 else f" {len(images)} at once"
         raise ConfigError(
-            f"the target cannot take {data.channels}x{data.height}x{data.width} images: {first_line(error)}"
+            f"the target cannot take {data.channels}x{data.height}x{data.width} images{taken}: {first_line(error)}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(f"the target must return logits (1, classes) for one image, got {got}")
+        raise ConfigError(f"the target must return logits ({len(images)}, classes) for {count}, got {got}")
+    if not logits.is_floating_point():
+        raise ConfigError(f"the target must return logits as floats, got {logits.dtype}")
     if logits.shape[1] != data.classes:
         raise ConfigError(f"the target gives {logits.shape[1]} classes, but data.classes is {data.classes}")
+    return logits
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether each row of (N, classes) sums to one, and nothing in it is negative."""
+    return bool(logits.min() >= 0 and (logits.double().sum(dim=1) - 1).abs().max() < 1e-4)
+
+
+def _noise(data: DataConfig, count: int) -> Tensor:
+    """Images of ``data``, (count, C, H, W), uniform in [0, 1], on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand((count, data.channels, data.height, data.width), generator=generator, device="cpu")
 
 
 def finite_logits(classifier: nn.Module, data: DataConfig, count: int) -> Tensor:
     """What ``classifier`` gives for so many images of noise. Raises ConfigError where that is not finite."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand((count, data.channels, data.height, data.width), generator=generator, device="cpu")
-    with evaluating(classifier), torch.no_grad():
-        logits: Tensor = classifier(images.to(device_of(classifier)))
+    with evaluating(classifier), put_back(), torch.no_grad():
+        logits: Tensor = classifier(_noise(data, count).to(device_of(classifier)))
     if not logits.isfinite().all():
         raise ConfigError("the target gives logits that are not finite (NaN or infinity)")
     return logits

@@ -9,14 +9,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dircluster.config import ANY_ERROR, ConfigError, DataConfig, first_line, named_line
-from dircluster.models.modules import device_of
+from dircluster.models.modules import defaults_kept, device_of, unfinished
 from dircluster.models.precision import keep_ends_whole, keep_whole
 
 CLASSES = ("num_classes", "classes", "n_classes", "nb_classes", "nclasses", "num_class", "n_class")
@@ -96,21 +97,28 @@ def answers(url: str) -> bool:
 
 
 def factory_network(path: str, data: DataConfig) -> nn.Module:
-    """What package.module:factory makes for ``data``. Raises ConfigError where it raises, or that is no module."""
+    """What package.module:factory makes for ``data``, whatever it does to PyTorch's defaults.
+
+    Raises ConfigError where it raises, or that is no module whose weights are tensors with values.
+    """
     module_name, _, attribute = path.partition(":")
-    try:
-        make: Any = importlib.import_module(module_name)
-        for name in attribute.split("."):
-            make = getattr(make, name)
-    except ANY_ERROR as error:
-        raise ConfigError(f"target.architecture {path!r} cannot be imported: {named_line(error)}") from error
-    try:
-        made = _called(make, data)
-    except ANY_ERROR as error:
-        raise ConfigError(f"target.architecture {path!r} raised {named_line(error)}") from error
+    with defaults_kept():
+        try:
+            make = attrgetter(attribute)(importlib.import_module(module_name))
+        except ANY_ERROR as error:
+            raise ConfigError(f"target.architecture {path!r} cannot be imported: {named_line(error)}") from error
+        if isinstance(make, nn.Module):
+            raise ConfigError(f"target.architecture {path!r} is a network: name the function or class that makes it")
+        try:
+            made = _called(make, data)
+        except ANY_ERROR as error:
+            raise ConfigError(f"target.architecture {path!r} raised {named_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
     keep_ends_whole(made, torch.zeros(1, data.channels, data.height, data.width, device=device_of(made)))
+    other = [name for name, value in made.state_dict().items() if not isinstance(value, Tensor)]
+    if wrong := unfinished(made) or (f"keeps {other[0]!r} in its state_dict, which is no tensor" if other else ""):
+        raise ConfigError(f"target.architecture {path!r} makes a network that {wrong}")
     return made
 
 

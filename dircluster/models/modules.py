@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.parameter import is_lazy
 
 
 def begin(draw: Callable[..., Any], weight: Tensor, **how: Any) -> None:
@@ -33,17 +35,22 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def to_eval(module: nn.Module) -> None:
+    """Bring ``module`` into eval mode, in place: what somebody's ``train`` returns may be nothing."""
+    try:
+        module.eval()
+    except NotImplementedError:  # the mode of what torch.export made is part of its graph
+        for part in module.modules():
+            part.training = False
+
+
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """``modules`` are in eval mode inside; every part of them is in its own mode again after."""
     parts = [part for module in modules for part in module.modules()]
     modes = [(part, part.training) for part in parts if hasattr(part, "training")]  # frozen scripts have no mode
     for module in modules:
-        try:
-            module.eval()
-        except NotImplementedError:  # the mode of what torch.export made is part of its graph
-            for part in module.modules():
-                part.training = False
+        to_eval(module)
     try:
         yield
     finally:
@@ -69,6 +76,19 @@ def parts_of(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
+def defaults_kept() -> Iterator[None]:
+    """The dtype and device of new tensors, and whether gradients are kept, are afterwards as they were before."""
+    dtype, device, gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+
+
+@contextmanager
 def plain_torch() -> Iterator[None]:
     """New tensors are float32 and lie on the CPU inside, whatever the process has for its defaults."""
     before = torch.get_default_dtype()
@@ -80,19 +100,34 @@ def plain_torch() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def unfinished(module: nn.Module) -> str:
+    """Why somebody's module cannot be computed with, or its weights not kept; "" where nothing stands in the way."""
+    parts = parts_of(module)
+    if any(is_lazy(part) for part in parts):
+        return "has weights without a size (lazy layers): pass images through it once"
+    if any(part.is_meta for part in parts) and torch.get_default_device().type != "meta":
+        return "lies on the meta device, where nothing is computed: load its weights first"
+    return ""
+
+
 class TooLargeError(Exception):
     """Modules would hold more numbers than they may."""
 
 
 @contextmanager
-def at_most(numbers: int) -> Iterator[None]:
-    """Raise TooLargeError as soon as modules that are made inside hold more than so many numbers."""
-    found = 0
+def at_most(numbers: int, tensors: int | None = None) -> Iterator[None]:
+    """Raise TooLargeError as soon as modules that are made inside hold more than so many numbers, or ``tensors``.
+
+    What other threads make meanwhile, whose modules meet PyTorch's hooks as well, is theirs.
+    """
+    found, held, mine = 0, 0, threading.get_ident()
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal found
-        found += 0 if tensor is None else tensor.numel()
-        if found > numbers:
+        nonlocal found, held
+        if threading.get_ident() != mine:
+            return
+        found, held = found + (0 if tensor is None else tensor.numel()), held + 1
+        if found > numbers or (tensors is not None and held > tensors):
             raise TooLargeError
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dircluster.config import ARCHITECTURES, ConfigError, RunConfig, first_line, local_path
 from dircluster.defenses.base import Defended
@@ -114,24 +113,13 @@ def _is_larger(build: Callable[[], nn.Module], numbers: int, own: bool) -> bool:
 
     Where ``own``, it is this package's, and whatever PyTorch says is of its sizes; others may fail without memory.
     """
-    tensors = 0
-
-    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal tensors
-        tensors += 1
-        if tensors > MOST_TENSORS:
-            raise TooLargeError
-
-    hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"), at_most(numbers):
+        with torch.device("meta"), at_most(numbers, MOST_TENSORS):
             build()
     except TooLargeError:
         return True
     except (TypeError, RuntimeError, OverflowError, MemoryError):  # PyTorch's, of sizes that none has
         return own
-    finally:
-        hook.remove()
     return False
 
 
@@ -161,6 +149,7 @@ def check_begins(classifier: nn.Module, config: RunConfig) -> None:
     """Raise ConfigError where the run's target, with its first weights, cannot take its images or be trained."""
     given = config.target.uri is not None  # then these weights are replaced, and may be anything
     classifiers.check_classes(classifier, config.data)
+    classifiers.check_usable(classifier, config.data)
     for stage in find_defense(config.defense).stages(config):
         trains = "classifier" in stage.optimizers and stage.epochs > 0 and not (given and stage.name == "target")
         if trains and not any(parameter.requires_grad for parameter in classifier.parameters()):

@@ -72,6 +72,48 @@ def test_a_factory_that_fails_is_told_in_a_line(text: str, message: str, smoke: 
     sys.modules.pop("failing_defense", None)
 
 
+LOOSE = """
+import torch
+from torch import nn
+network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+class Silent(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+class Place:
+    @staticmethod
+    def make():
+        torch.set_default_dtype(torch.float64)
+        return Silent(nn.Flatten(), nn.Linear(64, 10, dtype=torch.float32))
+def exported():
+    sizes = ({0: torch.export.Dim("images")},)
+    return torch.export.export(network.eval(), (torch.rand(3, 1, 8, 8),), dynamic_shapes=sizes).module()
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+def meta():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device="meta"))
+"""
+
+
+@pytest.mark.parametrize("name", ["network", "Place.make", "exported"])
+def test_what_somebodys_module_holds_is_judged_in_eval_mode(name: str, smoke: DirRun, tmp_path: Path) -> None:
+    file = tmp_path / f"loose_{name.partition('.')[0].lower()}.py"  # a module is found once in a process
+    file.write_text(LOOSE)
+    factory, folder = located(f"{file}:{name}")
+    assert (factory, folder) == (f"{file.stem}:{name}", str(tmp_path))
+    made = load_module(JobSpec(run_to_plain(smoke), factory, folder), smoke)
+    assert made(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    assert not any(part.training for part in made.modules())
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(("name", "message"), [("lazy", "weights without a size"), ("meta", "lies on the meta device")])
+def test_a_module_that_computes_nothing_is_refused(name: str, message: str, smoke: DirRun, tmp_path: Path) -> None:
+    (tmp_path / "loose_defense.py").write_text(LOOSE)
+    with pytest.raises(ConfigError, match=f"^--defense loose_defense:{name} makes a network that .*{message}"):
+        load_module(JobSpec(run_to_plain(smoke), f"loose_defense:{name}", str(tmp_path)), smoke)
+    sys.modules.pop("loose_defense", None)
+
+
 def test_other_names_stay_as_they_are() -> None:
     for given in ("none", "runs/dir-1/final", "package.module:make", "models:/dir-digits@champion"):
         assert located(given) == (given, os.getcwd())

@@ -380,6 +380,8 @@ class Numpy(nn.Module):
         ({"images": "photos/"}, "images must be a tensor, an array or a list of numbers"),
         ({"images": IMAGES.to("meta")}, "images lie on the meta device"),
         ({"module": copy.deepcopy(PLAIN).to("meta")}, "the defense lies on the meta device"),
+        ({"surrogate": copy.deepcopy(PLAIN).to("meta")}, "the surrogate lies on the meta device"),
+        ({"module": nn.Sequential(nn.Flatten(), nn.LazyLinear(3))}, "the defense has weights without a size"),
         ({"epsilon": "a lot"}, "epsilon must be a number or a fraction such as 8/255, got 'a lot'"),
         ({"epsilon": np.ones(2)}, "epsilon must be a number or a fraction such as 8/255"),
         ({"epsilon": "8"}, "did you mean 8/255"),

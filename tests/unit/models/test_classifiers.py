@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from dircluster import config
 from dircluster.config import ConfigError, DataConfig
 from dircluster.models import elsewhere
-from dircluster.models.classifiers import ARCHITECTURES, Normalized, PreActBlock, build, check_classes, last_map
+from dircluster.models.classifiers import (
+    ARCHITECTURES,
+    Normalized,
+    PreActBlock,
+    build,
+    check_classes,
+    check_usable,
+    last_map,
+)
 
 COLOR = DataConfig(name="cifar10", height=32, width=32, channels=3)
 
@@ -127,6 +136,20 @@ def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
         ("def make(): raise SystemExit(3)", "raised SystemExit: 3"),
         ("make = 5", "raised TypeError"),
+        ("from torch import nn; make = nn.Linear(2, 2)", "is a network: name the function or class that makes it"),
+        (
+            "from torch import nn; make = lambda: nn.Linear(64, 10).to('meta')",
+            "makes a network that lies on the meta device, where nothing is computed",
+        ),
+        (
+            "from torch import nn; make = lambda: nn.Sequential(nn.Flatten(0), nn.MaxPool3d(2), nn.LazyLinear(9))",
+            "makes a network that has weights without a size",
+        ),
+        (
+            "from torch import nn\nclass make(nn.Linear):\n    def __init__(self): super().__init__(2, 2)\n"
+            "    def get_extra_state(self): return {}\n",
+            "makes a network that keeps '_extra_state' in its state_dict, which is no tensor",
+        ),
     ],
 )
 def test_code_that_fails_is_told_in_a_line(
@@ -137,6 +160,27 @@ def test_code_that_fails_is_told_in_a_line(
     with pytest.raises(ConfigError, match=f"^target.architecture 'failing_target:make' {message}.*$"):
         build("failing_target:make", DataConfig())
     sys.modules.pop("failing_target", None)
+
+
+DEFAULTS = """
+import torch
+from torch import nn
+torch.set_default_dtype(torch.float64)
+def make():
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10, device="cpu", dtype=torch.float32))
+"""
+
+
+def test_pytorchs_defaults_are_those_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "changing_target.py").write_text(DEFAULTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = build("changing_target:make", DataConfig())
+    assert (torch.get_default_dtype(), torch.get_default_device()) == (torch.float32, torch.device("cpu"))
+    assert torch.is_grad_enabled()
+    check_usable(made, DataConfig())
+    sys.modules.pop("changing_target", None)
 
 
 FACTORIES = """
@@ -221,12 +265,77 @@ def test_a_target_of_other_images_is_found() -> None:
         check_classes(build("resnet18", COLOR), DataConfig())
 
 
+class After(nn.Module):
+    """A small network for digits and what is done to its logits (N, 10)."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any] = lambda logits: logits) -> None:
+        super().__init__()
+        self.network, self.change = build("small_cnn", DataConfig()), change
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.change(self.network(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: z.softmax(1), "the target returns probabilities; it must return logits"),
+        (lambda z: z.mean(0, keepdim=True), r"must return logits \(2, classes\) for 2 images, got \(1, 10\)"),
+        (lambda z: z.reshape(1, 10), "cannot take 1x8x8 images 2 at once: shape"),
+        (lambda z: (z * 100).long(), "must return logits as floats, got torch.int64"),
+        (lambda z: z + 0j, "must return logits as floats, got torch.complex64"),
+        (lambda z: (z, z), r"must return logits \(1, classes\) for 1 image, got tuple"),
+    ],
+)
+def test_what_answers_otherwise_is_no_target(change: Callable[[torch.Tensor], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        check_classes(After(change), DataConfig())
+    assert "\n" not in str(refusal.value)
+
+
+def in_bytes() -> nn.Module:
+    """Reads images as bytes, as what was made for cameras does."""
+    made = After()
+    made.network.normalize = lambda images: (images * 255).byte().float() / 255
+    return made
+
+
+def exported() -> nn.Module:
+    """What torch.export makes for any number of images."""
+    sizes = ({0: torch.export.Dim("images")},)
+    return torch.export.export(After().eval().network, (torch.rand(3, 1, 8, 8),), dynamic_shapes=sizes).module()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: After(lambda z: z.detach()), "differentiated by its images, as attacks do: element 0"),
+        (in_bytes, "differentiated by its images, as attacks do: The diff"),
+        (exported, "brought into train mode: Calling train"),
+    ],
+)
+def test_a_stage_works_with_what_can_be_differentiated_and_trained(make: Any, message: str) -> None:
+    made = make()
+    check_classes(made, DataConfig())
+    with pytest.raises(ConfigError, match=f"^the target cannot be {message}") as refusal:
+        check_usable(made, DataConfig())
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_check_draws_from_no_stream_of_the_run() -> None:
+    noisy, before = After(lambda z: z + torch.randn_like(z)), torch.get_rng_state()
+    check_classes(noisy, DataConfig())
+    check_usable(noisy, DataConfig())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_check_leaves_every_part_in_its_mode() -> None:
     classifier = build("resnet18", DataConfig(channels=3, height=8, width=8)).train()
     frozen_part = next(part for part in classifier.modules() if isinstance(part, torch.nn.BatchNorm2d))
     frozen_part.eval()
     modes = [part.training for part in classifier.modules()]
     check_classes(classifier, DataConfig(channels=3, height=8, width=8))
+    check_usable(classifier, DataConfig(channels=3, height=8, width=8))
     assert [part.training for part in classifier.modules()] == modes
 
 

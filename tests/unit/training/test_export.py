@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.model_card import model_card
 from dircluster.files import POINTER
+from dircluster.models.modules import TooLargeError, at_most
 from dircluster.presets import preset
 from dircluster.training import checkpoint, hub_folder
 from dircluster.training.export import check_begins, check_sizes
@@ -153,6 +155,17 @@ def test_networks_that_there_is_no_place_for_are_not_made(
     with pytest.raises(ConfigError, match=f"^{message}.*give smaller sizes") as refusal:
         check_sizes(with_values(smoke, changes), 10**6)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_other_threads_make_is_not_counted() -> None:
+    made: list[torch.nn.Module] = []
+    other = threading.Thread(target=lambda: made.append(torch.nn.Linear(100, 100)))
+    with at_most(10, tensors=1):
+        other.start()
+        other.join()
+        with pytest.raises(TooLargeError):
+            torch.nn.Linear(3, 3, bias=False, device="meta").register_buffer("more", torch.zeros(2))
+    assert len(made) == 1
 
 
 def test_layers_without_end_are_not_made(smoke: RunConfig) -> None:
