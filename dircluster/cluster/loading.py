@@ -13,12 +13,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ANY_ERROR, ConfigError, RunConfig, local_path, named_line, real_path
-from dircluster.models.modules import defaults_kept, to_eval, unfinished
+from dircluster.models.modules import defaults_kept, to_bytes, to_eval, unfinished
 from dircluster.presets import search_folder
 from dircluster.training import hub_folder
 from dircluster.training.checkpoint import digest
@@ -89,8 +88,10 @@ def finished(uri: str, config: RunConfig) -> str:
             " that makes the network and loads its weights; a bare classifier is --defense none --target.uri FILE"
         )
     below = sorted(str(found.parent) for found in folder.glob("*/final/COMMIT")) if isinstance(folder, Path) else []
-    hint = f"; give one of the stages in it: {', '.join(below[:3])}{', ...' * (len(below) > 3)}" if below else ""
-    raise ConfigError(f"--defense {uri} holds no committed checkpoint{hint}")
+    hint = f"give one of the stages in it: {', '.join(below[:3])}{', ...' * (len(below) > 3)}"
+    if not below:
+        hint = "give the folder of a stage or of an export, models:/NAME@ALIAS, zoo:NAME or package.module:factory"
+    raise ConfigError(f"--defense {uri} holds no committed checkpoint; {hint}")
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,7 @@ def fingerprint(module: nn.Module, name: str) -> str:
     for key, value in sorted(module.state_dict().items()):
         found.update(key.encode())
         if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous().flatten()
-            found.update(str(value.dtype).encode() + plain.view(torch.uint8).numpy().tobytes())
+            found.update(str(value.dtype).encode() + to_bytes(value))
     if FACTORY.fullmatch(name):
         package = name.partition(":")[0].partition(".")[0]
         for key, part in sorted(sys.modules.items()):

@@ -271,7 +271,7 @@ def _check_file(name: str, path: Path, away: bool) -> None:
         raise ConfigError(f"{name} {str(path)!r} does not exist")
     if path.is_file() and _begins(path, POINTER):
         raise ConfigError(f"{name} {str(path)!r} {FETCH}")
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix == ".safetensors" and not _begins(path, b"PK"):  # torch.save's by another name
         from safetensors import SafetensorError, safe_open
 
         try:

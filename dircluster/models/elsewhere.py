@@ -116,10 +116,16 @@ def factory_network(path: str, data: DataConfig) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ConfigError(f"target.architecture {path!r} must return a torch.nn.Module, got {type(made).__name__}")
     keep_ends_whole(made, torch.zeros(1, data.channels, data.height, data.width, device=device_of(made)))
-    other = [name for name, value in made.state_dict().items() if not isinstance(value, Tensor)]
-    if wrong := unfinished(made) or (f"keeps {other[0]!r} in its state_dict, which is no tensor" if other else ""):
+    other = [name for name, value in made.state_dict().items() if not _is_stored(value)]
+    if wrong := unfinished(made) or (f"keeps {other[0]!r}, which is no dense tensor of numbers" if other else ""):
         raise ConfigError(f"target.architecture {path!r} makes a network that {wrong}")
     return made
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether checkpoints hold ``value`` of a state_dict."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not value.is_quantized and value.dtype != torch.complex128
 
 
 def _called(make: Callable[..., Any], data: DataConfig) -> Any:

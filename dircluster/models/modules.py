@@ -75,6 +75,11 @@ def parts_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def to_bytes(tensor: Tensor) -> bytes:
+    """The numbers of ``tensor``, row by row, in its own dtype, which may be one that NumPy does not know."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 @contextmanager
 def defaults_kept() -> Iterator[None]:
     """The dtype and device of new tensors, and whether gradients are kept, are afterwards as they were before."""

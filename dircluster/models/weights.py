@@ -196,7 +196,8 @@ def _normalize(
         _check_normalization(found, source, len(found[0]), ask)
         raise ConfigError(
             f"{source} has a mean and std that {target.architecture} has no place for: put them in front by"
-            f" --target.mean {_text(found[0])} --target.std {_text(found[1])}"
+            f" --target.mean {_text(found[0])} --target.std {_text(found[1])}, or save the weights without them where"
+            " the network normalizes images itself"
         )
     if target.architecture.startswith("torchvision."):
         raise ConfigError(

@@ -58,10 +58,7 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / COMMIT).unlink(missing_ok=True)
-        blobs = {
-            f"{name}.safetensors": dump_tensors({k: v.detach().cpu().contiguous() for k, v in group.items()})
-            for name, group in tensors.items()
-        }
+        blobs = {f"{name}.safetensors": dump_tensors(storable(group)) for name, group in tensors.items()}
         blobs["state.json"] = json.dumps(state, indent=1, sort_keys=True).encode()
         listed = {}
         for name, blob in blobs.items():
@@ -74,6 +71,19 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
     except OSError as error:
         raise CheckpointError(f"storage.uri: cannot write {folder}: {error.strerror or error}") from error
     return sha
+
+
+def storable(tensors: Tensors) -> dict[str, Tensor]:
+    """``tensors`` as safetensors takes them: on the CPU, contiguous, and none in the memory of another, as tied weights
+    are, which are stored by each of their names.
+    """
+    made, taken = dict[str, Tensor](), set[int]()
+    for name, value in tensors.items():
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        made[name] = plain.clone() if memory in taken else plain
+        taken.add(memory)
+    return made
 
 
 def digest(folder: Path) -> str | None:

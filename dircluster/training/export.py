@@ -183,7 +183,7 @@ def given_target(config: RunConfig, open_path: Callable[[str], Path] = local_pat
     assert uri is not None
     if uri.startswith("timm:"):
         classifier = classifiers.build(uri, config.data, pretrained=True, normalization=config.target.normalization)
-        sha = hashlib.sha256(dump_tensors(classifier.state_dict())).hexdigest()
+        sha = hashlib.sha256(dump_tensors(checkpoint.storable(classifier.state_dict()))).hexdigest()
     else:
         with plain_torch():
             classifier = find_defense(config.defense).build(config, "classifier")

@@ -29,6 +29,7 @@ from dircluster.evaluation.session import plan, report
 from dircluster.evaluation.sharing import shares
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
+from dircluster.models.modules import to_bytes
 from dircluster.models.precision import is_half, reads_images_whole
 from dircluster.training import checkpoint, export, stages
 from dircluster.training.checkpoint import Checkpoints
@@ -378,4 +379,4 @@ def _free() -> None:
 
 
 def _fingerprint(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(to_bytes(tensor)).hexdigest()

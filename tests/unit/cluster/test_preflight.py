@@ -132,6 +132,8 @@ def test_targets_that_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(tmp_path))
     target = find_defense("dir").build(preset("digits_smoke"), "classifier")
     save_file(target.state_dict(), tmp_path / "h.safetensors")
+    save_file(target.state_dict(), tmp_path / "h.pt")
+    torch.save(target.state_dict(), tmp_path / "saved.safetensors")
     (tmp_path / "preflight_mine.py").write_text(
         "from torch import nn\n"
         "def make(classes, channels):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))\n"
@@ -139,6 +141,8 @@ def test_targets_that_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for words in (
         *(
             "target.uri h.safetensors",
+            "target.uri h.pt",
+            "target.uri saved.safetensors",
             "target.uri zoo:digits-dir",
             "target.uri timm:resnet18.a1_in1k",
             "target.uri models:/dir-digits@champion",

@@ -148,7 +148,7 @@ def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "from torch import nn\nclass make(nn.Linear):\n    def __init__(self): super().__init__(2, 2)\n"
             "    def get_extra_state(self): return {}\n",
-            "makes a network that keeps '_extra_state' in its state_dict, which is no tensor",
+            "makes a network that keeps '_extra_state', which is no dense tensor of numbers",
         ),
     ],
 )

@@ -28,6 +28,17 @@ def test_a_round_trip(tmp_path: Path) -> None:
     assert ck.digest(tmp_path / "c") == sha
 
 
+def test_weights_that_share_memory_are_stored_by_each_name(tmp_path: Path) -> None:
+    one, line = torch.nn.Linear(3, 3), torch.arange(10.0)
+    state = torch.nn.Sequential(one, torch.nn.ReLU(), one).state_dict()
+    state |= {"first": line[:6], "last": line[4:], "column": torch.rand(4, 3)[:, 1], "turned": torch.rand(2, 3).t()}
+    state["conjugate"] = torch.tensor([1 + 2j, 3 - 1j]).conj()
+    ck.write(tmp_path / "a", {"classifier": state}, {}, "key")
+    found = ck.read(tmp_path / "a", "key").tensors["classifier"]
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
 def test_only_safetensors_and_json_are_written(tmp_path: Path) -> None:
     ck.write(tmp_path / "c", TENSORS, STATE, "key")
     names = sorted(f.name for f in (tmp_path / "c").iterdir())
