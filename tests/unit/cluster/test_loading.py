@@ -145,6 +145,6 @@ def test_a_stage_means_what_it_ended_in(smoke: DirRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"weights.pt is a file: give the folder of a checkpoint, or package.module"):
         finished(str(tmp_path / "weights.pt"), smoke)
     with pytest.raises(
-        ConfigError, match=r"holds no committed checkpoint; give the folder of .* package.module:factory$"
+        ConfigError, match=r"no committed checkpoint; give the folder of .* package.module:factory$"
     ):
         finished(str(tmp_path / "nowhere"), smoke)
