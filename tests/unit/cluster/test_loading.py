@@ -144,7 +144,5 @@ def test_a_stage_means_what_it_ended_in(smoke: DirRun, tmp_path: Path) -> None:
         finished(str(tmp_path), smoke)
     with pytest.raises(ConfigError, match=r"weights.pt is a file: give the folder of a checkpoint, or package.module"):
         finished(str(tmp_path / "weights.pt"), smoke)
-    with pytest.raises(
-        ConfigError, match=r"no committed checkpoint; give the folder of .* package.module:factory$"
-    ):
+    with pytest.raises(ConfigError, match=r"no committed checkpoint; give the folder of .* package.module:factory$"):
         finished(str(tmp_path / "nowhere"), smoke)
