@@ -79,7 +79,8 @@ def load_model(
     """
     from dircluster.zoo import model_of, no_model
 
-    threat = {"linf": "Linf", "l2": "L2"}.get(threat_model.lower(), threat_model)
+    dataset, threat = (str(getattr(name, "value", name)) for name in (dataset, threat_model))  # its enumerations too
+    threat = {"linf": "Linf", "l2": "L2"}.get(threat.lower(), threat)
     shipped = model_of(model_name, dataset, threat)
     if shipped is not None:
         return load_defense(shipped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,9 @@ def test_it_loads_by_name() -> None:
     assert not defense.training
     assert not target.training
     assert target.image_shape == defense.image_shape == (1, 8, 8)
-    by_signature = dircluster.load_model("at", "digits", "linf")
-    assert torch.equal(by_signature(images), target(images))
+    for dataset, threat in (("digits", "linf"), (Enum("Set", {"digits": "digits"}).digits, Enum("T", {"a": "Linf"}).a)):
+        by_signature = dircluster.load_model("at", dataset, threat)  # type: ignore[arg-type]
+        assert torch.equal(by_signature(images), target(images))
 
 
 def test_its_target_is_one_to_defend() -> None:
@@ -92,6 +94,14 @@ def test_an_unknown_name_is_one_line_that_lists_them(
     assert [file.name for file in tmp_path.iterdir()] == ["mlruns"]  # asking made no record
     with pytest.raises(ConfigError, match=r"there is no record .*absent\.db"):
         dircluster.load_model("none", "digits", tracking_uri=f"sqlite:///{tmp_path / 'absent.db'}")
+    (tmp_path / "other.db").write_text("no database at all")
+    for asked in (
+        lambda uri: dircluster.load_model("none", "digits", tracking_uri=uri),
+        lambda uri: dircluster.load_defense("models:/none@champion", tracking_uri=uri),
+    ):
+        with pytest.raises(ConfigError, match=r"^.*: .*file is not a database.*$") as refusal:
+            asked(f"sqlite:///{tmp_path / 'other.db'}")
+        assert "\n" not in str(refusal.value)
 
 
 def test_what_is_damaged_is_refused(copied: Path) -> None:

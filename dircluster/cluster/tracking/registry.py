@@ -15,7 +15,6 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
@@ -161,7 +160,7 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
     try:
         with _quiet(), _tracking(store):
             local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # MLflow raises what its database and its transport raise
         raise ConfigError(f"{uri} cannot be fetched: {first_line(error)}") from error
     folders = sorted(Path(local).glob(f"**/{checkpoint.COMMIT}"))
     if not folders:
