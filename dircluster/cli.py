@@ -95,7 +95,7 @@ class EvaluateJob(Job):
     suite: Literal["quick", "paper", "rigorous"] | None = None
     """Short for --evaluation.suite."""
     verdict: Switch = False
-    """Ask too whether the defense only hides gradients; paper and rigorous do so anyway."""
+    """Ask too whether the defense only hides gradients; paper and rigorous do so unless evaluation.verdict is given."""
     no_verdict: Switch = False
     """Leave that out of paper and rigorous."""
     launcher: Literal["ray", "local"] = "ray"

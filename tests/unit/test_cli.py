@@ -105,6 +105,7 @@ def test_an_evaluation_takes_the_workers_of_the_file_too(
         (["--suite", "quick"], True, True),
         (["--suite", "paper"], False, True),
         (["--suite", "paper", "--no-verdict"], True, False),
+        (["--suite", "paper", "--evaluation.no-verdict"], False, False),
     ],
 )
 def test_flags_about_the_verdict_beat_the_file(
@@ -115,6 +116,20 @@ def test_flags_about_the_verdict_beat_the_file(
     of_file = ["--evaluation.verdict"] if file else []
     assert evaluate.main(["digits_smoke", "--defense", "none", *of_file, *words]) == 0
     assert seen == [asked]
+
+
+@pytest.mark.parametrize("words", [["--verdict"], ["--suite", "paper"], ["--suite", "rigorous", "--no-verdict"]])
+def test_printed_settings_are_judged_by_as_what_printed_them(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate._Judging, "run", lambda self: seen.append(self.config.evaluation) or 0)
+    judged = ["digits_smoke", "--defense", "none"]
+    assert evaluate.main([*judged, *words, "--print-config"]) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert evaluate.main([*judged, *words]) == evaluate.main([*judged, "--config", str(file)]) == 0
+    assert seen[0] == seen[1] != preset("digits_smoke").evaluation
 
 
 @pytest.mark.parametrize("flag", ["--help", "--print-config"])

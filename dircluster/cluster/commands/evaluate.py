@@ -21,14 +21,24 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Judge the defense that ``argv`` names; -> exit code. Errors are one line on stderr."""
-    return cli.execute(cli.EvaluateJob, argv, _judge)
+    return cli.execute(cli.EvaluateJob, argv, _judge, settled)
+
+
+def settled(job: cli.EvaluateJob) -> cli.EvaluateJob:
+    """``job`` with its suite and verdict among the settings of the run. Raises ConfigError."""
+    if job.verdict and job.no_verdict:
+        raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
+    settings = job.run.evaluation
+    suite = job.suite or settings.suite
+    asked = settings.verdict if job.given & {"evaluation.verdict", "evaluation.no-verdict"} else suite != "quick"
+    made = dataclasses.replace(settings, suite=suite, verdict=job.verdict or (asked and not job.no_verdict))
+    return dataclasses.replace(job, run=dataclasses.replace(job.run, evaluation=made))
 
 
 def _judge(job: cli.EvaluateJob) -> int:
     from dircluster.cluster import preflight, storage
     from dircluster.cluster.console import Bystander, Terminal
     from dircluster.cluster.paths import with_absolute_paths
-    from dircluster.cluster.runtime.evaluation_job import with_suite
 
     if not job.defense:
         raise ConfigError(
@@ -36,8 +46,6 @@ def _judge(job: cli.EvaluateJob) -> int:
             " package.module:factory, or none"
         )
     refuse_secret("--defense", job.defense)
-    if job.verdict and job.no_verdict:
-        raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
     if job.export is not None:
         from dircluster.evaluation.export import check_export
 
@@ -47,10 +55,7 @@ def _judge(job: cli.EvaluateJob) -> int:
         from dircluster.evaluation.report_images import read_report
 
         other = str(job.compare), read_report(job.compare)
-    suite = job.suite or job.run.evaluation.suite
-    asked = job.verdict or job.run.evaluation.verdict or suite != "quick"
-    config = with_suite(job.run, suite, asked and not job.no_verdict)
-    config = with_absolute_paths(config)
+    config = with_absolute_paths(job.run)
     storage.to_environment(config.storage)
     on_ray = job.launcher == "ray"
     preflight.check(config, on_ray, trains=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -132,9 +131,3 @@ def committed(job_spec: JobSpec, config: RunConfig) -> str | None:
     if job_spec.defense == "none" or FACTORY.fullmatch(job_spec.defense):
         return None
     return checkpoint.digest(checkpoint.finished(open_path(job_spec.defense, config.storage)))
-
-
-def with_suite(config: RunConfig, suite: str | None, verdict: bool) -> RunConfig:
-    """``config`` with the suite and the verdict that the command line asks for."""
-    settings = config.evaluation if suite is None else dataclasses.replace(config.evaluation, suite=suite)  # type: ignore[arg-type]
-    return dataclasses.replace(config, evaluation=dataclasses.replace(settings, verdict=verdict))
