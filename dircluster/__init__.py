@@ -29,11 +29,11 @@ def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "qu
 def load_defense(uri: str | Path, *, tracking_uri: str | None = None, trust_code: bool = False) -> Defended:
     """A finished defense, ready to classify: (N, C, H, W) in [0, 1] -> (N, classes) logits, fresh masks at each call.
 
-    ``uri`` is the folder of a checkpoint or of an export, for which torch, timm and safetensors suffice, its place in
-    object storage (s3://..., read with the credentials of the environment), or an MLflow URI such as
+    ``uri`` is the folder of a checkpoint or of an export, for which torch and safetensors suffice (and timm, where the
+    target is one of its networks), its place in object storage (s3://..., read with the credentials of the
+    environment), ``zoo:NAME``, which comes with this package (see dircluster.zoo), or an MLflow URI such as
     ``models:/dir-digits@champion`` or ``runs:/RUN_ID/defense``, looked up at ``tracking_uri`` (MLFLOW_TRACKING_URI, or
-    runs/mlflow.db, when not given). Only with ``trust_code`` a target of one's own (package.module:factory) is
-    imported. ``zoo:NAME`` is one that comes with this package, see dircluster.zoo. Raises
+    runs/mlflow.db, when not given). Only with ``trust_code`` a target or a defense of one's own is imported. Raises
     dircluster.config.ConfigError where the defense is missing, damaged, or none.
     """
     from dircluster.config import ConfigError, StorageConfig, local_path

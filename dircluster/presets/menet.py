@@ -121,7 +121,7 @@ def digits_menet_a() -> MenetRun:
 def cifar10_menet() -> MenetRun:
     """ME-Net on CIFAR-10: ResNet-18 on images of which USVT keeps 25 of 32 singular values, natural training.
 
-    ``python jobs/train.py cifar10_menet`` on a machine with a GPU: 1.7 GMAC an image and epoch, 1.6e16 MAC in all. Its
+    ``python jobs/train.py cifar10_menet`` on a machine with a GPU: 1.7 GMAC an image and epoch, 1.5e16 MAC in all. Its
     accuracy has not been measured yet; the DIR paper prints 15.26 % under BPDA with EOT (Table 3). The authors estimate
     ten masks of each image once, store them, and crop and flip what they stored; here each image has a new mask every
     epoch, and is cropped and flipped before.
@@ -142,7 +142,7 @@ def cifar10_menet() -> MenetRun:
 def cifar10_menet_a() -> MenetRun:
     """ME-Net-A on CIFAR-10: as ``cifar10_menet``, trained on PGD-7 of 2/255 through new masks at each step, by BPDA.
 
-    ``python jobs/train.py cifar10_menet_a``: 9.4 GMAC an image and epoch, 4.3e16 MAC in all. Its accuracy has not been
+    ``python jobs/train.py cifar10_menet_a``: 9.4 GMAC an image and epoch, 4.2e16 MAC in all. Its accuracy has not been
     measured yet; the DIR paper prints 32.10 % under BPDA with EOT (Table 3). The authors train 200 epochs with their
     network in training mode while samples are crafted; here it is in eval mode, and 100 epochs are enough.
     """
