@@ -1,7 +1,8 @@
 """The finished defenses that come with this package: ``zoo:NAME``, wherever a defense or a target is named.
 
 A folder beside this file holds a defense and its target, in the bf16 in which they were judged, a card (README.md), and
-the claim of each: what it was found to keep, with the evidence. ``infra/write_zoo.py`` makes such a folder.
+the claim of each: what it was found to keep, with the evidence. ``infra/write_zoo.py`` makes such a folder. That called
+``cifar10-pretrain`` is none: it holds the denoiser of ``zoo:cifar10-dir`` as pre-training left it, and has no name here.
 """
 
 from __future__ import annotations

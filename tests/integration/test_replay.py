@@ -61,6 +61,9 @@ def test_a_row_of_a_report_is_found_again(
         assert lines["machine"].endswith("as the row's")
 
     changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps({**report, "rows": [report["rows"][1] | {"total": 8}]}))
+    replay.main([str(changed), "1"])
+    assert "n = 8" in said(capsys)["again"]
     report["rows"][1]["sha256"] = "0" * 64
     changed.write_text(json.dumps(report))
     assert replay.main([str(changed), names[1]]) == 1
