@@ -2,7 +2,7 @@
 
 A folder beside this file holds a defense and its target, in the bf16 in which they were judged, a card (README.md), and
 the claim of each: what it was found to keep, with the evidence. ``infra/write_zoo.py`` makes such a folder. That called
-``cifar10-pretrain`` is none: it holds the denoiser of ``zoo:cifar10-dir`` as pre-training left it, and has no name here.
+``cifar10-pretrain`` is none: it holds the denoiser of ``zoo:cifar10-dir`` as pre-training left it, and has no name.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _replay(given: argparse.Namespace) -> int:
     with local_workers(dataclasses.replace(config.scaling, threads=config.scaling.threads or 1)) as parallel:
         job = EvaluationJob(job_spec, parallel.device)
         _check_same(job.facts, facts)
-        spec = dataclasses.replace(spec_of(row, job.plan.table, job.name), first=row["total"])  # maybe not of all images
+        spec = dataclasses.replace(spec_of(row, job.plan.table, job.name), first=row["total"])  # perhaps not all images
         kind = machine(parallel.device)
         print(f"machine  {_beside(kind, facts['machine'])}", flush=True)
         job.evaluation.specs, job.evaluation.store = [spec], MemoryStore()  # what is stored is not asked
