@@ -61,16 +61,6 @@ def placed(drawn: Tensor, device: torch.device) -> Tensor:
     return (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
 
 
-def per_image(seed: int, purpose: str, images: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform in [0, 1), float64, each image's from a stream of its own: image numbers (N,) -> (N, *shape).
-
-    What an image draws depends neither on its batch nor on the worker that judges it.
-    """
-    return torch.stack(
-        [torch.rand(shape, generator=generator(seed, purpose, step=i), dtype=torch.float64) for i in images.tolist()]
-    )
-
-
 @dataclass(frozen=True)
 class Stream:
     """The draws of one step: made for ``batch`` images, handed out for ``rows`` of them on ``device``."""
@@ -109,7 +99,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class ImageStream(Stream):
-    """The draws of images by number, each image's from streams of its own: see :func:`per_image`."""
+    """The draws of images by number, each image's from streams of its own.
+
+    What an image draws depends neither on its batch nor on the worker that judges it.
+    """
 
     images: tuple[int, ...] = ()
 

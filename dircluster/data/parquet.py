@@ -68,13 +68,11 @@ def opened(file: Path) -> Iterator[Any]:
         raise ConfigError(f"{file} cannot be read as parquet: {first_line(error)}") from error
 
 
-def columns(table: Any, source: Path) -> tuple[list[Cell], list[int]]:
-    """Encoded images and labels of a parquet table. Raises ConfigError where ``source`` has no such columns."""
-    return contents(table, choose(table.schema, source), source)
-
-
 def contents(table: Any, chosen: Columns, source: Path, first: int = 0) -> tuple[list[Cell], list[int]]:
-    """The same of chosen columns; the table's first row is row ``first`` of ``source``."""
+    """Encoded images and labels of a parquet table by its chosen columns; its first row is row ``first`` of ``source``.
+
+    Raises ConfigError where a label is none.
+    """
     found = labels(table, chosen, source)
     return _cells(table, chosen, source, first), found
 

@@ -16,7 +16,7 @@ from dircluster.attacks.gradient import pgd
 from dircluster.attacks.threat import LInf
 from dircluster.config import DataConfig, EvaluationConfig
 from dircluster.data.decode import decode
-from dircluster.data.parquet import columns
+from dircluster.data.parquet import choose, contents
 from dircluster.data.sources import load
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.claims import read_claim
@@ -28,7 +28,8 @@ from dircluster.models.modules import under_attack
 def cifar10(folder: Path, count: int) -> tuple[Tensor, Tensor]:
     """The first test images, (N, 3, 32, 32) in [0, 1], and their labels."""
     file = next((folder / "cifar10").glob("test*.parquet"))
-    blobs, labels = columns(pq.read_table(file).slice(0, count), file)
+    table = pq.read_table(file).slice(0, count)
+    blobs, labels = contents(table, choose(table.schema, file), file)
     images = decode(blobs, DataConfig(name="cifar10", height=32, width=32, channels=3)).float() / 255
     return images, torch.tensor(labels)
 

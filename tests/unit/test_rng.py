@@ -33,8 +33,13 @@ def test_workers_share_the_draws_of_one() -> None:
 
 
 def test_an_images_draw_does_not_depend_on_its_neighbors() -> None:
-    many = rng.per_image(0, "x", torch.arange(10), (3,))
-    assert torch.equal(rng.per_image(0, "x", torch.tensor([7]), (3,))[0], many[7])
+    def permuted(generator: torch.Generator, images: int) -> torch.Tensor:
+        return random_permutations(generator, images, 9)
+
+    many, one = (rng.ImageStream(0, 0, 0, len(i), slice(0, len(i)), CPU, images=tuple(i)) for i in (range(10), [7]))
+    for kind in (lambda s: s.uniform("u", (3,)), lambda s: s.normal("n", (3,)), lambda s: s.sample("p", permuted)):
+        assert torch.equal(kind(one)[0], kind(many)[7])
+        assert not torch.equal(kind(many)[6], kind(many)[7])
 
 
 def test_ambient_draws_are_seeded_and_put_back() -> None:

@@ -21,7 +21,6 @@ from dircluster.models.weight_files import parse
 from dircluster.models.weights import load_weights
 
 DATA = DataConfig()
-HALF = ((0.5,), (0.5,))
 
 
 @pytest.fixture(scope="module")
