@@ -1,4 +1,4 @@
-"""What the presets of the systems that DIR is compared with share: the adversarially trained form of a denoiser."""
+"""What presets of several defenses share: the adversarially trained form of a denoiser, and the form on SVHN."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def short_adversarial(config: AdversarialConfig) -> AdversarialConfig:
 
 
 def as_svhn(run: AnyRun) -> AnyRun:
-    """A run on CIFAR-10 as one on SVHN, without flips: cifar10_NAME -> svhn_NAME."""
+    """A run on CIFAR-10 as one on SVHN, without flips: cifar10 -> svhn, cifar10_NAME -> svhn_NAME."""
     data = replace(run.data, name="svhn", flip=False)
     return replace(run, name=run.name.replace("cifar10", "svhn"), data=data)

@@ -23,6 +23,7 @@ from dircluster.config import (
 )
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, smoke_of, with_smoke_twins
+from dircluster.presets.compared import PIPELINE_CRAFTING, as_svhn
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class DirRun(RunConfig):
     """One whole run of DIR: target, pre-training, DIR, evaluation."""
 
     defense: ClassVar[str] = "dir"
-    crafting: ClassVar[tuple[str, ...]] = ("pgd", "target_first", "straight_through", "n_fgsm")
+    crafting: ClassVar[tuple[str, ...]] = PIPELINE_CRAFTING
     later: ClassVar[Mapping[str, Any]] = {
         "dir.ema": None,
         "dir.perturb_step_size": None,
@@ -419,8 +420,7 @@ def svhn() -> DirRun:
     ``python jobs/train.py svhn``. Its accuracy has not been measured yet; the paper prints 90.79 % natural and
     55.30 % under PGD-20 (SVHN, Table 1).
     """
-    run = cifar10()
-    return replace(run, name="svhn", data=replace(run.data, name="svhn", flip=False))
+    return as_svhn(cifar10())
 
 
 def cifar100() -> DirRun:

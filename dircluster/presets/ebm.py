@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from dircluster.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig, require, require_positive
 from dircluster.presets import base
 from dircluster.presets.base import as_in_table_1, short_rates, with_smoke_twins
+from dircluster.presets.compared import as_svhn
 
 MOST_STEPS, MOST_REPLICATES = 100_000, 10_000
 """More of them are a mistake: an answer would take hours, or more memory than there is."""
@@ -178,11 +179,9 @@ def svhn_ebm() -> EbmRun:
 
     ``python jobs/train.py svhn_ebm``; its accuracy has not been measured yet.
     """
-    run = cifar10_ebm()
+    run = as_svhn(cifar10_ebm())
     return replace(
         run,
-        name="svhn_ebm",
-        data=replace(run.data, name="svhn", flip=False),
         model=replace(run.model, noise=1.75e-2),
         ebm=replace(
             run.ebm,

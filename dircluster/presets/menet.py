@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from dircluster.config import AttackConfig, OptimizerConfig, RunConfig, TargetConfig, TrainingConfig, require
 from dircluster.presets import base
 from dircluster.presets.base import as_in_table_1, with_smoke_twins
+from dircluster.presets.compared import as_svhn
 
 Method = Literal["usvt", "soft_impute", "nuclear_norm"]
 
@@ -154,12 +155,12 @@ def cifar10_menet_a() -> MenetRun:
 
 def svhn_menet() -> MenetRun:
     """ME-Net on SVHN: as ``cifar10_menet``, without flips. ``python jobs/train.py svhn_menet``; not measured yet."""
-    return _on_svhn(cifar10_menet(), "svhn_menet")
+    return as_svhn(cifar10_menet())
 
 
 def svhn_menet_a() -> MenetRun:
     """ME-Net-A on SVHN: as ``cifar10_menet_a``, without flips. ``python jobs/train.py svhn_menet_a``; not measured."""
-    return _on_svhn(cifar10_menet_a(), "svhn_menet_a")
+    return as_svhn(cifar10_menet_a())
 
 
 def _of_digits(objective: Literal["natural", "at"], epochs: int) -> TargetConfig:
@@ -167,15 +168,7 @@ def _of_digits(objective: Literal["natural", "at"], epochs: int) -> TargetConfig
     return replace(usual, objective=objective, epochs=epochs, optimizer=replace(usual.optimizer, warmup_epochs=5))
 
 
-def _on_svhn(run: MenetRun, name: str) -> MenetRun:
-    return replace(run, name=name, data=replace(run.data, name="svhn", flip=False))
-
-
-def smaller(run: MenetRun) -> MenetRun:
-    """ME-Net's own sections for a smoke run: they cost nothing."""
-    return run
-
-
 PRESETS = with_smoke_twins(
-    (digits_menet, digits_menet_a, cifar10_menet, cifar10_menet_a, svhn_menet, svhn_menet_a), smaller
+    (digits_menet, digits_menet_a, cifar10_menet, cifar10_menet_a, svhn_menet, svhn_menet_a),
+    lambda run: run,  # its own sections cost nothing
 )
