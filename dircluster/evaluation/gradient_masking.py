@@ -41,8 +41,7 @@ class Check:
     """One row of the verdict."""
 
     question: str
-    passed: bool | None
-    """None where the question does not apply."""
+    passed: bool
     answer: str
     """What was seen, in numbers."""
     evidence: dict[str, float]

@@ -108,7 +108,7 @@ class EvaluationReport:
     @property
     def flags(self) -> list[gradient_masking.Check]:
         """The rows of the verdict that the defense did not pass."""
-        return [check for check in self.verdict if check.passed is False]
+        return [check for check in self.verdict if not check.passed]
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""

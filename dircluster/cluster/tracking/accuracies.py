@@ -25,7 +25,7 @@ def versions_with(client: MlflowClient, sha: str) -> list[ModelVersion]:
 
 def flags_of(verdict: Sequence[Mapping[str, Any]]) -> int | None:
     """How many questions of a verdict are flagged; None where it was not asked."""
-    return sum(row["passed"] is False for row in verdict) if verdict else None
+    return sum(not row["passed"] for row in verdict) if verdict else None
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]], norm: str, flags: int | None = None) -> dict[str, float]:
