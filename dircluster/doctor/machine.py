@@ -16,6 +16,7 @@ from dircluster.config import DataConfig, RunConfig
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.distributed.parallel import Parallel
+from dircluster.models.precision import is_half
 from dircluster.training.profiling import stage_trainer
 from dircluster.training.stages import Networks, find_stage
 from dircluster.training.trainer import Trainer
@@ -48,8 +49,7 @@ class Machine:
     @property
     def half(self) -> bool:
         """Whether the run's steps compute in bf16 here, as ``training.precision`` says."""
-        precision = self.config.training.precision
-        return precision == "bf16" or (precision == "auto" and self.gpu)
+        return is_half(self.config.training.precision, self.device)
 
     @property
     def alone(self) -> Parallel:
