@@ -1,8 +1,7 @@
-"""Figures of a report: measured here (arrays), drawn there (PNG in a data URI, so that a page stands alone)."""
+"""Figures of a report: what they show, measured as arrays, and drawn as PNG."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,11 +94,7 @@ def drawing(draw: Callable[[Any], None], width: float, height: float, columns: i
     return held.getvalue()
 
 
-def _drawn(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> str:
-    return "data:image/png;base64," + base64.b64encode(drawing(draw, width, height, columns)).decode()
-
-
-def draw_shares(found: Mapping[str, Sequence[float]]) -> str:
+def draw_shares(found: Mapping[str, Sequence[float]]) -> bytes:
     """Figure 2: accuracy against the share of the noise that is discarded."""
 
     def draw(axes: Any) -> None:
@@ -110,10 +105,10 @@ def draw_shares(found: Mapping[str, Sequence[float]]) -> str:
         axes[0].grid(alpha=0.3)
         axes[0].legend()
 
-    return _drawn(draw, 6, 4)
+    return drawing(draw, 6, 4)
 
 
-def draw_images(rows: Mapping[str, Tensor]) -> str:
+def draw_images(rows: Mapping[str, Tensor]) -> bytes:
     """Rows of images, each named."""
 
     def draw(axes: Any) -> None:
@@ -129,10 +124,10 @@ def draw_images(rows: Mapping[str, Tensor]) -> str:
             spine.set_visible(False)
 
     count = len(next(iter(rows.values())))
-    return _drawn(draw, 2.2 + 0.95 * count, 0.95 * len(rows) + 0.2)
+    return drawing(draw, 2.2 + 0.95 * count, 0.95 * len(rows) + 0.2)
 
 
-def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> str:
+def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> bytes:
     """Figure 5: one color a class, natural images as dots and adversarial ones as crosses."""
 
     def draw(axes: Any) -> None:
@@ -142,4 +137,4 @@ def draw_embedding(points: Tensor, labels: Tensor, adversarial: Tensor) -> str:
         axes[0].set(xticks=[], yticks=[])
         axes[0].legend()
 
-    return _drawn(draw, 6, 5)
+    return drawing(draw, 6, 5)

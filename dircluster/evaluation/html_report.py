@@ -15,6 +15,7 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.evaluation import figures
 from dircluster.evaluation.marks import MEANING, explained, in_words
+from dircluster.evaluation.pictures import data_uri
 from dircluster.evaluation.report_images import image_table, sheets, without_pictures
 from dircluster.evaluation.results import images_of, n_of, to_plain, worst_attacked
 from dircluster.evaluation.session import EvaluationReport
@@ -160,7 +161,7 @@ def _figures(
         rows, outside = figures.restoration(victim, images[few], labels[few], attack, steps, seed)
         measured["restored_pixels_outside_0_1"] = outside
         text = f"{100 * outside:.0f} % of the restored pixels lie outside [0, 1]; pictures are cut to it."
-        drawn.append(("Restored images (Figures 4 and 7)", text, figures.draw_images(rows)))
+        drawn.append(("Restored images (Figures 4 and 7)", text, data_uri(figures.draw_images(rows))))
         drawn.append(_embedding(victim, images[:EMBEDDED], labels[:EMBEDDED], config, say))
     bare = victim.target if isinstance(victim.target, nn.Module) else None if victim.target else victim.module
     if bare is not None:
@@ -169,7 +170,7 @@ def _figures(
         measured["discarded_noise"] = {"shares": list(figures.SHARES), **shares}
         missing = "" if natural_target is not None else " Give --natural-target to see a naturally trained one."
         text = f"Noise on the bare target, a random share of its pixels discarded; n = {len(images)}.{missing}"
-        drawn.append(("How much noise must go (Figure 2)", text, figures.draw_shares(shares)))
+        drawn.append(("How much noise must go (Figure 2)", text, data_uri(figures.draw_shares(shares))))
     return drawn, measured
 
 
@@ -184,4 +185,4 @@ def _embedding(
         return title, "Left out: umap-learn is not installed.", ""
     adversarial = torch.arange(len(points)) >= len(images)
     text = f"UMAP of {len(images)} images, natural and adversarial, after restoration; a color a class."
-    return title, text, figures.draw_embedding(points, labels.cpu().repeat(2), adversarial)
+    return title, text, data_uri(figures.draw_embedding(points, labels.cpu().repeat(2), adversarial))

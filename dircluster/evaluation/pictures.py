@@ -55,6 +55,11 @@ def read_pictures(kept: dict[str, Any]) -> Tensor:
     return torch.frombuffer(blob, dtype=torch.uint8).reshape(kept["shape"])
 
 
+def data_uri(png: bytes) -> str:
+    """A PNG as an address that holds it, so that a page stands alone."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 def to_sheet(pictures: Tensor, columns: int) -> str:
     """Pictures (N, C, H, W) uint8 in rows of ``columns``, as one PNG in a data URI."""
     from PIL import Image
@@ -67,4 +72,4 @@ def to_sheet(pictures: Tensor, columns: int) -> str:
     pixels = pixels[..., 0] if channels == 1 else pixels[..., :3]
     held = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(held, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    return data_uri(held.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dircluster.evaluation.pictures import data_uri
 from dircluster.reproduction.cells import STRONGEST, Cell, Found
 from dircluster.reproduction.exhibits import MEASURED, Exhibit
 from dircluster.reproduction.pictures import Picture
@@ -152,7 +152,7 @@ def to_html(
         columns=EVIDENCE,
         reading=CODE,
         versions=[each.to_texts() for each in code],
-        data_of=lambda picture: "data:image/png;base64," + base64.b64encode(picture).decode(),
+        data_of=data_uri,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +66,7 @@ def noise(scene: Scene) -> Picture:
     images, labels = scene.images(DISCARDED)
     found = figures.discarded_noise(targets, images, labels, scene.attack, scene.steps, scene.seed)
     found |= {f"{word}, image": _discarded_image(t, images, labels, scene.seed) for word, t in targets.items()}
-    return Picture(_png(figures.draw_shares(found)), *_curves(scene, found, len(labels)))
+    return Picture(figures.draw_shares(found), *_curves(scene, found, len(labels)))
 
 
 def _curves(
@@ -117,7 +116,7 @@ def restored(scene: Scene) -> Picture:
         "by HGD ": _restore(scene, "hgd", dir_["adversarial"]),
         "by DIR ": dir_["restored"],
     }
-    return Picture(_png(figures.draw_images(rows)))
+    return Picture(figures.draw_images(rows))
 
 
 def gallery(scene: Scene) -> Picture:
@@ -129,7 +128,7 @@ def gallery(scene: Scene) -> Picture:
         rows |= {f"against {word}": own["adversarial"], f"by {word}": own["restored"]}
     if "hgd_a" in scene.defenses:
         rows["by HGD_A"] = _restore(scene, "hgd_a", rows["against HGD"])
-    return Picture(_png(figures.draw_images(rows)))
+    return Picture(figures.draw_images(rows))
 
 
 def embedded(scene: Scene) -> Picture:
@@ -201,7 +200,3 @@ def _need(scene: Scene, *names: str) -> None:
     missing = [name for name in names if name not in scene.defenses]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} was not trained")
-
-
-def _png(uri: str) -> bytes:
-    return base64.b64decode(uri.partition(",")[2])
