@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.attacks.expectation import expected
 from dircluster.config import RunConfig
-from dircluster.data.loader import Loader
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Recipe
@@ -29,6 +28,7 @@ from dircluster.training.capture import WARM_UP
 from dircluster.training.costs import count, forward_operations, step_operations
 from dircluster.training.memory import peak, resting
 from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.stages import loader_of
 from dircluster.training.step import PHASES
 from dircluster.training.trainer import Trainer
 
@@ -195,20 +195,18 @@ def compare(
 
 def stage_trainer(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, parallel: Parallel) -> Trainer:
     """The loop of a stage that keeps nothing."""
-    data = config.data
-    loader = Loader(
-        train,
-        config.training.batch_size,
-        config.seed,
-        stage.name,
-        crop_padding=data.crop_padding,
-        flip=data.flip,
-        rank=parallel.rank,
-        world=parallel.world,
-        device=parallel.device,
-    )
     checkpoints: Any = None
-    return Trainer(stage, recipe, loader, train, config, parallel, checkpoints, NoRecord(), Quiet())
+    return Trainer(
+        stage,
+        recipe,
+        loader_of(stage, train, config, parallel),
+        train,
+        config,
+        parallel,
+        checkpoints,
+        NoRecord(),
+        Quiet(),
+    )
 
 
 def now(device: torch.device) -> float:

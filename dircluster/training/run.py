@@ -13,10 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from dircluster.config import RunConfig, digest, first_line, flatten, local_path
-from dircluster.data.loader import Loader
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
-from dircluster.data.stream import Shards, StreamLoader
 from dircluster.defenses.stage import Stage, architecture
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
@@ -235,7 +233,7 @@ class Run:
     ) -> None:
         config, parallel = self.config, self.parallel
         parallel.first_does(lambda: self._begin_version(stage_folder))
-        loader = self._loader(stage)
+        loader = stages.loader_of(stage, self.data.train, config, parallel)
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
         recipe = stage.recipe(networks)
@@ -271,23 +269,6 @@ class Run:
     def _add_version(self, stage_folder: StageFolder) -> None:
         if self.version:
             stage_folder.add_version(self.version)
-
-    def _loader(self, stage: Stage) -> Loader | StreamLoader:
-        config, parallel, train = self.config, self.parallel, self.data.train
-        share: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
-        data = config.data if stage.augments else dataclasses.replace(config.data, crop_padding=0, flip=False)
-        if isinstance(train, Shards):
-            shards = dataclasses.replace(train, config=data)
-            return StreamLoader(shards, config.training.batch_size, config.seed, stage.name, **share)
-        return Loader(
-            train,
-            config.training.batch_size,
-            config.seed,
-            stage.name,
-            crop_padding=data.crop_padding,
-            flip=data.flip,
-            **share,
-        )
 
     def _keep_unsent(self, record: StageRecord, stage_folder: StageFolder) -> None:
         """What the tracker has not received of a stage that ends: the process may be killed before it is sent."""

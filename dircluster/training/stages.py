@@ -1,8 +1,9 @@
-"""What the stages of a run depend on, and the networks that they train."""
+"""What the stages of a run depend on, the networks that they train, and the batches that they train on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from dircluster.config import LATER_FIELDS, ConfigError, RunConfig, as_hashed, digest
+from dircluster.data.loader import Loader
+from dircluster.data.split import Split
+from dircluster.data.stream import Shards, StreamLoader
 from dircluster.defenses.base import Purifier
 from dircluster.defenses.stage import Defense, Stage
 from dircluster.defenses.table import find_defense
@@ -55,6 +59,16 @@ def stage_key(config: RunConfig, stage: Stage, inputs: Mapping[str, str | None])
     """SHA-256 of everything that decides a stage's weights: settings, data fingerprint, earlier stages' digests."""
     settings = as_hashed(stage_settings(config, stage), {**LATER_FIELDS, **config.later})
     return digest({"format": FORMAT, "stage": stage.name, "inputs": dict(inputs), **settings})
+
+
+def loader_of(stage: Stage, train: Split | Shards, config: RunConfig, parallel: Parallel) -> Loader | StreamLoader:
+    """This worker's batches of a stage from the training split, augmented as the stage says."""
+    data = config.data if stage.augments else replace(config.data, crop_padding=0, flip=False)
+    share: dict[str, Any] = {"rank": parallel.rank, "world": parallel.world, "device": parallel.device}
+    if isinstance(train, Shards):
+        return StreamLoader(replace(train, config=data), config.training.batch_size, config.seed, stage.name, **share)
+    share |= {"crop_padding": data.crop_padding, "flip": data.flip}
+    return Loader(train, config.training.batch_size, config.seed, stage.name, **share)
 
 
 def finished_stages(config: RunConfig, fingerprint: str, storage: Path) -> Iterator[StageFolder]:
