@@ -139,5 +139,9 @@ def target_stage(run: RunConfig) -> Stage:
 
 
 def passes(run: RunConfig) -> int:
-    """Passes through the target in an update of it: those of crafting, and the update's own."""
-    return 1 if run.target.objective == "natural" else run.attack.steps + 1
+    """Passes through the target in an update of it: those of crafting, and the update's own.
+
+    TRADES asks for the natural logits before it crafts, and like MART for both in the update.
+    """
+    crafting = {"natural": 0, "trades": 1 + run.target.trades_steps}.get(run.target.objective, run.attack.steps)
+    return crafting + (2 if run.target.objective in ("trades", "mart") else 1)

@@ -340,3 +340,14 @@ def test_a_dir_step_passes_six_times_through_g_and_twelve_times_through_h(make_b
         recipe.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
     recipe(recipe.attack(make_batch(recipe)))["loss"].backward()
     assert calls == {"denoiser": 6, "classifier": 12}
+
+
+@pytest.mark.parametrize("objective", ["natural", "at", "trades", "mart"])
+def test_a_step_of_the_target_passes_as_often_as_its_stage_says(make_batch: MakeBatch, objective: str) -> None:
+    run = with_values(preset("digits_smoke"), {"target.objective": objective, "target.trades_steps": 3})
+    stage = stages_of(run)[0]
+    recipe = stage.recipe(Networks(run, ALONE))
+    passes: list[nn.Module] = []
+    recipe.get_submodule("classifier").register_forward_pre_hook(lambda module, inputs: passes.append(module))
+    recipe(recipe.attack(make_batch(recipe)))
+    assert len(passes) == stage.passes
