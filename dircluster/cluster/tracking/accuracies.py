@@ -30,8 +30,13 @@ def flags_of(verdict: Sequence[Mapping[str, Any]]) -> int | None:
 
 def accuracies(rows: Sequence[Mapping[str, Any]], norm: str, flags: int | None = None) -> dict[str, float]:
     """By name: robust_accuracy, its lower bound and natural_accuracy, by which defenses rank, and one for each row."""
-    found = headline(rows, norm) | {f"test/{r['defense']}/{r['attack']}/{r['randomness']}": r["accuracy"] for r in rows}
+    found = headline(rows, norm) | by_row(rows)
     return found if flags is None else found | {"verdict/flags": float(flags)}
+
+
+def by_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The accuracy of each row, by its name."""
+    return {f"test/{row['defense']}/{row['attack']}/{row['randomness']}": row["accuracy"] for row in rows}
 
 
 def dataset_of(name: str, fingerprint: str, source: str) -> Dataset:

@@ -22,6 +22,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dircluster.cluster.tracking.accuracies import by_row
 from dircluster.cluster.tracking.jobs import (
     BEST_TAG,
     ERROR_TAG,
@@ -86,8 +87,7 @@ class MlflowTracker:
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 now = int(time.time() * 1000)
                 known = self.client.get_run(self.job.run_id).data.metrics
-                accuracies = {f"test/{r['defense']}/{r['attack']}/{r['randomness']}": r["accuracy"] for r in rows}
-                points = [Metric(name, value, now, 0) for name, value in accuracies.items() if name not in known]
+                points = [Metric(name, value, now, 0) for name, value in by_row(rows).items() if name not in known]
                 self.client.log_batch(self.job.run_id, metrics=points)
 
         self.queue.put(log)
