@@ -166,11 +166,7 @@ class _Judging:
         return made
 
     def _open_indices(self, evaluation_job: EvaluationJob) -> list[int]:
-        indices = [
-            index
-            for index, shard in enumerate(evaluation_job.shards)
-            if evaluation_job.evaluation.outcome(shard) is None
-        ]
+        indices = evaluation_job.open_indices()
         kept = len(evaluation_job.shards) - len(indices)
         resumed = f", {kept} of {len(evaluation_job.shards)} shards are finished already" if kept and indices else ""
         self.terminal.say(
@@ -197,22 +193,13 @@ class _Judging:
         )
 
     def _here(self, evaluation_job: EvaluationJob, indices: list[int], parallel: Any) -> int:
-        from dircluster.defenses.base import Defended
         from dircluster.evaluation.sharing import shares
-        from dircluster.training.interrupt import Interrupted, interruptible
 
-        module = evaluation_job.victim.module
-        watched = module.classifier if isinstance(module, Defended) else module
         share = shares(evaluation_job.evaluation, parallel.world)[parallel.rank]
         mine = [index for index in indices if index in share]
-        try:
-            with interruptible(watched, self.terminal):
-                for index in mine:
-                    evaluation_job.work(index)
-                    self._finished(evaluation_job, index, len(mine))
-        except Interrupted as stop:
-            return stop.signal
-        return 0
+        return evaluation_job.work_here(
+            mine, self.terminal, lambda index: self._finished(evaluation_job, index, len(mine))
+        )
 
     def _finished(self, evaluation_job: EvaluationJob, index: int, total: int) -> None:
         self.done += 1

@@ -180,8 +180,8 @@ class Units:
             scaling = replace(scaling, device="cpu")
         with local_workers(scaling) as parallel:
             judged = EvaluationJob(spec, parallel.device)
-            left = [i for i, shard in enumerate(judged.shards) if judged.evaluation.outcome(shard) is None]
-            if signal := (self._on_ray if on_ray else self._here)(judged, spec, left):
+            left = judged.open_indices()
+            if signal := self._on_ray(judged, spec, left) if on_ray else judged.work_here(left, self.terminal):
                 return signal
             return judged.claim(judged.report(), judged.report_facts(folder))
 
@@ -193,17 +193,6 @@ class Units:
         return ray_evaluate.work(
             replace(spec, key=judged.key), judged.config, None, left, self.terminal, lambda index: None
         )
-
-    def _here(self, judged: Any, spec: JobSpec, left: list[int]) -> int:
-        from dircluster.training.interrupt import Interrupted, interruptible
-
-        try:
-            with interruptible(judged.victim.module.classifier, self.terminal):
-                for index in left:
-                    judged.work(index)
-        except Interrupted as stop:
-            return stop.signal
-        return 0
 
 
 def judged_trainings(plan: Plan) -> set[str]:

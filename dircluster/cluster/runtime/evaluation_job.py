@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +29,9 @@ from dircluster.evaluation.victim import VictimModel
 from dircluster.models.precision import channels_last
 from dircluster.presets import run_from_plain, run_to_plain
 from dircluster.training import checkpoint
+from dircluster.training.interrupt import Interrupted, interruptible
 from dircluster.training.profiling import answer_costs
+from dircluster.training.protocols import Console
 from dircluster.training.run import data_cache
 from dircluster.zoo import find, is_shipped
 
@@ -96,6 +99,27 @@ class EvaluationJob:
         shard = self.shards[index]
         if self.evaluation.outcome(shard) is None:
             self.evaluation.work(shard, *self.batch(*shard.rows))
+
+    def open_indices(self) -> list[int]:
+        """Of the shards that nobody has finished."""
+        return [index for index, shard in enumerate(self.shards) if self.evaluation.outcome(shard) is None]
+
+    def work_here(
+        self, indices: Iterable[int], console: Console, on_done: Callable[[int], None] = lambda index: None
+    ) -> int:
+        """Do the shards at ``indices`` in this process; -> the signal that stopped it, or 0.
+
+        ``on_done`` is called with the index of each.
+        """
+        module = self.victim.module
+        try:
+            with interruptible(module.classifier if isinstance(module, Defended) else module, console):
+                for index in indices:
+                    self.work(index)
+                    on_done(index)
+        except Interrupted as stop:
+            return stop.signal
+        return 0
 
     def report(self) -> EvaluationReport:
         """What was found, once all shards are done."""
