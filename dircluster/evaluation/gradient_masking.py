@@ -4,7 +4,7 @@ Carlini et al. 2019). Comparisons are paired, image by image, so that noise alon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -106,139 +106,133 @@ def checks(
     met: Callable[[AttackSpec], Seen] = lambda spec: Seen(),
 ) -> list[Check]:
     """The rows, from each attack's accuracy image by image, (N,), and from what it met on its way."""
-    seen = {name: shares(spec) for name, spec in specs.items()}
+    found = _Found(specs, {name: shares(spec) for name, spec in specs.items()})
+    return [
+        *_by_radius(found),
+        *_converged(found),
+        *_no_weaker(found),
+        *_harmless(found),
+        *_guided(found, met),
+        *_alike(found),
+        *_without_luck(found),
+    ]
 
-    def mean(name: str) -> float:
-        return seen[name].mean().item()
 
-    def gain(name: str, over: str) -> float:
+@dataclass(frozen=True)
+class _Found:
+    """What the attacks of a verdict left, by their names."""
+
+    specs: dict[str, AttackSpec]
+    shares: dict[str, Tensor]
+    """Accuracy image by image, (N,)."""
+
+    @property
+    def own(self) -> str:
+        """The white box that others are compared with."""
+        return f"{self.specs['1 restarts'].steps} steps"
+
+    def mean(self, name: str) -> float:
+        return self.shares[name].mean().item()
+
+    def gain(self, name: str, over: str) -> float:
         """By how much ``name`` is surely above ``over``: the lower end of the paired 95 % interval, 0 at least."""
-        moved = seen[name] - seen[over]
+        moved = self.shares[name] - self.shares[over]
         spread = moved.std().item() / len(moved) ** 0.5 if len(moved) > 1 else 0.0
         return max(0.0, moved.mean().item() - 1.96 * spread)
 
-    def row(question: str, passed: bool, answer: str, *names: str) -> Check:
-        return Check(question, passed, answer, {name: mean(name) for name in names})
+    def row(self, question: str, passed: bool, answer: str, *names: str) -> Check:
+        return Check(question, passed, answer, {name: self.mean(name) for name in names})
 
-    def percent(*names: str) -> str:
-        return ", ".join(f"{name} {100 * mean(name):.1f} %" for name in names)
+    def percent(self, *names: str) -> str:
+        return ", ".join(f"{name} {100 * self.mean(name):.1f} %" for name in names)
 
-    def starting(word: str) -> list[str]:
-        return [name for name in specs if name.startswith(word) or name.endswith(word)]
 
-    rows = []
-    limit = max(0.01, 1.0 / len(seen["epsilon 1"])) + 1e-9
-    left = (seen["epsilon 1"] > 0.5).double().mean().item()  # right in most draws: a lucky one leaves nothing
-    rows.append(
-        row(
-            "Does a radius of 1 leave nothing?",
-            left <= limit and mean("epsilon 1") <= max(limit, LUCK),
-            percent("epsilon 1"),
-            "epsilon 1",
-        )
-    )
-    curve = ["natural", *(name for name in starting(_radii(specs["natural"])) if name != "epsilon 1")]
-    rises = [f"{b} above {a}" for a, b in pairwise(curve) if gain(b, a) > SLACK]
-    rows.append(
-        row(
-            "Does accuracy fall as the radius grows?",
-            not rises,
-            "; ".join(rises) or percent(*curve),
-            *curve,
-            "epsilon 1",
-        )
-    )
-    for question, names in (
-        ("Has the attack converged in steps?", starting(" steps")),
-        ("Has the attack converged in restarts?", starting(" restarts")),
-        ("Has the attack converged in EOT draws?", starting("EOT ")),
+def _by_radius(found: _Found) -> Iterator[Check]:
+    limit = max(0.01, 1.0 / len(found.shares["epsilon 1"])) + 1e-9
+    left = (found.shares["epsilon 1"] > 0.5).double().mean().item()  # right in most draws: a lucky one leaves nothing
+    nothing = left <= limit and found.mean("epsilon 1") <= max(limit, LUCK)
+    yield found.row("Does a radius of 1 leave nothing?", nothing, found.percent("epsilon 1"), "epsilon 1")
+    radii = _radii(found.specs["natural"])
+    curve = ["natural", *(name for name in found.specs if name.startswith(radii) and name != "epsilon 1")]
+    rises = [f"{b} above {a}" for a, b in pairwise(curve) if found.gain(b, a) > SLACK]
+    answer = "; ".join(rises) or found.percent(*curve)
+    yield found.row("Does accuracy fall as the radius grows?", not rises, answer, *curve, "epsilon 1")
+
+
+def _converged(found: _Found) -> Iterator[Check]:
+    for what, names in (
+        ("steps", [name for name in found.specs if name.endswith(" steps")]),
+        ("restarts", [name for name in found.specs if name.endswith(" restarts")]),
+        ("EOT draws", [name for name in found.specs if name.startswith("EOT ")]),
     ):
         if len(names) > 1:
-            rows.append(row(question, gain(names[-2], names[-1]) <= SLACK, percent(*names), *names))
-    own = f"{specs['1 restarts'].steps} steps"
-    rows.append(
-        row(
-            "Is many steps no weaker than one?",
-            gain(own, "one step") <= SLACK,
-            percent("one step", own),
-            "one step",
-            own,
-        )
-    )
-    rows.append(
-        row(
-            "Is cross-entropy no weaker than a loss that the scale of the logits leaves alone?",
-            gain(own, "margin loss") <= LOSS,
-            percent("margin loss", own),
-            "margin loss",
-            own,
-        )
-    )
-    for name, question in (
-        ("transfer", "Is the white box no weaker than a transfer from another model?"),
-        ("square", "Is the white box no weaker than Square, which sees no gradient?"),
+            settled = found.gain(names[-2], names[-1]) <= SLACK
+            yield found.row(f"Has the attack converged in {what}?", settled, found.percent(*names), *names)
+
+
+def _no_weaker(found: _Found) -> Iterator[Check]:
+    """The white box beside what should find less than it."""
+    for other, slack, question in (
+        ("one step", SLACK, "Is many steps no weaker than one?"),
+        ("margin loss", LOSS, "Is cross-entropy no weaker than a loss that the scale of the logits leaves alone?"),
+        ("transfer", SLACK, "Is the white box no weaker than a transfer from another model?"),
+        ("square", SLACK, "Is the white box no weaker than Square, which sees no gradient?"),
     ):
-        if name in specs:
-            rows.append(row(question, gain(own, name) <= SLACK, percent(name, own), name, own))
-    rows.append(
-        row(
-            "Is random noise of the same size harmless?",
-            gain("natural", "random noise") <= HARM,
-            percent("natural", "random noise"),
-            "natural",
-            "random noise",
-        )
+        if other in found.specs:
+            weaker = found.gain(found.own, other) > slack
+            yield found.row(question, not weaker, found.percent(other, found.own), other, found.own)
+
+
+def _harmless(found: _Found) -> Iterator[Check]:
+    both = ("natural", "random noise")
+    harmless = found.gain(*both) <= HARM
+    yield found.row("Is random noise of the same size harmless?", harmless, found.percent(*both), *both)
+
+
+def _guided(found: _Found, met: Callable[[AttackSpec], Seen]) -> Iterator[Check]:
+    """Whether attacks meet gradients that lead somewhere, and logits that are numbers."""
+    specs, without = found.specs, 1 - found.mean("gradients")
+    followed = (name for name in (found.own, "margin loss", "draws known") if name in specs)
+    lost = max(met(specs[name]).share("gradient") for name in followed)
+    yield found.row(
+        "Do all images have a gradient?",
+        max(without, lost) <= DEAD + 1e-9,
+        f"none at {100 * without:.1f} % of images, nor at {100 * lost:.1f} % of an attack's passes",
+        "gradients",
     )
-    lost = max(met(specs[name]).share("gradient") for name in (own, "margin loss", "draws known") if name in specs)
-    rows.append(
-        row(
-            "Do all images have a gradient?",
-            max(1 - mean("gradients"), lost) <= DEAD + 1e-9,
-            f"none at {100 * (1 - mean('gradients')):.1f} % of images, nor at {100 * lost:.1f} % of an attack's passes",
-            "gradients",
-        )
-    )
-    rows.append(
-        row(
-            "Does the loss move as its gradient says?",
-            1 - mean("slope") <= STRAY,
-            f"within a factor of 3 at {100 * mean('slope'):.1f} % of images",
-            "slope",
-        )
-    )
-    climbed = met(specs.get("draws known", specs[own]))
-    rows.append(
-        Check(
-            "Does an attack raise the loss that it follows?",
-            not climbed.fallen(),
-            f"it ended below its start at {100 * climbed.share('ascent'):.1f} % of images",
-            {"ended below": climbed.share("ascent")},
-        )
+    straight = found.mean("slope")
+    answer = f"within a factor of 3 at {100 * straight:.1f} % of images"
+    yield found.row("Does the loss move as its gradient says?", 1 - straight <= STRAY, answer, "slope")
+    climbed = met(specs.get("draws known", specs[found.own]))
+    below = climbed.share("ascent")
+    yield Check(
+        "Does an attack raise the loss that it follows?",
+        not climbed.fallen(),
+        f"it ended below its start at {100 * below:.1f} % of images",
+        {"ended below": below},
     )
     broken = max(met(spec).share("finite") for spec in specs.values())
-    rows.append(
-        Check(
-            "Are all logits finite under attack?",
-            broken == 0,
-            f"NaN or infinity in up to {100 * broken:.1f} % of an attack's passes",
-            {"not finite": broken},
-        )
+    yield Check(
+        "Are all logits finite under attack?",
+        broken == 0,
+        f"NaN or infinity in up to {100 * broken:.1f} % of an attack's passes",
+        {"not finite": broken},
     )
+
+
+def _alike(found: _Found) -> Iterator[Check]:
     for name, question in ALIKE.items():
-        if name in specs:
-            rows.append(row(question, mean(name) == 1, f"at {100 * mean(name):.1f} % of images", name))
-    if "draws known" in specs:
-        gap = mean(own) - mean("draws known")
-        rows.append(
-            row(
-                "Does robustness outlive its randomness?",
-                gain(own, "draws known") <= LUCK,
-                f"{100 * gap:+.1f} points rest on the draws being secret: {percent('draws known', own)}",
-                "draws known",
-                own,
-            )
-        )
-    return rows
+        if name in found.specs:
+            share = found.mean(name)
+            yield found.row(question, share == 1, f"at {100 * share:.1f} % of images", name)
+
+
+def _without_luck(found: _Found) -> Iterator[Check]:
+    known, own = "draws known", found.own
+    if known in found.specs:
+        gap = found.mean(own) - found.mean(known)
+        answer = f"{100 * gap:+.1f} points rest on the draws being secret: {found.percent(known, own)}"
+        yield found.row("Does robustness outlive its randomness?", found.gain(own, known) <= LUCK, answer, known, own)
 
 
 def curves(
