@@ -375,7 +375,7 @@ class TrainingConfig:
             self.microbatch is None or self.microbatch > 0,
             f"training.microbatch must be positive, got {self.microbatch}",
         )
-        words = ("auto", "on", "off")  # it once was true or false
+        words = ("auto", "on", "off")  # of a config made in Python: it may be a truth value
         require(self.compile in words, f"training.compile must be auto, on or off, got {self.compile}")
         require(
             self.select_steps is None or self.select_steps > 0,
