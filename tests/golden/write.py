@@ -183,7 +183,7 @@ def keys_without_weights(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def texts(folder: Path) -> dict[str, str]:
-    """The settings of PRESETS, and the help of every one of JOBS: one in full, the others' by what is different in them."""
+    """The settings of PRESETS, and the help of every one of JOBS: one in full, of the others what differs."""
     made = {}
     for preset in [*PRESETS, *(f"{name}_smoke" for name in PRESETS), "imagenet_smoke"]:
         made[f"{preset}.yaml"] = job("train", preset, "--print-config", folder=folder)
