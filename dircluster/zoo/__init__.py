@@ -56,6 +56,9 @@ ZOO = {
     "cifar10-small-jatp": Shipped(
         "cifar10-small-jatp", "d1a847d42bc0fca02c2e8e36cd25edd40693fe9a059224e72963f0cbc04ee321"
     ),
+    "cifar10-small-nrp": Shipped(
+        "cifar10-small-nrp", "647c8ce42dda1eb229e29dba221548527bd9f1d46e94613e1f45476b740d0211"
+    ),
 }
 """By DATASET-MODEL, the names of RobustBench's signature."""
 

@@ -30,6 +30,7 @@ PRINTED = [
     *(("cifar10-small-apegan", f"apegan/{attack}/none") for attack in ("natural", "pgd20")),
     ("cifar10-small-jatp", "jatp/pgd20/none"),
     ("cifar10-small-hgd", "hgd/pgd20/none"),
+    *(("cifar10-small-nrp", f"nrp/{attack}/none") for attack in ("natural", "pgd20")),
 ]
 """Of "A small pair on all of CIFAR-10": those that take a minute or two."""
 
