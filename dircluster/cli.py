@@ -208,7 +208,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
     words = list(argv)
-    _refuse_nul(words)
+    _refuse_unusable(words)
     name = _take_preset(words)
     of_own = issubclass(kind, DefenseJob)
     defense = (value_of("--defense", words) or name.rpartition(":")[0]) if of_own else ""
@@ -223,11 +223,16 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     base = kind(name, run)
     if isinstance(base, DefenseJob):
         base = dataclasses.replace(base, defense=run.defense)
-    if file := value_of("--config", words):
+    file = value_of("--config", words)
+    if sum(word.partition("=")[0] == "--config" for word in words) > 1:
+        raise ConfigError("--config is given twice: bring all settings into one file")
+    if file:
         words = [*words_of(Path(file), Flags.of(kind, type(run))), *words]
-        _refuse_nul(words)
+        _refuse_unusable(words)
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
+    if job.config is not None and not file:
+        raise ConfigError(f"--config {job.config} begins as a flag does: give ./{job.config}")
     if job.preset != name:
         _refuse_value_of_a_switch(job.preset, words, Flags.of(kind, type(run)).switches)
         raise ConfigError(f"the preset is the first word alone, got {job.preset!r} after it (the preset is {name})")
@@ -248,11 +253,16 @@ def _refuse_value_of_a_switch(value: str, words: Sequence[str], switches: Contai
             raise ConfigError(f"{flag} takes no value, got {value!r}: it is {' or '.join(forms_of(flag))}")
 
 
-def _refuse_nul(words: Sequence[str]) -> None:
-    """Raise ConfigError where a word holds a NUL character, which YAML can write and no file may be called."""
-    for word in words:
+def _refuse_unusable(words: Sequence[str]) -> None:
+    """Raise ConfigError where a word is empty, as of a shell's variable that is not set, or holds a NUL character.
+
+    YAML can write such a character, and no file may be called so.
+    """
+    for before, word in zip(["the preset", *words], words, strict=False):
         if "\0" in word:
             raise ConfigError(f"{word!r} holds a NUL character")
+        if not word.strip() or re.fullmatch(r"--[\w.-]+=\s*", word):
+            raise ConfigError(f"{word.rstrip(' =') or before} is empty: give a value, or leave it out")
 
 
 SPINS = "3000"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -17,10 +17,11 @@ from dircluster.config import ConfigError, first_line, flatten
 def flags_of(kind: type, *types: Any, prefix: str = "--") -> Iterator[str]:
     """The flags of a job or section whose values are of one of ``types``, or may be such a word; all without any."""
     for name, annotation in get_type_hints(kind).items():
+        kinds = (annotation, *get_args(annotation))
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             inner = prefix if name == "run" else f"{prefix}{name.replace('_', '-')}."
             yield from flags_of(annotation, *types, prefix=inner)
-        elif not types or {*types} & {annotation, *get_args(annotation)}:
+        elif not types or {*types} & {*kinds, *map(get_origin, kinds)}:
             yield prefix + name.replace("_", "-")
 
 
@@ -35,6 +36,8 @@ class Flags:
     """The word on is a value of theirs, and off: true and false are taken for these."""
     optional: frozenset[str]
     """None is a value of theirs."""
+    listed: frozenset[str]
+    """They take several values."""
 
     @staticmethod
     def of(kind: type, run: type) -> Flags:
@@ -43,29 +46,32 @@ class Flags:
         def found(*types: Any) -> frozenset[str]:
             return frozenset([*flags_of(kind, *types), *flags_of(run, *types)])
 
-        return Flags(found(), found(bool), found("on"), found(type(None)))
+        return Flags(found(), found(bool), found("on"), found(type(None)), found(tuple))
 
 
 class _AsWritten(yaml.SafeLoader):
-    """YAML whose numbers stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake.
+    """YAML whose values stay as they were written: YAML 1.1 reads 1:4 as 64, 1e-3 as a text and 08 as a mistake.
 
     What refers to another place of the file is refused: settings do not need it, and nine lines of it are a billion.
+    So is a tag (!!binary), which makes another value of what is written.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as its class has it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            raise ConfigError(f"line {event.start_mark.line + 1} refers to another by *{event.anchor}: write it out")
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"line {line} refers to another by *{event.anchor}: write it out")
+        if event.tag:
+            raise ConfigError(f"line {line} has a tag, {event.tag}: write the value without it")
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
 
 
 _AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_AsWritten.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), None)
 SWITCHED = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-"""What is true or false for a switch alone, quoted or not: ``training.capture: on`` is a word."""
+"""What is true or false for a switch alone, quoted or not: ``training.capture: on`` is a word, a name may be true."""
 NO_SETTINGS = ("config", "help")
 """What a file says to nobody: which file is read, and to read none."""
 LONGEST = 1 << 16
@@ -89,6 +95,10 @@ def words_of(file: Path, flags: Flags) -> list[str]:
         raise ConfigError(f"--config {file}: {error}") from error
     except OSError as error:
         raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"in line {error.problem_mark.line + 1}" if error.problem_mark else None
+        said = " ".join(filter(None, (error.context, error.problem, line)))
+        raise ConfigError(f"--config {file} is not YAML: {said}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not YAML: {first_line(error)}") from error
     except RecursionError as error:
@@ -101,8 +111,9 @@ def _settings_of(text: str, flags: Flags) -> dict[str, Any]:
     loader = _AsWritten(text)
     try:
         root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            found = "nothing" if root is None else f"a {'list' if isinstance(root, yaml.SequenceNode) else 'value'}"
+        if not isinstance(root, yaml.MappingNode) or not root.value:
+            kinds = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a value"}
+            found = kinds.get(type(root), "nothing")
             raise ConfigError(f"it must hold settings, one a line, got {found}")
         lines: dict[str, int] = {}
         for given, line in _named(root):
@@ -110,7 +121,7 @@ def _settings_of(text: str, flags: Flags) -> dict[str, Any]:
             if name in lines:
                 raise ConfigError(f"{name} is given in line {lines[name]} and again in line {line}: leave one out")
             lines[name] = line
-        return flatten(loader.construct_document(root))
+        return {name.replace("-", "_"): value for name, value in flatten(loader.construct_document(root)).items()}
     finally:
         loader.dispose()
 
@@ -138,17 +149,23 @@ def _checked_words(name: str, value: Any, flags: Flags) -> list[str]:
     flag = as_words(name, "")[0]
     if name in NO_SETTINGS:
         raise ConfigError(f"{name} is no setting: give --{name} on the command line")
+    if re.fullmatch(r"[\w.-]+", name) is None:
+        raise ConfigError(f"{name!r} is no name of a setting")
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and re.match(r"-(?!\.?\d)", item):
             raise ConfigError(f"{name} cannot hold {item!r}, which begins as a flag does")
-    if flag in flags.switches:
-        switched = SWITCHED.get(str(value).lower())
-        if switched is None:
+    on = _switched_on(name, flags)
+    if on != name or flag in flags.switches:
+        given = SWITCHED.get(str(value).lower())
+        if given is None:
             got = "null" if value is None else repr(value)
             raise ConfigError(f"{name} must be true or false, got {got}")
-        return as_words(name, switched) if switched or "." in name else []
-    if isinstance(value, bool) and flag in flags.worded:
-        value = "on" if value else "off"
+        switched = given if on == name else not given
+        return as_words(on, switched) if switched or "." in on else []
+    if isinstance(value, list) and flag in flags.known - flags.listed:
+        raise ConfigError(f"{name} takes one value, got a list of {len(value)}")
+    if flag in flags.worded and str(value).lower() in ("true", "false"):
+        value = "on" if SWITCHED[str(value).lower()] else "off"
     if value is None and flag in flags.known - flags.optional:
         raise ConfigError(f"{name} must have a value, got null: give one, or leave the line out")
     if value is None and any(known.startswith(f"{flag}.") for known in flags.known):

@@ -66,6 +66,23 @@ def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
     assert parse(*again).run == job.run
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["", "--seed", "3"], "the preset is empty: give a value, or leave it out"),
+        (["digits", "--config", ""], "--config is empty"),
+        (["digits", "--config="], "--config is empty"),
+        (["digits", "--data.uri", " "], "--data.uri is empty"),
+        (["digits", "--export", "", "--seed", "3"], "--export is empty"),
+        (["digits", "--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
+        (["digits", "--config=-a.yaml"], "--config -a.yaml begins as a flag does: give ./-a.yaml"),
+    ],
+)
+def test_what_a_shell_left_empty_or_a_file_that_is_not_read_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(*words)
+
+
 def test_what_is_given_is_known_from_the_file_and_from_flags(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("scaling: {workers: 1}\ndir: {optimizer: {lr: 0.1}}\n")
@@ -281,6 +298,25 @@ LAUGHS = "a0: &a0 {0}{2}x, {3}x{1}\n" + "".join(
         ("data: {flip: true, no-flip: true}", None, "data.flip is given in line 1 and again in line 1"),
         ("data.no_flip: true\ndata: {flip: true}", None, "data.flip is given in line 1 and again in line 2"),
         ("data: {no-flip: true}", "data.flip", False),
+        ("data: {no-flip: false}", "data.flip", True),
+        ("data: {no_flip: digits}", None, "data.no_flip must be true or false, got 'digits'"),
+        ("data.no_flip:", None, "data.no_flip must be true or false, got null"),
+        ("dir: {optimizer: {milestones: true}}", None, "valid parse for arguments: ['true']"),
+        ("tracking: {experiment: True}", "tracking.experiment", "True"),
+        ("training: {fused: TRUE}", "training.fused", "on"),
+        ("seed: false", None, "--seed: invalid literal for int() with base 10: 'false'"),
+        ("seed: [3, digits]", None, "seed takes one value, got a list of 2"),
+        ("scaling: {workers: [1, 4]}", None, "scaling.workers takes one value, got a list of 2"),
+        ("target: {mean: [1/2], std: [1/4]}", "target.std", [0.25]),
+        ("dir: {optimizer: {milestones: [3, 4]}}", "dir.optimizer.milestones", [3, 4]),
+        ("data: {uri: !!binary aGFsbG8=}", None, "line 1 has a tag, tag:yaml.org,2002:binary"),
+        ("seed: 1\nname: !x y", None, "line 2 has a tag, !x: write the value without it"),
+        ("data: {uri: ''}", None, "--data.uri is empty: give a value, or leave it out"),
+        ("<<: {seed: 3}", None, "'<<.seed' is no name of a setting"),
+        ("\u00a0seed: 3", None, "'\\xa0seed' is no name of a setting"),
+        ("seed: 1\ndata:\n\tflip: true", None, "found character '\\t' that cannot start any token in line 3"),
+        ("seed: 1\n---\nseed: 2", None, "single document in the stream but found another document in line 2"),
+        ("{}", None, "it must hold settings, one a line, got nothing"),
         ("config: other.yaml\nseed: 3", None, "config is no setting: give --config on the command line"),
         ("help: true", None, "help is no setting"),
         ("dir: {optimizer: {milestones: [75, --seed=4]}}", None, "milestones cannot hold '--seed=4', which begins as"),
