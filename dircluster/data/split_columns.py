@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +26,49 @@ class SplitColumns:
     def check(self, table: Any, file: Path, read: tuple[str, str]) -> None:
         """Raise ConfigError where a column of pyarrow's ParquetFile, with those before it, says two splits.
 
-        Texts under any name say them by their values, integers and truth values by the name of the column. Columns
-        ``read`` hold images and labels.
+        Texts under any name say them by their values, paths by the folders in them; numbers, truth values and bytes by
+        the name of the column. A field of a struct (meta.split) and an item of a list say what a column does. Columns
+        ``read`` hold images and labels: of these, paths are looked at alone.
         """
-        for field in table.schema_arrow:
-            seen = self._values.setdefault(field.name, set())
-            if field.name in read or not _may_say(field) or len(seen) > MOST_VALUES:
+        for column in map(table.schema.column, range(len(table.schema))):
+            name = column.path
+            seen = self._values.setdefault(name, set())
+            if not _may_say(column, name.partition(".")[0] in read) or len(seen) > MOST_VALUES:
                 continue
-            for batch in table.iter_batches(columns=[field.name]):
-                seen |= {str(value) for value in set(batch.column(0).to_pylist()) if value is not None}
+            for batch in table.iter_batches(columns=[name]):
+                seen |= set(_values(batch.column(0).to_pylist()))
                 if len(seen) > MOST_VALUES:
                     break
             else:
-                if _several(field.name, seen):
+                if _several(name, seen):
                     some = one_line(sorted(seen)[:4])
                     raise ConfigError(
-                        f"{file}: its column {field.name!r} says the splits of rows ({some}), which would be mixed:"
-                        " write a file of each split (train.parquet, test.parquet), or leave the column out"
+                        f"{file}: its column {name!r} says the splits of rows ({some}), which would be mixed: write a"
+                        " file of each split (train.parquet, test.parquet), or leave the column out"
                     )
 
 
-def _may_say(field: Any) -> bool:
-    import pyarrow as pa
+def _may_say(column: Any, is_read: bool) -> bool:
+    """Whether values of a leaf of a parquet schema may say a split."""
+    kind = column.logical_type.type
+    if kind in ("STRING", "ENUM"):
+        return True
+    named = "split" in words(column.path) or _said(column.path) is not None
+    return named and not is_read and kind in ("NONE", "INT")  # no dates and times
 
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    numbers = (pa.types.is_integer, pa.types.is_boolean)
-    named = "split" in words(field.name) or _said(field.name) is not None
-    return any(is_kind(kind) for is_kind in texts) or (named and any(is_kind(kind) for is_kind in numbers))
+
+def _values(found: Any) -> Iterator[str]:
+    """The values in what pyarrow gives, as texts: of a path the folders that say a split, and of nothing none."""
+    if isinstance(found, dict | list):
+        for inner in found.values() if isinstance(found, dict) else found:
+            yield from _values(inner)
+    elif isinstance(found, str | bytes):
+        *folders, text = re.split(r"[/\\]", found if isinstance(found, str) else found.decode("latin-1"))
+        splits = [folder for folder in folders if _said(folder)]
+        if splits or not folders:
+            yield "/".join(splits) or text
+    elif found is not None:
+        yield f"{found:g}" if isinstance(found, float) else str(found)
 
 
 def _several(name: str, values: set[str]) -> bool:

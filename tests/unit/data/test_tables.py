@@ -138,6 +138,13 @@ SPLITS: dict[str, tuple[str, Any]] = {
     "numbers": ("split", [int(half) for half in HALVES]),
     "truth values": ("is_test", HALVES),
     "zero and one": ("is_training_image", [int(half) for half in HALVES]),
+    "zero and one as decimals": ("is_test", [None, *map(float, HALVES[1:])]),
+    "bytes": ("split", [b"train" if half else b"test" for half in HALVES]),
+    "in a struct": ("meta", [{"id": 1, "split": "train" if half else "test"} for half in HALVES]),
+    "a truth value in a struct": ("meta", [{"is_test": half} for half in HALVES]),
+    "in lists": ("tags", [["train", "x"] if half else ["test"] for half in HALVES]),
+    "paths": ("file", [f"set/{'train' if half else 'test'}/{row}.png" for row, half in enumerate(HALVES)]),
+    "paths of Windows": ("file", [f"D:\\{'train' if half else 'val'}\\{row}" for row, half in enumerate(HALVES)]),
 }
 
 
@@ -150,11 +157,19 @@ def test_a_column_that_says_two_splits_is_one_line(tmp_path: Path, name: str, st
     wanted = config(tmp_path, stream=stream)
     for ask in (load, lambda wanted, _: check(wanted)):
         with pytest.raises(
-            ConfigError, match=rf"train\.parquet: its column '{column}' says the splits of rows"
+            ConfigError, match=rf"train\.parquet: its column '{column}[.\w]*' says the splits"
         ) as refusal:
             ask(wanted, 0)
         assert "write a file of each split" in str(refusal.value)
         assert "\n" not in str(refusal.value)
+
+
+def test_a_path_beside_the_bytes_of_an_image_says_its_split_too(tmp_path: Path) -> None:
+    paths = [f"{'train' if half else 'test'}/{row}.png" for row, half in enumerate(HALVES)]
+    images = [{"bytes": blob, "path": path} for blob, path in zip(PNGS, paths, strict=True)]
+    write(tmp_path / "x.parquet", image=images, label=LABELS)
+    with pytest.raises(ConfigError, match=r"its column 'image\.path' says the splits of rows \(test, train\)"):
+        load(config(tmp_path), 0)
 
 
 def test_a_column_that_says_another_split_in_each_file_is_one_line(tmp_path: Path) -> None:
@@ -174,6 +189,10 @@ def test_columns_that_say_one_split_or_none_are_left_alone(tmp_path: Path) -> No
             kind=["bus" if half else "train" for half in HALVES],
             caption=[f"a {('test', 'train')[half]} {'x' * row}" for row, half in enumerate(HALVES)],
             test_score=[label / 10 for label in LABELS],
+            test_date=pa.array(range(ROWS), pa.date32()),
+            file=[f"{split}/{('cat', 'dog')[half]}/{row}.png" for row, half in enumerate(HALVES)],
+            text=["and/or, cats/dogs"] * ROWS,
+            meta=[{"split": split, "n": row} for row in range(ROWS)],
             train_id=LABELS,
             width=[4] * ROWS,
         )
