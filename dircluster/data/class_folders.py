@@ -6,6 +6,7 @@ A split without classes takes its labels from SPLIT_annotations.txt (Tiny ImageN
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from dircluster.data.split_names import split_name
 _READ = ", ".join(sorted(IMAGE_SUFFIXES))
 PLAIN_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 """Folders that say nothing about the images in them, in lower case."""
+_MASK = re.compile(r"(.+?)[\s_.-]+(?:masks?|seg|segmentation|gt|groundtruth|labels?)(?:[\s_.-]*\d+)?", re.IGNORECASE)
+"""How the mask of an image is called: by the image's name and such a word."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ def class_folders(found: Listing, uri: str) -> ClassFolders:
         return ClassFolders([], [], ())
     _check_one(train, uri)
     _check_files(train, found)
-    names = tuple(sorted({one.name for one in train}))
+    names = tuple(sorted({one.name for one in train}, key=_composed))
     _check_names(names, train[0], found)
-    notes: list[str] = []
+    notes = _order_notes(names)
     for split in ("test", "val"):
         given = by_split.get(split, [])
         if given:
@@ -124,6 +127,29 @@ def _check_files(split: Sequence[_Placed], found: Listing) -> None:
         inside = file.folders[: len(split[0].base) + 1] in classes
         if inside and file.suffix not in IMAGE_SUFFIXES | SIDE_SUFFIXES:
             raise ConfigError(f"{file.path} is no image that is read ({_READ}): convert it, or move it away")
+    images = {(one.file.folders, one.file.path.stem) for one in split}
+    for one in split:
+        masked = _MASK.fullmatch(one.file.path.stem)
+        if masked and (one.file.folders, masked[1]) in images:
+            raise ConfigError(
+                f"{one.file.path} may be the mask of {masked[1]!r} beside it, and would be an image of its class: move"
+                " masks away, or rename it"
+            )
+
+
+def _composed(name: str) -> str:
+    """The form of a name in which é is one character, wherever it was written: systems differ in it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _order_notes(names: tuple[str, ...]) -> list[str]:
+    """A line where numbers in the names of classes are not in their order."""
+    by_number = sorted(names, key=lambda name: re.sub("[0-9]+", lambda number: number[0].zfill(32), _composed(name)))
+    for label, (name, other) in enumerate(zip(names, by_number, strict=True)):
+        if name != other:
+            taken, missed = one_line([name]), one_line([other])
+            return [f"class {label} is {taken}, not {missed}: folders go in the order of texts, as torchvision's do"]
+    return []
 
 
 def _check_names(names: tuple[str, ...], one: _Placed, found: Listing) -> None:
@@ -137,7 +163,9 @@ def _check_names(names: tuple[str, ...], one: _Placed, found: Listing) -> None:
         )
     same: dict[str, str] = {}
     for name in names:
-        plain = unicodedata.normalize("NFC", name).strip().casefold()
+        if re.search(r"[\ud800-\udfff]", name):
+            raise ConfigError(f"the name of the class folder {name!r} of {folder} is no UTF-8: rename it")
+        plain = _composed(name).strip().casefold()
         if plain in same:
             raise ConfigError(
                 f"the class folders {same[plain]!r} and {name!r} of {folder} may be one class; rename one"
@@ -158,6 +186,8 @@ def _labeled(split: list[_Placed], names: tuple[str, ...], found: Listing) -> li
         labeled = [(one.file.path, named[one.file.path.name]) for one in split]
     else:
         labeled = [(one.file.path, one.name) for one in split]
+    known = {_composed(name): name for name in names}
+    labeled = [(path, known.get(_composed(name), name)) for path, name in labeled]
     if unknown := sorted({name for _, name in labeled} - set(names)):
         raise ConfigError(f"the test split has classes that the training split has not: {one_line(unknown[:5])}")
     return labeled

@@ -197,7 +197,45 @@ def test_layouts_of_folders(tmp_path: Path, name: str) -> None:
     assert bool(tested)
 
 
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"
+"""One name, as Linux and as older Macs write it."""
+
+
+@pytest.mark.parametrize("trained", [COMPOSED, APART])
+@pytest.mark.parametrize("tested", [COMPOSED, APART])
+def test_a_class_is_one_however_its_accents_are_written(tmp_path: Path, trained: str, tested: str) -> None:
+    grow(tmp_path, {f"train/{trained}/x.png": 2, "train/cafz/x.png": 1, f"test/{tested}/x.png": 3})
+    assert seen(read(tmp_path)) == ({1: 0, 2: 1}, {3: 1})
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        ([str(number) for number in range(11)], "class 2 is 10, not 2: folders go in the order of texts"),
+        (["n9b", "n10a"], "class 0 is n10a, not n9b: folders"),
+        ([f"{number:02}" for number in range(11)], None),
+        (["a", "a-1", "a1", "b"], None),
+        ([APART, "cafz"], None),
+    ],
+)
+def test_numbers_of_classes_that_are_not_in_their_order_are_noted(
+    tmp_path: Path, names: list[str], note: str | None
+) -> None:
+    grow(tmp_path, {f"{name}/x.png": place for place, name in enumerate(names)})
+    noted = [one for one in read(tmp_path).notes if "order of texts" in one]
+    assert len(noted) == (note is not None)
+    assert (note or "") in "".join(noted)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    grow(tmp_path, {"a/x.png": 1, os.fsdecode(b"caf\xe9") + "/x.png": 2})
+    with pytest.raises(ConfigError, match=r"the class folder 'caf\\udce9' of data\.uri is no UTF-8: rename it"):
+        read(tmp_path)
+
+
 REFUSED: dict[str, tuple[dict[str, int | str], str]] = {
+    "masks": ({"a/x.png": 1, "a/x0_mask_1.png": "", "b/x.png": 2}, "x0_mask_1.png may be the mask of 'x0' beside it"),
+    "masks of a test split": (CLASSES | {"test/dog/x1-Segmentation.PNG": ""}, "may be the mask of 'x1'"),
     "two training splits": (
         CLASSES | {"train_aug/cat/x.png": 9},
         "several folders of one split ('train', 'train_aug')",
