@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,14 @@ def check_shape(found: tuple[int, ...], config: DataConfig) -> None:
             f"the images are {'x'.join(map(str, found))} (channels x height x width), but data says"
             f" {'x'.join(map(str, wanted))}; set data.channels, data.height and data.width"
         )
+
+
+def loses_color(blob: Blob, config: DataConfig) -> bool:
+    """Whether an image that is read as gray has colors, but for what JPEG makes of gray. Raises ConfigError."""
+    if config.channels != 1:
+        return False
+    colors = pixels(blob, replace(config, channels=3)).astype(int)
+    return bool(np.ptp(colors, axis=2).max() > 8)
 
 
 def pixels(blob: Blob, config: DataConfig) -> Pixels:
@@ -135,7 +144,10 @@ def _in_eight_bits(image: Any) -> Any:
     """The image in a mode of 8 bits without transparency. Raises ConfigError where that needs a guess."""
     from PIL import Image
 
-    signed = 2 in getattr(image, "tag_v2", {}).get(339, ())  # which Pillow reads as unsigned where they have 8 bits
+    tags = getattr(image, "tag_v2", {})
+    if 0 in tags.get(338, ()):  # which Pillow leaves out
+        raise ConfigError("it has bands beyond its colors, and nothing says of what; save the ones that count")
+    signed = 2 in tags.get(339, ())  # which Pillow reads as unsigned where they have 8 bits
     if signed or (image.mode == "I" and image.format != "PPM"):
         raise ConfigError("its integers are signed or of 32 bits, and nothing says which is white; save it with 8 bits")
     if image.mode.startswith(("I", "F")):

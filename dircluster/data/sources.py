@@ -20,7 +20,7 @@ from dircluster.data.class_folders import ClassFolders
 from dircluster.data.decode import check_size, decode
 from dircluster.data.files import one_line
 from dircluster.data.layout import check_names, layout_of
-from dircluster.data.picture import Blob
+from dircluster.data.picture import Blob, loses_color
 from dircluster.data.split import Dataset, Split
 
 MOST_HELD_OUT = 10_000
@@ -87,6 +87,7 @@ def load(
         first, second = first.take(order[cut:]), first.take(order[:cut])
     _check_labels(second, config)
     training, test = _in_memory(first, config), _in_memory(second, config)
+    grayed = _gray_notes(first.images[:1], config) if isinstance(first, Encoded) else []
     order = torch.randperm(len(training), generator=rng.generator(seed, "held_out"))
     cut = max(1, round(config.held_out * len(training)))
     if cut >= len(training):
@@ -96,7 +97,8 @@ def load(
         digest.update(part.images.numpy().tobytes())
         digest.update(part.labels.numpy().tobytes())
     labels = {"training": training.labels, "test": test.labels}
-    notes = (*source.notes, *_class_notes(labels, source.classes, config), *cut_off)
+    notes = (*source.notes, *_class_notes(labels, source.classes, config), *grayed, *cut_off)
+    notes += tuple(_twin_notes(training.images, test.images))
     train, held_out = training.take(order[cut:]), training.take(order[:cut])
     return Dataset(train, held_out, test, digest.hexdigest(), source.classes, notes)
 
@@ -125,6 +127,7 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
         *layout.notes,
         *shards.columns.notes,
         *_class_notes({"test": judged.labels}, shards.columns.classes, config),
+        *_gray_notes(blobs[:1], config),
     )
     return Dataset(rest, held_out, judged, digest.hexdigest(), shards.columns.classes, notes)
 
@@ -153,6 +156,19 @@ def _class_notes(labels: Mapping[str, Tensor], names: tuple[str, ...], config: D
             some = ", ".join(map(str, empty[:5])) + ", ..." * (len(empty) > 5)
             notes.append(f"{len(empty)} of {config.classes} classes have no {split} image: {some}{limited}")
     return notes
+
+
+def _gray_notes(first: Sequence[Blob], config: DataConfig) -> list[str]:
+    """A line where colors of the first image are lost."""
+    lost = any(loses_color(blob, config) for blob in first)
+    return ["the first image has colors, and is read as gray: data.channels is 1"] if lost else []
+
+
+def _twin_notes(training: Tensor, test: Tensor) -> list[str]:
+    """A line where test images (n, C, H, W) are training images too."""
+    known = {hash(image.tobytes()) for image in training.numpy()}
+    twins = sum(hash(image.tobytes()) in known for image in test.numpy())
+    return [f"{twins} of {len(test)} test images are training images too, pixel for pixel"] if twins else []
 
 
 def _digits() -> Split:
