@@ -85,8 +85,8 @@ class DataConfig:
 
     @property
     def canonical(self) -> DataConfig:
-        """The same images in one form: a folder's address is its path."""
-        return replace(self, uri=_as_path(self.uri))
+        """The same images in one form: a folder's address is its path, and sets that have a name keep their size."""
+        return replace(self, uri=_as_path(self.uri), resize=self.resize and self.uri is not None)
 
 
 def _as_path(uri: str | None) -> str | None:
@@ -222,10 +222,12 @@ class OptimizerConfig:
     def canonical(self) -> OptimizerConfig:
         """The same optimizer in one form: what its kind and schedule do not read is as it is by itself.
 
-        Milestones count in whatever order they are given.
+        Milestones count in whatever order they are given; without one, or with a factor of 1, the rate is constant.
         """
         made, usual = replace(self, milestones=tuple(sorted(self.milestones))), OptimizerConfig()
-        if self.schedule != "step":
+        if self.schedule == "step" and (self.gamma == 1 or not self.milestones):
+            made = replace(made, schedule="constant")
+        if made.schedule != "step":
             made = replace(made, milestones=usual.milestones, gamma=usual.gamma)
         if self.name == "sgd":
             made = replace(made, beta2=usual.beta2)
@@ -311,6 +313,8 @@ class TargetConfig:
     def canonical(self) -> TargetConfig:
         """The same target in one form: what would be derived is not given, what has no use is as it is by itself."""
         made = replace(self, uri=_as_path(self.uri), awp=self.awp or None, ema=self.ema or None)
+        if self.uri is None:
+            made = replace(made, entry=None)
         if self.objective not in ("trades", "mart") or self.beta == replace(self, beta=None).weight:
             made = replace(made, beta=None)
         if self.objective != "trades":

@@ -205,11 +205,17 @@ def _features(schema: Any) -> dict[str, tuple[tuple[str, ...], int]]:
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
-        names = {name: tuple(map(str, kind.get("names") or ())) for name, kind in kinds.items()}
+        names = {name: _class_names(kind.get("names") or ()) for name, kind in kinds.items()}
         counts = {name: len(names[name]) or int(kind.get("num_classes") or 0) for name, kind in kinds.items()}
         return {name: (names[name], count) for name, count in counts.items() if count}
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
+
+
+def _class_names(given: Any) -> tuple[str, ...]:
+    """Names by label, of a list or, as dataset cards have them, of a map ({"0": "cat", "1": "dog"}). Raises LookupError."""
+    listed = [given[str(label)] for label in range(len(given))] if isinstance(given, Mapping) else given
+    return tuple(map(str, listed))
 
 
 def _is_bytes(kind: Any) -> bool:

@@ -40,13 +40,13 @@ def config(root: Path, **changes: Any) -> DataConfig:
     return DataConfig(**{"name": "custom", "uri": str(root), "height": 4, "width": 4} | changes)
 
 
-def write(path: Path, names: Mapping[str, list[str] | float] | None = None, **columns: Any) -> None:
+def write(path: Path, names: Mapping[str, list[str] | dict[str, str] | float] | None = None, **columns: Any) -> None:
     """A table; ``names`` of classes, or their number, by column, as Hugging Face's datasets stores them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table(columns)
     if names:
         features = {
-            name: {"names" if isinstance(of, list) else "num_classes": of, "_type": "ClassLabel"}
+            name: {"names" if isinstance(of, list | dict) else "num_classes": of, "_type": "ClassLabel"}
             for name, of in names.items()
         }
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -325,6 +325,12 @@ def test_names_of_classes(tmp_path: Path, stream: bool) -> None:
     assert "classes 0 to 9 are c0, c1, c2" in data.notes[0]
     with pytest.raises(ConfigError, match=r"'kind' has 10 classes .c0, c1, c2, ....*, but data.classes is 12"):
         load(config(tmp_path, stream=stream, classes=12), 0)
+
+
+def test_names_of_classes_in_a_map(tmp_path: Path) -> None:
+    names = {str(i): f"c{i}" for i in (0, *range(9, 0, -1))}
+    write(tmp_path / "x.parquet", {"kind": names}, image=PNGS, kind=LABELS)
+    assert load(config(tmp_path), 0).classes == tuple(f"c{i}" for i in range(10))
 
 
 @pytest.mark.parametrize("stream", [False, True])

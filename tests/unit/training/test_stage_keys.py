@@ -298,6 +298,10 @@ def test_the_settings_that_presets_were_first_given_mean_what_they_meant() -> No
         ({"evaluation.verdict": False}, {"evaluation.verdict_images": 7}),
         ({"evaluation.suite": "quick"}, {"evaluation.l2_epsilon": 0.7}),
         ({"evaluation.suite": "paper"}, {"evaluation.l2_epsilon": 0.7}),
+        ({"target.optimizer.milestones": ()}, {"target.optimizer.gamma": 0.5}),
+        ({"target.optimizer.gamma": 1.0}, {"target.optimizer.milestones": (3,)}),
+        ({"data.uri": None}, {"data.resize": True}),
+        ({"target.uri": None}, {"target.entry": "ema"}),
     ],
 )
 def test_what_nothing_reads_is_in_no_key(base: dict[str, object], unread: dict[str, object]) -> None:
@@ -309,6 +313,10 @@ def test_what_nothing_reads_is_in_no_key(base: dict[str, object], unread: dict[s
         "pretrain.optimizer.schedule": "step",
         "dir.optimizer.schedule": "step",
         "target.optimizer.name": "adam",
+        "target.optimizer.milestones": (75, 90),
+        "target.optimizer.gamma": 0.1,
+        "data.uri": "/somewhere",
+        "target.uri": "/somewhere/h.pt",
         "evaluation.verdict": True,
         "evaluation.suite": "rigorous",
     }
@@ -322,6 +330,15 @@ def test_milestones_are_the_same_in_any_order() -> None:
     assert run.target.optimizer.milestones == (75, 90)
     assert keys(with_values(run, {"target.optimizer.milestones": (90, 75)})) == keys(run)
     assert keys(with_values(run, {"target.optimizer.milestones": (75, 90, 90)})) != keys(run)  # twice is a tenth twice
+
+
+def test_steps_that_change_no_rate_are_a_constant_rate() -> None:
+    constant = with_values(preset("cifar10"), {"target.optimizer.schedule": "constant"})
+    for same in ({"target.optimizer.milestones": ()}, {"target.optimizer.gamma": 1.0}):
+        run = with_values(preset("cifar10"), same)
+        assert keys(run) == keys(constant)
+        found, wanted = run.target.optimizer, constant.target.optimizer
+        assert [found.rate(epoch, 110) for epoch in range(110)] == [wanted.rate(epoch, 110) for epoch in range(110)]
 
 
 @pytest.mark.parametrize("name", ["data.uri", "target.uri"])
