@@ -95,6 +95,8 @@ def split_sizes(
     if config.limit is not None:
         whole, test = min(whole, config.limit), min(test, config.limit)
     held_out = max(1, round(config.held_out * whole))
+    if held_out >= whole and not config.stream:  # which keeps whole row groups
+        raise ConfigError(f"data.held_out {config.held_out:g} leaves nothing of {whole} images to train on")
     return whole - held_out, held_out, test
 
 

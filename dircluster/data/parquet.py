@@ -213,7 +213,7 @@ def _features(schema: Any) -> dict[str, tuple[tuple[str, ...], int]]:
 
 
 def _class_names(given: Any) -> tuple[str, ...]:
-    """Names by label, of a list or, as dataset cards have them, of a map ({"0": "cat", "1": "dog"}). Raises LookupError."""
+    """Names by label, of a list or, as dataset cards have them, of a map ({"0": "cat"}). Raises LookupError."""
     listed = [given[str(label)] for label in range(len(given))] if isinstance(given, Mapping) else given
     return tuple(map(str, listed))
 

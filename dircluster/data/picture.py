@@ -29,6 +29,10 @@ Blob = bytes | Path | Cell | None
 """An encoded image, or the file that holds it."""
 Pixels = np.ndarray[Any, Any]
 
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA", "QOI")
+"""Formats that are read, as Pillow calls them. Of others it takes one size of several (ICO), drops a scale that the
+header says (FITS), or starts a program (EPS)."""
+
 TURNED = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
@@ -68,7 +72,7 @@ def pixels(blob: Blob, config: DataConfig) -> Pixels:
         encoded = _encoded(blob)
         _check_png(encoded)
         _quiet_of_size()
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=_known_formats()) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a photo's MPO holds previews of it
                 raise ConfigError(f"it holds {frames} frames or pages; store the one that counts")
@@ -88,9 +92,19 @@ def pixels(blob: Blob, config: DataConfig) -> Pixels:
     except UnidentifiedImageError as error:
         raise ConfigError(
             f"{_where(blob)}an image cannot be read: its {len(encoded)} bytes are no PNG, JPEG or other image format"
+            f" that is read ({', '.join(_known_formats())})"
         ) from error
     except Exception as error:  # damaged bytes make Pillow raise nearly anything
         raise ConfigError(f"{_where(blob)}an image cannot be read: {first_line(error)}") from error
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 @functools.cache

@@ -43,6 +43,7 @@ def table_splits(files: Iterable[Found], uri: str, labels: Collection[str]) -> t
         )
     train, test = by_split.get("train", nameless), by_split.get("test", by_split.get("val", []))
     for split in (train, test):
+        _check_twice(split)
         if len(names := _names(split)) > 1:
             some = one_line(names[:5]) + ", ..." * (len(names) > 5)
             alike = len({re.sub(r"\d+", "", name) for name in names}) == 1 and "*" not in names[0]
@@ -55,6 +56,16 @@ def table_splits(files: Iterable[Found], uri: str, labels: Collection[str]) -> t
         some = ", ".join(repr(base or ".") for base in bases[:3])
         raise ConfigError(f"data.uri {uri!r} holds several data sets ({some}): give the folder of one")
     return [placed.file.path for placed in train], [placed.file.path for placed in test]
+
+
+def _check_twice(split: Iterable[_Placed]) -> None:
+    """Raise ConfigError where two files differ in letters' size, separators or the suffix alone (train.pq)."""
+    seen: dict[str, Path] = {}
+    for path in (placed.file.path for placed in split):
+        bare = re.sub(r"[\W_]+", " ", str(path.with_suffix("")).lower())
+        if bare in seen:
+            raise ConfigError(f"{seen[bare]} and {path.name} may be one file twice: rename one, or move it away")
+        seen[bare] = path
 
 
 def missing_shards(files: Iterable[Path]) -> list[str]:

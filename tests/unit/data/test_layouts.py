@@ -468,6 +468,9 @@ MIXED: dict[str, tuple[dict[str, int | str], str]] = {
     ),
     "downloaded twice": ({"train.parquet": 1, "train (1).parquet": 2, "test.parquet": 3}, "train, train 1"),
     "copied": ({"train/0.parquet": 1, "train/0 (copy).parquet": 1, "test/0.parquet": 3}, "train/0, train/0 copy"),
+    "two suffixes": ({"train.parquet": 1, "train.pq": 1, "test.parquet": 3}, "train.pq may be one file twice"),
+    "two spellings": ({"train.parquet": 1, "test.parquet": 3, "Test.parquet": 3}, "test.parquet may be one file twice"),
+    "two separators": ({"train/data-0.parquet": 1, "train/data_0.parquet": 1, "test.parquet": 3}, "data_0.parquet may"),
     "two versions": (
         {"train-v1.parquet": 1, "train-v2.parquet": 2, "test.parquet": 3},
         "train v1, train v2; name one of them extra-*, or move it away (shards of one set are numbered from 0",

@@ -137,6 +137,8 @@ REFUSED = {
     "8 bits in 16": (encoded(sixteen(RAMP)), "values up to 252 alone"),
     "12 bits in 16": (encoded(sixteen(RAMP.astype(int) * 16)), "values up to 4032 alone, nearly black; save it"),
     "12 bits in a tiff of 16": (encoded(sixteen(RAMP.astype(int) * 16), "TIFF"), "values up to 4032 alone"),
+    "icon of two sizes": (encoded(Image.new("L", (4, 2), 9), "ICO", sizes=[(4, 2), (2, 1)]), "format that is read"),
+    "postscript": (encoded(Image.fromarray(RAMP), "EPS"), "format that is read"),
     "a fourth band": (encoded(Image.frombytes("RGBX", (4, 2), bytes(32)), "TIFF"), "bands beyond its colors"),
     "200 megapixels": (HUGE, "pixels"),
     "nothing": (b"", "no bytes"),
