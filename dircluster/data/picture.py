@@ -142,9 +142,24 @@ def _check_png(encoded: bytes) -> None:
         start = len(encoded) if kind == b"IEND" else end + 4
 
 
+_SECOND = {
+    "PNG": rb"IEND\xaeB`\x82\s*\x89PNG",
+    "GIF": rb"\x00;\s*GIF8",
+    "plain PPM": rb"\n\s*P[1-3]\s",
+}
+"""The end of an image with the beginning of another, by format."""
+
+
 def _check_alone(image: Any, encoded: bytes) -> None:
-    """Raise ConfigError where another image follows in a binary PBM, PGM, PPM or PFM: Pillow reads the first alone."""
-    if image.format != "PPM" or image.tile[0].codec_name == "ppm_plain":
+    """Raise ConfigError where another image follows in a PNG, GIF, PBM, PGM, PPM or PFM: Pillow reads the first alone.
+
+    Behind a JPEG there often are previews, or a film.
+    """
+    plain = image.format == "PPM" and image.tile[0].codec_name == "ppm_plain"
+    pattern = _SECOND.get("plain PPM" if plain else image.format)
+    if pattern and re.search(pattern, encoded):
+        raise ConfigError("another image follows in it; store the one that counts")
+    if plain or image.format != "PPM":
         return
     codec, _, start, given = image.tile[0]
     wide = codec == "ppm" and given[1] > 255

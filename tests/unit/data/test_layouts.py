@@ -501,6 +501,12 @@ def test_files_that_could_be_two_splits_are_refused(tmp_path: Path, name: str) -
     assert "\n" not in str(refusal.value)
 
 
+def test_a_table_that_leaves_nothing_to_train_on_is_refused_unread(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1)], "label": [0]}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"data\.held_out 0\.1 leaves nothing of 0 images to train on"):
+        check(DataConfig(name="custom", uri=str(tmp_path), height=4, width=4))
+
+
 def test_a_missing_shard_is_noted(tmp_path: Path) -> None:
     grow(tmp_path, {"train-00000-of-00003.parquet": 1, "train-00002-of-00003.parquet": 2, "test.parquet": 3})
     assert "2 of 3 shards of train are there" in read(tmp_path).notes
