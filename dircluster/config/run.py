@@ -75,7 +75,8 @@ class RunConfig:
             require(small, f"{name} is too large, got {value}")
             if isinstance(value, str):
                 refuse_secret(name, value)
-                require("\0" not in value, f"{name} holds a NUL character, got {value!r}")
+                control = re.search(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
+                require(control is None, f"{name} holds a character that cannot be shown, got {value!r}")
                 bucket = not value.startswith("s3://") or re.match("s3://[a-z0-9]", value) is not None
                 require(bucket, f"{name} must name a bucket, s3://BUCKET/PREFIX, got {value!r}")
 

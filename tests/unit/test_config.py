@@ -61,9 +61,12 @@ def test_every_number_must_be_finite() -> None:
         dataclasses.replace(preset("digits"), dir=d.DirConfig(alpha=float("inf")))
 
 
-def test_a_name_that_no_file_may_have_is_refused() -> None:
-    with pytest.raises(c.ConfigError, match=r"target.uri holds a NUL character, got 'a\\x00b'"):
-        c.with_values(preset("digits"), {"target.uri": "a\0b"})
+@pytest.mark.parametrize("character", ["\0", "\n", "\x1b", "\x85", "\udce9"])
+@pytest.mark.parametrize("name", ["target.uri", "storage.uri", "tracking.experiment"])
+def test_a_character_that_no_terminal_and_no_file_shows_is_refused(name: str, character: str) -> None:
+    with pytest.raises(c.ConfigError, match=f"{name} holds a character that cannot be shown, got ") as refusal:
+        c.with_values(preset("digits"), {name: f"a{character}b"})
+    assert str(refusal.value).isprintable()
 
 
 def test_every_worker_has_an_image_of_a_batch() -> None:
