@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dircluster.config import ConfigError, first_line
 from dircluster.data.files import IMAGE_SUFFIXES, SIDE_SUFFIXES, Found, Listing, one_line
-from dircluster.data.split_names import split_name
+from dircluster.data.split_names import instead_of_test, split_name
 
 _READ = ", ".join(sorted(IMAGE_SUFFIXES))
 PLAIN_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
@@ -64,6 +64,7 @@ def class_folders(found: Listing, uri: str) -> ClassFolders:
             _check_files(given, found)
             labeled = _labeled(given, names, found)
             if labeled:
+                notes += [instead_of_test("/".join(given[0].base))] if split == "val" else []
                 return ClassFolders([(one.file.path, one.name) for one in train], labeled, names, tuple(notes))
             notes.append(f"{'/'.join(given[0].base)} has images without labels and is left out")
     return ClassFolders([(one.file.path, one.name) for one in train], [], names, tuple(notes))

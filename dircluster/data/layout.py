@@ -14,7 +14,7 @@ from dircluster.data import parquet
 from dircluster.data.class_folders import ClassFolders, class_folders
 from dircluster.data.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, Found, listing
 from dircluster.data.picture import Blob, check_shape, pixels
-from dircluster.data.table_files import missing_shards, table_splits
+from dircluster.data.table_files import table_splits
 from dircluster.data.unread import check_unread
 
 KNOWN_SIZES = {
@@ -58,9 +58,9 @@ def layout_of(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
     left_out = found.notes if found else ()
     if tables:
         labels = (*parquet.LABEL_COLUMNS, *filter(None, [config.label_column]))
-        train, test = table_splits(tables, str(path), labels)
+        train, test, notes = table_splits(tables, str(path), labels)
         beside = [f"{len(images)} images beside the parquet files are not read"] if images else []
-        made = Layout(train, test, path, None, (*missing_shards([*train, *test]), *beside, *left_out))
+        made = Layout(train, test, path, None, (*notes, *beside, *left_out))
     elif images and found is not None:
         if config.label_column or config.image_column:
             raise ConfigError(f"data.uri {str(path)!r} holds images in folders, not columns: see data.label_column")

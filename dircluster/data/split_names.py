@@ -28,6 +28,11 @@ class SplitName:
     plain: bool
 
 
+def instead_of_test(val: str) -> str:
+    """What is said where a split of ``val`` is taken for the test split."""
+    return f"no test split is read: {val} is taken for it"
+
+
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in lower case: numbers and hashes are none. cifar10-testSet_2.parquet -> cifar, test, set."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name)

@@ -10,7 +10,7 @@ from pathlib import Path
 from dircluster.config import ConfigError
 from dircluster.data.files import Found, one_line
 from dircluster.data.set_names import set_names
-from dircluster.data.split_names import SplitName, split_name
+from dircluster.data.split_names import SplitName, instead_of_test, split_name
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,12 @@ class _Placed:
     """Names from there on."""
 
 
-def table_splits(files: Iterable[Found], uri: str, labels: Collection[str]) -> tuple[list[Path], list[Path]]:
-    """Files of the training and of the test split, in their order. Folders called as ``labels`` (label=3) say no split.
+def table_splits(
+    files: Iterable[Found], uri: str, labels: Collection[str]
+) -> tuple[list[Path], list[Path], tuple[str, ...]]:
+    """Files of the training and of the test split, in their order, and notes on them.
+
+    Folders called as ``labels`` (label=3) say no split.
 
     Raises ConfigError where two sets of files could be a split, or where files belong to no split.
     """
@@ -55,7 +59,9 @@ def table_splits(files: Iterable[Found], uri: str, labels: Collection[str]) -> t
     if len(bases := sorted({"/".join(placed.base) for placed in (*train, *test)})) > 1:
         some = ", ".join(repr(base or ".") for base in bases[:3])
         raise ConfigError(f"data.uri {uri!r} holds several data sets ({some}): give the folder of one")
-    return [placed.file.path for placed in train], [placed.file.path for placed in test]
+    paths = [[placed.file.path for placed in split] for split in (train, test)]
+    instead = [instead_of_test(paths[1][0].name)] if test and "test" not in by_split else []
+    return paths[0], paths[1], (*_missing_shards([*paths[0], *paths[1]]), *instead)
 
 
 def _check_twice(split: Iterable[_Placed]) -> None:
@@ -68,7 +74,7 @@ def _check_twice(split: Iterable[_Placed]) -> None:
         seen[bare] = path
 
 
-def missing_shards(files: Iterable[Path]) -> list[str]:
+def _missing_shards(files: Iterable[Path]) -> list[str]:
     """A line for each set of files NAME-i-of-n that is not whole."""
     seen: dict[tuple[str, int], set[int]] = {}
     for file in files:

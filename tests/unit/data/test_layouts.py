@@ -323,6 +323,27 @@ def test_a_test_split_that_is_cut_off_is_noted(tmp_path: Path, tree: dict[str, i
     assert not any("data.test_share" in note for note in read(tmp_path / "whole").notes)
 
 
+VAL: dict[str, int | str] = {name.replace("test/", "dev/"): gray for name, gray in CLASSES.items()}
+
+
+@pytest.mark.parametrize(
+    ("tree", "taken"),
+    [
+        ({"train.parquet": 1, "validation-0.parquet": 3}, "validation-0.parquet"),
+        (VAL, "dev"),
+        (VAL | {"test/x.png": 9}, "dev"),  # which has no labels
+        ({"train.parquet": 1, "val.parquet": 3, "test.parquet": 4}, None),
+        (VAL | CLASSES, None),
+    ],
+)
+def test_a_validation_split_that_stands_for_the_test_split_is_noted(
+    tmp_path: Path, tree: dict[str, int | str], taken: str | None
+) -> None:
+    grow(tmp_path, tree)
+    noted = [note for note in read(tmp_path).notes if note.startswith("no test split is read")]
+    assert noted == ([f"no test split is read: {taken} is taken for it"] if taken else [])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_folders_that_say_two_things_are_refused(tmp_path: Path, name: str) -> None:
     tree, words = REFUSED[name]
