@@ -331,7 +331,7 @@ VAL: dict[str, int | str] = {name.replace("test/", "dev/"): gray for name, gray 
     [
         ({"train.parquet": 1, "validation-0.parquet": 3}, "validation-0.parquet"),
         (VAL, "dev"),
-        (VAL | {"test/x.png": 9}, "dev"),  # which has no labels
+        (VAL | {"test/images/x.png": 9}, "dev"),  # which has no labels
         ({"train.parquet": 1, "val.parquet": 3, "test.parquet": 4}, None),
         (VAL | CLASSES, None),
     ],
