@@ -294,6 +294,10 @@ REFUSED: dict[str, tuple[dict[str, int | str], str]] = {
         )
         for name in ("test", "Validation", "testSet", "unlabeled")
     },
+    **{
+        f"{name} beside classes": ({"a/x.png": 1, "b/x.png": 2, name: ""}, f"{name} says by its name that it is of")
+        for name in ("train_test_split.txt", "lists/test_list.mat", "test_labels.csv", "splits.json", "train_val.csv")
+    },
     "a list beside classes": ({"a/x.png": 1, "b/x.png": 2, "test.txt": ""}, "test.txt says by its name"),
 }
 
@@ -306,9 +310,11 @@ def test_unread_files_of_splits_that_are_read_are_left_alone(tmp_path: Path) -> 
         "train.py": "",
         "eval.ipynb": "",
         "test.log": "",
-        "train_test_split.csv": "",
         "contest.zip": "",
+        "image_class_labels.txt": "",
+        "dataset_infos.json": "",
     }
+    lists |= {"train_test_split.csv": "", "test_list.txt": "", "splits.json": ""}
     grow(tmp_path, CLASSES | lists | {"val.txt": ""} | code)
     assert seen(read(tmp_path)) == ({10: 0, 20: 1}, {11: 0, 21: 1})
     grow(tmp_path / "other", {"a/x.png": 1, "b/x.png": 2, "test_notes.txt": ""} | code)
