@@ -296,7 +296,7 @@ REFUSED: dict[str, tuple[dict[str, int | str], str]] = {
     },
     **{
         f"{name} beside classes": ({"a/x.png": 1, "b/x.png": 2, name: ""}, f"{name} says by its name that it is of")
-        for name in ("train_test_split.txt", "lists/test_list.mat", "test_labels.csv", "splits.json", "train_val.csv")
+        for name in ("train_test_split.txt", "test_list.mat", "test_labels.csv", "splits.json", "train_val.csv")
     },
     "a list beside classes": ({"a/x.png": 1, "b/x.png": 2, "test.txt": ""}, "test.txt says by its name"),
 }
