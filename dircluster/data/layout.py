@@ -24,6 +24,9 @@ KNOWN_SIZES = {
     "svhn": (73_257, 26_032),
 }
 """Training images of the named sets, before the held-out share is cut off, and test images."""
+KNOWN_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
+"""Channels, height and width of their images."""
+KNOWN_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10}
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def check(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> 
     No other image is read.
     """
     if config.uri is None:
+        check_named(config)
         return split_sizes(config, open_path)
     layout = layout_of(config, open_path)
     if config.stream and (layout.folders or not layout.test):
@@ -114,6 +118,14 @@ def check(config: DataConfig, open_path: Callable[[str], Path] = local_path) -> 
         height, width, channels = pixels(blob, config).shape
         check_shape((channels, height, width), config)
     return split_sizes(config, open_path, layout)
+
+
+def check_named(config: DataConfig) -> None:
+    """Raise ConfigError where ``config`` says another size or number of classes than those of the set that it names."""
+    check_shape(KNOWN_SHAPES[config.name], config)
+    known = KNOWN_CLASSES[config.name]
+    if config.classes != known:
+        raise ConfigError(f"data.classes is {config.classes}, but {config.name} has {known} classes: set it")
 
 
 def check_names(layout: Layout, config: DataConfig) -> None:

@@ -19,7 +19,7 @@ from dircluster.data import parquet
 from dircluster.data.class_folders import ClassFolders
 from dircluster.data.decode import check_size, decode
 from dircluster.data.files import one_line
-from dircluster.data.layout import check_names, layout_of
+from dircluster.data.layout import check_named, check_names, layout_of
 from dircluster.data.picture import Blob, loses_color
 from dircluster.data.split import Dataset, Split
 
@@ -74,7 +74,11 @@ def load(
     """
     if config.stream:
         return _streamed(config, seed, open_path)
-    source = Source(*DATASETS[config.name](cache)) if config.uri is None else _from_path(config, open_path)
+    if config.uri is None:
+        check_named(config)
+        source = Source(*DATASETS[config.name](cache))
+    else:
+        source = _from_path(config, open_path)
     first, second = source.train, source.test
     _check_labels(first, config)
     cut_off: tuple[str, ...] = ()

@@ -195,7 +195,7 @@ def test_a_given_target_is_loaded_before_anything_starts(name: str, on_ray: bool
         ("target.uri zoo:cifar10-dir", "does not fit"),
         ("model.width 2000000000", "the denoiser that the settings describe has more than"),
         ("model.encoder_depth 2000000000", "the denoiser that the settings describe has more than"),
-        ("data.classes 2000000000", "the classifier that the settings describe has more than"),
+        ("data.classes 2000000000", "but digits has 10 classes"),
     ],
 )
 def test_networks_that_cannot_be_are_refused_before_anything_starts(words: str, message: str) -> None:

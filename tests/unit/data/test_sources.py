@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data.layout import KNOWN_SIZES, split_sizes
+from dircluster.data.layout import KNOWN_CLASSES, KNOWN_SHAPES, KNOWN_SIZES, check, split_sizes
 from dircluster.data.sources import DATASETS, load
 
 
@@ -98,7 +98,15 @@ def test_what_torchvision_cannot_fetch_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_set_that_is_downloaded_has_a_known_size() -> None:
-    assert set(DATASETS) == set(KNOWN_SIZES)
+    assert set(DATASETS) == set(KNOWN_SIZES) == set(KNOWN_SHAPES) == set(KNOWN_CLASSES)
+
+
+@pytest.mark.parametrize("ask", [check, lambda config: load(config, 0)])
+def test_a_named_set_of_another_size_is_refused_before_it_is_fetched(ask: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the images are 3x32x32 .*, but data says 1x8x8; set data.channels"):
+        ask(DataConfig(name="cifar10"))
+    with pytest.raises(ConfigError, match=r"data\.classes is 10, but cifar100 has 100 classes"):
+        ask(DataConfig(name="cifar100", height=32, width=32, channels=3))
 
 
 def test_fine_labels_are_those_of_parquet_files_with_two_kinds(tmp_path: Path) -> None:
