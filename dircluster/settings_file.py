@@ -164,6 +164,8 @@ def _checked_words(name: str, value: Any, flags: Flags) -> list[str]:
         return as_words(on, switched) if switched or "." in on else []
     if isinstance(value, list) and flag in flags.known - flags.listed:
         raise ConfigError(f"{name} takes one value, got a list of {len(value)}")
+    if value == "None" and flag in flags.optional:
+        raise ConfigError(f"{name} cannot be the text None: write null for no value")
     if flag in flags.worded and str(value).lower() in ("true", "false"):
         value = "on" if SWITCHED[str(value).lower()] else "off"
     if value is None and flag in flags.known - flags.optional:

@@ -298,6 +298,8 @@ LAUGHS = "a0: &a0 {0}{2}x, {3}x{1}\n" + "".join(
         ("data: {flip: true, no-flip: true}", None, "data.flip is given in line 1 and again in line 1"),
         ("data.no_flip: true\ndata: {flip: true}", None, "data.flip is given in line 1 and again in line 2"),
         ("data: {no-flip: true}", "data.flip", False),
+        ("data: {uri: 'None'}", None, "data.uri cannot be the text None: write null for no value"),
+        ("tracking: {experiment: None}", "tracking.experiment", "None"),
         ("data: {no-flip: false}", "data.flip", True),
         ("data: {no_flip: digits}", None, "data.no_flip must be true or false, got 'digits'"),
         ("data.no_flip:", None, "data.no_flip must be true or false, got null"),
