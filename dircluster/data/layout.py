@@ -59,6 +59,8 @@ def layout_of(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
     tables = [file for file in files if file.suffix in PARQUET_SUFFIXES]
     images = [file for file in files if file.suffix in IMAGE_SUFFIXES]
     left_out = found.notes if found else ()
+    if found and "_delta_log" in found.left_out:
+        _check_delta(path)
     if tables:
         labels = (*parquet.LABEL_COLUMNS, *filter(None, [config.label_column]))
         train, test, notes = table_splits(tables, str(path), labels)
@@ -77,6 +79,20 @@ def layout_of(config: DataConfig, open_path: Callable[[str], Path]) -> Layout:
     if not made.train:
         raise ConfigError(f"data.uri {str(path)!r} has no training split: name its files or folders train*")
     return made
+
+
+def _check_delta(path: Path) -> None:
+    """Raise ConfigError where a Delta table below ``path`` has files that are of older versions alone."""
+    for log in sorted(path.glob("**/_delta_log/*.json")):
+        try:
+            stale = '"remove":' in log.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{log} cannot be read: {first_line(error)}") from error
+        if stale:
+            raise ConfigError(
+                f"{log}: the Delta table has removed files that still lie there and would be read; write the version"
+                " that counts as parquet files of its own"
+            )
 
 
 def split_sizes(

@@ -495,6 +495,10 @@ MIXED: dict[str, tuple[dict[str, int | str], str]] = {
     ),
     "downloaded twice": ({"train.parquet": 1, "train (1).parquet": 2, "test.parquet": 3}, "train, train 1"),
     "copied": ({"train/0.parquet": 1, "train/0 (copy).parquet": 1, "test/0.parquet": 3}, "train/0, train/0 copy"),
+    "delta, overwritten": (
+        {"train/0.parquet": 1, "train/1.parquet": 2, "train/_delta_log/01.json": '{"remove":{"path":"0.parquet"}}'},
+        "01.json: the Delta table has removed files that still lie there",
+    ),
     "two suffixes": ({"train.parquet": 1, "train.pq": 1, "test.parquet": 3}, "train.pq may be one file twice"),
     "two spellings": ({"train.parquet": 1, "test.parquet": 3, "Test.parquet": 3}, "test.parquet may be one file twice"),
     "two separators": ({"train/data-0.parquet": 1, "train/data_0.parquet": 1, "test.parquet": 3}, "data_0.parquet may"),
