@@ -79,7 +79,8 @@ class DenoiserRecipe(Recipe):
 
     def gauged(self, batch: Batch) -> Batch:
         batch = super().gauged(batch)
-        return replace(batch, draws={**batch.draws, "natural": torch.ones_like(batch.draws["natural"])})
+        draws = {name: torch.ones_like(value) if name == "natural" else value for name, value in batch.draws.items()}
+        return replace(batch, draws=draws)
 
     def on_target(self, batch: Batch) -> Tensor:
         """PGD on the target alone: -> (N, C, H, W)."""

@@ -111,6 +111,8 @@ class DirRecipe(Recipe):
     The target is frozen in eval mode, unless ``config.joint``, where it learns together with the denoiser.
     """
 
+    attacks_deployed = True
+
     def __init__(
         self, denoiser: MaskedPurifier, classifier: nn.Module, config: DirConfig, attack: AttackConfig
     ) -> None:
@@ -120,7 +122,7 @@ class DirRecipe(Recipe):
         self.config = config
         self.threat = attack
         self.trained = ("denoiser", "classifier") if config.joint else ("denoiser",)
-        self.attacks_deployed = config.crafting_masks == "shared"  # else it is weaker by not knowing the masks
+        self.renews_draws = config.crafting_masks == "fresh"
 
     @property
     def capturable(self) -> bool:

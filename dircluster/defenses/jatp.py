@@ -42,7 +42,7 @@ class JatpRecipe(DenoiserRecipe):
 
     def __init__(self, purifier: nn.Module, classifier: nn.Module, config: JatpConfig, attack: AttackConfig) -> None:
         super().__init__(purifier, classifier, attack, natural=0.0)
-        self.config = config
+        self.config, self.attacks_deployed = config, True
         self.features = _features(classifier, config)
 
     def draws(self, stream: Stream, shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ class MenetRecipe(Recipe):
         super().__init__()
         self.purifier, self.classifier = purifier, classifier
         self.config, self.threat = config, attack
-        self.adversarial = adversarial  # not attacks_deployed: the gauge's PGD knows its masks, crafting does not
+        self.adversarial = self.attacks_deployed = self.renews_draws = adversarial
 
     @property
     def capturable(self) -> bool:

@@ -40,6 +40,9 @@ class Recipe(nn.Module):
     """Names of the submodules whose weights the recipe trains."""
     attacks_deployed = False
     """Whether :meth:`attack` is aimed at what is deployed: then held-out images tell whether it has overfitted."""
+    renews_draws = False
+    """Whether every step of it meets new draws of a purifier, and none those that the update then has: then PGD-20,
+    which it is held against, knows as little."""
 
     @property
     def capturable(self) -> bool:

@@ -266,7 +266,7 @@ class Trainer(Stepper):
         if gap > OVERFITTED and self.parallel.first:
             self.console.say(
                 f"{self.stage.name}: held-out accuracy under the training attack lies {100 * gap:.0f} points above that"
-                " under PGD-20: catastrophic overfitting, or too weak an attack; craft in more steps, or by pgd"
+                " under PGD-20: catastrophic overfitting, or too weak an attack; craft by pgd, in more steps, on labels"
             )
 
     def _picture(self, done: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
@@ -44,25 +44,28 @@ class Judge:
 
     def stream(self, rows: Tensor) -> rng.ImageStream:
         """The draws of the rows: each image's own, whatever it is judged for."""
-        count, device, images = len(rows), self.parallel.device, tuple(rows.tolist())
-        return rng.ImageStream(self.config.seed, 0, 0, count, slice(0, count), device, self.purpose, images)
+        many, device, images = len(rows), self.parallel.device, tuple(rows.tolist())
+        return rng.ImageStream(self.config.seed, 0, 0, many, slice(0, many), device, self.purpose, images)
 
-    def draws(self, deployed: nn.Module, rows: Tensor) -> Tensor | None:
+    def draws(self, deployed: nn.Module, rows: Tensor, purpose: str = "masks") -> Tensor | None:
         """What a purifier draws for the rows: -> (N, ...); None where it draws nothing, or there is none."""
-        return self.stream(rows).sample("masks", deployed.purifier.draw) if isinstance(deployed, Defended) else None
+        return self.stream(rows).sample(purpose, deployed.purifier.draw) if isinstance(deployed, Defended) else None
 
-    def model(self, deployed: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        """Images of the rows -> logits; what a purifier draws is known."""
-        if isinstance(deployed, Defended):
+    def model(self, deployed: nn.Module, rows: Tensor, renewed: bool = False) -> Callable[[Tensor], Tensor]:
+        """Images of the rows -> logits; what a purifier draws is known, or ``renewed`` at every call."""
+        if not isinstance(deployed, Defended):
+            return deployed
+        if not renewed:
             return partial(deployed.logits, draws=self.draws(deployed, rows))
-        return deployed
+        calls = count(1)
+        return lambda images: deployed.logits(images, self.draws(deployed, rows, f"masks/{next(calls)}"))
 
-    def pgd(self, deployed: nn.Module, rows: Tensor, steps: int | None = None) -> Tensor:
+    def pgd(self, deployed: nn.Module, rows: Tensor, steps: int | None = None, renewed: bool = False) -> Tensor:
         """The rows' images, attacked: by so many steps of the evaluation's size, or as training does on its own."""
         attack, (images, labels) = self.config.attack, self.batch(rows)
         start = self.stream(rows).uniform("pgd", tuple(images.shape[1:]))
-        count, size = (attack.steps, attack.step) if steps is None else (steps, attack.step_for(steps))
-        return pgd(self.model(deployed, rows), images, labels, threat_of(attack), count, size, start)
+        many, size = (attack.steps, attack.step) if steps is None else (steps, attack.step_for(steps))
+        return pgd(self.model(deployed, rows, renewed), images, labels, threat_of(attack), many, size, start)
 
     def collect(self, right: Callable[[Tensor], Tensor]) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
@@ -107,8 +110,9 @@ def overfitting(
 ) -> float:
     """The gauge of catastrophic overfitting (Wong et al. 2020), on the first held-out images.
 
-    Accuracy under the attack that ``recipe`` trains against, minus accuracy under PGD-20 with the same draws: near zero
-    while the training attack is nearly as strong, large where the model has only learned to defeat that attack.
+    Accuracy under the attack that ``recipe`` trains against, minus accuracy under PGD-20, which knows the same draws or
+    as few: near zero while the training attack is nearly as strong, large where the model has only learned to defeat
+    that attack.
     """
     judge = Judge(split.take(slice(images)), config, parallel, "selection", config.evaluation.batch_size)
 
@@ -117,7 +121,7 @@ def overfitting(
         model, half = judge.model(deployed, rows), autocast(config.training.precision, parallel.device, deployed)
         with under_attack(deployed), half:
             crafted = recipe.attack(recipe.gauged(recipe.batch(images, labels, judge.stream(rows))))
-            strong = judge.pgd(deployed, rows, 20)
+            strong = judge.pgd(deployed, rows, 20, recipe.renews_draws)
             with torch.no_grad():
                 return torch.stack([_right(model(x), labels) for x in (crafted.attacked, strong)], dim=1)
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from dircluster.config import AttackConfig, RunConfig
 from dircluster.data.loader import Loader
 from dircluster.data.sources import load
 from dircluster.data.split import Split
+from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Batch
 from dircluster.defenses.stage import Stage
 from dircluster.defenses.target import TargetRecipe
 from dircluster.distributed.parallel import Parallel
-from dircluster.presets import preset
+from dircluster.presets import PRESETS, preset
+from dircluster.presets.dir import DirRun
 from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.protocols import NoRecord, Quiet
@@ -111,11 +114,46 @@ def test_images_that_stay_natural_are_attacked_in_it_too(system: str) -> None:
     assert not moved[-1].all()  # in training some stay
 
 
-def test_an_attack_that_does_not_know_the_masks_is_no_gauge() -> None:
-    for name, gauged in (("digits_smoke", True), ("cifar10_joint_smoke", False)):
-        found = preset(name)
-        recipe = stages.stages_of(found)[-1].recipe(stages.Networks(found, ALONE))
-        assert recipe.attacks_deployed is gauged
+PIPELINE = ("dir", "jatp", "hgd_a", "apegan_a", "nrp_a", "menet_a")
+"""Defenses whose last stage crafts on the whole pipeline, if need be."""
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("digits") and name.endswith("_smoke")])
+def test_every_recipe_that_crafts_on_what_is_deployed_has_a_gauge(name: str) -> None:
+    found = preset(name)
+    recipe = stages.stages_of(found)[-1].recipe(stages.Networks(found, ALONE))
+    crafts = found.defense in PIPELINE or name.startswith("digits_menet_a") or isinstance(recipe, TargetRecipe)
+    assert recipe.attacks_deployed is crafts
+    if crafts:
+        deployed = recipe.deployed()
+        assert deployed is not None
+        assert -1 <= overfitting(recipe, deployed, load(found.data, found.seed).held_out, found, ALONE, 4) <= 1
+
+
+@pytest.mark.parametrize("masks", ["shared", "fresh"])
+def test_pgd_knows_the_masks_no_better_than_the_training_attack(masks: Literal["shared", "fresh"]) -> None:
+    found = preset("digits_smoke")
+    assert isinstance(found, DirRun)
+    found = replace(found, dir=replace(found.dir, crafting_masks=masks))
+    recipe = stages.stages_of(found)[-1].recipe(stages.Networks(found, ALONE))
+    deployed, seen = recipe.deployed(), list[Tensor]()
+    assert isinstance(deployed, Defended)
+    deployed.purifier.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    overfitting(recipe, deployed, load(found.data, found.seed).held_out, found, ALONE, 4)
+    *crafting, first, second = seen
+    assert torch.equal(first, second)  # both are judged under the same
+    known = [torch.equal(draws, first) for draws in crafting[-20:]]
+    assert all(known) if masks == "shared" else not any(known)
+    assert len({tuple(draws.flatten().tolist()) for draws in crafting[-20:]}) == (1 if masks == "shared" else 20)
+
+
+@pytest.mark.parametrize("objective", ["at", "trades", "mart"])
+def test_a_target_that_learns_together_with_its_denoiser_has_a_gauge(objective: str) -> None:
+    name = "cifar10_joint_smoke" if objective == "at" else f"cifar10_joint_{objective}_smoke"
+    found = preset(name)
+    recipe = stages.stages_of(found)[-1].recipe(stages.Networks(found, ALONE))
+    assert recipe.attacks_deployed
+    assert recipe.renews_draws
 
 
 @pytest.mark.parametrize(("kind", "warned"), [(Harmless, True), (TargetRecipe, False)])
