@@ -261,12 +261,15 @@ def malt(
     return left.best
 
 
-def malt_gradients(steps: int, classes: int, targets: int = TARGETS) -> float:
-    """Gradients that :func:`malt` takes for an image and draw where images may leave, as foretold."""
+def malt_gradients(steps: int, classes: int, survivors: float = SURVIVORS, targets: int = TARGETS) -> float:
+    """Gradients that :func:`malt` takes for an image and draw where images may leave, as foretold.
+
+    ``survivors`` is the share of images that its first ascent is taken to leave.
+    """
     others = classes - 1
     ranking, second = 1 + min(CANDIDATES, others), min(MOST_TARGETS, others) + (2 if others > 1 else 1)
     rounds = min(targets, others) * (steps + 1) + NEAREST * second * (LONGER * steps + 1)
-    return max(1, steps // CHEAP) + 1 + SURVIVORS * (ranking + rounds)
+    return max(1, steps // CHEAP) + 1 + survivors * (ranking + rounds)
 
 
 def nearest_classes(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.apgd import SURVIVORS, ascents, listening, malt, malt_gradients, probability_margin_loss
+from dircluster.attacks.apgd import ascents, listening, malt, malt_gradients, probability_margin_loss
 from dircluster.attacks.autoattack import autoattack, square
 from dircluster.attacks.expectation import expected, in_parts, voting
 from dircluster.attacks.gradient import (
@@ -215,9 +215,10 @@ class Attack:
     """Whether its images are made for the bare classifier, and judged by it."""
     own_gradient: bool = True
     """Whether the gradient that it follows is the judged model's, as it comes back."""
-    gradients: Callable[[AttackSpec, int], float] | None = None
-    """How many it takes for an image, by its spec and the number of classes, where its cost depends on what it finds:
-    so it can be foretold. None where its cost is that of its steps, or is not foretold.
+    gradients: Callable[[AttackSpec, int, float], float] | None = None
+    """How many it takes for an image, by its spec, the number of classes, and the share of images that survive, where
+    its cost depends on what it finds: so it can be foretold. None where its cost is that of its steps, or is not
+    foretold.
     """
 
 
@@ -376,14 +377,14 @@ ATTACKS: dict[str, Attack] = {
         counts="steps of APGD a class",
         code=(malt,),
         together=False,
-        gradients=lambda spec, classes: malt_gradients(spec.steps, classes),
+        gradients=lambda spec, classes, survivors: malt_gradients(spec.steps, classes, survivors),
     ),
     "pma": Attack(
         _pma,
         counts="steps of APGD",
         code=(ascents,),
         together=False,
-        gradients=lambda spec, classes: SURVIVORS * spec.restarts * (spec.steps + 1),
+        gradients=lambda spec, classes, survivors: survivors * spec.restarts * (spec.steps + 1),
     ),
     "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False),
     "square": Attack(_square, counts="queries of Square", code=(square,)),

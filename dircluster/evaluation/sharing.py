@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dircluster.attacks.apgd import SURVIVORS
 from dircluster.evaluation.attack_table import find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation
 
@@ -31,7 +32,7 @@ def length(shard: EvalShard) -> float:
     """Passes of an image through the defense that a shard takes, roughly; a gradient is three."""
     spec, attack = shard.spec, find_attack(shard.spec.attack)
     if attack.gradients is not None:
-        crafting = 3 * attack.gradients(spec, CLASSES) * spec.eot
+        crafting = 3 * attack.gradients(spec, CLASSES, SURVIVORS) * spec.eot
     elif attack.counts == "steps":
         crafting = 3 * spec.steps * spec.restarts * spec.eot
     else:

@@ -89,7 +89,8 @@ def costs(
             return 0.0, ()
         same = digest({**run.identity, "seed": 0})
         if same not in judged:
-            judged[same] = judging_seconds(run, known[training.preset], sizes(run)[2])
+            train, _, test = sizes(run)
+            judged[same] = judging_seconds(run, known[training.preset], train, test)
         return judged[same]
 
     def counted(run: RunConfig, stage: Stage) -> Work:

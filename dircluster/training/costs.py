@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dircluster.attacks.apgd import SURVIVORS
 from dircluster.config import RunConfig
 from dircluster.defenses.base import Purifier
 from dircluster.defenses.recipe import Recipe
@@ -109,9 +110,10 @@ def gradient_operations(module: nn.Module, images: Tensor) -> int:
 
 
 @cache
-def evaluation_operations(config: RunConfig) -> tuple[float, tuple[str, ...]]:
+def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS) -> tuple[float, tuple[str, ...]]:
     """Operations that the suite takes for an image, and the names of attacks that are not counted.
 
+    ``survivors`` is the share of images that is taken to survive attacks which leave out those that they have fooled.
     Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
     Attacks that look into values cannot run there: of some the number of gradients can be told, the others
     (AutoAttack, Square) are not counted.
@@ -140,7 +142,7 @@ def evaluation_operations(config: RunConfig) -> tuple[float, tuple[str, ...]]:
     for spec in plan(victim, config.attack, replace(settings, verdict=False)).specs:
         attack = find_attack(spec.attack)
         if attack.gradients is not None:
-            total += attack.gradients(spec, config.data.classes) * operations(gradient, spec)
+            total += attack.gradients(spec, config.data.classes, survivors) * operations(gradient, spec)
             total += operations(judged, spec)
         elif attack.counts == "steps":
             one = operations(whole, replace(spec, steps=min(spec.steps, 1)))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dircluster.attacks.apgd import SURVIVORS
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
@@ -47,6 +48,9 @@ from dircluster.training.validation import GAUGED, PICTURED
 EVALUATION = "evaluation"
 LONG = 15
 """Budgets of seconds in which algorithms are chosen, and which are waited for once a stage."""
+LITTLE = 1000
+"""Images, over all epochs, from fewer of which nothing is learned: no more survive then than chance has right, and
+attacks that leave out what they have fooled soon end."""
 
 
 @dataclass(frozen=True)
@@ -161,18 +165,25 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
     for stage in planned_stages(config):
         seconds = stage_seconds(config, stage, found, train, held_out)
         made.append(Forecast(stage.name, seconds, _pace_of(found, stage.name).memory, _stored(config, stage)))
-    return [*made, Forecast(EVALUATION, judging_seconds(config, found, test)[0], _pace_of(found, EVALUATION).memory, 0)]
+    judging = judging_seconds(config, found, train, test)[0]
+    return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory, 0)]
 
 
-def judging_seconds(config: RunConfig, found: Calibration, test: int) -> tuple[float, tuple[str, ...]]:
+def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int) -> tuple[float, tuple[str, ...]]:
     """What the suite will take on so many test images, and the attacks that are not counted in it.
 
     Raises ConfigError where the calibration knows no evaluation.
     """
-    operations, left = evaluation_operations(config)
+    operations, left = evaluation_operations(config, surviving(config, train))
     images = min(test, config.evaluation.images or test)
     pace = _pace_of(found, EVALUATION)
     return operations * images / (pace.operations_per_second * config.scaling.most), left
+
+
+def surviving(config: RunConfig, train: int) -> float:
+    """The share of test images that is taken to survive an attack, given how many there are to train on."""
+    seen = train * sum(stage.epochs for stage in planned_stages(config))
+    return SURVIVORS if seen >= LITTLE or config.target.uri is not None else 1 / config.data.classes
 
 
 def stage_seconds(config: RunConfig, stage: Stage, found: Calibration, train: int, held_out: int) -> float:

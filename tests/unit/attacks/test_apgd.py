@@ -136,7 +136,6 @@ def test_nothing_passes_once_all_are_fooled() -> None:
 
 
 def test_malt_takes_the_gradients_that_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apgd_module, "SURVIVORS", 1.0)
     monkeypatch.setattr(apgd_module, "NEAREST", 1.0)
     passed: list[int] = []
 
@@ -145,7 +144,7 @@ def test_malt_takes_the_gradients_that_are_foretold(monkeypatch: pytest.MonkeyPa
         return model(images)
 
     malt(counted, IMAGES, LABELS, LInf(1e-6), 10, 0, targets=2)  # nothing is fooled
-    assert sum(passed) == len(IMAGES) * malt_gradients(10, 4, targets=2)
+    assert sum(passed) == len(IMAGES) * malt_gradients(10, 4, survivors=1.0, targets=2)
     assert set(passed) == {len(IMAGES) * aims for aims in (1, 2, 5)}  # classes side by side, then with both losses
     side_by_side = len(passed)
     passed.clear()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from dircluster.attacks.apgd import malt_gradients
+from dircluster.attacks.apgd import SURVIVORS, malt_gradients
 from dircluster.config import ConfigError, ParallelConfig, RunConfig, ScalingConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
@@ -73,15 +73,26 @@ def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str, monkeypatch
     assert all(name.startswith(("autoattack", "malt", "pma", "square")) for name in left)
 
 
-def test_malt_is_foretold_by_its_gradients(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("survivors", [SURVIVORS, 0.1])
+def test_malt_is_foretold_by_its_gradients(smoke: DirRun, survivors: float, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = AttackSpec("malt", randomness="fixed", epsilon=0.1, steps=2)
     monkeypatch.setattr(costs, "plan", lambda *_: SimpleNamespace(specs=[spec]))
-    told, left = evaluation_operations.__wrapped__(smoke)
+    told, left = evaluation_operations.__wrapped__(smoke, survivors)
     defense = find_defense("dir").defended(smoke, meta_networks(smoke)).fixed(0)
     image = torch.zeros(1, 1, 8, 8, device="meta")
     judged = 2 * forward_operations(defense, image)  # under known draws and under fresh ones
-    assert told == pytest.approx(malt_gradients(2, 10) * gradient_operations(defense, image) + judged)
+    assert told == pytest.approx(malt_gradients(2, 10, survivors) * gradient_operations(defense, image) + judged)
     assert left == ()
+
+
+def test_chance_survives_of_what_a_smoke_run_judges() -> None:
+    for name, images, share in (("digits", 1294, SURVIVORS), ("digits_smoke", 72, 0.1), ("cifar10_smoke", 43, 0.1)):
+        run = preset(name)
+        assert module.surviving(run, images) == share
+        given = dataclasses.replace(run, target=dataclasses.replace(run.target, uri="here.safetensors"))
+        assert module.surviving(given, images) == SURVIVORS  # whoever has trained it
+    assert module.surviving(preset("cifar10_joint"), 45_000) == SURVIVORS  # which has no stage of its target
+    assert module.surviving(preset("cifar100_smoke"), 43) == 0.01
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
@@ -134,7 +145,7 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
     faster = {name: dataclasses.replace(pace, operations_per_second=2e9) for name, pace in paces.items()}
     halved = {one.name: one for one in forecast(smoke, Calibration("card", faster), *sizes)}
     assert all(halved[name].seconds == pytest.approx(one.seconds / 2) for name, one in made.items())
-    assert made[EVALUATION].seconds == pytest.approx(evaluation_operations(smoke)[0] * 16 / 1e9)
+    assert made[EVALUATION].seconds == pytest.approx(evaluation_operations(smoke, 0.1)[0] * 16 / 1e9)
     with pytest.raises(ConfigError, match="--calibration knows nothing of stage pretrain, but of target"):
         forecast(smoke, Calibration("card", {"target": paces["target"]}), *sizes)
 
