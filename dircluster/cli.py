@@ -76,12 +76,13 @@ class TrainJob(DefenseJob):
     fresh: Switch = False
     """Start again beside what is stored instead of reusing or resuming it."""
     dry_run: Switch = False
-    """Say what would run and what it would take, from a minute or so of measuring, and stop."""
+    """Say what would run and what it would take, from a minute or so of measuring, and stop. Where storage is a folder
+    the --summary of the run that follows shows it beside what came."""
     export: Path | None = None
     """Write the finished defense into this folder as model hubs show it: model.safetensors, config.json, README.md."""
     calibration: Path | None = None
     """The --summary of an earlier --dry-run by as many workers, of this machine or another: what is measured there is
-    not measured again, and the summary of a whole run tells what was foretold beside what it took."""
+    not measured again, and foretells this run's."""
 
 
 @dataclass(frozen=True)

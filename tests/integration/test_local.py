@@ -233,7 +233,7 @@ def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_pa
     assert "damaged" in cut.error[0]
 
 
-def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
+def test_dry_run_tells_and_makes_nothing_but_its_forecast(train: Train, tmp_path: Path) -> None:
     cores, workers = min(os.cpu_count() or 1, 64), ("--scaling.workers", "1:64", "--scaling.device", "cpu")
     done = train("digits", "--dry-run", *workers, here=True)
     assert done.code == 0, done.err
@@ -241,7 +241,8 @@ def test_dry_run_tells_and_makes_nothing(train: Train, tmp_path: Path) -> None:
     assert f"{(os.cpu_count() or 1) // cores} threads" in done.out  # each worker's
     assert "87,172 parameters, 0.004 GFLOP an image" in done.out
     assert "foretold from" in done.out
-    assert not (tmp_path / "runs").exists()
+    (made,) = (file for file in (tmp_path / "runs").rglob("*") if file.is_file())
+    assert made.parent == tmp_path / "runs" / "forecasts"
 
 
 def test_dry_run_reads_what_is_given(train: Train, tmp_path: Path) -> None:
@@ -290,9 +291,12 @@ def test_a_summary_shows_what_was_foretold_beside_what_came(train: Train, tmp_pa
     file, pace = tmp_path / "plan.json", {"operations_per_second": 1e9, "images": 1, "memory": 2**29}
     names = ["target", "pretrain", "dir", "evaluation"]
     file.write_text(json.dumps({"calibration": {"device": "a CPU", "paces": dict.fromkeys(names, pace)}}))
-    done = train("digits_smoke", *LOCAL, "--calibration", str(file))
+    planned = train("digits_smoke", *LOCAL, "--dry-run", "--calibration", str(file))
+    assert planned.code == 0, planned.err
+    done = train("digits_smoke", *LOCAL)  # it finds what was foretold
     assert done.code == 0, done.err
     rows = done.summary["foretold"]
+    assert [row["foretold"] for row in rows] == [round(one["seconds"], 1) for one in planned.summary["foretold"]]
     assert [row["name"] for row in rows] == names
     for row in rows:
         assert row["took"] == done.summary["took"][row["name"]]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dircluster import cli
-from dircluster.cluster import preflight, storage
+from dircluster.cluster import foretold, preflight, storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
-from dircluster.cluster.storage import open_path, opener
-from dircluster.config import ConfigError, RunConfig, StorageConfig
+from dircluster.cluster.storage import opener
+from dircluster.config import ConfigError, RunConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.precision import is_half
-from dircluster.training.costs import count, evaluation_operations, exchanged, step_operations
+from dircluster.training.costs import count, exchanged, step_operations
 from dircluster.training.export import load_target
 from dircluster.training.forecast import (
     Calibration,
@@ -31,6 +31,7 @@ from dircluster.training.forecast import (
     forecast,
     from_plain,
     from_summary,
+    judging_seconds,
     planned_stages,
     to_plain,
 )
@@ -38,7 +39,7 @@ from dircluster.training.run import data_cache
 
 
 def plan(job: cli.TrainJob) -> str:
-    """The plan as plain text; what is foretold is written where --summary says.
+    """The plan as plain text; what is foretold is kept for the run's summary, and written where --summary says.
 
     Raises ConfigError where the data, the target or the calibration cannot be used.
     """
@@ -88,9 +89,11 @@ def plan(job: cli.TrainJob) -> str:
         f"foretold from {found.device}{by}; start and end of the job, storage and exchange come on top",
         *_table(made),
     ]
-    if left := evaluation_operations(config)[1]:
+    if left := judging_seconds(config, found, images, sizes[2])[1]:
         lines.append(f"not foretold: {', '.join(left)}")
-    cli.write_summary(job, {"calibration": to_plain(found), "foretold": [asdict(one) for one in made]})
+    rows = [asdict(one) for one in made]
+    foretold.keep(rows, with_absolute_paths(job.run), job.launcher)
+    cli.write_summary(job, {"calibration": to_plain(found), "foretold": rows})
     return "\n".join(lines)
 
 
@@ -106,41 +109,10 @@ def _check_inputs(job: cli.TrainJob) -> None:
         load_target(config, opener(config.storage))
 
 
-def foretold(job: cli.TrainJob) -> list[Forecast]:
-    """What --calibration foretells of the job; nothing where it is not given. Raises ConfigError where it cannot."""
-    if job.calibration is None:
-        return []
-    found, sizes = from_summary(job.calibration), split_sizes(job.run.data, opener(job.run.storage))
-    return forecast(as_launched(job.run, job.launcher), found, *sizes)
-
-
-def beside(made: list[Forecast], outcome: Mapping[str, Any], settings: StorageConfig) -> list[dict[str, Any]]:
-    """What was foretold beside what a run took, of what was not taken from an earlier run.
-
-    Seconds; bytes at the peak, of the first worker; bytes that stay in storage.
-    """
-    folders = outcome.get("folders", {})
-    return [
-        {
-            "name": one.name,
-            "foretold": round(one.seconds, 1),
-            "took": round(outcome["seconds"][one.name], 1),
-            "foretold_memory": one.memory,
-            "memory": outcome["memory"][one.name],
-            "foretold_stored": one.stored,
-            "stored": _stored(folders[one.name], settings) if one.name in folders else 0,
-        }
-        for one in made
-        if one.name in outcome.get("seconds", {})
-    ]
-
-
-def _stored(folder: str, settings: StorageConfig) -> int | None:
-    """Bytes of the files in a folder; None where storage does not say: the run has ended well."""
-    try:
-        return sum(file.stat().st_size for file in open_path(folder, settings).rglob("*") if file.is_file())
-    except Exception:  # whatever object storage raises
-        return None
+def foretold_by(calibration: Path, job: cli.TrainJob) -> list[dict[str, Any]]:
+    """What --calibration foretells of the job. Raises ConfigError where it cannot."""
+    found, sizes = from_summary(calibration), split_sizes(job.run.data, opener(job.run.storage))
+    return [asdict(one) for one in forecast(as_launched(job.run, job.launcher), found, *sizes)]
 
 
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dircluster import cli
 from dircluster.cli import command
-from dircluster.cluster import preflight, storage
+from dircluster.cluster import foretold, preflight, storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
@@ -61,11 +61,13 @@ class Launch:
             from dircluster.training import hub_folder
 
             hub_folder.check(job.export)
-        self.foretold: list[Any] = []
+        self.foretold: list[foretold.Row] = []
         if job.calibration is not None:  # before anything is trained: it may be another preset's
-            from dircluster.cluster.commands.plan import foretold
+            from dircluster.cluster.commands.plan import foretold_by
 
-            self.foretold = foretold(job)
+            self.foretold = foretold_by(job.calibration, job)
+        elif job.summary is not None:
+            self.foretold = foretold.kept(self.config, job.launcher)
         storage.check(self.config)
         with Terminal() if self.first else Bystander() as terminal:
             changed = ", ".join(f"{n} {v}" for n, v in cli.describe(job).items() if n not in ("seed", "storage.uri"))
@@ -225,9 +227,7 @@ class Launch:
             "results": outcome.get("results", []),
         }
         if self.foretold:
-            from dircluster.cluster.commands.plan import beside
-
-            summary["foretold"] = beside(self.foretold, outcome, self.job.run.storage)
+            summary["foretold"] = foretold.beside(self.foretold, outcome, self.job.run.storage)
         if "error" in outcome:
             summary["error"] = outcome["error"]
         return summary
