@@ -185,6 +185,10 @@ class BenchmarkJob(DefenseJob):
     compare: Switch = False
     """Time whole steps in turns instead: the paper's step written plainly, the same here, and fast crafting."""
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"--steps must be at least 1, got {self.steps}")
+
 
 @dataclass(frozen=True)
 class DoctorJob(DefenseJob):

@@ -2,8 +2,8 @@
 
 What lies on this machine is looked at; of what lies in object storage it is asked whether it exists. Paths that only
 the nodes of a cluster may have are left to its workers. PyTorch is imported, for a second or two more, where a target
-is given, or made by other code than this package's, where sizes may be more than there is memory for, and where steps
-are to be captured or compiled.
+is given, or made by other code than this package's, where sizes may be more than there is memory for, where steps are
+to be captured or compiled, and where GPUs are asked for.
 """
 
 from __future__ import annotations
@@ -77,17 +77,24 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
 
 
 def _check_switches(config: RunConfig) -> None:
-    """Raise ConfigError where this machine, which trains, cannot capture or compile what it is asked to."""
-    if not (config.training.capture == "on" or config.training.compiles):
+    """Raise ConfigError where this machine, which trains, lacks GPUs, or cannot capture or compile as asked."""
+    scaling, gpus = config.scaling, config.scaling.device == "gpu"
+    if not (gpus or config.training.capture == "on" or config.training.compiles):
         return
     import torch
+
+    found = torch.cuda.device_count()
+    if gpus and found < scaling.least:
+        raise ConfigError(
+            f"scaling.workers {scaling.workers} need as many GPUs, but this machine has {found}; ask for fewer, or use"
+            " --scaling.device cpu"
+        )
 
     from dircluster.distributed.parallel import Parallel
     from dircluster.training.switches import check_switches
 
-    on_gpu = config.scaling.device != "cpu" and torch.cuda.device_count() >= config.scaling.least
-    device = torch.device("cuda" if on_gpu else "cpu")
-    check_switches(config, Parallel(0, config.scaling.least, device))
+    device = torch.device("cuda" if scaling.device != "cpu" and found >= scaling.least else "cpu")
+    check_switches(config, Parallel(0, scaling.least, device))
 
 
 def check_download(name: str, storage_uri: str) -> None:

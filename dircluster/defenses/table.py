@@ -40,13 +40,16 @@ def find_defense(name: str) -> Defense:
     return found
 
 
-def variants_of(run: RunConfig) -> dict[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]:
-    """What a step of the run is timed in turns with, by name: a run, and a recipe unless it is its last stage's own.
+Variants = dict[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]
+"""Steps that are timed in turns, by name: a run, and a recipe unless it is that of the run's last stage."""
+
+
+def variants_of(run: RunConfig) -> Variants:
+    """What a step of the run is timed in turns with.
 
     Nothing where the table has no row for the defense.
     """
     if run.defense not in COMPARED:
         return {}
-    found: dict[str, tuple[RunConfig, Callable[[Modules], Recipe] | None]]
-    found = importlib.import_module(COMPARED[run.defense]).compared(run)
+    found: Variants = importlib.import_module(COMPARED[run.defense]).compared(run)
     return found

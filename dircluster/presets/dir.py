@@ -179,6 +179,11 @@ class DirRun(RunConfig):
             f" got {model.width}",
         )
         super().__post_init__()
+        size = self.dir.perturb_step_size
+        require(
+            size is None or size < 1 or self.attack.norm == "l2",
+            f"dir.perturb_step_size must lie in (0, 1), or be positive for l2, got {size}",
+        )
         if self.dir.joint:
             require(self.target.uri is None, "target.uri has no use in joint mode: the target is trained from scratch")
             require(

@@ -157,5 +157,19 @@ def test_a_comparison_of_steps(place: Path) -> None:
     assert "times the first" in timed.out
     assert "% of the matrix-product rate" in timed.out
     assert all(row["share_of_matrix_product_rate"] > 0 for row in timed.summary["steps"])
-    none = run_job("benchmark", "digits_hgd_smoke", "--compare", folder=place)
-    assert (none.code, none.error) == (2, ["error: --compare has nothing to compare the step of hgd with"])
+
+
+def test_a_benchmark_that_cannot_be_is_refused_before_it_reads(place: Path) -> None:
+    compare = ["--compare", "--storage.uri", "untouched"]
+    cases = {
+        "--steps must be at least 1, got 0": ["digits_smoke", "--steps", "0"],
+        "--compare has nothing to compare the step of hgd with": ["svhn_hgd_smoke", *compare],  # without a download
+        "--compare is of Algorithm 1: attack.norm linf, dir.crafting_masks shared, dir.mse_weight 0, no dir.joint": [
+            *("cifar10_joint_smoke", *compare)
+        ],
+        "a benchmark is one worker: start scaling.workers 2 by torchrun": ["digits_smoke", "--scaling.workers", "2"],
+    }
+    for message, words in cases.items():
+        done = run_job("benchmark", *words, folder=place)
+        assert (done.code, done.error) == (2, [f"error: {message}"])
+    assert not (place / "untouched").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli
@@ -10,6 +11,7 @@ from dircluster.config import ConfigError
 
 if TYPE_CHECKING:
     from dircluster.data.split import Split
+    from dircluster.defenses.table import Variants
     from dircluster.distributed.parallel import Parallel
 
 
@@ -19,9 +21,13 @@ def main(argv: list[str]) -> int:
 
 
 def _benchmark(job: cli.BenchmarkJob) -> int:
+    scaling = job.run.scaling
+    if scaling.least > 1 and "RANK" not in os.environ:
+        raise ConfigError(f"a benchmark is one worker: start scaling.workers {scaling.workers} by torchrun")
     measured = _measure(job)
-    print(_comparison(measured) if job.compare else _lines(measured))
-    cli.write_summary(job, measured)
+    if os.environ.get("RANK", "0") == "0":
+        print(_comparison(measured) if job.compare else _lines(measured))
+        cli.write_summary(job, measured)
     return 0
 
 
@@ -29,24 +35,26 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.cluster.storage import opener
     from dircluster.data.sources import load
     from dircluster.data.split import Split
+    from dircluster.defenses.table import variants_of
     from dircluster.distributed.launch import local_workers
     from dircluster.training import stages
     from dircluster.training.export import load_target
     from dircluster.training.profiling import time_eot, time_phases
     from dircluster.training.run import data_cache
 
-    if job.steps < 1:
-        raise ConfigError(f"--steps must be at least 1, got {job.steps}")
     config = job.run
     if config.data.stream:
         raise ConfigError("data.stream has no use in a benchmark of a step: it reads its images beforehand")
+    variants = variants_of(config) if job.compare else {}
+    if job.compare and not variants:
+        raise ConfigError(f"--compare has nothing to compare the step of {config.defense} with")
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
     with local_workers(config.scaling) as parallel:
         train = load(short, config.seed, data_cache(config), opener(config.storage)).train
         assert isinstance(train, Split)
         if job.compare:
-            return _compare(job, train, parallel)
+            return _compare(job, variants, train, parallel)
         networks = stages.Networks(config, parallel)
         if config.target.uri:
             networks["classifier"].load_state_dict(load_target(config, opener(config.storage)).state_dict())
@@ -58,17 +66,14 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
         return measured | {"eot": time_eot(defense, images, labels, 20, config.evaluation.precision)}
 
 
-def _compare(job: cli.BenchmarkJob, train: Split, parallel: Parallel) -> dict[str, Any]:
-    from dircluster.defenses.table import variants_of
+def _compare(job: cli.BenchmarkJob, compared: Variants, train: Split, parallel: Parallel) -> dict[str, Any]:
     from dircluster.training import stages
     from dircluster.training.profiling import compare, device_name
 
     variants = {}
-    for name, (run, recipe) in variants_of(job.run).items():
+    for name, (run, recipe) in compared.items():
         networks, stage = stages.Networks(run, parallel), stages.stages_of(run)[-1]
         variants[name] = (stage, (recipe or stage.recipe)(networks), run)
-    if not variants:
-        raise ConfigError(f"--compare has nothing to compare the step of {job.run.defense} with")
     batch = job.run.training.batch_size
     rows = compare(variants, train, parallel, job.steps)
     return {"device": device_name(parallel.device), "batch_size": batch, "rounds": job.steps, "steps": rows}

@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -61,7 +62,7 @@ class Launch:
             from dircluster.training import hub_folder
 
             hub_folder.check(job.export)
-        self.foretold: list[foretold.Row] = []
+        self.foretold: Sequence[foretold.Row] = []
         if job.calibration is not None:  # before anything is trained: it may be another preset's
             from dircluster.cluster.commands.plan import foretold_by
 

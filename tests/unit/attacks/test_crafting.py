@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from dircluster.attacks.crafting import craft
 from dircluster.attacks.gradient import cross_entropy
 from dircluster.config import AttackConfig, ConfigError
 from dircluster.presets import preset
+from dircluster.presets.dir import DirRun
 
 DIM, CLASSES, N, EPSILON, STEP = 12, 4, 5, 0.1, 0.05
 WEIGHT = torch.randn(CLASSES, DIM, generator=rng.generator(0, "w"), dtype=torch.float64)
@@ -127,6 +128,17 @@ def test_n_fgsm_is_one_step_from_wide_noise_and_stays_where_it_lands() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AttackConfig(**settings)
+
+
+def test_a_step_of_the_perturbation_beyond_all_pixels_is_refused() -> None:
+    run = preset("digits")
+    assert isinstance(run, DirRun)
+    knobs = replace(run.dir, perturb_step_size=2.0)
+    with pytest.raises(
+        ConfigError, match=r"dir.perturb_step_size must lie in \(0, 1\), or be positive for l2, got 2.0"
+    ):
+        replace(run, dir=knobs)
+    assert replace(run, attack=AttackConfig(epsilon=2.0, norm="l2"), dir=knobs).dir == knobs
 
 
 def test_a_defense_that_crafts_on_its_target_alone_takes_pgd_alone() -> None:

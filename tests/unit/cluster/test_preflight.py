@@ -207,6 +207,8 @@ def test_networks_that_cannot_be_are_refused_before_anything_starts(words: str, 
 def test_switches_that_this_machine_cannot_fulfil_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"training.capture is on, .* captured here: it runs on the CPU"):
         check("training.capture on scaling.device cpu")
+    with pytest.raises(ConfigError, match="workers 16 need as many GPUs, but this machine has"):
+        check("scaling.workers 16 scaling.device gpu")
 
     def missing(device: torch.device) -> None:
         raise ConfigError(f"no compiler for the {device.type}")
