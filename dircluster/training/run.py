@@ -79,6 +79,8 @@ class Run:
         self.selection: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         """What was trained and evaluated took, by stage: nothing of what was reused."""
+        self.resumed: list[str] = []
+        """Of these, what an earlier run had begun: they took their rest alone."""
         self.memory: dict[str, int] = {}
         """Peak bytes on this worker's device, or of its process on a CPU, by the same names."""
         self.folders: dict[str, str] = {}
@@ -120,6 +122,7 @@ class Run:
             "results": rows,
             "selection": self.selection,
             "seconds": self.seconds,
+            "resumed": self.resumed,
             "memory": self.memory,
             "folders": self.folders,
             "trained_by": self.trained_by,
@@ -243,6 +246,7 @@ class Run:
         status = "FAILED"
         try:
             best = trainer.run()
+            self.resumed += [stage.name] if trainer.begun_at else []
             state = {"stage": stage.name, "best": best, **facts}
             tensors = {name: gather_full(networks[name].state_dict(), parallel.first) for name in stage.modules}
 
@@ -344,6 +348,7 @@ class Run:
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)
             parallel.wait()
+            self.resumed += ["evaluation"] if left < len(list(evaluation.shards())) else []
             self.memory["evaluation"] = peak(parallel.device)
             self.seconds["evaluation"] = time.monotonic() - began
             say(f"evaluation: done in {self.seconds['evaluation']:.0f} s")

@@ -59,7 +59,7 @@ class Trainer(Stepper):
         self.validates = recipe.deployed() is not None
         self.best: dict[str, Any] | None = None
         self.new_best: tuple[str, dict[str, Tensor], dict[str, Any]] | None = None
-        self.saved = -1
+        self.saved, self.begun_at = -1, 0
         self.writer = CheckpointWriter(checkpoints, console.say) if parallel.first else None
 
     def run(self) -> dict[str, Any] | None:
@@ -205,7 +205,7 @@ class Trainer(Stepper):
         for module, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
         self.best, step = found.state["best"], int(found.state["step"])
-        self.saved = step
+        self.saved = self.begun_at = step
         if self.parallel.first:
             self.record.resend(found.state.get("unsent", []), found.tensors.get("unsent", {}))
             if step < self.steps:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from dircluster.defenses.table import find_defense
 from dircluster.presets import preset
 from tests.conftest import Trained
-from tests.jobs import environment
+from tests.jobs import environment, run_job
 
 Train = Callable[..., Any]
 LOCAL = ("--launcher", "local", "--tracking.no-enabled")
@@ -291,15 +291,21 @@ def test_a_summary_shows_what_was_foretold_beside_what_came(train: Train, tmp_pa
     file, pace = tmp_path / "plan.json", {"operations_per_second": 1e9, "images": 1, "memory": 2**29}
     names = ["target", "pretrain", "dir", "evaluation"]
     file.write_text(json.dumps({"calibration": {"device": "a CPU", "paces": dict.fromkeys(names, pace)}}))
-    planned = train("digits_smoke", *LOCAL, "--dry-run", "--calibration", str(file))
+    words = ("digits_smoke", *LOCAL, "--dry-run", "--calibration", str(file))
+    second = run_job("train", *words, folder=tmp_path, env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert (second.code, second.out, second.summary) == (0, "", {})  # the first of torchrun's tells
+    assert not (tmp_path / "runs").exists()
+    planned = train(*words)
     assert planned.code == 0, planned.err
     done = train("digits_smoke", *LOCAL)  # it finds what was foretold
     assert done.code == 0, done.err
     rows = done.summary["foretold"]
+    assert done.summary["foretold_on"] == "a CPU"
     assert [row["foretold"] for row in rows] == [round(one["seconds"], 1) for one in planned.summary["foretold"]]
     assert [row["name"] for row in rows] == names
     for row in rows:
         assert row["took"] == done.summary["took"][row["name"]]
+        assert not row["resumed"]
         assert row["foretold_memory"] == 2**29
         assert 2**26 < row["memory"] < 2**34  # the process has PyTorch in it
         lies = sum(file.stat().st_size for file in tmp_path.glob(f"runs/{row['name']}-*/**/*") if file.is_file())

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dircluster import cli
-from dircluster.cluster import foretold, preflight, storage
+from dircluster.cluster import preflight, storage
+from dircluster.cluster.foretold import Foretold, keep
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.storage import opener
 from dircluster.config import ConfigError, RunConfig
@@ -92,8 +93,9 @@ def plan(job: cli.TrainJob) -> str:
     if left := judging_seconds(config, found, images, sizes[2])[1]:
         lines.append(f"not foretold: {', '.join(left)}")
     rows = [asdict(one) for one in made]
-    foretold.keep(rows, with_absolute_paths(job.run), job.launcher)
-    cli.write_summary(job, {"calibration": to_plain(found), "foretold": rows})
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's the first
+        keep(Foretold(found.device, rows), with_absolute_paths(job.run), job.launcher)
+        cli.write_summary(job, {"calibration": to_plain(found), "foretold": rows})
     return "\n".join(lines)
 
 
@@ -109,10 +111,11 @@ def _check_inputs(job: cli.TrainJob) -> None:
         load_target(config, opener(config.storage))
 
 
-def foretold_by(calibration: Path, job: cli.TrainJob) -> list[dict[str, Any]]:
+def foretold_by(calibration: Path, job: cli.TrainJob) -> Foretold:
     """What --calibration foretells of the job. Raises ConfigError where it cannot."""
     found, sizes = from_summary(calibration), split_sizes(job.run.data, opener(job.run.storage))
-    return [asdict(one) for one in forecast(as_launched(job.run, job.launcher), found, *sizes)]
+    made = forecast(as_launched(job.run, job.launcher), found, *sizes)
+    return Foretold(found.device, [asdict(one) for one in made])
 
 
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:

@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,10 +31,16 @@ def _train(job: cli.TrainJob) -> int:
         from dircluster.cluster.commands.plan import plan
 
         planned = plan(job)
-        with cli.reader_may_leave():
-            print(planned)
+        if _speaks(job):
+            with cli.reader_may_leave():
+                print(planned)
         return 0
     return Launch(job).run()
+
+
+def _speaks(job: cli.TrainJob) -> bool:
+    """Whether this process tells how the job goes: alone, or as the first of torchrun's."""
+    return job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
 
 
 class Launch:
@@ -44,7 +49,7 @@ class Launch:
     def __init__(self, job: cli.TrainJob) -> None:
         self.job = job
         self.config = with_absolute_paths(job.run)
-        self.first = job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
+        self.first = _speaks(job)
         self.commit = commit()
         self.record: Any = None
         self.held = contextlib.ExitStack()
@@ -62,7 +67,7 @@ class Launch:
             from dircluster.training import hub_folder
 
             hub_folder.check(job.export)
-        self.foretold: Sequence[foretold.Row] = []
+        self.foretold: foretold.Foretold | None = None
         if job.calibration is not None:  # before anything is trained: it may be another preset's
             from dircluster.cluster.commands.plan import foretold_by
 
@@ -227,7 +232,8 @@ class Launch:
             "took": {name: round(value, 1) for name, value in outcome.get("seconds", {}).items()},
             "results": outcome.get("results", []),
         }
-        if self.foretold:
+        if self.foretold is not None:
+            summary["foretold_on"] = self.foretold.device
             summary["foretold"] = foretold.beside(self.foretold, outcome, self.job.run.storage)
         if "error" in outcome:
             summary["error"] = outcome["error"]

@@ -95,9 +95,17 @@ def test_chance_survives_of_what_a_smoke_run_judges() -> None:
     assert module.surviving(preset("cifar100_smoke"), 43) == 0.01
 
 
-@pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
-def test_a_selection_counts_what_it_runs(smoke: DirRun, stage: str) -> None:
-    config, data = smoke, load(smoke.data, 0)
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        *(("digits_smoke", stage) for stage in ("target", "pretrain", "dir")),
+        ("digits_jatp_smoke", "jatp"),
+        ("digits_menet_a_smoke", "menet"),
+    ],
+)
+def test_a_selection_counts_what_it_runs(name: str, stage: str) -> None:
+    config = preset(name)
+    data = load(config.data, 0)
     recipe = stages.find_stage(config, stage).recipe(stages.Networks(config, ALONE))
     deployed = recipe.deployed()
     assert deployed is not None

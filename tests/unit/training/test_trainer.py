@@ -86,7 +86,9 @@ def test_a_stage_knows_the_code_that_trained_it(smoke: RunConfig, tmp_path: Path
         by("one", StopAfter(3))
     broken = by("two")
     assert broken["trained_by"] == {"target": ["one", "two"], "pretrain": ["two"], "dir": ["two"]}
-    assert by("three")["trained_by"] == broken["trained_by"]
+    assert broken["resumed"] == ["target"]
+    again = by("three")
+    assert (again["trained_by"], again["resumed"]) == (broken["trained_by"], [])
     unrecorded = run(elsewhere(smoke, tmp_path / "unrecorded"))
     assert unrecorded["trained_by"] == {"target": [], "pretrain": [], "dir": []}
     stages = [sorted(file.parent.name for file in (tmp_path / f).glob("*/final")) for f in ("broken", "unrecorded")]
