@@ -205,4 +205,5 @@ DEFENSE = Defense(
     describe=describe,
     facts=facts,
     sections=("model",),
+    repeats="model.steps",
 )

@@ -66,6 +66,9 @@ class Defense:
     """Name of the network that is deployed."""
     sections: tuple[str, ...] = ()
     """Sections of the run that decide the networks' shapes."""
+    repeats: str = ""
+    """The setting, by its dotted name, that says how often a pass through the purifier repeats the same work, where it
+    may be so often that what a pass costs is better counted on a few times."""
 
     def build(self, run: RunConfig, name: str) -> nn.Module:
         """A network of the run with its initial weights, a function of the seed."""

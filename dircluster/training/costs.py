@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dircluster.attacks.apgd import SURVIVORS
-from dircluster.config import RunConfig
+from dircluster.config import RunConfig, flatten, to_dict, with_values
 from dircluster.defenses.base import Purifier
 from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage, architecture
@@ -33,6 +33,8 @@ from dircluster.training.step import pieces
 
 IMAGES = 2
 """That pass together where a step is counted."""
+FEW = 2
+"""Times that repeated work is counted at: the first may differ from the others."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,19 @@ def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS) -> tu
     ``survivors`` is the share of images that is taken to survive attacks which leave out those that they have fooled.
     Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
     Attacks that look into values cannot run there: of some the number of gradients can be told, the others
-    (AutoAttack, Square) are not counted.
+    (AutoAttack, Square) are not counted. Of a purifier that ``repeats`` its work that is counted at FEW times and once
+    more, and the rest follows.
     """
+    repeats = find_defense(config.defense).repeats
+    often = flatten(to_dict(config))[repeats] if repeats else 0
+    if often <= FEW:
+        return _counted(config, survivors)
+    (few, left), (more, _) = (_counted(with_values(config, {repeats: FEW + n}), survivors) for n in (0, 1))
+    return few + (more - few) * (often - FEW), left
+
+
+def _counted(config: RunConfig, survivors: float) -> tuple[float, tuple[str, ...]]:
+    """As :func:`evaluation_operations`, all of it counted."""
     networks = meta_networks(config)
     victim = VictimModel(find_defense(config.defense).defended(config, networks), config.defense)
     settings, images = config.evaluation, _images(config, IMAGES)

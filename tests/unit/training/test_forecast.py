@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dircluster.attacks.apgd import SURVIVORS, malt_gradients
-from dircluster.config import ConfigError, ParallelConfig, RunConfig, ScalingConfig
+from dircluster.config import ConfigError, ParallelConfig, RunConfig, ScalingConfig, with_values
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
@@ -83,6 +83,13 @@ def test_malt_is_foretold_by_its_gradients(smoke: DirRun, survivors: float, monk
     judged = 2 * forward_operations(defense, image)  # under known draws and under fresh ones
     assert told == pytest.approx(malt_gradients(2, 10, survivors) * gradient_operations(defense, image) + judged)
     assert left == ()
+
+
+def test_repeated_work_is_counted_on_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = with_values(preset("digits_ebm_smoke"), {"model.steps": 4})
+    told = evaluation_operations.__wrapped__(run)
+    monkeypatch.setattr(costs, "FEW", 4)
+    assert evaluation_operations.__wrapped__(run) == told
 
 
 def test_chance_survives_of_what_a_smoke_run_judges() -> None:
