@@ -118,15 +118,26 @@ def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS) -> tu
     ``survivors`` is the share of images that is taken to survive attacks which leave out those that they have fooled.
     Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
     Attacks that look into values cannot run there: of some the number of gradients can be told, the others
-    (AutoAttack, Square) are not counted. Of a purifier that ``repeats`` its work that is counted at FEW times and once
-    more, and the rest follows.
+    (AutoAttack, Square) are not counted.
     """
+    left: tuple[str, ...] = ()
+
+    def counted(run: RunConfig) -> float:
+        nonlocal left
+        total, left = _counted(run, survivors)
+        return total
+
+    return followed(config, counted), left
+
+
+def followed(config: RunConfig, counted: Callable[[RunConfig], float]) -> float:
+    """``counted(config)``, operations. Of a purifier that repeats its work they follow from FEW times and one more."""
     repeats = find_defense(config.defense).repeats
     often = flatten(to_dict(config))[repeats] if repeats else 0
     if often <= FEW:
-        return _counted(config, survivors)
-    (few, left), (more, _) = (_counted(with_values(config, {repeats: FEW + n}), survivors) for n in (0, 1))
-    return few + (more - few) * (often - FEW), left
+        return counted(config)
+    few, more = (counted(with_values(config, {repeats: FEW + n})) for n in (0, 1))
+    return few + (more - few) * (often - FEW)
 
 
 def _counted(config: RunConfig, survivors: float) -> tuple[float, tuple[str, ...]]:
@@ -212,12 +223,22 @@ def _images(config: RunConfig, images: int) -> Tensor:
 
 def count(config: RunConfig) -> Costs:
     """Costs of the run's purifier and target, counted on the meta device: nothing is computed or downloaded."""
-    networks = meta_networks(config)
-    purifier, classifier = networks[find_defense(config.defense).purifier], networks["classifier"]
-    assert isinstance(purifier, Purifier)
-    drawn, image = purifier.draw(torch.Generator(), 1), _images(config, 1)
+    image = _images(config, 1)
+
+    def networks_of(run: RunConfig) -> tuple[Purifier, nn.Module]:
+        networks = meta_networks(run)
+        purifier = networks[find_defense(run.defense).purifier]
+        assert isinstance(purifier, Purifier)
+        return purifier, networks["classifier"]
+
+    def purified(run: RunConfig) -> int:
+        purifier, _ = networks_of(run)
+        drawn = purifier.draw(torch.Generator(), 1)
+        return forward_operations(purifier, image, None if drawn is None else drawn.to("meta"))
+
+    purifier, classifier = networks_of(config)
     return Costs(
-        forward_operations(purifier, image, None if drawn is None else drawn.to("meta")),
+        int(followed(config, purified)),
         forward_operations(classifier, image),
         _parameters(purifier),
         _parameters(classifier),

@@ -35,6 +35,7 @@ from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.costs import (
     evaluation_operations,
+    followed,
     forward_operations,
     gradient_operations,
     meta_networks,
@@ -143,8 +144,11 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
         steps.clear()
     networks.renew(tuple(networks))
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
-    on_meta = networks.defense.defended(config, meta_networks(config)).fixed(0)
-    per_image = gradient_operations(on_meta, _image(config))
+
+    def passed(run: RunConfig) -> int:
+        return gradient_operations(networks.defense.defended(run, meta_networks(run)).fixed(0), _image(run))
+
+    per_image = followed(config, passed)
     judged = config.evaluation
     rows = min(judged.usual_rows, judged.batch_size, judged.images or judged.batch_size)
     paces[EVALUATION] = _pace(lambda images: _gradient(defense, config, images), per_image, rows, parallel, budget)

@@ -87,9 +87,9 @@ def test_malt_is_foretold_by_its_gradients(smoke: DirRun, survivors: float, monk
 
 def test_repeated_work_is_counted_on_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     run = with_values(preset("digits_ebm_smoke"), {"model.steps": 4})
-    told = evaluation_operations.__wrapped__(run)
+    told = evaluation_operations.__wrapped__(run), count(run)
     monkeypatch.setattr(costs, "FEW", 4)
-    assert evaluation_operations.__wrapped__(run) == told
+    assert (evaluation_operations.__wrapped__(run), count(run)) == told
 
 
 def test_chance_survives_of_what_a_smoke_run_judges() -> None:
