@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
-from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ class Judge:
 
     def stream(self, rows: Tensor) -> rng.ImageStream:
         """The draws of the rows: each image's own, whatever it is judged for."""
-        many, device, images = len(rows), self.parallel.device, tuple(rows.tolist())
-        return rng.ImageStream(self.config.seed, 0, 0, many, slice(0, many), device, self.purpose, images)
+        count, device, images = len(rows), self.parallel.device, tuple(rows.tolist())
+        return rng.ImageStream(self.config.seed, 0, 0, count, slice(0, count), device, self.purpose, images)
 
     def draws(self, deployed: nn.Module, rows: Tensor, purpose: str = "masks") -> Tensor | None:
         """What a purifier draws for the rows: -> (N, ...); None where it draws nothing, or there is none."""
@@ -57,15 +57,15 @@ class Judge:
             return deployed
         if not renewed:
             return partial(deployed.logits, draws=self.draws(deployed, rows))
-        calls = count(1)
+        calls = itertools.count(1)
         return lambda images: deployed.logits(images, self.draws(deployed, rows, f"masks/{next(calls)}"))
 
     def pgd(self, deployed: nn.Module, rows: Tensor, steps: int | None = None, renewed: bool = False) -> Tensor:
         """The rows' images, attacked: by so many steps of the evaluation's size, or as training does on its own."""
         attack, (images, labels) = self.config.attack, self.batch(rows)
         start = self.stream(rows).uniform("pgd", tuple(images.shape[1:]))
-        many, size = (attack.steps, attack.step) if steps is None else (steps, attack.step_for(steps))
-        return pgd(self.model(deployed, rows, renewed), images, labels, threat_of(attack), many, size, start)
+        count, size = (attack.steps, attack.step) if steps is None else (steps, attack.step_for(steps))
+        return pgd(self.model(deployed, rows, renewed), images, labels, threat_of(attack), count, size, start)
 
     def collect(self, right: Callable[[Tensor], Tensor]) -> Tensor:
         """``right`` of every batch of rows, (n, columns) bool, as one (total, columns) tensor on all workers."""
@@ -145,7 +145,7 @@ def restoration_grid(
         adversarial = judge.pgd(deployed, rows)
         with torch.no_grad():
             restored = deployed.purifier(adversarial, draws)
-    seen = list(islice(deployed.purifier.visible(adversarial, draws), 1))
+    seen = list(itertools.islice(deployed.purifier.visible(adversarial, draws), 1))
     moved = restored - natural
     difference = 0.5 + moved / (2 * moved.abs().amax().clamp_min(1.0))  # restored images may leave [0, 1]
     return torch.stack([natural, adversarial, *seen, restored, difference]).clamp(0, 1).cpu()
