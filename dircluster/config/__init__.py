@@ -20,9 +20,10 @@ from dircluster.config.errors import (
     without_secrets,
 )
 from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
-from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_hashed
+from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_by_itself, as_hashed
 from dircluster.config.sections import (
     ARCHITECTURES,
+    HOW_TRAINED,
     LEAST_STD,
     USUAL_ROWS,
     AttackConfig,
@@ -37,6 +38,7 @@ from dircluster.config.serialize import digest, flatten, from_dict, local_path, 
 __all__ = [
     "ANY_ERROR",
     "ARCHITECTURES",
+    "HOW_TRAINED",
     "LATER_FIELDS",
     "LEAST_STD",
     "SAME_NUMBERS",
@@ -53,6 +55,7 @@ __all__ = [
     "TargetConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "as_by_itself",
     "as_hashed",
     "digest",
     "error_from_plain",

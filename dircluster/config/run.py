@@ -21,6 +21,7 @@ from dircluster.config.sections import (
 from dircluster.config.serialize import flatten, to_dict
 
 AnyRun = TypeVar("AnyRun", bound="RunConfig")
+AnySection = TypeVar("AnySection")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class RunConfig:
 
     later: ClassVar[Mapping[str, Any]] = {}
     """As LATER_FIELDS, of the defense's own sections."""
+
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Settings of ``target`` that nothing reads where ``target.uri`` gives one: a defense that names none reads all."""
 
     name: str = "digits"
     """Names the run and its model, DEFENSE-NAME; the preset's name unless given."""
@@ -96,16 +100,22 @@ class RunConfig:
 
     @property
     def canonical(self: AnyRun) -> AnyRun:
-        """The run that computes the same, in the form that its keys hold: a value given is as the same value derived.
+        """The run that computes the same, in the form that its keys hold: a value given is as the same value derived,
+        and what nothing reads is as it is by itself.
 
-        A defense whose own sections derive values overrides it.
+        A defense whose own sections derive values, or do not read some, overrides it.
         """
+        target, evaluation = self.target.canonical, self.evaluation.canonical
+        if self.target.uri is not None:
+            target = as_by_itself(target, TargetConfig(), *self.unread)
+        if self.attack.norm == "l2":  # the threat is an L2 ball already
+            evaluation = as_by_itself(evaluation, EvaluationConfig(), "l2_epsilon")
         sections: dict[str, Any] = {
             "data": self.data.canonical,
             "attack": self.attack.canonical,
-            "target": self.target.canonical,
+            "target": target,
             "training": self.training.canonical_under(self.attack),
-            "evaluation": self.evaluation.canonical,
+            "evaluation": evaluation,
         }
         names = [each.name for each in fields(self)]
         return replace(self, **{name: _with_optimizers(sections.get(name, getattr(self, name))) for name in names})
@@ -118,6 +128,12 @@ class RunConfig:
     def printed_ablation(self) -> tuple[float, float] | None:
         """Natural accuracy and that under PGD-20 that the paper prints where all but what it varies is its preset's."""
         return None
+
+
+def as_by_itself(section: AnySection, usual: AnySection, *names: str) -> AnySection:
+    """``section`` with those settings as ``usual`` has them, which nothing reads."""
+    changed: Any = {name: getattr(usual, name) for name in names}
+    return replace(section, **changed)  # type: ignore[type-var]
 
 
 def _with_optimizers(section: Any) -> Any:

@@ -315,6 +315,8 @@ class TargetConfig:
         made = replace(self, uri=_as_path(self.uri), awp=self.awp or None, ema=self.ema or None)
         if self.uri is None:
             made = replace(made, entry=None)
+        if self.uri is not None and self.uri.startswith("timm:"):  # which names its architecture too
+            made = replace(made, architecture=TargetConfig.architecture)
         if self.objective not in ("trades", "mart") or self.beta == replace(self, beta=None).weight:
             made = replace(made, beta=None)
         if self.objective != "trades":
@@ -324,6 +326,10 @@ class TargetConfig:
             own = self.uri is None and self.architecture in ARCHITECTURES and mean == std == (0.5,)
             made = replace(made, mean=None, std=None) if own else replace(made, mean=mean, std=std)
         return made
+
+
+HOW_TRAINED = ("objective", "beta", "trades_steps", "awp", "epochs", "ema", "optimizer")
+"""Settings of a target that say how it is trained."""
 
 
 def _shortest(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -464,15 +470,15 @@ class EvaluationConfig:
 
     @property
     def canonical(self) -> EvaluationConfig:
-        """The same evaluation in one form: what all of its attacks would derive is not given, nor what none reads.
-
-        ``queries`` are kept: a reproduction reads them in suites of its own.
-        """
+        """The same evaluation in one form: what all of its attacks would derive is not given, nor what none reads."""
         same: dict[str, Any] = {name: None for name, value in self.derived.items() if getattr(self, name) == value}
         if not self.verdict:
             same["verdict_images"] = EvaluationConfig.verdict_images
         if self.suite != "rigorous":
             same["l2_epsilon"] = EvaluationConfig.l2_epsilon
+        if self.suite == "quick":
+            same |= {"resubmissions": None, "votes": None}
+            same |= {} if self.verdict else {"queries": EvaluationConfig.queries}
         return replace(self, **same)
 
     @property

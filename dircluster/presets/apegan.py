@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from dircluster.config import OptimizerConfig, RunConfig, require, require_positive
+from dircluster.config import HOW_TRAINED, OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, with_smoke_twins
 from dircluster.presets.compared import PIPELINE_CRAFTING, AdversarialConfig, as_svhn, short_adversarial
@@ -65,6 +65,7 @@ class ApeganRun(RunConfig):
     """One whole run of APE-GAN: target, generator and discriminator, evaluation."""
 
     defense: ClassVar[str] = "apegan"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
     later: ClassVar[Mapping[str, Any]] = {"apegan.keep": "best"}
 
     model: GanConfig = GanConfig()

@@ -95,6 +95,10 @@ def as_in_table_1(run: RunConfig) -> bool:
     return attack.norm == "linf" and steps and (run.target.objective, run.target.architecture) == ("at", "resnet18")
 
 
+SHORT = TrainingConfig(batch_size=16, microbatch=4, select_images=8)
+"""How the stages of a smoke run are trained."""
+
+
 def smoke_of(make: Callable[[], AnyRun], smaller: Callable[[AnyRun], AnyRun]) -> Callable[[], AnyRun]:
     """A preset that makes the run of ``make`` in seconds; ``smaller`` shrinks the sections of its defense."""
 
@@ -106,7 +110,7 @@ def smoke_of(make: Callable[[], AnyRun], smaller: Callable[[AnyRun], AnyRun]) ->
             data=replace(run.data, limit=48 if run.data.height > 8 else 80),
             attack=replace(run.attack, steps=2),
             target=replace(run.target, epochs=2, optimizer=short_rates(run.target.optimizer)),
-            training=TrainingConfig(batch_size=16, microbatch=4, select_images=8),
+            training=SHORT,
             scaling=ScalingConfig(threads=1),
             evaluation=EvaluationConfig(images=16, batch_size=8, steps=2, eot=2, draws=2),
             tracking=replace(run.tracking, log_every=1, picture_every=1),

@@ -8,21 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from dircluster.config import (
+    HOW_TRAINED,
     ConfigError,
     DataConfig,
     OptimizerConfig,
     RunConfig,
     ScalingConfig,
+    as_by_itself,
     flatten,
     require,
     require_positive,
     require_share,
 )
 from dircluster.presets import base
-from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, smoke_of, with_smoke_twins
+from dircluster.presets.base import NO_DEFENSE, SHORT, TABLE_1, as_in_table_1, short_rates, smoke_of, with_smoke_twins
 from dircluster.presets.compared import PIPELINE_CRAFTING, as_svhn
 
 
@@ -146,6 +149,7 @@ class DirRun(RunConfig):
     """One whole run of DIR: target, pre-training, DIR, evaluation."""
 
     defense: ClassVar[str] = "dir"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
     crafting: ClassVar[tuple[str, ...]] = PIPELINE_CRAFTING
     later: ClassVar[Mapping[str, Any]] = {
         "dir.ema": None,
@@ -190,6 +194,7 @@ class DirRun(RunConfig):
                 self.pretrain.epochs == 0,
                 f"pretrain.epochs must be 0 in joint mode (there is no target yet), got {self.pretrain.epochs}",
             )
+            require(not self.target.awp, f"target.awp has no use in joint mode, got {self.target.awp}")
             objective = self.target.objective
             require(objective != "natural", "target.objective must be at, trades or mart in joint mode, got natural")
             for name in ("alpha", "mse_weight"):
@@ -208,12 +213,22 @@ class DirRun(RunConfig):
     @property
     def canonical(self) -> DirRun:
         run = super().canonical
-        masking, knobs = run.masking, run.dir
+        masking, knobs, target, pretrain = run.masking, run.dir, run.target, run.pretrain
         if masking.count == replace(masking, count=None).masks:
             masking = replace(masking, count=None)
         if knobs.perturb_step_size == run.attack.step_for(knobs.perturb_steps):
             knobs = replace(knobs, perturb_step_size=None)
-        return replace(run, masking=masking, dir=replace(knobs, ema=knobs.ema or None))
+        usual = _by_itself((self.training.batch_size, self.training.select_images))
+        if pretrain.epochs == 0:
+            pretrain = replace(usual.pretrain, epochs=0)
+        if not knobs.joint:
+            knobs = as_by_itself(knobs, usual.dir, "target_optimizer")
+        else:
+            target = as_by_itself(target, usual.target, "trades_steps", "epochs", "ema", "optimizer")
+            if target.objective != "at":
+                knobs = as_by_itself(knobs, usual.dir, "perturb_steps", "perturb_step_size")
+        knobs = replace(knobs, ema=knobs.ema or None)
+        return replace(run, masking=masking, target=target, pretrain=pretrain, dir=knobs)
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
@@ -232,6 +247,12 @@ class DirRun(RunConfig):
         if self.data.name == "cifar10" and changed <= {"model.encoder_depth", "model.decoder_depth"}:
             return DEPTHS.get((self.model.encoder_depth, self.model.decoder_depth))
         return None
+
+
+@cache
+def _by_itself(sizes: tuple[int, int]) -> DirRun:
+    """What has the settings that nothing reads; smoke presets, known by their sizes, have others in their keys."""
+    return smoke_of(DirRun, smaller)() if sizes == (SHORT.batch_size, SHORT.select_images) else DirRun()
 
 
 def with_paper_crafting(run: DirRun) -> DirRun:

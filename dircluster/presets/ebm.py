@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from dircluster.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig, require, require_positive
+from dircluster.config import (
+    HOW_TRAINED,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    as_by_itself,
+    require,
+    require_positive,
+)
 from dircluster.presets import base
 from dircluster.presets.base import as_in_table_1, short_rates, with_smoke_twins
 from dircluster.presets.compared import as_svhn
@@ -81,6 +90,7 @@ class EbmRun(RunConfig):
     """One whole run of EBM: a naturally trained target, the energy, evaluation."""
 
     defense: ClassVar[str] = "ebm"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
 
     model: EnergyConfig = EnergyConfig(widths=(32, 64), steps=50)  # of the default data, 8x8 digits
     ebm: EbmConfig = EbmConfig()
@@ -104,6 +114,12 @@ class EbmRun(RunConfig):
             self.scaling.most == 1,
             f"scaling.workers must be 1 for ebm, whose chains lie with one worker, got {self.scaling.workers}",
         )
+
+    @property
+    def canonical(self) -> EbmRun:
+        run = super().canonical
+        unread = () if run.ebm.last_epochs else ("last_optimizer",)
+        return replace(run, ebm=as_by_itself(run.ebm, EbmConfig(), *unread))
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:

@@ -31,6 +31,7 @@ class FinetuneRun(RunConfig):
     """The target of the other systems, trained on for as much compute as a denoiser takes."""
 
     defense: ClassVar[str] = "finetune"
+    unread: ClassVar[tuple[str, ...]] = ("epochs", "ema", "optimizer")  # the rest says how it is trained on
 
     finetune: FinetuneConfig = FinetuneConfig()
 

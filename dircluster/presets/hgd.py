@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from dircluster.config import DataConfig, OptimizerConfig, RunConfig, require, require_positive
+from dircluster.config import HOW_TRAINED, DataConfig, OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, with_smoke_twins
 from dircluster.presets.compared import ADAM, PIPELINE_CRAFTING, AdversarialConfig, as_svhn, short_adversarial
@@ -70,6 +70,7 @@ class HgdRun(RunConfig):
     """One whole run of HGD: target, denoiser, evaluation."""
 
     defense: ClassVar[str] = "hgd"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
     later: ClassVar[Mapping[str, Any]] = {"hgd.optimizer.gamma": 0.1}
 
     model: UNetConfig = UNetConfig(widths=(64, 128, 256), units=(2, 3, 3))  # of the default data, 8x8 digits

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dircluster.config import RunConfig
+from dircluster.config import HOW_TRAINED, RunConfig
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, as_in_table_1, with_smoke_twins
 from dircluster.presets.compared import as_svhn
@@ -17,6 +17,7 @@ class IdentityRun(RunConfig):
     """The target of the other systems behind nothing, judged as they are."""
 
     defense: ClassVar[str] = "identity"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:

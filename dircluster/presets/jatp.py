@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from dircluster.config import OptimizerConfig, RunConfig, require, require_positive
+from dircluster.config import HOW_TRAINED, OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, with_smoke_twins
 from dircluster.presets.compared import PIPELINE_CRAFTING, as_svhn
@@ -48,6 +48,7 @@ class JatpRun(RunConfig):
     """One whole run of JATP: target, denoiser, evaluation."""
 
     defense: ClassVar[str] = "jatp"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
     crafting: ClassVar[tuple[str, ...]] = PIPELINE_CRAFTING
 
     model: UNetConfig = UNetConfig(widths=(64, 128, 256), units=(2, 3, 3))  # of the default data, 8x8 digits

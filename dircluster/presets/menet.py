@@ -9,12 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from dircluster.config import AttackConfig, OptimizerConfig, RunConfig, TargetConfig, TrainingConfig, require
+from dircluster.config import (
+    AttackConfig,
+    OptimizerConfig,
+    RunConfig,
+    TargetConfig,
+    TrainingConfig,
+    as_by_itself,
+    require,
+)
 from dircluster.presets import base
 from dircluster.presets.base import as_in_table_1, with_smoke_twins
 from dircluster.presets.compared import as_svhn
 
 Method = Literal["usvt", "soft_impute", "nuclear_norm"]
+READ_BY: dict[Method, tuple[str, ...]] = {
+    "usvt": ("rank",),
+    "soft_impute": ("shrinkage", "iterations", "tolerance"),
+    "nuclear_norm": ("weight", "iterations", "tolerance"),
+}
+"""Settings of an estimation that not all methods read."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,12 @@ class EstimationConfig:
     """soft_impute, nuclear_norm: most steps."""
     tolerance: float = 1e-3
     """soft_impute, nuclear_norm: relative change below which an image is done."""
+
+    @property
+    def canonical(self) -> EstimationConfig:
+        """The same estimation in one form: what its method does not read is as it is by itself."""
+        own = {name for names in READ_BY.values() for name in names}
+        return as_by_itself(self, EstimationConfig(), *own.difference(READ_BY[self.method]))
 
     def __post_init__(self) -> None:
         for name in ("kept", "rank"):
@@ -82,9 +102,16 @@ class MenetRun(RunConfig):
             "target.uri has no use for menet: its classifier is trained from scratch, on estimated images",
         )
         require(
-            int(self.model.rank * rows) > 0,
+            self.model.method != "usvt" or int(self.model.rank * rows) > 0,
             f"model.rank {self.model.rank} leaves none of the {rows} singular values of {rows} rows",
         )
+        awp = self.target.awp
+        require(not awp, f"target.awp has no use for menet, whose training has no such step, got {awp}")
+
+    @property
+    def canonical(self) -> MenetRun:
+        run = super().canonical
+        return replace(run, model=run.model.canonical)
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from dircluster.config import OptimizerConfig, RunConfig, require, require_positive
+from dircluster.config import HOW_TRAINED, OptimizerConfig, RunConfig, as_by_itself, require, require_positive
 from dircluster.presets import base, compared
 from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, with_smoke_twins
 from dircluster.presets.compared import PIPELINE_CRAFTING, AdversarialConfig, as_svhn, short_adversarial
@@ -79,6 +79,7 @@ class NrpRun(RunConfig):
     """One whole run of NRP: target, purifier and critic, evaluation."""
 
     defense: ClassVar[str] = "nrp"
+    unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
     later: ClassVar[Mapping[str, Any]] = {"model.clamp": False}
 
     model: NrpNetConfig = NrpNetConfig()
@@ -88,6 +89,12 @@ class NrpRun(RunConfig):
         side = min(self.data.height, self.data.width)
         require(side >= 4, f"data.height and data.width must be at least 4 for NRP's critic, got {side}")
         super().__post_init__()
+
+    @property
+    def canonical(self) -> NrpRun:
+        run = super().canonical
+        unread = ("growth",) if run.model.network == "resg" else ()
+        return replace(run, model=as_by_itself(run.model, NrpNetConfig(), *unread))
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
