@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from typing import Any
 
 VERBS = {
     "train": "train a defense and evaluate it",
@@ -25,7 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] not in VERBS:
         print(f"error: there is no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    code: int = importlib.import_module(f"dircluster.cluster.commands.{words[0]}").main(words[1:])
+    return run(words[0], words[1:])
+
+
+def run(job: str, *words: Any) -> int:
+    """The command ``job`` with ``words``; -> its exit code, that of Ctrl-C where it comes before the job listens."""
+    try:
+        code: int = importlib.import_module(f"dircluster.cluster.commands.{job}").main(*words)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return code
 
 

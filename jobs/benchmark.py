@@ -5,7 +5,7 @@ python jobs/benchmark.py [PRESET] [--steps N] [--section.field VALUE ...]
 
 import sys
 
-from dircluster.cluster.commands.benchmark import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("benchmark", sys.argv[1:]))

@@ -5,7 +5,7 @@ python jobs/doctor.py [PRESET] [--summary FILE.json] [--section.field VALUE ...]
 
 import sys
 
-from dircluster.cluster.commands.doctor import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("doctor", sys.argv[1:]))

@@ -5,7 +5,7 @@ python jobs/evaluate.py [PRESET] --defense FOLDER|models:/NAME@champion [--secti
 
 import sys
 
-from dircluster.cluster.commands.evaluate import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("evaluate", sys.argv[1:]))

@@ -5,7 +5,7 @@ python jobs/leaderboard.py [FOLDER_OF_CLAIMS [FOLDER_TO_WRITE_INTO]]
 
 import sys
 
-from dircluster.cluster.commands.leaderboard import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("leaderboard", sys.argv[1:]))

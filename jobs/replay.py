@@ -5,7 +5,7 @@ python jobs/replay.py REPORT.json ROW [--data URI] [--defense URI] [--trust-code
 
 import sys
 
-from dircluster.cluster.commands.replay import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("replay", sys.argv[1:]))

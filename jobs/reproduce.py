@@ -5,7 +5,7 @@ python jobs/reproduce.py WHAT [PRESET] [--only SYSTEM,...] [--seeds N] [--budget
 
 import sys
 
-from dircluster.cluster.commands.reproduce import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("reproduce", sys.argv[1:]))

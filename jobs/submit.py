@@ -5,7 +5,7 @@ python jobs/submit.py [OPTIONS OF ray job submit] -- python jobs/train.py ...
 
 import sys
 
-from dircluster.cluster.commands.submit import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("submit", sys.argv[1:]))

@@ -5,7 +5,7 @@ python jobs/train.py [PRESET] [--config FILE] [--section.field VALUE ...]
 
 import sys
 
-from dircluster.cluster.commands.train import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("train", sys.argv[1:]))

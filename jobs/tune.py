@@ -5,7 +5,7 @@ python jobs/tune.py [PRESET] --space FILE [--seeds N] [--search] [--asha] [--sec
 
 import sys
 
-from dircluster.cluster.commands.tune import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run("tune", sys.argv[1:]))

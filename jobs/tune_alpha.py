@@ -6,7 +6,7 @@ python jobs/tune_alpha.py [PRESET] [--seeds N] [--search] [--asha] [--section.fi
 import sys
 from pathlib import Path
 
-from dircluster.cluster.commands.tune import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], Path(__file__).parents[1] / "tune_spaces" / "alpha.py"))
+    sys.exit(run("tune", sys.argv[1:], Path(__file__).parents[1] / "tune_spaces" / "alpha.py"))

@@ -6,7 +6,7 @@ python jobs/tune_mask_ratio.py [PRESET] [--seeds N] [--search] [--asha] [--secti
 import sys
 from pathlib import Path
 
-from dircluster.cluster.commands.tune import main
+from dircluster.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], Path(__file__).parents[1] / "tune_spaces" / "mask_ratio.py"))
+    sys.exit(run("tune", sys.argv[1:], Path(__file__).parents[1] / "tune_spaces" / "mask_ratio.py"))

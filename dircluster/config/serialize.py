@@ -96,7 +96,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is tuple:
         return isinstance(value, list | tuple) and all(_fits(each, inner[0]) for each in value)
     if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+        huge = hint is float and isinstance(value, int) and abs(value) >= 1 << 1023
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool) and not huge
     return not isinstance(hint, type) or isinstance(value, hint)
 
 

@@ -156,6 +156,14 @@ def _bytes(path: Path, size: int | None = None, missing: bool = False) -> bytes:
         raise DamagedError(f"{path.parent} is damaged: {path.name} cannot be read") from error
 
 
+def is_sound(folder: Path, key: str | None = None) -> bool:
+    """Whether a folder is committed and can be read whole. Raises CheckpointError where it is of another config."""
+    try:
+        return digest(folder) is not None and read(folder, key) is not None
+    except DamagedError:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one stage: ``step-N`` folders, of which the newest two stay, and the ``best-N`` they name."""
 

@@ -170,7 +170,7 @@ class Run:
         weights = given.classifier.state_dict()
         key = digest({"target": architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}})
         stage_folder = find_stage_folder(self.storage, "target", key)
-        if stage_folder.digest is None:
+        if not checkpoint.is_sound(stage_folder.final, key):
             checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
         return key, str(stage_folder.folder), given.sha256, given.notes
 

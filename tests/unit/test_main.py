@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dircluster.__main__ import VERBS, main
+from tests.jobs import run_job
 
 
 def test_it_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +33,9 @@ def test_another_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_answers_without_torch(root: Path) -> None:
     code = "import sys; from dircluster.__main__ import main; main(['-h']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_ctrl_c_before_a_job_listens_ends_it_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = run_job("train", "--defense", "interrupted", folder=tmp_path)
+    assert (done.code, done.out, done.err) == (130, "", "")

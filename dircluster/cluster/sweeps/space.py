@@ -83,7 +83,8 @@ def load_space(path: Path) -> Space:
 def _is_range(values: Any) -> bool:
     if isinstance(values, tuple):
         ends, log = values[:2], values[2:]
-        numbers = len(ends) == 2 and all(isinstance(v, int | float) for v in ends) and ends[0] < ends[1]
+        numbers = len(ends) == 2 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in ends)
+        numbers = numbers and ends[0] < ends[1]
         return numbers and (log == () or (log == (LOG,) and ends[0] > 0))
     return isinstance(values, list) and bool(values)
 
@@ -113,7 +114,28 @@ def fitted(space: Space, run: RunConfig, search: bool) -> Space:
             raise ConfigError(f"--space {space.name}: {error}") from error
         return {name: found[name] for name in settings}
 
-    return mapped(wanted, held)
+    made = mapped(wanted, held)
+    unread = next((name for name in made.varied if _is_unread(name, made, run)), None)
+    if unread is not None:
+        raise ConfigError(
+            f"--space {space.name} varies {unread}, which nothing in this run reads: all points are one run"
+        )
+    return made
+
+
+def _is_unread(name: str, space: Space, run: RunConfig) -> bool:
+    """Whether all values that the space gives to a setting make the same run, whatever it gives to the others."""
+    points = [*space.points, *corners(space.ranges)]
+    values = {digest(point[name]): point[name] for point in points if name in point}.values()
+
+    def made(settings: Settings) -> str:
+        try:
+            return digest(with_values(run, settings).identity)
+        except ConfigError as error:  # not with each value, then
+            return str(error)
+
+    several = ({made({**point, name: value}) for value in values} for point in points)
+    return len(values) > 1 and all(len(found) == 1 for found in several)
 
 
 def mapped(space: Space, held: Callable[[Settings], Settings]) -> Space:

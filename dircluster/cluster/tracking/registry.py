@@ -218,6 +218,6 @@ def reachable(uri: str, config: RunConfig) -> str:
         return uri
     folder = fetch(uri, default_uri(config))
     kept = open_path(config.storage.uri, config.storage) / "given" / str(checkpoint.digest(folder))[:12]
-    if checkpoint.digest(kept) is None:
+    if not checkpoint.is_sound(kept):
         copy(folder, kept)
     return str(kept)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dircluster.cluster.sweeps.space import Space, corners, fitted, load_space, settings_text
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, with_values
 from dircluster.presets import preset, run_to_plain
 
 SPACES = Path(__file__).parents[4] / "tune_spaces"
@@ -74,6 +74,13 @@ def test_files_that_are_no_space(tmp_path: Path, text: str, message: str) -> Non
         ("SEARCH = {'masking.ratio': (0.5, 1.0)}", True, "masking.ratio must lie in (0, 1), got 1"),
         ("SEARCH = {'masking.ratio': (0.5, 0.6)}", False, "has no GRID; give --search"),
         ("GRID = {'masking.ratio': [0.5]}", True, "has no SEARCH; leave out --search"),
+        ("GRID = {'dir.alpha': [10**400]}", False, "DirConfig.alpha cannot be 1000"),
+        ("SEARCH = {'dir.target_optimizer.lr': (0.01, 0.1)}", True, "varies dir.target_optimizer.lr, which nothing"),
+        (
+            "GRID = {'dir.alpha': [0, 1], 'evaluation.queries': [10, 20]}",
+            False,
+            "varies evaluation.queries, which nothing in this run reads: all points are one run",
+        ),
     ],
 )
 def test_spaces_that_do_not_fit_are_one_line(tmp_path: Path, text: str, search: bool, message: str) -> None:
@@ -136,7 +143,15 @@ def test_a_range_may_be_one_of_orders_of_magnitude(tmp_path: Path) -> None:
     assert plain.plain != Space("mine", (), {"dir.optimizer.lr": (1e-4, 1e-2, "log")}).plain
 
 
-@pytest.mark.parametrize("ends", ["(0, 1, 'log')", "(-1.0, 1.0, 'log')", "(1, 2, 'lin')", "(2, 1, 'log')", "('log',)"])
+def test_a_setting_that_some_points_read_may_vary(tmp_path: Path) -> None:
+    joint = "'dir.joint': [False, True], 'dir.target_optimizer.lr': [0.01, 0.1]"
+    run = with_values(preset("digits"), {"pretrain.epochs": 0})
+    assert len(fitted(load_space(written(tmp_path, f"GRID = {{{joint}}}")), run, search=False).points) == 4
+
+
+@pytest.mark.parametrize(
+    "ends", ["(0, 1, 'log')", "(-1.0, 1.0, 'log')", "(1, 2, 'lin')", "(2, 1, 'log')", "('log',)", "(False, True)"]
+)
 def test_ranges_that_have_no_orders_of_magnitude(ends: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"SEARCH must give \(low, high\), \(low, high, 'log'\) above 0"):
         load_space(written(tmp_path, f"SEARCH = {{'dir.alpha': {ends}}}"))
