@@ -124,6 +124,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require_positive("tracking", self, "log_every", "picture_every")
+        require(self.uri is None or self.uri.strip() != "", "tracking.uri must not be empty")
         require(self.experiment.strip() != "", f"tracking.experiment must be a name, got {self.experiment!r}")
         length = len(self.experiment)
         require(

@@ -15,6 +15,7 @@ from dircluster.cluster import preflight, storage
 from dircluster.cluster.foretold import Foretold, keep
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.storage import opener
+from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
@@ -79,7 +80,7 @@ def plan(job: cli.TrainJob) -> str:
     lines += [
         f"evaluate  suite {config.evaluation.suite} on {config.evaluation.images or 'all'} test images",
         f"storage   {config.storage.uri}",
-        f"MLflow    {(tracking.uri or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
+        f"MLflow    {(place.named(config) or f'sqlite in {config.storage.uri}') if tracking.enabled else 'no record'}",
     ]
     found = _measured(job, config) if job.calibration is None else from_summary(job.calibration)
     made = forecast(config, found, *sizes)

@@ -17,6 +17,7 @@ from dircluster import cli
 from dircluster.cli import command
 from dircluster.cluster import foretold, preflight, storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
+from dircluster.cluster.tracking import place
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
 
@@ -134,8 +135,7 @@ class Launch:
 
     def _may_be_refused(self) -> bool:
         """Whether MLflow is a server, which may not answer."""
-        tracking = self.config.tracking
-        named = tracking.enabled and (tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        named = self.config.tracking.enabled and place.named(self.config)
         return bool(named) or storage.is_remote(self.config.storage.uri)
 
     def _open_record(self, terminal: Any) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import getpass
 import json
-import os
 import re
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from dircluster.cluster.storage import is_remote
+from dircluster.cluster.tracking import place
 from dircluster.cluster.tracking.accuracies import (
     accuracies,
     dataset_of,
@@ -39,7 +39,7 @@ from dircluster.cluster.tracking.accuracies import (
 )
 from dircluster.cluster.tracking.owners import OWNER_TAG, close_abandoned, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
-from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, refuse_secret, to_dict
+from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict
 
 JOB_TAG, FOLDER_TAG, TARGET_TAG = "dircluster.job", "dircluster.folder", "dircluster.target_sha256"
 ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
@@ -54,9 +54,8 @@ def default_uri(config: RunConfig) -> str:
 
     Raises ConfigError where it holds a password, or where there is none and storage is no folder.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is not None:
-        refuse_secret("MLFLOW_TRACKING_URI", uri)
+    uri = place.named(config)
+    if uri:
         return uri
     if is_remote(config.storage.uri):
         raise ConfigError(

@@ -20,6 +20,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from dircluster.cluster.storage import copy, open_path
+from dircluster.cluster.tracking import place
 from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
@@ -32,7 +33,6 @@ from dircluster.training import checkpoint
 DATASET_TAG, THREAT_TAG = "dircluster.dataset", "dircluster.threat"
 THREATS = {"linf": "Linf", "l2": "L2"}
 """Threat models by the names that RobustBench has for them."""
-TRACKING = "MLFLOW_TRACKING_URI"
 
 
 def register(job: JobRecord, config: RunConfig, folder: Path, card: str, outcome: dict[str, Any]) -> tuple[str, str]:
@@ -73,12 +73,12 @@ def _log(
     shape = (data.channels, data.height, data.width)
     example = np.random.default_rng(0).random((2, *shape)).round(3).astype(np.float32)
     with (
-        tempfile.TemporaryDirectory() as place,
+        tempfile.TemporaryDirectory() as packed,
         _quiet(),
         _tracking(job.uri),
         mlflow.start_run(run_id=job.run_id, log_system_metrics=False),
     ):
-        code, requirements = pack(config, Path(place))
+        code, requirements = pack(config, Path(packed))
         logged = mlflow.pyfunc.log_model(
             name="defense",
             python_model=str(Path(__file__).with_name("served_model.py")),
@@ -134,14 +134,14 @@ def _tracking(uri: str | None) -> Iterator[None]:
     if uri is None:
         yield
         return
-    before = os.environ.get(TRACKING)  # set_tracking_uri writes it
+    before = os.environ.get(place.VARIABLE)  # set_tracking_uri writes it
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before or "")
         if before is None:
-            os.environ.pop(TRACKING, None)
+            os.environ.pop(place.VARIABLE, None)
 
 
 def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
@@ -173,7 +173,7 @@ def _store(tracking_uri: str | None) -> str:
 
     Never MLflow's own default: a file in whatever folder the person stands in, made by asking it.
     """
-    return tracking_uri or os.environ.get(TRACKING) or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
+    return tracking_uri or place.from_environment() or f"sqlite:///{Path('runs/mlflow.db').resolve()}"
 
 
 def _missing(store: str) -> Path | None:
@@ -189,7 +189,7 @@ def find_champion(names: list[str], dataset: str, threat: str, tracking_uri: str
     """
     store = _store(tracking_uri)
     missing = _missing(store)
-    if missing is not None and (tracking_uri or os.environ.get(TRACKING)):
+    if missing is not None and (tracking_uri or place.from_environment()):
         raise ConfigError(f"there is no record {missing} that could know a champion")
     if missing is not None:
         return None  # nothing was recorded here yet
