@@ -15,3 +15,17 @@ for _name, _value in {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }.items():
     os.environ.setdefault(_name, _value)  # both libraries read these when they are imported
+
+
+def _reach_this_machine() -> None:
+    """Ask servers on this machine (make cluster) directly, where a proxy is set and NO_PROXY does not say so."""
+    if any(
+        os.environ.get(form(f"{name}_proxy")) for name in ("http", "https", "all") for form in (str.lower, str.upper)
+    ):
+        named = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+        known = [host.strip() for host in named if host.strip()]
+        hosts = known if "*" in known else dict.fromkeys([*known, "localhost", "127.0.0.1", "::1"])
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
+
+
+_reach_this_machine()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dircluster import zoo
 from dircluster.cluster import storage
+from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict, without_secrets
 from dircluster.data import layout
 from dircluster.files import FETCH, POINTER
@@ -55,6 +56,8 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
     is not there yet; ``trains``: whether its training images must make a batch.
     """
     storage.check_name(config.storage.uri)
+    if config.tracking.enabled:
+        place.named(config)
     if on_ray:
         check_address(os.environ.get("RAY_ADDRESS", "").strip())
     elif config.scaling.least > 1 and "RANK" not in os.environ:

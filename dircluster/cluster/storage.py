@@ -7,10 +7,12 @@ libraries are imported where they are used: a run in folders works without them.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import functools
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -214,9 +216,16 @@ def local_copy(folder: Path) -> Path:
     """``folder`` itself, or where it lies in object storage a copy of its files in a new folder here."""
     if isinstance(folder, Path):
         return folder
-    here = Path(tempfile.mkdtemp(prefix="dircluster-"))
+    here = temporary_folder()
     copy(folder, here)
     return here
+
+
+def temporary_folder() -> Path:
+    """A new folder on this machine that lasts as long as this process."""
+    made = Path(tempfile.mkdtemp(prefix="dircluster-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 def for_ray(config: RunConfig) -> dict[str, Any]:

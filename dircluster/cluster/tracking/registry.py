@@ -19,7 +19,7 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from dircluster.cluster.storage import copy, open_path
+from dircluster.cluster.storage import copy, open_path, temporary_folder
 from dircluster.cluster.tracking import place
 from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
@@ -159,7 +159,7 @@ def fetch(uri: str, tracking_uri: str | None = None) -> Path:
         raise ConfigError(f"{uri} cannot be fetched: there is no record {missing} that could know it")
     try:
         with _quiet(), _tracking(store):
-            local = mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="dircluster-"))
+            local = mlflow.artifacts.download_artifacts(uri, dst_path=str(temporary_folder()))
     except Exception as error:  # MLflow raises what its database and its transport raise
         raise ConfigError(f"{uri} cannot be fetched: {first_line(error)}") from error
     folders = sorted(Path(local).glob(f"**/{checkpoint.COMMIT}"))
