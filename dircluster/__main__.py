@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from typing import Any
@@ -31,7 +32,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(job: str, *words: Any) -> int:
-    """The command ``job`` with ``words``; -> its exit code, that of Ctrl-C where it comes before the job listens."""
+    """The command ``job`` with ``words``; -> its exit code, that of Ctrl-C where it comes before the job listens.
+
+    What the encoding of standard output has no characters for is shown as ``\\xfc`` there.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = importlib.import_module(f"dircluster.cluster.commands.{job}").main(*words)
     except KeyboardInterrupt:

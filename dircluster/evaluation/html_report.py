@@ -63,7 +63,7 @@ def write_report(
     if other is not None:
         inside["other"] = {"images": other[1]["images"], "curves": other[1].get("curves", {})}
     kinds = {mark.kind for row in report.rows for mark in row.marks}
-    page = Environment(autoescape=True).from_string(PAGE.read_text())
+    page = Environment(autoescape=True).from_string(PAGE.read_text(encoding="utf-8"))
     html = page.render(
         name=config.name,
         suite=report.suite,
@@ -86,7 +86,7 @@ def write_report(
         purified=victim.target is not None,
         other=other and {"name": other[0]},
         page_data=json.dumps(inside).replace("<", "\\u003c"),  # nothing in it ends the element that holds it
-        script=SCRIPT.read_text(),
+        script=SCRIPT.read_text(encoding="utf-8"),
         pc=lambda share: f"{100 * share:.1f}",
         how=how,
         n_of=n_of,

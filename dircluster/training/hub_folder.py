@@ -60,7 +60,7 @@ def write(checkpoint_folder: Path, folder: Path, card: str) -> None:
         folder.mkdir(exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it there is no export
         (folder / WEIGHTS).write_bytes(blob)
-        (folder / CARD).write_text(FRONT.format(defense=facts.get("name", UNNAMED)) + card)
+        (folder / CARD).write_text(FRONT.format(defense=facts.get("name", UNNAMED)) + card, encoding="utf-8")
         (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         raise ConfigError(f"--export {folder} cannot be written: {error.strerror}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dircluster.__main__ import VERBS, main
-from tests.jobs import run_job
+from tests.jobs import run_job, start_job
 
 
 def test_it_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,3 +39,9 @@ def test_ctrl_c_before_a_job_listens_ends_it_without_a_word(tmp_path: Path) -> N
     (tmp_path / "interrupted.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     done = run_job("train", "--defense", "interrupted", folder=tmp_path)
     assert (done.code, done.out, done.err) == (130, "", "")
+
+
+def test_what_a_terminal_has_no_characters_for_is_shown_in_others(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("print('d\\u00fcnn')\n")
+    done = start_job("train", "--defense", "mine", folder=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.code, done.out, len(done.error)) == (2, "d\\xfcnn\n", 1)
