@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dircluster.cli import lead_nowhere
+from dircluster.config import without_secrets
 from dircluster.training.protocols import Status
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -81,7 +82,7 @@ class Terminal:
 
     def say(self, line: str) -> None:
         with contextlib.suppress(OSError):
-            self.rich.print(line, markup=False)
+            self.rich.print(without_secrets(line), markup=False)
         self._flush()
 
     def show(self, status: Status) -> None:

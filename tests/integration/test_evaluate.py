@@ -133,6 +133,7 @@ def test_bad_input_is_one_line_and_exit_2(place: Path, trained: Trained) -> None
         "--suite": ("--defense", final, "--suite", "hard"),
         "evaluation.images must be positive": ("--defense", final, "--evaluation.images", "0"),
         "must not hold a user or password": ("--defense", "s3://me:CANARY@bucket/x"),
+        "--surrogate must not hold a user": ("--defense", "zoo:digits-dir", "--surrogate", "s3://me:CANARY@bucket/x"),
     }
     for message, words in cases.items():
         given = words if words[:1] == ("svhn_smoke",) else ("digits_smoke", *words)

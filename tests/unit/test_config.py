@@ -119,6 +119,9 @@ def test_other_workers_are_refused(workers: int | str) -> None:
         {"tracking": c.TrackingConfig(uri="postgresql://user:CANARY@host/mlflow")},
         {"tracking": c.TrackingConfig(uri="postgresql://host/mlflow?user=me&password=CANARY")},
         {"storage": c.StorageConfig(uri="s3://akia:CAN/CANARY@bucket/runs")},
+        {"storage": c.StorageConfig(endpoint="https://host/?X-Amz-Date=1&X-Amz-Security-Token=CANARY")},
+        {"tracking": c.TrackingConfig(uri="https://host/?api_key=CANARY")},
+        {"tracking": c.TrackingConfig(uri="https://host/mlflow?sv=1&sig=CANARY")},
     ],
 )
 def test_a_uri_with_a_password_is_refused_without_repeating_it(change: dict[str, Any]) -> None:

@@ -45,7 +45,9 @@ def _judge(job: cli.EvaluateJob) -> int:
             "--defense is missing: give the folder of a checkpoint, models:/NAME@champion,"
             " package.module:factory, or none"
         )
-    refuse_secret("--defense", job.defense)
+    named = {"--defense": job.defense, "--surrogate": job.surrogate, "--natural-target": job.natural_target}
+    for name, uri in named.items():
+        refuse_secret(name, uri)
     if job.export is not None:
         from dircluster.evaluation.export import check_export
 
@@ -59,7 +61,6 @@ def _judge(job: cli.EvaluateJob) -> int:
     storage.to_environment(config.storage)
     on_ray = job.launcher == "ray"
     preflight.check(config, on_ray, trains=False)
-    named = {"--defense": job.defense, "--surrogate": job.surrogate, "--natural-target": job.natural_target}
     for name, uri in named.items():
         if uri not in ("", "none"):
             preflight.check_model(name, uri, config, preflight.elsewhere(on_ray))

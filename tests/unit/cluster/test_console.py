@@ -131,3 +131,8 @@ def test_brackets_in_a_table_are_shown(width: int) -> None:
     assert [
         text for text in ("Table [x]", "[row]", "54.1 [red]", "[/closed]", "[b]mine") if text not in shown.getvalue()
     ] == []
+
+
+def test_what_a_run_says_holds_no_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().say("403 at https://bucket/model?X-Amz-Signature=CANARY&a=1 by http://joe:CANARY@proxy:3128")
+    assert capsys.readouterr().out == "403 at https://bucket/model?X-Amz-Signature=...&a=1 by http://...@proxy:3128\n"
