@@ -28,6 +28,7 @@ import yaml
 from dircluster.config import ConfigError, RunConfig, flatten, real_path, to_dict, without_secrets
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 from dircluster.settings_file import SWITCHED, Flags, as_words, flags_of, forms_of, words_of
+from dircluster.torchrun import check_group
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -296,6 +297,7 @@ def execute(
                 return 0
         if job.summary is not None and not real_path(job.summary).parent.is_dir():
             raise ConfigError(f"--summary {job.summary}: its folder does not exist")
+        check_group()
         return work(job)
     except ConfigError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
@@ -308,6 +310,9 @@ def lead_nowhere(output: int) -> None:
     os.dup2(nowhere, output)
     os.close(nowhere)
 
+
+LEAST_COLUMNS = 20
+"""Of help, which tyro lays out for ever in a single one."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a file says that takes no more."""
@@ -383,7 +388,8 @@ def _as_decimal(word: str) -> str:
 def _one_line_errors() -> Iterator[None]:
     """Turn tyro's boxed message into a ConfigError of one line."""
     captured, width = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = os.environ.get("COLUMNS", "100")
+    narrow = (width or "").isdecimal() and 0 < int(width or "") < LEAST_COLUMNS
+    os.environ["COLUMNS"] = str(LEAST_COLUMNS) if narrow else width or "100"
     try:
         with contextlib.redirect_stderr(captured):
             yield
@@ -392,8 +398,8 @@ def _one_line_errors() -> Iterator[None]:
             raise
         raise ConfigError(_plain(captured.getvalue())) from None
     finally:
-        if width is None:
-            os.environ.pop("COLUMNS")
+        del os.environ["COLUMNS"]
+        os.environ |= {} if width is None else {"COLUMNS": width}
 
 
 def _plain(boxed: str) -> str:

@@ -29,3 +29,5 @@ def _reach_this_machine() -> None:
 
 
 _reach_this_machine()
+if "RAY_ADDRESS" in os.environ:
+    os.environ["RAY_ADDRESS"] = os.environ["RAY_ADDRESS"].strip()  # Ray takes blanks for an address

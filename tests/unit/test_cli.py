@@ -377,3 +377,10 @@ def test_trials_and_systems_take_the_fewest_workers_of_their_preset(words: list[
     job = cli.parse(cli.TuneJob, ["digits", *words])
     assert ":" in str(job.run.scaling.workers)
     assert str(cli.with_fewest_workers(job).run.scaling.workers) == workers
+
+
+def test_help_ends_in_a_terminal_of_one_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(cli.TrainJob, ["digits_smoke", "--help"])
+    assert (ended.value.code, os.environ["COLUMNS"]) == (0, "1")

@@ -62,3 +62,9 @@ def test_a_temporary_folder_lasts_as_long_as_the_process(root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert not Path(done.stdout.strip()).exists()
     assert temporary_folder().is_dir()
+
+
+@pytest.mark.parametrize("address", ["", " ", " 127.0.0.1:6379 "])
+def test_blanks_are_no_address_of_a_cluster(address: str, root: Path) -> None:
+    code = f"import os, dircluster.cluster; assert os.environ['RAY_ADDRESS'] == {address.strip()!r}"
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"RAY_ADDRESS": address}, check=True)

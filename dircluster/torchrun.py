@@ -1,0 +1,26 @@
+"""The environment by which torchrun tells each of its processes which of the group it is."""
+
+from __future__ import annotations
+
+import os
+
+from dircluster.config import ConfigError
+
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def check_group() -> None:
+    """Raise ConfigError where the environment names a process group that cannot be, as schedulers may leave behind."""
+    found = {name: os.environ[name] for name in NUMBERS if name in os.environ}
+    world, rank = found.get("WORLD_SIZE", "1"), found.get("RANK", "0")
+    numbers = all(value.isascii() and value.isdigit() for value in found.values())
+    ranked = numbers and int(rank) < int(world)
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys() if ranked and int(world) > 1 else set()
+    if not ranked or missing or (int(world) > 1 and not os.environ["MASTER_PORT"].isdecimal()):
+        told = {name: os.environ[name] for name in (*NUMBERS, "MASTER_PORT") if name in os.environ}
+        shown = ", ".join(f"{name} {value!r}" for name, value in told.items())
+        lacking = f" without {' and '.join(sorted(missing))}" if missing else ""
+        raise ConfigError(
+            f"the environment names no group of processes: {shown}{lacking};"
+            f" unset {', '.join(told)}, or start by torchrun"
+        )
