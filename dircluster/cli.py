@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import json
@@ -15,7 +14,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import yaml
 
 from dircluster.config import ConfigError, RunConfig, flatten, real_path, to_dict, without_secrets
 from dircluster.presets import RUNS, preset, presets_of, search_folder
+from dircluster.printing import reader_may_leave
 from dircluster.settings_file import SWITCHED, Flags, as_words, flags_of, forms_of, words_of
 from dircluster.torchrun import check_group
 
@@ -304,40 +303,8 @@ def execute(
         return 2
 
 
-def lead_nowhere(output: int) -> None:
-    """What is written to a file descriptor is lost from now on, without an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, output)
-    os.close(nowhere)
-
-
 LEAST_COLUMNS = 20
 """Of help, which tyro lays out for ever in a single one."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a file says that takes no more."""
-
-
-@contextlib.contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Inside, who reads what is printed may leave before its end (``--help | head``): exit 141, as of any program.
-
-    Where it goes to a disk that is full, it ends with one line on stderr and exit code 1.
-    """
-    try:
-        try:
-            yield
-        finally:
-            if sys.stdout is not None:  # its descriptor was closed (`>&-`)
-                sys.stdout.flush()
-    except BrokenPipeError:
-        lead_nowhere(sys.stdout.fileno())  # else Python tries again at its end
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in FULL or error.filename is not None:
-            raise
-        lead_nowhere(sys.stdout.fileno())
-        sys.exit(f"error: what is printed cannot be written: {error.strerror}; give it another place, or make room")
 
 
 def write_summary(job: Job, outcome: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dircluster.cli import lead_nowhere
 from dircluster.config import without_secrets
+from dircluster.printing import lead_nowhere
 from dircluster.training.protocols import Status
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -20,6 +20,7 @@ from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.tracking import place
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
+from dircluster.printing import reader_may_leave
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +34,7 @@ def _train(job: cli.TrainJob) -> int:
 
         planned = plan(job)
         if _speaks(job):
-            with cli.reader_may_leave():
+            with reader_may_leave():
                 print(planned)
         return 0
     return Launch(job).run()
