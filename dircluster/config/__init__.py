@@ -19,16 +19,15 @@ from dircluster.config.errors import (
     require_share,
     without_secrets,
 )
+from dircluster.config.evaluation import USUAL_ROWS, EvaluationConfig
 from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
 from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_by_itself, as_hashed
 from dircluster.config.sections import (
     ARCHITECTURES,
     HOW_TRAINED,
     LEAST_STD,
-    USUAL_ROWS,
     AttackConfig,
     DataConfig,
-    EvaluationConfig,
     OptimizerConfig,
     TargetConfig,
     TrainingConfig,

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from dircluster.config.errors import refuse_secret, require
+from dircluster.config.evaluation import EvaluationConfig
 from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
 from dircluster.config.sections import (
     AttackConfig,
     DataConfig,
-    EvaluationConfig,
     OptimizerConfig,
     TargetConfig,
     TrainingConfig,

@@ -60,10 +60,10 @@ def digests() -> dict[str, str]:
 
 def test_settings_may_move_between_their_files(copy: Path) -> None:
     before = digests()
-    sections, run = copy / "config" / "sections.py", copy / "config" / "run.py"
-    text = sections.read_text()
+    evaluation, run = copy / "config" / "evaluation.py", copy / "config" / "run.py"
+    text = evaluation.read_text()
     start = text.index("@dataclass(frozen=True)\nclass EvaluationConfig")
-    sections.write_text(text[:start])
+    evaluation.write_text(text[:start])
     run.write_text(run.read_text() + "\n\n" + text[start:])
     forget()
     assert "class EvaluationConfig" in run.read_text()
