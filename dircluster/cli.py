@@ -213,7 +213,7 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     """The job that ``argv`` describes. Raises ConfigError; exits with 0 after --help."""
     words = list(argv)
-    _refuse_unusable(words)
+    _refuse_nul(words)
     name = _take_preset(words)
     of_own = issubclass(kind, DefenseJob)
     defense = (value_of("--defense", words) or name.rpartition(":")[0]) if of_own else ""
@@ -225,6 +225,8 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
         name = name.removeprefix(f"{defense}:")
     name = name or ("digits" if not defense else next(iter(presets_of(defense))))
     run = preset(name, defense)
+    empty = [f"--{flag}".replace("_", "-") for flag, value in flatten(to_dict(run)).items() if value == ""]
+    _refuse_empty(argv, empty)
     base = kind(name, run)
     if isinstance(base, DefenseJob):
         base = dataclasses.replace(base, defense=run.defense)
@@ -232,8 +234,10 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if sum(word.partition("=")[0] == "--config" for word in words) > 1:
         raise ConfigError("--config is given twice: bring all settings into one file")
     if file:
-        words = [*words_of(Path(file), Flags.of(kind, type(run))), *words]
-        _refuse_unusable(words)
+        of_file = words_of(Path(file), Flags.of(kind, type(run)))
+        _refuse_nul(of_file)
+        _refuse_empty(of_file, empty)
+        words = [*of_file, *words]
     with _one_line_errors():
         job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
     if job.config is not None and not file:
@@ -258,16 +262,20 @@ def _refuse_value_of_a_switch(value: str, words: Sequence[str], switches: Contai
             raise ConfigError(f"{flag} takes no value, got {value!r}: it is {' or '.join(forms_of(flag))}")
 
 
-def _refuse_unusable(words: Sequence[str]) -> None:
-    """Raise ConfigError where a word is empty, as of a shell's variable that is not set, or holds a NUL character.
-
-    YAML can write such a character, and no file may be called so.
-    """
-    for before, word in zip(["the preset", *words], words, strict=False):
+def _refuse_nul(words: Sequence[str]) -> None:
+    """Raise ConfigError where a word holds a NUL character, which YAML can write and no file may be called."""
+    for word in words:
         if "\0" in word:
             raise ConfigError(f"{word!r} holds a NUL character")
+
+
+def _refuse_empty(words: Sequence[str], may_be: Container[str]) -> None:
+    """Raise ConfigError where a word is empty, as of a shell's variable that is not set, unless its flag ``may_be``."""
+    for before, word in zip(["the preset", *words], words, strict=False):
         if not word.strip() or re.fullmatch(r"--[\w.-]+=\s*", word):
-            raise ConfigError(f"{word.rstrip(' =') or before} is empty: give a value, or leave it out")
+            flag = word.rstrip(" =") or before
+            if flag.replace("_", "-") not in may_be:
+                raise ConfigError(f"{flag} is empty: give a value, or leave it out")
 
 
 SPINS = "3000"

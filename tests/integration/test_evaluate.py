@@ -129,16 +129,14 @@ def test_bad_input_is_one_line_and_exit_2(place: Path, trained: Trained) -> None
         "has no attribute 'absent'": ("--defense", "mine:absent"),
         "OSError: no": ("--defense", "mine:broken"),
         "returns probabilities": ("--defense", "mine:sure"),
-        "name the preset it was trained with": ("svhn_smoke", "--defense", final),
+        "name the preset it was trained with": ("--defense", "zoo:cifar10-small-dir"),
         "--suite": ("--defense", final, "--suite", "hard"),
         "evaluation.images must be positive": ("--defense", final, "--evaluation.images", "0"),
         "must not hold a user or password": ("--defense", "s3://me:CANARY@bucket/x"),
         "--surrogate must not hold a user": ("--defense", "zoo:digits-dir", "--surrogate", "s3://me:CANARY@bucket/x"),
     }
     for message, words in cases.items():
-        given = words if words[:1] == ("svhn_smoke",) else ("digits_smoke", *words)
-        data = ("--data.name", "digits") if words[:1] == ("svhn_smoke",) else ()
-        done = run_job("evaluate", *given, "--launcher", "local", *data, folder=place)
+        done = run_job("evaluate", "digits_smoke", *words, "--launcher", "local", folder=place)
         assert done.code == 2, words
         (line,) = done.error
         assert message in line, words

@@ -85,7 +85,7 @@ def test_the_command_that_judges_a_run_can_be_typed_as_it_is_printed(tmp_path: P
         def table(self, rows: Any) -> None: ...
 
     launch = Launch(cli.parse(cli.TrainJob, ["digits", "--storage.uri", str(tmp_path / "it's a:b")]))
-    launch.foretold = []
+    launch.foretold = None
     launch._tell({"status": "FINISHED", "results": [], "checkpoint": folder}, Terminal())
     line = next(line for line in said if line.startswith("judge it"))
     assert shlex.split(line)[-2:] == ["--defense", folder]
