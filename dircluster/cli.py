@@ -24,6 +24,7 @@ import tyro
 import yaml
 
 from dircluster.config import ConfigError, RunConfig, flatten, real_path, to_dict, without_secrets
+from dircluster.files import check_file
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 from dircluster.printing import reader_may_leave
 from dircluster.settings_file import SWITCHED, Flags, as_words, flags_of, forms_of, words_of
@@ -302,9 +303,9 @@ def execute(
             if job.print_config:
                 print(to_yaml(job.run), end="")
                 return 0
-        if job.summary is not None and not real_path(job.summary).parent.is_dir():
-            raise ConfigError(f"--summary {job.summary}: its folder does not exist")
         check_group()
+        if job.summary is not None:
+            _check_summary(job.summary)
         return work(job)
     except ConfigError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
@@ -313,6 +314,13 @@ def execute(
 
 LEAST_COLUMNS = 20
 """Of help, which tyro lays out for ever in a single one."""
+
+
+def _check_summary(file: Path) -> None:
+    try:
+        check_file(real_path(file))
+    except OSError as error:
+        raise ConfigError(f"--summary {file} cannot be written: {error.strerror}") from error
 
 
 def write_summary(job: Job, outcome: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Files that are either whole or absent, whether a folder takes any, and what Git leaves in place of one."""
+"""Files that are either whole or absent, whether one can be written, and what Git leaves in place of one."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,6 +16,18 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".write-probe-{os.getpid()}"
     probe.write_bytes(bytes(4096))  # a full disk takes an empty file
     probe.unlink(missing_ok=True)
+
+
+def check_file(file: Path) -> None:
+    """Raises OSError, whose ``strerror`` says why, where ``file`` cannot be written; what it holds stays."""
+    if file.is_dir():
+        raise OSError(errno.EISDIR, "it is a folder")
+    if not file.parent.is_dir():
+        raise OSError(errno.ENOENT, "its folder does not exist")
+    if file.is_file() or not file.exists():  # else a pipe or a terminal, such as /dev/stdout
+        check_writable(file.parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def write_whole(file: Path, blob: bytes) -> None:

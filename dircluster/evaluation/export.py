@@ -13,7 +13,7 @@ from torch import Tensor
 from dircluster.config import ConfigError, real_path
 from dircluster.data.split import Split
 from dircluster.evaluation.session import EvaluationReport
-from dircluster.files import check_writable
+from dircluster.files import check_file
 
 KINDS = (".pt", ".npz")
 
@@ -22,10 +22,8 @@ def check_export(file: Path) -> None:
     """Raise ConfigError unless ``file`` can be an export."""
     if file.suffix not in KINDS:
         raise ConfigError(f"--export {file}: its name must end in {' or '.join(KINDS)}")
-    if not real_path(file).parent.is_dir():
-        raise ConfigError(f"--export {file}: its folder does not exist")
     try:
-        check_writable(real_path(file).parent)
+        check_file(real_path(file))
     except OSError as error:
         raise ConfigError(f"--export {file} cannot be written: {error.strerror}") from error
 

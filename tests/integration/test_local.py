@@ -214,6 +214,7 @@ def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_pa
         "data.stream needs": ["digits", "--data.stream"],
         "cannot be written": ["digits_smoke", *LOCAL, "--storage.uri", "file/runs"],
         "its folder does not exist": ["digits_smoke", *LOCAL, "--summary", "absent/s.json"],
+        "--summary empty cannot be written: it is a folder": ["digits_smoke", *LOCAL, "--summary", "empty"],
         "is more than the": ["digits_smoke", *LOCAL, "--training.batch-size", "1024", "--training.microbatch", "8"],
     }
     for message, words in cases.items():

@@ -87,6 +87,10 @@ def test_a_row_of_a_report_is_found_again(
         changed.write_text(json.dumps(other))
         assert replay.main([str(changed), "1"]) == 2
         assert message in capsys.readouterr().err
+    assert replay.main([str(file), "1", "--defense", "s3://me:CANARY@bucket/x"]) == 2
+    refusal = capsys.readouterr().err
+    assert "--defense must not hold a user or password" in refusal
+    assert "CANARY" not in refusal
 
 
 @pytest.mark.slow

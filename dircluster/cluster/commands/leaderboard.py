@@ -24,8 +24,11 @@ def main(argv: list[str]) -> int:
         docs = Path(argv[1]) if len(argv) > 1 else Path("docs")
         if not docs.is_dir():
             raise ConfigError(f"there is no folder {docs} to write into")
-        for file in write_leaderboard(claims, docs):
-            print(f"wrote {file}")
+        try:
+            for file in write_leaderboard(claims, docs):
+                print(f"wrote {file}")
+        except OSError as error:
+            raise ConfigError(f"the leaderboard cannot be written into {docs}: {error.strerror}") from error
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

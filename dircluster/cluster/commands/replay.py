@@ -37,7 +37,8 @@ def _replay(given: argparse.Namespace) -> int:
     from dircluster.cluster.storage import open_path
     from dircluster.evaluation.replay import choose, name_of, read_rows
 
-    refuse_secret("the report's address", given.report)
+    for name, uri in {"the report's address": given.report, "--data": given.data, "--defense": given.defense}.items():
+        refuse_secret(name, uri or "")
     facts, rows = read_rows(open_path(given.report, StorageConfig()))
     row = choose(rows, given.row)
     config, job_spec = _job_spec(facts, given)

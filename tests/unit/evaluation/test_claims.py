@@ -150,7 +150,9 @@ def test_the_pages_have_every_claim_those_that_keep_most_first(
     assert command.main([str(tmp_path), str(page)]) == 2
     assert command.main([str(tmp_path / "none"), str(page)]) == 2
     assert command.main([str(tmp_path), str(tmp_path / "nowhere")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
+    (tmp_path / "d.json").unlink()
+    assert command.main([str(tmp_path), "/proc"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 4
 
 
 def test_the_page_sorts() -> None:
