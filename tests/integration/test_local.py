@@ -32,6 +32,13 @@ LOCAL = ("--launcher", "local", "--tracking.no-enabled")
 TWENTY = ("--target.epochs", "5", "--pretrain.epochs", "5", "--dir.epochs", "5", "--scaling.device", "cpu")
 
 
+def calibrated(file: Path) -> None:
+    """Write what a --dry-run of DIR might have measured."""
+    pace = {"operations_per_second": 1e9, "images": 1, "memory": 2**29}
+    names = ["target", "pretrain", "dir", "evaluation"]
+    file.write_text(json.dumps({"calibration": {"device": "a CPU", "paces": dict.fromkeys(names, pace)}}))
+
+
 def losses(out: str) -> dict[tuple[str, str], str]:
     """The losses that were printed, by stage and step; how many are depends on the time that was taken."""
     lines = [line.split("  ") for line in out.splitlines() if "  step " in line]
@@ -268,6 +275,14 @@ def test_dry_run_reads_what_is_given(train: Train, tmp_path: Path) -> None:
         (line,) = done.error
         assert message in line, words
     assert not (tmp_path / "runs").exists()
+    pq.write_table(
+        pa.table({"image": rows[:-1], "label": [i % 10 for i in range(89)]}), tmp_path / "data" / "train.parquet"
+    )
+    words = ("digits_smoke", *LOCAL, "--dry-run", "--data.uri", "data", "--calibration", "plan.json")
+    calibrated(tmp_path / "plan.json")
+    noted = train(*words, here=True)
+    assert (noted.code, noted.err) == (0, "")
+    assert "data      no test split is there: 18 of the 89 images are (data.test_share)" in noted.out
 
 
 @pytest.mark.slow
@@ -289,9 +304,8 @@ def test_a_calibration_of_another_preset_is_refused_before_training(train: Train
 
 
 def test_a_summary_shows_what_was_foretold_beside_what_came(train: Train, tmp_path: Path) -> None:
-    file, pace = tmp_path / "plan.json", {"operations_per_second": 1e9, "images": 1, "memory": 2**29}
-    names = ["target", "pretrain", "dir", "evaluation"]
-    file.write_text(json.dumps({"calibration": {"device": "a CPU", "paces": dict.fromkeys(names, pace)}}))
+    file = tmp_path / "plan.json"
+    calibrated(file)
     words = ("digits_smoke", *LOCAL, "--dry-run", "--calibration", str(file))
     second = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     silent = run_job("train", *words, folder=tmp_path, env=second)
@@ -304,7 +318,7 @@ def test_a_summary_shows_what_was_foretold_beside_what_came(train: Train, tmp_pa
     rows = done.summary["foretold"]
     assert done.summary["foretold_on"] == "a CPU"
     assert [row["foretold"] for row in rows] == [round(one["seconds"], 1) for one in planned.summary["foretold"]]
-    assert [row["name"] for row in rows] == names
+    assert [row["name"] for row in rows] == ["target", "pretrain", "dir", "evaluation"]
     for row in rows:
         assert row["took"] == done.summary["took"][row["name"]]
         assert not row["resumed"]

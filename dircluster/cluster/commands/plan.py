@@ -24,7 +24,7 @@ from dircluster.distributed.launch import local_workers, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.precision import is_half
 from dircluster.training.costs import count, exchanged, step_operations
-from dircluster.training.export import load_target
+from dircluster.training.export import given_target
 from dircluster.training.forecast import (
     Calibration,
     Forecast,
@@ -46,7 +46,7 @@ def plan(job: cli.TrainJob) -> str:
     Raises ConfigError where the data, the target or the calibration cannot be used.
     """
     config = as_launched(job.run, job.launcher)
-    _check_inputs(job)
+    notes = _check_inputs(job)
     defense = find_defense(config.defense)
     sizes, costs = split_sizes(config.data, opener(config.storage)), count(config)
     images = sizes[0]
@@ -57,6 +57,7 @@ def plan(job: cli.TrainJob) -> str:
     lines = [
         f"run       {config.name}, seed {config.seed}, launcher {job.launcher}, {config.scaling.workers} worker(s)",
         f"data      {data.uri or data.name}: {images:,} training images of {data.channels}x{data.height}x{data.width}",
+        *notes,
         *(f"{word:9} {text}" for word, text in defense.facts(config)),
         f"purifier  {costs.purifier_parameters:,} parameters, {costs.purifier_forward / 1e9:.3f} GFLOP an image",
         f"target    {costs.target_parameters:,} parameters, {costs.target_forward / 1e9:.3f} GFLOP an image",
@@ -100,16 +101,22 @@ def plan(job: cli.TrainJob) -> str:
     return "\n".join(lines)
 
 
-def _check_inputs(job: cli.TrainJob) -> None:
-    """Read data and target as the run will: what is only downloaded then is left out. Raises ConfigError."""
+def _check_inputs(job: cli.TrainJob) -> list[str]:
+    """Read data and target as the run will: what is only downloaded then is left out; -> what there is to note.
+
+    Raises ConfigError.
+    """
     config = with_absolute_paths(job.run)
     storage.to_environment(config.storage)
     preflight.check(config, on_ray=job.launcher == "ray", download=False)
+    notes = []
     if config.data.uri is not None:
-        load(config.data, config.seed, data_cache(config), opener(config.storage))
+        read = load(config.data, config.seed, data_cache(config), opener(config.storage))
+        notes += [f"data      {note}" for note in read.notes]
     config = with_reachable_target(config)
     if config.target.uri is not None:
-        load_target(config, opener(config.storage))
+        notes += [f"target    {note}" for note in given_target(config, opener(config.storage)).notes]
+    return notes
 
 
 def foretold_by(calibration: Path, job: cli.TrainJob) -> Foretold:
