@@ -21,6 +21,7 @@ import torch
 from s3fs import S3FileSystem
 
 from dircluster.cluster import storage
+from dircluster.cluster.commands import replay
 from dircluster.config import ConfigError, DataConfig, StorageConfig
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader
@@ -266,6 +267,26 @@ def test_storage_that_cannot_be_used_is_one_line_within_seconds(
     (line,) = train.said.strip().splitlines()
     assert line.startswith("error: storage.")
     assert message in line
+
+
+def test_a_report_in_object_storage_is_read_or_is_one_line_within_seconds(
+    bucket: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = bucket / "report.json"
+    report.write_text((ROOT / "docs" / "claims" / "digits-dir.json").read_text())
+    errors = []
+    for words in ([str(report), "no/such/row"], [str(bucket / "absent.json"), "1"]):
+        assert replay.main(words) == 2
+        errors += capsys.readouterr().err.splitlines()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert replay.main([str(report), "1"]) == 2
+    assert time.monotonic() - began < 20
+    errors += capsys.readouterr().err.splitlines()
+    assert [
+        part in line
+        for part, line in zip(("no/such/row", "absent.json does not exist", "not answer"), errors, strict=True)
+    ] == [True] * 3, errors
 
 
 def test_the_folder_of_a_stage_is_not_storage(train: Train, bucket: Path) -> None:

@@ -34,11 +34,13 @@ def main(argv: list[str]) -> int:
 
 
 def _replay(given: argparse.Namespace) -> int:
-    from dircluster.cluster.storage import open_path
+    from dircluster.cluster.storage import check_bucket, is_remote, open_path
     from dircluster.evaluation.replay import choose, name_of, read_rows
 
     for name, uri in {"the report's address": given.report, "--data": given.data, "--defense": given.defense}.items():
         refuse_secret(name, uri or "")
+        if is_remote(uri or ""):
+            check_bucket(uri, StorageConfig(), name=name)
     facts, rows = read_rows(open_path(given.report, StorageConfig()))
     row = choose(rows, given.row)
     config, job_spec = _job_spec(facts, given)
