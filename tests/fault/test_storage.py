@@ -283,10 +283,8 @@ def test_a_report_in_object_storage_is_read_or_is_one_line_within_seconds(
     assert replay.main([str(report), "1"]) == 2
     assert time.monotonic() - began < 20
     errors += capsys.readouterr().err.splitlines()
-    assert [
-        part in line
-        for part, line in zip(("no/such/row", "absent.json does not exist", "not answer"), errors, strict=True)
-    ] == [True] * 3, errors
+    for part, line in zip(("no/such/row", "absent.json does not exist", "does not answer"), errors, strict=True):
+        assert part in line
 
 
 def test_the_folder_of_a_stage_is_not_storage(train: Train, bucket: Path) -> None:
