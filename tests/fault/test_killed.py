@@ -89,7 +89,7 @@ def test_a_lost_node_shrinks_the_run_and_its_return_grows_it(job: Make, unbroken
     assert run.end(900) == 0, run.said[-3000:]
     assert int(re.findall(r"dir: resuming at step (\d+)", run.said)[grown]) >= stored
     assert run.weights() == unbroken(*long)
-    run.must_have_one_whole_record(2400)
+    run.must_have_one_whole_record(2800)
 
 
 def announce_the_end_of(node: str, cluster: Cluster) -> None:
@@ -114,7 +114,7 @@ def announce_the_end_of(node: str, cluster: Cluster) -> None:
 def test_a_node_that_is_announced_to_go_costs_neither_a_step_nor_a_retry(
     job: Make, unbroken: Unbroken, cluster: Cluster
 ) -> None:
-    long = ("--dir.epochs", "600", "--storage.checkpoint-every", "10000")  # what is stored is stored for a notice
+    long = ("--dir.epochs", "700", "--storage.checkpoint-every", "10000")  # what is stored is stored for a notice
     run = job(*long, "--scaling.workers", "2", "--scaling.max-failures", "0").start()
     for times in range(DRAINS):
         run.wait_until(lambda: any(run.storage.glob("pretrain-*/final/COMMIT")))
@@ -131,7 +131,7 @@ def test_a_node_that_is_announced_to_go_costs_neither_a_step_nor_a_retry(
     resumed = [int(step) for step in re.findall(r"dir: resuming at step (\d+)", run.said)]
     assert len(resumed) == run.said.count("a node is about to be taken away") == DRAINS
     assert run.weights() == unbroken(*long)
-    run.must_have_one_whole_record(2400)
+    run.must_have_one_whole_record(2800)
 
 
 @pytest.mark.slow
