@@ -8,7 +8,13 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. Its text is one line: the field, the value and the way out."""
+    """A setting that cannot work. Its text is one line: the field, the value and the way out.
+
+    What would break the line, or cannot be shown, as a path may hold, is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
 
 
 ANY_ERROR = (Exception, SystemExit)

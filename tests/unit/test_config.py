@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -188,3 +189,9 @@ def test_schedules() -> None:
     cosine = c.OptimizerConfig(lr=1.0, schedule="cosine", warmup_epochs=2)
     assert [cosine.rate(epoch, 12) for epoch in (1, 2, 7, 12)] == pytest.approx([0.5, 1, 0.5, 0])
     assert c.OptimizerConfig(lr=0.3, schedule="constant").rate(50, 90) == 0.3
+
+
+def test_an_error_is_one_line_whatever_it_names() -> None:
+    error = c.ConfigError("--config a\nb\r\x1b[31m é\ud800 cannot be read")
+    assert str(error) == r"--config a\nb\r\x1b[31m é\ud800 cannot be read"
+    assert str(pickle.loads(pickle.dumps(error))) == str(c.error_from_plain(c.error_to_plain(error))) == str(error)
