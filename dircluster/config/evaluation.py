@@ -83,7 +83,7 @@ class EvaluationConfig:
 
     @property
     def derived(self) -> dict[str, int]:
-        """What settings that are not given are, where that is one number in the suite and in the verdict alike."""
+        """What settings that are not given are, where that is one number in both the suite and the verdict."""
         quick, found = self.suite == "quick", {"resubmissions": 10, "votes": 11}
         if quick:
             found["steps"] = 20

@@ -29,7 +29,7 @@ class SplitName:
 
 
 def instead_of_test(val: str) -> str:
-    """What is said where a split of ``val`` is taken for the test split."""
+    """The note where a split of ``val`` is taken for the test split."""
     return f"no test split is read: {val} is taken for it"
 
 

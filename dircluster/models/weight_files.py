@@ -119,7 +119,7 @@ def state_dicts(found: Any, entry: str = "") -> list[StateDict]:
 
 
 def parts(found: StateDict) -> list[StateDict]:
-    """The weights whose names begin alike, set by set: model.*, teacher.*, loss.*.
+    """The weights by the part that their names begin with, set by set: model.*, teacher.*, loss.*.
 
     A mean and std that belong to none of them are of all.
     """
@@ -142,7 +142,7 @@ def _cleaned(tensors: Mapping[str, Tensor], entry: str) -> StateDict:
 
 
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
-    """Each of ``names`` by what it is without the parts that wrappers put in; by itself where those would be alike."""
+    """Each of ``names`` by what it is without the parts that wrappers put in; by itself where those would be the same."""
     given = list(names)
     made = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in given}
     return {name: name for name in given} if len(made) < len(given) or "" in made else made

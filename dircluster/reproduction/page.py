@@ -108,7 +108,7 @@ def in_full(cell: Cell) -> dict[str, str]:
 
 
 def of_schedules(factor: float) -> str:
-    """What is said of numbers whose schedules were multiplied; empty where they were not."""
+    """The note at numbers whose schedules were multiplied; empty where they were not."""
     return "" if factor == 1 else f"schedules times {factor:g}"
 
 

@@ -72,15 +72,15 @@ def _only(job: cli.ReproduceJob) -> tuple[str, ...]:
 
 
 def _given(job: cli.ReproduceJob) -> dict[str, Any]:
-    """The settings of all systems: what differs from the preset, and what was said to be as there, since the presets of
+    """The settings of all systems: what differs from the preset, and what was given as it is there, since the presets of
     other systems may differ from it.
     """
-    differs, said = cli.describe(job), {name.replace(".no-", ".") for name in job.given}
+    differs, given = cli.describe(job), {name.replace(".no-", ".") for name in job.given}
     own = (*DECIDED, "seed")
     return {
         name: value
         for name, value in flatten(to_dict(job.run)).items()
-        if name not in own and (name in differs or name.replace("_", "-") in said)
+        if name not in own and (name in differs or name.replace("_", "-") in given)
     }
 
 
