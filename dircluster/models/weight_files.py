@@ -142,7 +142,7 @@ def _cleaned(tensors: Mapping[str, Tensor], entry: str) -> StateDict:
 
 
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
-    """Each of ``names`` by what it is without the parts that wrappers put in; by itself where those would be the same."""
+    """Each of ``names`` by what it is without the parts that wrappers put in; by itself where two would be one."""
     given = list(names)
     made = {".".join(part for part in name.split(".") if part not in WRAPPERS): name for name in given}
     return {name: name for name in given} if len(made) < len(given) or "" in made else made

@@ -72,7 +72,7 @@ def _only(job: cli.ReproduceJob) -> tuple[str, ...]:
 
 
 def _given(job: cli.ReproduceJob) -> dict[str, Any]:
-    """The settings of all systems: what differs from the preset, and what was given as it is there, since the presets of
+    """The settings of all systems: what differs from the preset, and what was given that equals it, as presets of
     other systems may differ from it.
     """
     differs, given = cli.describe(job), {name.replace(".no-", ".") for name in job.given}
