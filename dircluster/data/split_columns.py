@@ -13,6 +13,8 @@ from dircluster.data.split_names import split_name, words
 
 MOST_VALUES = 16
 """A column with more different values says no split: captions and names of files have many."""
+_OF_LISTS = {"list", "element", "item", "array", "bag"}
+"""What parquet's writers call the insides of a list."""
 _TRUTH = {"0", "1", "false", "true", "no", "yes"}
 
 
@@ -27,8 +29,9 @@ class SplitColumns:
         """Raise ConfigError where a column of pyarrow's ParquetFile, with those before it, says two splits.
 
         Texts under any name say them by their values, paths by the folders in them; numbers, truth values and bytes by
-        the name of the column. A field of a struct (meta.split) and an item of a list say what a column does. Columns
-        ``read`` hold images and labels: of these, paths are looked at alone.
+        the name of the column. A field of a struct (meta.split) and an item of a list say what a column does; of a
+        struct the name says nothing (eval.correct), unless it is one of splits. Columns ``read`` hold images and
+        labels: of these, paths are looked at alone.
         """
         for column in map(table.schema.column, range(len(table.schema))):
             name = column.path
@@ -53,7 +56,7 @@ def _may_say(column: Any, is_read: bool) -> bool:
     kind = column.logical_type.type
     if kind in ("STRING", "ENUM"):
         return True
-    named = "split" in words(column.path) or _said(column.path) is not None
+    named = "split" in words(column.path) or _said(_own_name(column.path)) is not None
     return named and not is_read and kind in ("NONE", "INT")  # no dates and times
 
 
@@ -78,7 +81,12 @@ def _several(name: str, values: set[str]) -> bool:
     if "split" in words(name):
         return len(values) > 1
     truth = {value.lower() for value in values}
-    return _said(name) is not None and len(truth) > 1 and truth <= _TRUTH
+    return _said(_own_name(name)) is not None and len(truth) > 1 and truth <= _TRUTH
+
+
+def _own_name(path: str) -> str:
+    """The name of a column, or of a field without the structs and lists that it lies in."""
+    return next((part for part in reversed(path.split(".")) if part not in _OF_LISTS), path)
 
 
 def _said(name: str) -> str | None:

@@ -147,6 +147,8 @@ SPLITS: dict[str, tuple[str, Any]] = {
     "bytes": ("split", [b"train" if half else b"test" for half in HALVES]),
     "in a struct": ("meta", [{"id": 1, "split": "train" if half else "test"} for half in HALVES]),
     "a truth value in a struct": ("meta", [{"is_test": half} for half in HALVES]),
+    "a truth value in a list": ("is_test", [[half] for half in HALVES]),
+    "a number in a struct of splits": ("split", [{"fold": int(half)} for half in HALVES]),
     "in lists": ("tags", [["train", "x"] if half else ["test"] for half in HALVES]),
     "paths": ("file", [f"set/{'train' if half else 'test'}/{row}.png" for row, half in enumerate(HALVES)]),
     "paths of Windows": ("file", [f"D:\\{'train' if half else 'val'}\\{row}" for row, half in enumerate(HALVES)]),
@@ -198,6 +200,7 @@ def test_columns_that_say_one_split_or_none_are_left_alone(tmp_path: Path) -> No
             file=[f"{split}/{('cat', 'dog')[half]}/{row}.png" for row, half in enumerate(HALVES)],
             text=["and/or, cats/dogs"] * ROWS,
             meta=[{"split": split, "n": row} for row in range(ROWS)],
+            eval=[{"correct": half} for half in HALVES],
             train_id=LABELS,
             width=[4] * ROWS,
         )
