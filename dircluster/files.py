@@ -19,14 +19,17 @@ def check_writable(folder: Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """Raises OSError, whose ``strerror`` says why, where ``file`` cannot be written; what it holds stays."""
+    """Raises OSError, whose ``strerror`` says why, where ``file`` cannot be written; what it holds stays.
+
+    One that is there, or a pipe such as /dev/stdout, is written in place: its folder may take no others.
+    """
     if file.is_dir():
         raise OSError(errno.EISDIR, "it is a folder")
     if not file.parent.is_dir():
         raise OSError(errno.ENOENT, "its folder does not exist")
-    if file.is_file() or not file.exists():  # else a pipe or a terminal, such as /dev/stdout
+    if not file.exists():
         check_writable(file.parent)
-    if file.exists() and not os.access(file, os.W_OK):
+    elif not os.access(file, os.W_OK):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 

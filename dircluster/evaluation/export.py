@@ -19,13 +19,14 @@ KINDS = (".pt", ".npz")
 
 
 def check_export(file: Path) -> None:
-    """Raise ConfigError unless ``file`` can be an export."""
+    """Raise ConfigError unless ``file``, and the claim beside it, can be written as an export."""
     if file.suffix not in KINDS:
         raise ConfigError(f"--export {file}: its name must end in {' or '.join(KINDS)}")
-    try:
-        check_file(real_path(file))
-    except OSError as error:
-        raise ConfigError(f"--export {file} cannot be written: {error.strerror}") from error
+    for each in (file, file.with_suffix(".json")):
+        try:
+            check_file(real_path(each))
+        except OSError as error:
+            raise ConfigError(f"--export {each} cannot be written: {error.strerror}") from error
 
 
 def exported(report: EvaluationReport, test: Split, numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     check_file(file)
     assert [each.read_text() for each in tmp_path.iterdir()] == ["earlier"]
     check_file(Path("/dev/null"))
+    check_file(Path("/proc/self/comm"))  # its folder takes no other file
 
 
 def test_what_cannot_be_written_is_an_error_that_says_why(tmp_path: Path) -> None:

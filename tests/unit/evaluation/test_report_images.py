@@ -269,6 +269,9 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         check_export(tmp_path / "no" / "a.pt")
     with pytest.raises(ConfigError, match=r"^--export /proc/a.pt cannot be written: \w"):
         check_export(Path("/proc/a.pt"))
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(ConfigError, match=r"b\.json cannot be written: it is a folder$"):
+        check_export(tmp_path / "b.pt")
     (tmp_path / "a.json").write_text('{"rows": []}')
     with pytest.raises(ConfigError, match="holds no outcomes of images"):
         read_report(tmp_path / "a.json")
