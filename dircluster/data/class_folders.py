@@ -19,8 +19,8 @@ from dircluster.data.split_names import instead_of_test, split_name
 _READ = ", ".join(sorted(IMAGE_SUFFIXES))
 PLAIN_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}
 """Folders that say nothing about the images in them, in lower case."""
-_MASK = re.compile(r"(.+?)[\s_.-]+(?:masks?|seg|segmentation|gt|groundtruth|labels?)(?:[\s_.-]*\d+)?", re.IGNORECASE)
-"""How the mask of an image is called: by the image's name and such a word."""
+_MASK = re.compile(r"[\s_.-]+(?:masks?|seg|segmentation|gt|groundtruth|labels?)(?:[\s_.-]*\d+)?\Z", re.IGNORECASE)
+"""What the name of a mask has behind that of its image."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,14 @@ def _check_files(split: Sequence[_Placed], found: Listing) -> None:
         inside = file.folders[: len(split[0].base) + 1] in classes
         if inside and file.suffix not in IMAGE_SUFFIXES | SIDE_SUFFIXES:
             raise ConfigError(f"{file.path} is no image that is read ({_READ}): convert it, or move it away")
-    images = {(one.file.folders, one.file.path.stem) for one in split}
-    for one in split:
-        masked = _MASK.fullmatch(one.file.path.stem)
-        if masked and (one.file.folders, masked[1]) in images:
+    masks = [(one.file, masked) for one in split if (masked := _MASK.search(one.file.path.stem))]
+    images = {(one.file.folders, one.file.path.stem) for one in split} if masks else set()
+    for file, masked in masks:
+        image = masked.string[: masked.start()]
+        if (file.folders, image) in images:
             raise ConfigError(
-                f"{one.file.path} may be the mask of {masked[1]!r} beside it, and would be an image of its class: move"
-                " masks away, or rename it"
+                f"{file.path} may be the mask of {image!r} beside it, and would be an image of its class: move masks"
+                " away, or rename it"
             )
 
 
