@@ -103,7 +103,8 @@ class Run:
             self._load_everywhere()
         inputs: dict[str, str | None] = {"data": self.data.fingerprint}
         networks = stages.Networks(config, parallel)
-        export.check_begins(networks["classifier"], config)
+        with uncompiled(config.training.compiles):  # of one and of two images, which no step has
+            export.check_begins(networks["classifier"], config)
         self._name_what_rounds(networks)
         done: StageFolder | None = None
         planned = stages.stages_of(config)

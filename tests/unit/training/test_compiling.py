@@ -98,13 +98,14 @@ def test_hooks_and_names_stay_on_modules_that_are_not_compiled(run: DirRun, tmp_
 
 
 @pytest.mark.long
-def test_an_evaluation_runs_uncompiled(run: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its batches have many sizes."""
-    asked, graphs, before = [], 0, 0
+def test_an_evaluation_and_what_is_asked_first_run_uncompiled(run: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their batches have many sizes."""
+    asked, graphs, before, sizes = [], 0, 0, set()
 
     def backend(graph: Any, inputs: Any) -> Any:
         nonlocal graphs
         graphs += 1
+        sizes.update(len(each) for each in inputs if each.ndim > 2)
         return graph.forward
 
     class Hears(Quiet):
@@ -120,6 +121,8 @@ def test_an_evaluation_runs_uncompiled(run: DirRun, monkeypatch: pytest.MonkeyPa
     assert asked == [torch.device("cpu")]
     assert len(outcome["results"]) == 10
     assert 0 < before == graphs
+    assert 16 in sizes
+    assert not sizes & {1, 2}, "of the images by which a target is asked whether it can be trained"
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
