@@ -134,7 +134,9 @@ def _is_unread(name: str, space: Space, run: RunConfig) -> bool:
         except ConfigError as error:  # not with each value, then
             return str(error)
 
-    several = ({made({**point, name: value}) for value in values} for point in points)
+    others = ({other: value for other, value in point.items() if other != name} for point in points)
+    each_once = {digest(settings): settings for settings in others}.values()
+    several = ({made({**settings, name: value}) for value in values} for settings in each_once)
     return len(values) > 1 and all(len(found) == 1 for found in several)
 
 
