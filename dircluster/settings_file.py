@@ -97,8 +97,8 @@ def words_of(file: Path, flags: Flags) -> list[str]:
         raise ConfigError(f"--config {file} cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
         line = f"in line {error.problem_mark.line + 1}" if error.problem_mark else None
-        said = " ".join(filter(None, (error.context, error.problem, line)))
-        raise ConfigError(f"--config {file} is not YAML: {said}") from error
+        problem = " ".join(filter(None, (error.context, error.problem, line)))
+        raise ConfigError(f"--config {file} is not YAML: {problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} is not YAML: {first_line(error)}") from error
     except RecursionError as error:

@@ -17,10 +17,10 @@ def check_group() -> None:
     ranked = numbers and int(rank) < int(world)
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys() if ranked and int(world) > 1 else set()
     if not ranked or missing or (int(world) > 1 and not os.environ["MASTER_PORT"].isdecimal()):
-        told = {name: os.environ[name] for name in (*NUMBERS, "MASTER_PORT") if name in os.environ}
-        shown = ", ".join(f"{name} {value!r}" for name, value in told.items())
+        named = {name: os.environ[name] for name in (*NUMBERS, "MASTER_PORT") if name in os.environ}
+        shown = ", ".join(f"{name} {value!r}" for name, value in named.items())
         lacking = f" without {' and '.join(sorted(missing))}" if missing else ""
         raise ConfigError(
             f"the environment names no group of processes: {shown}{lacking};"
-            f" unset {', '.join(told)}, or start by torchrun"
+            f" unset {', '.join(named)}, or start by torchrun"
         )

@@ -55,8 +55,8 @@ def require(holds: bool, message: str) -> None:
 
 
 _USER = re.compile(r"(?<=://)(?:[^/\s@]*|[^\s@]*:[^\s@]*)@")  # AWS's keys may hold slashes
-_SECRET = "password|passwd|pwd|secret|token|signature|credential|api_?key"
-_FIELD = re.compile(rf"(?<=[?&;])((?:[\w-]*(?:{_SECRET})[\w-]*|sig)=)[^&;\s]+", re.IGNORECASE)
+_SECRET = r"(?:password|passwd|pwd|secret)[\w-]*|(?:token|signature|credential|api_?key)s?"  # no tokenizer=
+_FIELD = re.compile(rf"(?<=[?&;])((?:[\w-]*(?:{_SECRET})|sig)=)[^&;\s]+", re.IGNORECASE)
 
 
 def without_secrets(text: str) -> str:

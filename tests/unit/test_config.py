@@ -191,6 +191,11 @@ def test_schedules() -> None:
     assert c.OptimizerConfig(lr=0.3, schedule="constant").rate(50, 90) == 0.3
 
 
+def test_a_query_that_is_no_secret_is_kept() -> None:
+    address = "https://host/mlflow?tokenizer=a&signature_version=s3v4&sslmode=require"
+    assert c.TrackingConfig(uri=address).uri == address
+
+
 def test_an_error_is_one_line_whatever_it_names() -> None:
     error = c.ConfigError("--config a\nb\r\x1b[31m é\ud800 cannot be read")
     assert str(error) == r"--config a\nb\r\x1b[31m é\ud800 cannot be read"
