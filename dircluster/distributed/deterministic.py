@@ -53,6 +53,14 @@ def normalize_globally(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+def keeps_statistics_apart(module: nn.Module) -> bool:
+    """Whether training may leave a worker buffers of its own: those of layers other than global normalization's."""
+    shared = (GlobalBatchNorm2d, nn.SyncBatchNorm)
+    return any(
+        True for layer in module.modules() if not isinstance(layer, shared) for _ in layer.buffers(recurse=False)
+    )
+
+
 class PairwiseSum:
     """Gradients of micro-batches, kept pending and summed pairwise, as the workers' are: ((a + b) + (c + d))."""
 
@@ -109,6 +117,10 @@ def _with_pending(pending: PairwiseSum, bucket: Any) -> Any:
 def _average_bucket(group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP's exchange on CPUs: the mean over workers, summed pairwise."""
     buffer, world = bucket.buffer(), dist.get_world_size()
+    if world == 2:  # a + b is b + a: in one message, while backward goes on
+        summed: Any = dist.all_reduce(buffer, async_op=True).get_future()
+        averaged: torch.futures.Future[Tensor] = summed.then(lambda future: future.value()[0].div_(world))
+        return averaged
     padded = torch.nn.functional.pad(buffer, (0, -len(buffer) % world))
     dist.all_gather_into_tensor(padded, _share_of_sum(padded))
     done: torch.futures.Future[Tensor] = torch.futures.Future()

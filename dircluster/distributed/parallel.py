@@ -20,6 +20,7 @@ from dircluster.config import ConfigError, error_from_plain, error_to_plain
 from dircluster.distributed.deterministic import (
     PairwiseSum,
     average_gradients,
+    keeps_statistics_apart,
     normalize_globally,
     scatter_gradients,
 )
@@ -57,7 +58,8 @@ class Parallel:
             for name in trained:
                 _shard(module.get_submodule(name), half, self.device)
             return module
-        wrapped = DistributedDataParallel(module)
+        apart = any(keeps_statistics_apart(module.get_submodule(name)) for name in trained)
+        wrapped = DistributedDataParallel(module, broadcast_buffers=apart)  # else a step waits once less
         average_gradients(wrapped, pending, self.device)
         return wrapped
 

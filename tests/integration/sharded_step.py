@@ -37,6 +37,12 @@ def count_bytes() -> None:
         SENT[0] += values.numel() * values.element_size() * (dist.get_world_size() - 1) // dist.get_world_size()
         return to_all(output, values, *rest, **named)
 
+    reduce = dist.all_reduce
+
+    def counted_reduce(values: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        SENT[0] += 2 * values.numel() * values.element_size() * (dist.get_world_size() - 1) // dist.get_world_size()
+        return reduce(values, *rest, **named)
+
     def counting(gather: Any) -> Any:
         def counted(*rest: Any, **named: Any) -> Any:
             part = named.get("input_tensor", named.get("input", rest[1] if len(rest) > 1 else None))
@@ -45,7 +51,7 @@ def count_bytes() -> None:
 
         return counted
 
-    dist.all_to_all_single = counted_to_all
+    dist.all_to_all_single, dist.all_reduce = counted_to_all, counted_reduce
     for name, gather in gathers.items():
         setattr(dist, name, counting(gather))
 

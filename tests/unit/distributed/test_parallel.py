@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dircluster.config import ConfigError, error_from_plain, error_to_plain
-from dircluster.distributed.deterministic import PairwiseSum, _pairwise
+from dircluster.distributed.deterministic import PairwiseSum, _pairwise, keeps_statistics_apart, normalize_globally
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.training.checkpoint import CheckpointError, DamagedError
 from dircluster.training.locks import TakenOverError
@@ -137,3 +138,11 @@ def test_two_processes_share_what_the_first_one_finds(tmp_path: Path) -> None:
     for process in begun:
         out, _ = process.communicate(timeout=120)
         assert out.decode().splitlines() == ["{'a': [1, 2.5, None], 'b': '\u00e4'}", "['x']", "restored busy"]
+
+
+def test_buffers_travel_only_where_workers_may_differ_in_them() -> None:
+    together = normalize_globally(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), torch.device("cpu"))
+    assert not keeps_statistics_apart(together)
+    assert not keeps_statistics_apart(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)))
+    assert keeps_statistics_apart(nn.Sequential(together, nn.BatchNorm1d(2)))  # each worker's are of its share
+    assert keeps_statistics_apart(nn.utils.spectral_norm(nn.Linear(2, 2)))
