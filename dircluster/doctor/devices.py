@@ -15,7 +15,7 @@ from dircluster.config import ConfigError, RunConfig
 from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_most, largest, seen, skipped
-from dircluster.doctor.machine import Machine, pictures, plain, trainer, true_fp32
+from dircluster.doctor.machine import Machine, pictures, plain, stepper, true_fp32
 from dircluster.training.profiling import mean_seconds
 from dircluster.training.stages import stages_of
 
@@ -63,7 +63,7 @@ def losses(config: RunConfig, strategy: Any, parallel: Parallel) -> list[float]:
     """Of some steps of the run's last stage in fp32, over all of the group."""
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, strategy=strategy))
     split = pictures(config.data, STEPS * config.training.batch_size)
-    with true_fp32(), trainer(config, stages_of(config)[-1].name, split, parallel) as made:
+    with true_fp32(), stepper(config, stages_of(config)[-1].name, split, parallel) as made:
         return [made.step(step)[0]["loss"] for step in range(STEPS)]
 
 

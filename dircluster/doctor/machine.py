@@ -17,9 +17,9 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended, Purifier
 from dircluster.distributed.parallel import Parallel
 from dircluster.models.precision import is_half
-from dircluster.training.profiling import stage_trainer
+from dircluster.training.profiling import stage_stepper
 from dircluster.training.stages import Networks, find_stage
-from dircluster.training.trainer import Trainer
+from dircluster.training.step import Stepper
 
 CPU = torch.device("cpu")
 _CUDNN: Any = torch.backends.cudnn
@@ -93,17 +93,15 @@ def pictures(data: DataConfig, count: int) -> Split:
 
 
 @contextmanager
-def trainer(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> Iterator[Trainer]:
-    """The training loop of a stage over ``split`` from initial weights; nothing is kept of it."""
+def stepper(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> Iterator[Stepper]:
+    """The steps of a stage over ``split`` from initial weights."""
     wanted = find_stage(config, stage)
-    made = stage_trainer(wanted, wanted.recipe(Networks(config, parallel)), config, split, parallel)
+    made = stage_stepper(wanted, wanted.recipe(Networks(config, parallel)), config, split, parallel)
     try:
         yield made
     finally:
         made.batches.close()
         made.captured = None  # a graph holds memory
-        if made.writer is not None:
-            made.writer.close(0)
         if config.training.compiles:
             torch.compiler.reset()  # graphs of other batch sizes would count against the limit
 

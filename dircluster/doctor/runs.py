@@ -21,7 +21,7 @@ from dircluster.config import ConfigError, RunConfig
 from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
-from dircluster.doctor.machine import Machine, plain, trainer, true_fp32
+from dircluster.doctor.machine import Machine, plain, stepper, true_fp32
 from dircluster.presets import preset
 from dircluster.training import checkpoint
 from dircluster.training.protocols import NoTracker, Quiet, Status
@@ -158,7 +158,7 @@ def _steps(config: RunConfig, machine: Machine, count: int) -> tuple[list[float]
     """Losses of some steps, and the weights that are trained before and after them."""
     stage = stages_of(config)[-1].name
     split = machine.pictures(count * config.training.batch_size)
-    with trainer(config, stage, split, machine.parallel) as made:
+    with stepper(config, stage, split, machine.parallel) as made:
         before = {name: value.detach().cpu().clone() for name, value in made.parameters.items()}
         losses = [made.step(step)[0]["loss"] for step in range(count)]
         return losses, before, {name: value.detach().cpu().clone() for name, value in made.parameters.items()}

@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from dircluster.config import first_line
 from dircluster.doctor.findings import Finding, at_least, brief, seen, skipped
-from dircluster.doctor.machine import Machine, trainer
+from dircluster.doctor.machine import Machine, stepper
 from dircluster.models.precision import autocast
 from dircluster.training.costs import step_operations
 from dircluster.training.memory import peak, resting
 from dircluster.training.profiling import mean_seconds, now, time_eot, untimed
 from dircluster.training.stages import stages_of
-from dircluster.training.trainer import Trainer
+from dircluster.training.step import Stepper
 
 LEAST = 0.05
 """Share of the product rate that a step should reach at the preset's own batch size: an H100 has 0.10 to 0.13, without
@@ -74,7 +74,7 @@ def _timed(machine: Machine, stage: str, size: int, warm: int, timed: int) -> tu
     """Seconds of a step and of its crafting, and bytes at the peak."""
     training = dataclasses.replace(machine.config.training, batch_size=size)
     config = dataclasses.replace(machine.config, training=training)
-    with trainer(config, stage, machine.pictures(2 * size), machine.parallel) as made:
+    with stepper(config, stage, machine.pictures(2 * size), machine.parallel) as made:
         resting(machine.device)
         for step in range(warm):
             made.step(step)
@@ -86,7 +86,7 @@ def _timed(machine: Machine, stage: str, size: int, warm: int, timed: int) -> tu
         return seconds, _crafting(machine, made), memory
 
 
-def _crafting(machine: Machine, made: Trainer) -> float:
+def _crafting(machine: Machine, made: Stepper) -> float:
     recipe = made.recipe.train()
     batch = recipe.batch(*made.loader(0, 0))
     with autocast(made.config.training.precision, machine.device, recipe):
@@ -120,7 +120,7 @@ def kernels(machine: Machine, top: int = 10) -> Iterator[Finding]:
     if machine.gpu:
         kind, activity, own_time = DeviceType.CUDA, ProfilerActivity.CUDA, "self_device_time_total"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains on stderr where there is no GPU
-    with trainer(config, stage, machine.pictures(2 * size), machine.parallel) as made:
+    with stepper(config, stage, machine.pictures(2 * size), machine.parallel) as made:
         made.step(0)
         with profile(activities=[activity]) as profiled:
             made.step(1)

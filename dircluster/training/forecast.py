@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from dircluster.training.costs import (
     step_operations,
 )
 from dircluster.training.memory import peak, resting
-from dircluster.training.profiling import device_name, stage_trainer, wait_for
+from dircluster.training.profiling import device_name, now, stage_stepper
 from dircluster.training.validation import GAUGED, PICTURED
 
 EVALUATION = "evaluation"
@@ -136,7 +135,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
                 recipe = stage.recipe(networks)
                 training = replace(config.training, batch_size=images * world)
                 run = replace(config, training=training, scaling=replace(config.scaling, workers=world))
-                steps[images] = stage_trainer(stage, recipe, run, _random(config, images * world), parallel)
+                steps[images] = stage_stepper(stage, recipe, run, _random(config, images * world), parallel)
             steps[images].step(0)
 
         per_image = step_operations(config, stage.name) / config.training.batch_size
@@ -292,11 +291,9 @@ def _carried_over(found: Mapping[int, float], before: float, full: int) -> float
 
 
 def _timed(step: Callable[[int], object], images: int, parallel: Parallel) -> float:
-    wait_for(parallel.device)
-    began = time.perf_counter()
+    began = now(parallel.device)
     step(images)
-    wait_for(parallel.device)
-    return float(parallel.share(time.perf_counter() - began))
+    return float(parallel.share(now(parallel.device) - began))
 
 
 def _random(config: RunConfig, images: int) -> Split:

@@ -27,10 +27,9 @@ from dircluster.models.precision import Precision, autocast, is_half
 from dircluster.training.capture import WARM_UP
 from dircluster.training.costs import count, forward_operations, step_operations
 from dircluster.training.memory import peak, resting
-from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.protocols import Quiet
 from dircluster.training.stages import loader_of
-from dircluster.training.step import PHASES
-from dircluster.training.trainer import Trainer
+from dircluster.training.step import PHASES, Stepper
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, tries: int = 10) -> float:
@@ -81,12 +80,6 @@ def untimed(precision: Precision, device: torch.device) -> int:
     return 3 if is_half(precision, device) else 1
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def time_phases(
     stage: Stage, recipe: Recipe, train: Split, config: RunConfig, parallel: Parallel, steps: int
 ) -> dict[str, Any]:
@@ -97,7 +90,7 @@ def time_phases(
     """
     device, training = parallel.device, config.training
     resting(device)
-    trainer = stage_trainer(stage, recipe, config, train, parallel)
+    stepper = stage_stepper(stage, recipe, config, train, parallel)
     spent, since, losses = dict.fromkeys(PHASES, 0.0), 0.0, []
 
     def passed(phase: str) -> None:
@@ -105,15 +98,15 @@ def time_phases(
         before, since = since, now(device)
         spent[phase] = spent.get(phase, 0.0) + since - before
 
-    trainer.passed = passed
+    stepper.passed = passed
     try:
         for step in range((warm := untimed(training.precision, device)) + steps):
             if step == warm:
                 spent = dict.fromkeys(PHASES, 0.0)
             since = now(device)
-            losses.append(trainer.step(step)[0]["loss"])
+            losses.append(stepper.step(step)[0]["loss"])
     finally:
-        trainer.batches.close()
+        stepper.batches.close()
     spent = {phase: taken / steps for phase, taken in spent.items()}
     seconds = sum(spent.values())
     bf16 = is_half(training.precision, device)
@@ -165,12 +158,12 @@ def compare(
     matrix-product rate go by what the run's own recipe counts, in however many operations the same is computed.
     """
     device, precision = parallel.device, next(iter(variants.values()))[2].training.precision
-    trainers = {name: stage_trainer(*variant, train, parallel) for name, variant in variants.items()}
+    steppers = {name: stage_stepper(*variant, train, parallel) for name, variant in variants.items()}
     try:
-        steps = {name: made.step for name, made in trainers.items()}
+        steps = {name: made.step for name, made in steppers.items()}
         seconds = time_in_turns(steps, rounds, device, untimed(precision, device))
     finally:
-        for made in trainers.values():
+        for made in steppers.values():
             made.batches.close()
     rows, first = [], next(iter(seconds.values()))
     rate = product_rate(device, torch.bfloat16 if is_half(precision, device) else torch.float32)
@@ -193,25 +186,15 @@ def compare(
     return rows
 
 
-def stage_trainer(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, parallel: Parallel) -> Trainer:
-    """The loop of a stage that keeps nothing."""
-    checkpoints: Any = None
-    return Trainer(
-        stage,
-        recipe,
-        loader_of(stage, train, config, parallel),
-        train,
-        config,
-        parallel,
-        checkpoints,
-        NoRecord(),
-        Quiet(),
-    )
+def stage_stepper(stage: Stage, recipe: Recipe, config: RunConfig, train: Split, parallel: Parallel) -> Stepper:
+    """The steps of a stage, in the order and on the batches of a run that says nothing."""
+    return Stepper(stage, recipe, loader_of(stage, train, config, parallel), config, parallel, Quiet())
 
 
 def now(device: torch.device) -> float:
     """Seconds of a clock once the device has done what it was given."""
-    wait_for(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from dircluster.models.precision import WholeConv2d
 from dircluster.presets.dir import DirRun
 from dircluster.training import stages
 from dircluster.training.capture import WARM_UP
-from dircluster.training.profiling import stage_trainer, time_eot, time_phases, untimed
+from dircluster.training.profiling import stage_stepper, time_eot, time_phases, untimed
 from dircluster.training.step import PHASES
 
 CPU = torch.device("cpu")
@@ -28,12 +29,21 @@ def test_a_timed_step_is_that_of_a_run(smoke: DirRun) -> None:
     config = with_values(smoke, {"dir.optimizer.clip": 0.01, "dir.optimizer.warmup_epochs": 1, "dir.ema": 0.9})
     stage, train = stages.find_stage(config, "dir"), load(config.data, config.seed).train
     assert isinstance(train, Split)
-    made = stage_trainer(stage, stage.recipe(stages.Networks(config, ALONE)), config, train, ALONE)
+    made = stage_stepper(stage, stage.recipe(stages.Networks(config, ALONE)), config, train, ALONE)
     losses = [made.step(step)[0]["loss"] for step in range(3)]
     found = time_phases(stage, stage.recipe(stages.Networks(config, ALONE)), train, config, ALONE, 2)
     assert (found["first_loss"], found["last_loss"]) == (losses[0], losses[-1])
     assert tuple(found["seconds"]) == PHASES
     assert found["seconds"]["attack"] > 0
+
+
+def test_timed_steps_leave_no_thread_behind(smoke: DirRun) -> None:
+    stage, train = stages.find_stage(smoke, "dir"), load(smoke.data, smoke.seed).train
+    assert isinstance(train, Split)
+    before = threading.active_count()
+    made = stage_stepper(stage, stage.recipe(stages.Networks(smoke, ALONE)), smoke, train, ALONE)
+    made.batches.close()
+    assert threading.active_count() == before
 
 
 def test_still_weights_are_twins_in_bf16_while_a_step_is_timed(smoke: DirRun) -> None:
