@@ -45,7 +45,8 @@ from dircluster.evaluation.report_images import read_report
 from dircluster.presets import PRESETS, preset
 from dircluster.training import checkpoint
 from dircluster.training.export import load_defense_folder, load_target
-from dircluster.training.forecast import forecast, from_summary, planned_stages
+from dircluster.training.forecast import forecast, from_summary
+from dircluster.training.stages import trained_stages
 
 LIMIT = 20
 """Seconds after which a command line or a file counts as a hang."""
@@ -242,7 +243,7 @@ def make_settings(folder: Path) -> Path:
 
 def make_calibration(folder: Path) -> Path:
     pace = {"operations_per_second": 1e9, "images": 16, "memory": 1 << 20}
-    names = [*(stage.name for stage in planned_stages(SMOKE)), "evaluation"]
+    names = [*(stage.name for stage in trained_stages(SMOKE)), "evaluation"]
     paces = dict.fromkeys(names, pace)
     file = folder / "calibration.json"
     file.write_text(json.dumps({"calibration": {"device": "CPU", "paces": paces}}))

@@ -144,7 +144,7 @@ def _counted(config: RunConfig, survivors: float) -> tuple[float, tuple[str, ...
     """As :func:`evaluation_operations`, all of it counted."""
     networks = meta_networks(config)
     victim = VictimModel(find_defense(config.defense).defended(config, networks), config.defense)
-    settings, images = config.evaluation, _images(config, IMAGES)
+    settings, images = config.evaluation, meta_images(config, IMAGES)
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
     total, left = 0.0, []
 
@@ -199,7 +199,7 @@ def step_operations(config: RunConfig, stage: str) -> int:
     def operations(number: int) -> int:
         stream = Stream(config.seed, 0, 0, IMAGES, slice(0, IMAGES), torch.device("meta"))
         with counting() as found:
-            batch = recipe.attack(recipe.batch(_images(config, IMAGES), labels, stream, number))
+            batch = recipe.attack(recipe.batch(meta_images(config, IMAGES), labels, stream, number))
             for update in range(len(recipe.updates)):
                 torch.autograd.backward(recipe(batch, update)["loss"])
         return found.total
@@ -216,14 +216,15 @@ def meta_networks(config: RunConfig) -> dict[str, nn.Module]:
         return made | {"classifier": classifiers.build(architecture(config), config.data)}
 
 
-def _images(config: RunConfig, images: int) -> Tensor:
+def meta_images(config: RunConfig, images: int) -> Tensor:
+    """So many images of the run's shape (N, C, H, W) on the meta device: without values."""
     data = config.data
     return torch.zeros(images, data.channels, data.height, data.width, device="meta")
 
 
 def count(config: RunConfig) -> Costs:
     """Costs of the run's purifier and target, counted on the meta device: nothing is computed or downloaded."""
-    image = _images(config, 1)
+    image = meta_images(config, 1)
 
     def networks_of(run: RunConfig) -> tuple[Purifier, nn.Module]:
         networks = meta_networks(run)

@@ -37,6 +37,7 @@ from dircluster.training.costs import (
     followed,
     forward_operations,
     gradient_operations,
+    meta_images,
     meta_networks,
     recipe_on_meta,
     step_operations,
@@ -125,7 +126,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     world = parallel.world
     share = -(-config.training.batch_size // config.scaling.most)
     networks, paces = stages.Networks(config, parallel), {}
-    for stage in planned_stages(config):
+    for stage in stages.trained_stages(config):
         steps: dict[int, Any] = {}
 
         def step(images: int, stage: Stage = stage, steps: dict[int, Any] = steps) -> None:
@@ -145,7 +146,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
 
     def passed(run: RunConfig) -> int:
-        return gradient_operations(networks.defense.defended(run, meta_networks(run)).fixed(0), _image(run))
+        return gradient_operations(networks.defense.defended(run, meta_networks(run)).fixed(0), meta_images(run, 1))
 
     per_image = followed(config, passed)
     judged = config.evaluation
@@ -154,18 +155,13 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     return Calibration(device_name(parallel.device), paces)
 
 
-def planned_stages(config: RunConfig) -> list[Stage]:
-    """The stages that the run trains."""
-    return [s for s in stages.stages_of(config) if s.name != "target" or config.target.uri is None]
-
-
 def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, test: int) -> list[Forecast]:
     """What each stage and the evaluation will take, given how many images there are of each split.
 
     Raises ConfigError where the calibration knows nothing of a stage.
     """
     made = []
-    for stage in planned_stages(config):
+    for stage in stages.trained_stages(config):
         seconds = stage_seconds(config, stage, found, train, held_out)
         made.append(Forecast(stage.name, seconds, _pace_of(found, stage.name).memory, _stored(config, stage)))
     judging = judging_seconds(config, found, train, test)[0]
@@ -185,7 +181,7 @@ def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int
 
 def surviving(config: RunConfig, train: int) -> float:
     """The share of test images that is taken to survive an attack, given how many there are to train on."""
-    seen = train * sum(stage.epochs for stage in planned_stages(config))
+    seen = train * sum(stage.epochs for stage in stages.trained_stages(config))
     return SURVIVORS if seen >= LITTLE or config.target.uri is not None else 1 / config.data.classes
 
 
@@ -303,10 +299,6 @@ def _random(config: RunConfig, images: int) -> Split:
     return Split(pixels, torch.randint(data.classes, (len(pixels),), generator=generator))
 
 
-def _image(config: RunConfig) -> torch.Tensor:
-    return torch.zeros(1, config.data.channels, config.data.height, config.data.width, device="meta")
-
-
 def _gradient(defense: Defended, config: RunConfig, images: int) -> None:
     """One gradient of an attack on the whole pipeline, in the precision that attacks are crafted in."""
     device = next(defense.parameters()).device
@@ -325,7 +317,8 @@ def _selection(config: RunConfig, recipe: Recipe, images: int) -> float:
     """Operations of one held-out selection, and of the gauge of overfitting but for the samples that it crafts."""
     deployed = recipe.deployed()
     assert deployed is not None
-    forward, gradient = forward_operations(deployed, _image(config)), gradient_operations(deployed, _image(config))
+    image = meta_images(config, 1)
+    forward, gradient = forward_operations(deployed, image), gradient_operations(deployed, image)
     steps = config.training.select_steps or config.attack.steps
     gauge = min(images, GAUGED) * (20 * gradient + 2 * forward) if recipe.attacks_deployed else 0.0
     return images * (steps * gradient + 2 * forward) + gauge
@@ -333,7 +326,8 @@ def _selection(config: RunConfig, recipe: Recipe, images: int) -> float:
 
 def _picture(config: RunConfig, deployed: Defended) -> float:
     """Operations of a picture of restored images, which shows eight."""
-    forward, gradient = forward_operations(deployed, _image(config)), gradient_operations(deployed, _image(config))
+    image = meta_images(config, 1)
+    forward, gradient = forward_operations(deployed, image), gradient_operations(deployed, image)
     return PICTURED * (config.attack.steps * gradient + forward)
 
 

@@ -33,6 +33,11 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     return find_defense(config.defense).stages(config)
 
 
+def trained_stages(config: RunConfig) -> list[Stage]:
+    """Those that the run trains: all but a target that is given."""
+    return [stage for stage in stages_of(config) if stage.name != "target" or config.target.uri is None]
+
+
 def find_stage(config: RunConfig, name: str) -> Stage:
     """The stage of that name. Raises ConfigError where the run has none."""
     found = {stage.name: stage for stage in stages_of(config)}

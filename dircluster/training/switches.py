@@ -7,7 +7,7 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.training.capture import obstacle_here, obstacle_of, refusal
 from dircluster.training.compiling import check_compiler
 from dircluster.training.costs import recipe_on_meta
-from dircluster.training.stages import stages_of
+from dircluster.training.stages import trained_stages
 
 
 def check_switches(config: RunConfig, parallel: Parallel) -> None:
@@ -18,7 +18,6 @@ def check_switches(config: RunConfig, parallel: Parallel) -> None:
         return
     if obstacle := obstacle_here(config, parallel, parallel.device.type == "cuda"):
         raise refusal(obstacle)
-    for stage in stages_of(config):
-        given = stage.name == "target" and config.target.uri is not None
-        if not given and (obstacle := obstacle_of(recipe_on_meta(config, stage.name))):
+    for stage in trained_stages(config):
+        if obstacle := obstacle_of(recipe_on_meta(config, stage.name)):
             raise refusal(f"of {stage.name} {obstacle}")

@@ -34,10 +34,10 @@ from dircluster.training.forecast import (
     from_plain,
     from_summary,
     judging_seconds,
-    planned_stages,
     to_plain,
 )
 from dircluster.training.run import data_cache
+from dircluster.training.stages import trained_stages
 
 
 def plan(job: cli.TrainJob) -> str:
@@ -62,7 +62,7 @@ def plan(job: cli.TrainJob) -> str:
         f"purifier  {costs.purifier_parameters:,} parameters, {costs.purifier_forward / 1e9:.3f} GFLOP an image",
         f"target    {costs.target_parameters:,} parameters, {costs.target_forward / 1e9:.3f} GFLOP an image",
     ]
-    for stage in planned_stages(config):
+    for stage in trained_stages(config):
         one = step_operations(config, stage.name)
         lines.append(
             f"{stage.name:9} {stage.epochs} epochs of {steps} steps, {one / 1e9:,.1f} GFLOP a step,"
@@ -70,7 +70,7 @@ def plan(job: cli.TrainJob) -> str:
         )
     workers = config.scaling.most
     if workers > 1:
-        last = [stage for stage in planned_stages(config) if stage.epochs][-1:]
+        last = [stage for stage in trained_stages(config) if stage.epochs][-1:]
         on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and torch.cuda.device_count() > 0)
         half = is_half(config.training.precision, torch.device("cuda" if on_gpu else "cpu"))
         lines += [

@@ -258,7 +258,7 @@ def test_what_is_no_calibration(tmp_path: Path, text: str | None, message: str) 
 def test_a_given_target_is_not_foretold() -> None:
     run = preset("digits")
     given = dataclasses.replace(run, target=dataclasses.replace(run.target, uri="here.safetensors"))
-    assert [stage.name for stage in module.planned_stages(given)] == ["pretrain", "dir"]
+    assert [stage.name for stage in stages.trained_stages(given)] == ["pretrain", "dir"]
 
 
 def test_what_all_images_need_alike_is_not_multiplied() -> None:
