@@ -43,7 +43,7 @@ def register(job: JobRecord, config: RunConfig, folder: Path, card: str, outcome
     name = f"{config.defense}-{config.name}"
     client = MlflowClient(job.uri)
     sha = checkpoint.digest(folder) or ""
-    version = next((each for each in _versions(client, name) if each.tags.get(SHA_TAG) == sha), None)
+    version = next((each for each in versions_with(client, sha) if each.name == name), None)
     if version is None:
         version = _log(job, client, config, folder, card, sha, outcome)
     if (found := evidence_of(outcome["results"], config.attack.norm, outcome["data"])) is not None:
@@ -129,11 +129,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tracking(uri: str | None) -> Iterator[None]:
+def _tracking(uri: str) -> Iterator[None]:
     """MLflow looks an alias up in its global store, whatever its arguments say."""
-    if uri is None:
-        yield
-        return
     before = os.environ.get(place.VARIABLE)  # set_tracking_uri writes it
     mlflow.set_tracking_uri(uri)
     try:
@@ -142,10 +139,6 @@ def _tracking(uri: str | None) -> Iterator[None]:
         mlflow.set_tracking_uri(before or "")
         if before is None:
             os.environ.pop(place.VARIABLE, None)
-
-
-def _versions(client: MlflowClient, name: str) -> list[ModelVersion]:
-    return list(client.search_model_versions(f"name='{name}'"))
 
 
 def fetch(uri: str, tracking_uri: str | None = None) -> Path:
