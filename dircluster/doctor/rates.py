@@ -78,12 +78,12 @@ def room(machine: Machine) -> Iterator[Finding]:
 def rates(machine: Machine) -> Iterator[Finding]:
     """Bytes a second of a copy, read and written, and operations a second of square products; kept on ``machine``."""
     known = MEASURED.get(device_name(machine.device), {})
-    yield _rate("copy", _copy_rate(machine), 1e9, "GB/s", known)
+    yield _rate("copy", _copy_rate(machine), "GB/s", known)
     for name in ("fp32", "bf16", *(("tf32",) if machine.gpu else ())):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         with true_fp32("tf32" if name == "tf32" else "ieee"):
             machine.rates[name] = product_rate(machine.device, dtype)
-        yield _rate(f"products in {name}", machine.rates[name], 1e9, "GFLOP/s", known)
+        yield _rate(f"products in {name}", machine.rates[name], "GFLOP/s", known)
 
 
 def _copy_rate(machine: Machine) -> float:
@@ -92,8 +92,9 @@ def _copy_rate(machine: Machine) -> float:
     return 2 * source.nbytes / mean_seconds(lambda: other.copy_(source), machine.device, 10)
 
 
-def _rate(name: str, rate: float, scale: float, unit: str, known: dict[str, float]) -> Finding:
+def _rate(name: str, rate: float, unit: str, known: dict[str, float]) -> Finding:
+    """A rate in units of 1e9, against what was measured on a card of that name."""
     best = known.get(name.removeprefix("products in "))
     if best is None:
-        return seen(name, rate / scale, unit)
-    return at_least(name, rate / scale, SHARE * best / scale, unit, f"{best / scale:,.0f} measured before", "warn")
+        return seen(name, rate / 1e9, unit)
+    return at_least(name, rate / 1e9, SHARE * best / 1e9, unit, f"{best / 1e9:,.0f} measured before", "warn")
