@@ -11,6 +11,7 @@ from typing import Any
 
 from dircluster import cli
 from dircluster.cluster.paths import with_absolute_paths
+from dircluster.cluster.plain_store import Store
 from dircluster.cluster.reproducing.result import Result
 from dircluster.cluster.reproducing.stored import stored_stages
 from dircluster.cluster.reproducing.units import Listening, Units, judged_trainings
@@ -23,7 +24,6 @@ from dircluster.distributed.launch import local_workers
 from dircluster.reproduction.costs import TIMED, Cost, by_kind, calibrated, costs, factor_for
 from dircluster.reproduction.exhibits import Exhibit, Settings
 from dircluster.reproduction.plan import Plan, Unit, make_plan
-from dircluster.reproduction.store import Store
 from dircluster.settings_file import as_words
 from dircluster.training.forecast import EVALUATION, Calibration, as_launched, from_plain, to_plain
 

@@ -13,6 +13,7 @@ from typing import Any
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.loading import JobSpec
 from dircluster.cluster.paths import with_absolute_paths
+from dircluster.cluster.plain_store import Store
 from dircluster.cluster.storage import open_path
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import source_version
@@ -21,7 +22,6 @@ from dircluster.evaluation.claims import problem_of
 from dircluster.presets import run_to_plain
 from dircluster.reproduction.cells import Outcome
 from dircluster.reproduction.plan import Plan, Training, Transfer, Unit
-from dircluster.reproduction.store import Store
 from dircluster.reproduction.transfer import transferred
 from dircluster.training import checkpoint
 from dircluster.training.retry import retry

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dircluster.cluster import storage
+from dircluster.cluster.plain_store import Store
 from dircluster.cluster.sweeps.space import Settings
 from dircluster.config import RunConfig, digest, to_dict
 from dircluster.evaluation.sweep_table import Trial
@@ -35,64 +34,58 @@ def key_of(run: RunConfig, until: str = "") -> str:
 
 def result_of(run: RunConfig, until: str = "") -> Trial | None:
     """The result of a run that has finished, or None."""
-    return _read(_file_of(run, until))
+    return _trial(_results(run).get(_called(run, until)))
 
 
 def store(run: RunConfig, trial: Trial, until: str = "") -> None:
     """Store the result of a run."""
-    _write(_file_of(run, until), asdict(trial))
+    _results(run).put(_called(run, until), asdict(trial))
 
 
-def _file_of(run: RunConfig, until: str) -> Path:
-    return storage.open_path(run.storage.uri, run.storage) / "trials" / f"{key_of(run, until)[:24]}.json"
+def _results(run: RunConfig) -> Store:
+    return Store(storage.open_path(run.storage.uri, run.storage) / "trials")
 
 
-class Notes:
+def _called(run: RunConfig, until: str) -> str:
+    return key_of(run, until)[:24]
+
+
+class Notes(Store):
     """A sweep's own folder: its table and figure, the points that a search began, and what ASHA stopped."""
 
     def __init__(self, config: RunConfig, space: str, key: str) -> None:
         """``key`` tells it from other sweeps of ``config`` over spaces of that name."""
-        self.folder = storage.open_path(config.storage.uri, config.storage) / "sweeps" / f"{config.name}-{space}-{key}"
+        folder = storage.open_path(config.storage.uri, config.storage) / "sweeps"
+        super().__init__(folder / f"{config.name}-{space}-{key}")
 
     def points(self) -> list[Settings]:
         """Those that a search began, in order."""
-        found = (_plain(file) for file in sorted((self.folder / "points").glob("*.json")))
+        found = (self.get(f"points/{file.stem}") for file in sorted((self.folder / "points").glob("*.json")))
         return [point for point in found if point]
 
     def add_point(self, number: int, settings: Settings) -> None:
-        _write(self.folder / "points" / f"{number:06d}.json", settings)
+        self.put(f"points/{number:06d}", settings)
 
     def stopped(self, settings: Settings, seed: int) -> Trial | None:
         """A trial that ASHA stopped, or None."""
-        return _read(self._stopped(settings, seed))
+        return _trial(self.get(f"stopped/{name_of(settings, seed)}"))
 
     def add_stopped(self, trial: Trial) -> None:
-        _write(self._stopped(trial.settings, trial.seed), asdict(trial))
-
-    def add_files(self, files: Mapping[str, bytes]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (self.folder / name).write_bytes(content)
-
-    def _stopped(self, settings: Settings, seed: int) -> Path:
-        return self.folder / "stopped" / f"{name_of(settings, seed)}.json"
+        self.put(f"stopped/{name_of(trial.settings, trial.seed)}", asdict(trial))
 
 
-class Failures:
+class Failures(Store):
     """Why trials of one call of Tune failed: files that lie beside Tune's own, and go with them."""
 
     def __init__(self, config: RunConfig, owner: str) -> None:
-        self.folder = storage.open_path(config.storage.uri, config.storage) / "ray" / owner / "failed"
+        super().__init__(storage.open_path(config.storage.uri, config.storage) / "ray" / owner / "failed")
 
     def add(self, trial: Trial) -> None:
-        _write(self._file(trial.settings, trial.seed), asdict(trial))
+        self.put(name_of(trial.settings, trial.seed), asdict(trial))
 
     def of(self, settings: Settings, seed: int) -> Trial | None:
         """How a training failed, or None."""
-        return _read(self._file(settings, seed))
-
-    def _file(self, settings: Settings, seed: int) -> Path:
-        return self.folder / f"{name_of(settings, seed)}.json"
+        return _trial(self.get(name_of(settings, seed)))
 
 
 def name_of(settings: Settings, seed: int) -> str:
@@ -100,23 +93,9 @@ def name_of(settings: Settings, seed: int) -> str:
     return digest([dict(settings), seed])[:24]
 
 
-def _write(file: Path, plain: Settings) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plain))
-
-
-def _plain(file: Path) -> dict[str, Any] | None:
-    """What was written; None where it is not there or not whole."""
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return found
-
-
-def _read(file: Path) -> Trial | None:
-    plain = _plain(file)
+def _trial(plain: Mapping[str, Any] | None) -> Trial | None:
+    """The trial that was kept as plain data; None where none was, or another version's."""
     try:
         return None if plain is None else Trial(**plain)
-    except TypeError:  # another version's
+    except TypeError:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dircluster import zoo
+from dircluster.cluster.plain_store import Store
 from dircluster.cluster.reproducing import units
 from dircluster.cluster.reproducing.reproduction import Reproduction
 from dircluster.cluster.reproducing.units import Listening
@@ -18,7 +19,6 @@ from dircluster.config import RunConfig, with_values
 from dircluster.presets import preset
 from dircluster.reproduction.cells import Outcome
 from dircluster.reproduction.plan import make_plan
-from dircluster.reproduction.store import Store
 from dircluster.reproduction.tables import exhibits
 from dircluster.training import checkpoint
 

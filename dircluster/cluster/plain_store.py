@@ -1,4 +1,4 @@
-"""What has come out, kept in storage for the same command to go on from."""
+"""Plain data and files in a folder of storage, for the same command, or another, to go on from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Store:
-    """Plain data by name, and the files of a page."""
+    """Plain data by name, and files of any kind, in one folder here or in object storage."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -17,16 +17,14 @@ class Store:
     def get(self, name: str) -> dict[str, Any] | None:
         """What was put under ``name``; None where nothing was, or nothing whole."""
         try:
-            found: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
-        except (FileNotFoundError, ValueError):
+            found = json.loads((self.folder / f"{name}.json").read_text())
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
-        return found
+        return found if isinstance(found, dict) else None
 
     def put(self, name: str, plain: Mapping[str, Any]) -> None:
         """Keep plain data."""
-        file = self.folder / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(plain))
+        self.add_files({f"{name}.json": json.dumps(plain).encode()})
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
         """Keep files of any kind, by their paths in the folder."""
