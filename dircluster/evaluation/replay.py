@@ -10,7 +10,7 @@ from typing import Any
 
 from dircluster.config import ConfigError
 from dircluster.evaluation.attack_table import AttackSpec, find_attack
-from dircluster.evaluation.results import Result
+from dircluster.evaluation.results import Result, name_of
 
 TOLERANCE = 0.02
 """Share of images by which an accuracy may differ on another kind of machine or by other code; two at the least."""
@@ -33,11 +33,6 @@ def read_rows(file: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     if missing := [name for name in FACTS if name not in facts]:
         raise ConfigError(f"{file} does not say its {missing[0]}, without which its rows cannot be computed again")
     return facts, found["rows"]
-
-
-def name_of(row: Mapping[str, Any]) -> str:
-    """What a row is called: DEFENSE/ATTACK/RANDOMNESS, as in an export."""
-    return f"{row['defense']}/{row['attack']}/{row['randomness']}"
 
 
 def choose(rows: Sequence[Mapping[str, Any]], which: str) -> Mapping[str, Any]:

@@ -113,6 +113,11 @@ def headline(rows: Sequence[Mapping[str, Any]], norm: str) -> dict[str, float]:
     return found
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """What a row is called: DEFENSE/ATTACK/RANDOMNESS, as in an export."""
+    return f"{row['defense']}/{row['attack']}/{row['randomness']}"
+
+
 def n_of(row: Mapping[str, Any]) -> str:
     """How many images a row of results is of, with the sample where they are not the first ones."""
     return str(row["total"]) if row.get("sample") is None else f"{row['total']} (sample {row['sample']})"

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dircluster.evaluation.replay import name_of
-from dircluster.evaluation.results import worst_attacked
+from dircluster.evaluation.results import name_of, worst_attacked
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.suites import how
 from dircluster.reproduction.exhibits import MEASURED, OWN_TARGET, Exhibit, Line, Printed

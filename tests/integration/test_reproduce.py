@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster.commands import replay
 from dircluster.evaluation.claims import Claim, problem_of
 from dircluster.evaluation.leaderboard import COLUMNS
-from dircluster.evaluation.replay import name_of
+from dircluster.evaluation.results import name_of
 from tests.jobs import Outcome, run_job
 
 FEW = ("--evaluation.images", "4", "--evaluation.queries", "10", "--scaling.threads", "1")

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
 
 def _replay(given: argparse.Namespace) -> int:
     from dircluster.cluster.storage import check_bucket, is_remote, open_path
-    from dircluster.evaluation.replay import choose, name_of, read_rows
+    from dircluster.evaluation.replay import choose, read_rows
+    from dircluster.evaluation.results import name_of
 
     for name, uri in {"the report's address": given.report, "--data": given.data, "--defense": given.defense}.items():
         refuse_secret(name, uri or "")

@@ -12,7 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
 from dircluster.config import DataConfig
-from dircluster.evaluation.results import headline, images_of
+from dircluster.evaluation.results import headline, images_of, name_of
 
 SHA_TAG = "dircluster.sha256"
 """Of a model version: the digest of the folder it was registered from."""
@@ -36,7 +36,7 @@ def accuracies(rows: Sequence[Mapping[str, Any]], norm: str, flags: int | None =
 
 def by_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The accuracy of each row, by its name."""
-    return {f"test/{row['defense']}/{row['attack']}/{row['randomness']}": row["accuracy"] for row in rows}
+    return {f"test/{name_of(row)}": row["accuracy"] for row in rows}
 
 
 def dataset_of(name: str, fingerprint: str, source: str) -> Dataset:

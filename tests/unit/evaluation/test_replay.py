@@ -13,8 +13,8 @@ from dircluster.cluster.commands import replay as command
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import Evaluation
-from dircluster.evaluation.replay import Comparison, choose, is_same_code, name_of, read_rows, spec_of
-from dircluster.evaluation.results import Result
+from dircluster.evaluation.replay import Comparison, choose, is_same_code, read_rows, spec_of
+from dircluster.evaluation.results import Result, name_of
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.suites import SUITES, suite
 from dircluster.evaluation.victim import VictimModel
