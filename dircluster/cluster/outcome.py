@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, first_line, named_line
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.locks import TakenOverError
 from dircluster.training.step import NonFiniteLoss
@@ -25,3 +25,8 @@ def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"status": "FAILED", "error": str(error), "exit": 2, "busy": isinstance(error, TakenOverError)}
     except NonFiniteLoss as error:
         return {"status": "FAILED", "error": str(error), "exit": 1}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a part of a job failed, in a line that needs no name where the error is one that people are to read."""
+    return first_line(error) if isinstance(error, ConfigError) else named_line(error)

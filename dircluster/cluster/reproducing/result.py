@@ -14,8 +14,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dircluster.cluster.console import Terminal
+from dircluster.cluster.outcome import reason_of
 from dircluster.cluster.storage import open_path, opener
-from dircluster.config import ConfigError, RunConfig, first_line, named_line
+from dircluster.config import ConfigError, RunConfig
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.distributed.launch import local_workers
@@ -111,7 +112,7 @@ class Result:
                 raise parallel
             value = clock(exhibit, line, parallel)
         except Exception as error:  # whatever a line raises is its own
-            reason = first_line(error) if isinstance(error, ConfigError) else named_line(error)
+            reason = reason_of(error)
             self.terminal.say(f"{exhibit.name}: {line.label} cannot be timed: {reason}")
             untimed = {**ended.untimed, column: f"cannot be timed: {reason}"}
             self.outcomes[key] = replace(ended, untimed=untimed)
@@ -170,7 +171,7 @@ class Result:
                 return Section(exhibit, cells, swept(exhibit, cells))
             return Section(exhibit, cells, PICTURES[exhibit.picture](self._scene(exhibit)))
         except Exception as error:  # a picture that fails must not cost the numbers
-            left_out = first_line(error) if isinstance(error, ConfigError) else named_line(error)
+            left_out = reason_of(error)
             return Section(exhibit, cells, left_out=left_out)
 
     def _scene(self, exhibit: Exhibit) -> Scene:

@@ -12,12 +12,13 @@ from typing import Any
 
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.loading import JobSpec
+from dircluster.cluster.outcome import reason_of
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.plain_store import Store
 from dircluster.cluster.storage import open_path
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import source_version
-from dircluster.config import ConfigError, RunConfig, digest, first_line, named_line, with_values
+from dircluster.config import ConfigError, RunConfig, digest, named_line, with_values
 from dircluster.evaluation.claims import problem_of
 from dircluster.presets import run_to_plain
 from dircluster.reproduction.cells import Outcome
@@ -148,7 +149,7 @@ class Units:
             folder = str(transferred(open_path(run.storage.uri, run.storage), *places).absolute())
             claim = self._claim(run, folder)
         except Exception as error:  # whatever a system raises is its own
-            return Outcome(error=first_line(error) if isinstance(error, ConfigError) else named_line(error))
+            return Outcome(error=reason_of(error))
         if isinstance(claim, int):
             return claim
         trained_by = {**purifier.trained_by, f"{transfer.system.onto} target": target.trained_by.get("target", ())}
@@ -159,7 +160,7 @@ class Units:
         try:
             claim = self._claim(with_values(run, {"evaluation.verdict": False}), done.checkpoint)  # as trainings judge
         except Exception as error:  # its numbers stand without one
-            self.terminal.say(f"no claim of {training.name}: {named_line(error)}")
+            self.terminal.say(f"no claim of {training.name}: {reason_of(error)}")
             claim = None
         if isinstance(claim, int):
             return claim

@@ -78,6 +78,15 @@ def test_a_claim_that_is_refused_is_made_again(
         assert made._trained(training) == 15
 
 
+def test_why_there_is_no_claim_is_said_as_other_reasons_are(tmp_path: Path, run: RunConfig) -> None:
+    made: Any = object.__new__(units.Units)
+    made.terminal, made.launcher = Listening(), "local"
+    training: Any = SimpleNamespace(name="dir, seed 0")
+    ended = made._claimed(training, run, Store(tmp_path / "outcomes"), "one", Outcome((), str(tmp_path / "gone")))
+    assert ended.claim is None
+    assert made.terminal.last.startswith(f"no claim of dir, seed 0: {tmp_path / 'gone'} holds no committed checkpoint")
+
+
 @pytest.mark.parametrize(("fails", "status"), [(True, "FAILED"), (False, "FINISHED")])
 def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
