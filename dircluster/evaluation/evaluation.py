@@ -1,8 +1,8 @@
 """Evaluation: attacks times shards of images, each a piece of work whose outcome is kept, then rows of a table.
 
 What comes out of a shard follows from the seed, the attack and the shard's number alone: neither from who works on it,
-nor from
-what was done before. So shards may be shared out to any number of workers, and an evaluation that was killed goes on.
+nor from what was done before. So shards may be shared out to any number of workers, and an evaluation that was killed
+goes on.
 """
 
 from __future__ import annotations

@@ -199,4 +199,4 @@ def _restore(scene: Scene, name: str, images: Tensor) -> Tensor:
 def _need(scene: Scene, *names: str) -> None:
     missing = [name for name in names if name not in scene.defenses]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} was not trained")
+        raise ConfigError(f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not trained")

@@ -110,7 +110,7 @@ def open_job(
     the tracking server does not answer.
     """
     uri = default_uri(config)
-    job, owner = _job(config, sweep, child), this_process()
+    job, owner = job_digest(config, sweep, child), this_process()
     tags = {**_mlflow_tags(tags), **tags, JOB_TAG: job, OWNER_TAG: owner}
     if child is not None:
         tags[SWEEP_TAG if child.shared else MLFLOW_PARENT_RUN_ID] = child.sweep
@@ -153,12 +153,12 @@ def _known(
     """The newest run of a job, also of the time before its storage folder was moved; empty where there is none."""
     former = json.loads(client.get_experiment(experiment).tags.get(MOVED_TAG, "[]"))
     for storage in (storage_name(config), *former):
-        if runs := search_runs(client, experiment, JOB_TAG, _job(config, sweep, child, storage)):
+        if runs := search_runs(client, experiment, JOB_TAG, job_digest(config, sweep, child, storage)):
             return runs[0]
     return ""
 
 
-def _job(
+def job_digest(
     config: RunConfig, sweep: Mapping[str, Any] | None = None, child: Child | None = None, storage: str = ""
 ) -> str:
     """What tells a job from others, so that it is found again; ``storage`` is where its record lay before."""

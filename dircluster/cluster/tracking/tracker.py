@@ -32,7 +32,7 @@ from dircluster.cluster.tracking.jobs import (
     Child,
     JobRecord,
     Refused,
-    _job,
+    job_digest,
     log_params,
     open_job,
     refusals,
@@ -101,7 +101,7 @@ class MlflowTracker:
         def log() -> None:
             client, now = self.client, int(time.time() * 1000)
             with refusals():
-                runs = search_runs(client, self.job.experiment_id, JOB_TAG, _job(run, child=child))
+                runs = search_runs(client, self.job.experiment_id, JOB_TAG, job_digest(run, child=child))
                 run_id = runs[0] if runs else open_job(run, tags, child=child).run_id
                 found = client.get_run(run_id)
                 if found.info.status == status == "FINISHED" and "robust" in found.data.metrics:

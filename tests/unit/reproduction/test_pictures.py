@@ -76,6 +76,8 @@ def test_a_figure_says_what_it_lacks(scene: Scene) -> None:
     alone = replace(scene, defenses={"hgd": scene.defenses["hgd"]})
     with pytest.raises(ConfigError, match="dir was not trained"):
         PICTURES["restored"](alone)
+    with pytest.raises(ConfigError, match="dir and hgd were not trained"):
+        PICTURES["restored"](replace(scene, defenses={}))
 
 
 @pytest.mark.parametrize("name", ["table5", "ratio", "fig6a", "fig6b"])
