@@ -17,7 +17,7 @@ from dircluster.data.picture import Blob, check_shape, pixels
 def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
     """Encoded images as (n, C, H, W) uint8; with ``data.resize`` their middle squares, brought to size.
 
-    Raises ConfigError where one cannot be read or sizes differ.
+    Raises ConfigError where one cannot be read, or sizes differ or are others than ``config`` says.
     """
     given, threads = list(blobs), os.cpu_count() or 1
     size = max(1, min(256, len(given) // (4 * threads)))  # a task costs Python as much as a small image does
@@ -31,9 +31,6 @@ def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
         raise ConfigError(
             f"the images have {len(sizes)} different sizes ({some}, ...); bring them to one: --data.resize"
         )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def check_size(images: Tensor, config: DataConfig) -> None:
-    """Raise ConfigError where images (n, C, H, W) are not of the size that ``config`` says."""
-    check_shape(tuple(images.shape[1:]), config)
+    made = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    check_shape(tuple(made.shape[1:]), config)
+    return made

@@ -17,7 +17,7 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig, first_line, local_path
 from dircluster.data import parquet
 from dircluster.data.class_folders import ClassFolders
-from dircluster.data.decode import check_size, decode
+from dircluster.data.decode import decode
 from dircluster.data.files import one_line
 from dircluster.data.layout import check_named, check_names, layout_of
 from dircluster.data.picture import Blob, loses_color
@@ -43,7 +43,7 @@ class Encoded:
         return Encoded([self.images[row] for row in chosen], self.labels[rows])
 
     def decoded(self, config: DataConfig) -> Split:
-        """The images in memory. Raises ConfigError where one cannot be read or sizes differ."""
+        """The images in memory. Raises ConfigError as :func:`decode` does."""
         return Split(decode(self.images, config), self.labels)
 
 
@@ -122,8 +122,6 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
     blobs, labels = [b for part in read for b in part[0]], [i for part in read for i in part[1]]
     held_out = Split(decode(blobs, config), torch.tensor(labels, dtype=torch.int64))
     judged = _read_tables(test, config).decoded(config)
-    for split in (held_out, judged):
-        check_size(split.images, config)
     digest = hashlib.sha256(shards.fingerprint().encode())
     digest.update(judged.images.numpy().tobytes())
     digest.update(judged.labels.numpy().tobytes())
@@ -139,9 +137,7 @@ def _streamed(config: DataConfig, seed: int, open_path: Callable[[str], Path]) -
 def _in_memory(stored: Stored, config: DataConfig) -> Split:
     """The images that ``data.limit`` leaves of a split, decoded. Raises ConfigError."""
     some = stored if config.limit is None else stored.take(slice(config.limit))
-    split = some.decoded(config) if isinstance(some, Encoded) else some
-    check_size(split.images, config)
-    return split
+    return some.decoded(config) if isinstance(some, Encoded) else some
 
 
 def _check_labels(split: Stored, config: DataConfig) -> None:

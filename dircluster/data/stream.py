@@ -26,7 +26,7 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data import parquet
 from dircluster.data.augment import augmented
-from dircluster.data.decode import check_size, decode
+from dircluster.data.decode import decode
 from dircluster.data.picture import Cell
 
 MOST_LANES = 64
@@ -174,9 +174,7 @@ class StreamLoader:
             blob, label = self._image(epoch, lane, step * self._lane_rows + offset)
             blobs.append(blob)
             labels.append(label)
-        images = decode(blobs, self.shards.config)
-        check_size(images, self.shards.config)
-        return images, torch.tensor(labels, dtype=torch.int64)
+        return decode(blobs, self.shards.config), torch.tensor(labels, dtype=torch.int64)
 
     def _image(self, epoch: int, lane: int, position: int) -> tuple[Cell, int]:
         """The image at ``position`` of a lane in an epoch."""
