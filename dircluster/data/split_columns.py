@@ -9,7 +9,7 @@ from typing import Any
 
 from dircluster.config import ConfigError
 from dircluster.data.files import one_line
-from dircluster.data.split_names import split_name, words
+from dircluster.data.split_names import one_split, words
 
 MOST_VALUES = 16
 """A column with more different values says no split: captions and names of files have many."""
@@ -90,9 +90,6 @@ def _own_name(path: str) -> str:
 
 
 def _said(name: str) -> str | None:
-    """The split that a name or a value says; a value that says two, as a sentence may, says none."""
-    try:
-        found = split_name(name)
-    except ConfigError:
-        return None
+    """The split that a name or a value says."""
+    found = one_split(name)
     return found.split if found else None

@@ -55,6 +55,14 @@ def split_name(name: str) -> SplitName | None:
     return SplitName(splits[0], all(split or word in _FILLERS for word, split in found.items()))
 
 
+def one_split(name: str) -> SplitName | None:
+    """The same of a name that may say anything; one that says two, as a sentence may, says none."""
+    try:
+        return split_name(name)
+    except ConfigError:
+        return None
+
+
 def _split(word: str) -> str | None:
     """train, trainset and traindata are one word; tests, trainers and valley are none."""
     ending = next((end for end in _OBJECTS if word.endswith(end) and word != end), "")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dircluster.config import ConfigError
 from dircluster.data.files import IMAGE_SUFFIXES, SIDE_SUFFIXES, Found
-from dircluster.data.split_names import SplitName, split_name, words
+from dircluster.data.split_names import SplitName, one_split, split_name, words
 
 _NO_DATA = {".md", ".rst", ".html", ".pdf", ".log", ".py", ".ipynb", ".sh", ".yaml", ".yml", ".toml", ".ini", ".cfg"}
 """What holds no images and no list of them, whatever its name."""
@@ -37,19 +37,12 @@ def check_unread(files: Sequence[Found], read: set[str]) -> None:
 
 def _splits_of(file: Found) -> list[SplitName]:
     """The splits that a file's folders say, and its own name unless it is an image's; what says two says none."""
-    found = [_said(folder) for folder in file.folders]
+    found = [one_split(folder) for folder in file.folders]
     if file.suffix in SIDE_SUFFIXES:
         found.append(_of_list(file.path.stem))
     elif file.suffix not in IMAGE_SUFFIXES:
-        found.append(_said(file.path.stem))
+        found.append(one_split(file.path.stem))
     return [split for split in found if split and (split.plain or file.suffix not in SIDE_SUFFIXES)]
-
-
-def _said(name: str) -> SplitName | None:
-    try:
-        return split_name(name)
-    except ConfigError:
-        return None
 
 
 def _of_list(name: str) -> SplitName | None:
