@@ -41,6 +41,7 @@ from dircluster.defenses.target import TargetRecipe
 from dircluster.models import classifiers
 from dircluster.models.classifiers import BasicBlock
 from dircluster.models.modules import frozen
+from dircluster.models.precision import OutsideAutocast
 from dircluster.models.transformer import Block
 from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
 
@@ -83,28 +84,6 @@ class Draws:
         return draw(self.generator, self.rows)
 
 
-class WholeLinear(nn.Linear):
-    """A linear layer that runs in fp32 under autocast: bf16 would round the image itself by steps of 1/255."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
-class WholeConv2d(nn.Conv2d):
-    """The same for a convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
-def whole_precision(*modules: nn.Module) -> None:
-    """Run these layers outside autocast, in them and in copies of them."""
-    for module in modules:
-        module.__class__ = WholeLinear if isinstance(module, nn.Linear) else WholeConv2d
-
-
 class Machine:
     """The device, how models are made for it, and what a step of training is."""
 
@@ -130,8 +109,6 @@ class Machine:
             torch.default_generator.manual_seed(1)
             made = classifiers.build("small_cnn" if self.rehearse else "resnet18", DATA)
         made = made.to(self.device, memory_format=torch.channels_last)
-        if self.gpu:
-            whole_precision(made.network[0], made.network[-1])
         if compiled:
             compile_blocks(made, BasicBlock)
         return made
@@ -140,7 +117,7 @@ class Machine:
         """``h`` for use alone, in place: its convolutions' weights in bf16, so that autocast need not cast them."""
         h.requires_grad_(False).eval()
         for part in h.modules():
-            if self.gpu and isinstance(part, nn.Conv2d) and not isinstance(part, WholeConv2d):
+            if self.gpu and isinstance(part, nn.Conv2d) and not isinstance(part, OutsideAutocast):
                 part.weight.data = part.weight.data.to(torch.bfloat16)
         if compiled:
             compile_blocks(h, BasicBlock)
@@ -152,8 +129,6 @@ class Machine:
             torch.default_generator.manual_seed(2)
             made = MaskedPurifier(self.model, self.masking, 3, 32, 32)
         made = made.to(self.device)
-        if self.gpu:
-            whole_precision(made.embed, made.head)
         if compiled:
             compile_blocks(made, Block)
         return made
@@ -391,7 +366,7 @@ class Training:
             0.1 if small else 3,
             lambda twin: keep(twin, self.out, "dir"),
         )
-        both = [self.accuracy(h, copied(g)), self.accuracy(h, copied(mean))]
+        both = [self.accuracy(h, copy.deepcopy(g).eval()), self.accuracy(h, copy.deepcopy(mean).eval())]
         better = int(both[1]["robust"] > both[0]["robust"])
         self.report["dir"] |= {"last": both[0], "EMA 0.998": both[1], "kept": ["last", "EMA 0.998"][better]}
         say(f"dir: {json.dumps(self.report['dir'])}")
@@ -447,12 +422,6 @@ class Training:
         h.train(was)
         natural, robust = (right / len(split)).tolist()
         return {"natural": natural, "robust": robust}
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """A copy in eval mode without compiled blocks."""
-    made = copy.deepcopy(module)
-    return made.eval()
 
 
 def judge(machine: Machine, h: nn.Module, g: MaskedPurifier, test: Split) -> dict[str, Any]:
