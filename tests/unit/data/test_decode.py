@@ -65,7 +65,7 @@ def test_many_images_keep_their_order() -> None:
         buffer = io.BytesIO()
         Image.fromarray(np.full((2, 2), value, np.uint8)).save(buffer, format="PNG")
         blobs.append(buffer.getvalue())
-    assert decode(blobs * 4, DataConfig(channels=1))[:, 0, 0, 0].tolist() == list(range(200)) * 4
+    assert decode(blobs * 4, DataConfig(height=2, width=2, channels=1))[:, 0, 0, 0].tolist() == list(range(200)) * 4
 
 
 @pytest.mark.parametrize("own_test", [False, True])
