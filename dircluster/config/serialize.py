@@ -122,6 +122,7 @@ def with_values(run: AnyConfig, values: Mapping[str, Any]) -> AnyConfig:
         *sections, field = name.split(".")
         inner = plain
         for section in sections:
+            require(isinstance(inner.get(section), dict), f"{type(run).__name__} has no setting {name}")
             inner = inner[section]
         inner[field] = value
     made: AnyConfig = from_dict(type(run), plain)

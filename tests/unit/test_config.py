@@ -200,3 +200,9 @@ def test_an_error_is_one_line_whatever_it_names() -> None:
     error = c.ConfigError("--config a\nb\r\x1b[31m é\ud800 cannot be read")
     assert str(error) == r"--config a\nb\r\x1b[31m é\ud800 cannot be read"
     assert str(pickle.loads(pickle.dumps(error))) == str(c.error_from_plain(c.error_to_plain(error))) == str(error)
+
+
+@pytest.mark.parametrize("name", ["nope.x", "seed.x", "nope"])
+def test_a_value_for_what_is_no_setting_is_refused(name: str) -> None:
+    with pytest.raises(c.ConfigError, match=f"^RunConfig has no (setting|field) {name}$"):
+        c.with_values(c.RunConfig(), {name: 1})
