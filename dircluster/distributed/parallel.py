@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ from dircluster.models.transformer import Block
 
 SHARDED_ALONE = (Block, BasicBlock)
 """Layers whose weights are gathered, used and dropped as one; what is left of a model is gathered with it."""
+_ASKED = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ASKED)
+"""What DDP calls that a step makes buffers equal: the second name up to PyTorch 2.14."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Parallel:
             for name in trained:
                 _shard(module.get_submodule(name), half, self.device)
             return module
-        apart = any(keeps_statistics_apart(module.get_submodule(name)) for name in trained)
-        wrapped = DistributedDataParallel(module, broadcast_buffers=apart)  # else a step waits once less
+        apart: Any = {SYNC_BUFFERS: any(keeps_statistics_apart(module.get_submodule(name)) for name in trained)}
+        wrapped = DistributedDataParallel(module, **apart)  # where they are not, a step waits once less
         average_gradients(wrapped, pending, self.device)
         return wrapped
 

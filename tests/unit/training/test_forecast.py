@@ -204,13 +204,16 @@ def _calibrated(parallel: Parallel, config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_machine_is_calibrated_on_all_workers_at_once(smoke: DirRun, strategy: Literal["ddp", "fsdp"]) -> None:
+def test_a_machine_is_calibrated_on_all_workers_at_once(
+    smoke: DirRun, strategy: Literal["ddp", "fsdp"], capfd: pytest.CaptureFixture[str]
+) -> None:
     two = ScalingConfig(workers=2, threads=1, device="cpu")
     target = dataclasses.replace(smoke.target, ema=None)  # which fsdp has not
     config = dataclasses.replace(smoke, target=target, scaling=two, parallel=ParallelConfig(strategy))
     found = from_plain(on_local_workers(two, _calibrated, config))
     assert set(found.paces) == {"target", "pretrain", "dir", EVALUATION}
     assert all(pace.images <= 8 for name, pace in found.paces.items() if name != EVALUATION)  # each one's half of 16
+    assert capfd.readouterr().err == ""  # no library warns
 
 
 def _failing(parallel: Parallel, error: Exception) -> None:
