@@ -27,6 +27,7 @@ from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.evaluation import crafting
+from dircluster.evaluation.pictures import to_pixels
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
 from dircluster.models.precision import autocast
@@ -44,7 +45,7 @@ from dircluster.training.costs import (
 )
 from dircluster.training.memory import peak, resting
 from dircluster.training.profiling import device_name, now, stage_stepper
-from dircluster.training.validation import GAUGED, PICTURED
+from dircluster.training.validation import GAUGED, PICTURED, ROWS
 
 EVALUATION = "evaluation"
 LONG = 15
@@ -70,7 +71,13 @@ class Calibration:
     """The paces of a machine, by stage."""
 
     device: str
+    """As device_name calls it."""
     paces: Mapping[str, Pace]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether memory is a process's, in which the images of a run lie too."""
+        return self.device.startswith("CPU")
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,8 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
 
     per_image = followed(config, passed)
     judged = config.evaluation
-    rows = min(judged.usual_rows, judged.batch_size, judged.images or judged.batch_size)
+    # Rows that pass together: attacks try several draws, or classes, of an image at once.
+    rows = min(judged.usual_rows, config.data.classes * min(judged.batch_size, judged.images or judged.batch_size))
     paces[EVALUATION] = _pace(lambda images: _gradient(defense, config, images), per_image, rows, parallel, budget)
     return Calibration(device_name(parallel.device), paces)
 
@@ -160,12 +168,16 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
 
     Raises ConfigError where the calibration knows nothing of a stage.
     """
-    made = []
+    made, data = [], config.data
+    images = 0 if data.stream or not found.on_cpu else train + held_out + test
+    held = images * data.channels * data.height * data.width
     for stage in stages.trained_stages(config):
         seconds = stage_seconds(config, stage, found, train, held_out)
-        made.append(Forecast(stage.name, seconds, _pace_of(found, stage.name).memory, _stored(config, stage)))
+        made.append(
+            Forecast(stage.name, seconds, _pace_of(found, stage.name).memory + held, _stored(config, stage, train))
+        )
     judging = judging_seconds(config, found, train, test)[0]
-    return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory, 0)]
+    return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory + held, 0)]
 
 
 def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int) -> tuple[float, tuple[str, ...]]:
@@ -331,8 +343,17 @@ def _picture(config: RunConfig, deployed: Defended) -> float:
     return PICTURED * (config.attack.steps * gradient + forward)
 
 
-def _stored(config: RunConfig, stage: Stage) -> int:
-    """Bytes of a finished stage: its result, the newest checkpoints and the best weights that they name."""
+def _picture_bytes(config: RunConfig) -> int:
+    """Bytes of the pixels of a picture of restored images."""
+    data = config.data
+    return to_pixels(torch.zeros(ROWS, PICTURED, data.channels, data.height, data.width)).size
+
+
+def _stored(config: RunConfig, stage: Stage, train: int) -> int:
+    """Bytes of a finished stage: its result, the newest checkpoints and the best weights that they name.
+
+    A picture lies beside, and in each checkpoint, as long as MLflow has not taken it: counted as if it never had.
+    """
     networks = meta_networks(config)
     size = {name: sum(4 * t.numel() for t in networks[name].state_dict().values()) for name in networks}
     result = sum(size[name] for name in stage.modules)
@@ -340,4 +361,8 @@ def _stored(config: RunConfig, stage: Stage) -> int:
     moments = sum(size[name] * (1 if knobs.name == "sgd" else 2) for name, knobs in stage.optimizers.items())
     mean = trained if stage.ema is not None else 0
     best = trained if stage.keep == "best" else 0
-    return int(result + Checkpoints.KEEP * (trained + moments + mean) + best)
+    steps = stage.epochs * (train // config.training.batch_size)
+    checkpoints = min(Checkpoints.KEEP, -(-steps // config.storage.checkpoint_every))
+    drawn = config.tracking.enabled and isinstance(recipe_on_meta(config, stage.name).deployed(), Defended)
+    unsent = _picture_bytes(config) if drawn else 0
+    return int(result + checkpoints * (trained + moments + mean + unsent) + best + unsent)

@@ -22,8 +22,8 @@ from dircluster.models.precision import autocast
 
 GAUGED = 128
 """Most held-out images that the gauge of overfitting looks at."""
-PICTURED = 8
-"""Held-out images of a picture."""
+PICTURED, ROWS = 8, 5
+"""Held-out images of a picture, one a column, and its rows; four where a purifier sees all of an image."""
 
 
 class Judge:

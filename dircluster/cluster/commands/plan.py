@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import asdict
 from datetime import timedelta
@@ -14,6 +15,7 @@ from dircluster import cli
 from dircluster.cluster import preflight, storage
 from dircluster.cluster.foretold import Foretold, keep
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
+from dircluster.cluster.runtime.local import has_mlflow
 from dircluster.cluster.storage import opener
 from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig
@@ -129,9 +131,9 @@ def foretold_by(calibration: Path, job: cli.TrainJob) -> Foretold:
 def _measured(job: cli.TrainJob, config: RunConfig) -> Calibration:
     """Timed by as many workers as will share a step on this machine, together."""
     if job.launcher == "ray" and _together(job, config) > 1:
-        return from_plain(on_local_workers(config.scaling, _calibrate, config))
+        return from_plain(on_local_workers(config.scaling, _calibrate, config, job.launcher))
     with local_workers(config.scaling) as parallel:
-        return calibrate(config, parallel)
+        return from_plain(_calibrate(parallel, config, job.launcher))
 
 
 def _together(job: cli.TrainJob, config: RunConfig) -> int:
@@ -143,7 +145,12 @@ def _together(job: cli.TrainJob, config: RunConfig) -> int:
     return scaling.most if not os.environ.get("RAY_ADDRESS") and scaling.most <= devices else 1
 
 
-def _calibrate(parallel: Parallel, config: RunConfig) -> dict[str, Any]:
+def _calibrate(parallel: Parallel, config: RunConfig, launcher: str) -> dict[str, Any]:
+    """In a process that has loaded what a worker of the run has: its memory counts."""
+    if launcher == "ray":
+        importlib.import_module("dircluster.cluster.runtime.ray_train")
+    if config.tracking.enabled and parallel.first and (launcher == "ray" or has_mlflow()):
+        importlib.import_module("dircluster.cluster.tracking.tracker")
     return to_plain(calibrate(config, parallel))
 
 

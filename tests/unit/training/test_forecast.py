@@ -49,6 +49,7 @@ from dircluster.training.forecast import (
     from_summary,
     to_plain,
 )
+from dircluster.training.profiling import device_name
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.validation import held_out_accuracy, overfitting
@@ -166,12 +167,37 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
 
 
 @pytest.mark.long
-def test_bytes_are_those_that_stay(smoke: DirRun) -> None:
-    Run(smoke, ALONE, NoTracker(), Quiet()).execute()
-    for stage in stages.stages_of(smoke):
-        (folder,) = Path(smoke.storage.uri).glob(f"{stage.name}-*")
+@pytest.mark.parametrize("every", [2, 1000])
+def test_bytes_are_those_that_stay(smoke: DirRun, every: int) -> None:
+    run = with_values(smoke, {"storage.checkpoint_every": every, "tracking.enabled": False})
+    Run(run, ALONE, NoTracker(), Quiet()).execute()
+    train = split_sizes(run.data)[0]
+    for stage in stages.stages_of(run):
+        (folder,) = Path(run.storage.uri).glob(f"{stage.name}-*")
         real = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-        assert module._stored(smoke, stage) == pytest.approx(real, rel=0.15)  # headers, and no best in the first epochs
+        found = module._stored(run, stage, train)
+        assert found == pytest.approx(real, rel=0.15)  # headers, and no best in the first epochs
+
+
+def test_pictures_that_wait_for_mlflow_are_bytes_too(smoke: DirRun) -> None:
+    records, none = (with_values(smoke, {"tracking.enabled": enabled}) for enabled in (True, False))
+    target, *_, last = stages.stages_of(smoke)
+    assert module._stored(records, target, 90) == module._stored(none, target, 90)  # which draws none
+    more = module._stored(records, last, 90) - module._stored(none, last, 90)
+    assert more == 3 * (5 * 66) * (8 * 66) * 3  # beside, and in two checkpoints: rows, columns of pixels, RGB
+
+
+def test_images_lie_in_the_memory_of_a_process_unless_they_are_streamed(smoke: DirRun) -> None:
+    paces = {name: Pace(1e9, 16, 1000) for name in ("target", "pretrain", "dir", EVALUATION)}
+
+    def memory(run: DirRun, device: str) -> set[int]:
+        return {one.memory for one in forecast(run, Calibration(device, paces), 90, 10, 40)}
+
+    assert memory(smoke, device_name(torch.device("cpu"))) == {1000 + 140 * 64}
+    assert memory(smoke, "a card") == {1000}
+    assert memory(
+        with_values(smoke, {"data.uri": "images", "data.stream": True, "data.limit": None}), "CPU, 1 threads"
+    ) == {1000}
 
 
 def test_a_machine_is_calibrated_and_its_summary_read(smoke: DirRun, tmp_path: Path) -> None:
@@ -295,7 +321,7 @@ def test_an_evaluation_is_timed_on_as_many_rows_as_pass_together(
         return Pace(1.0, full, 0)
 
     monkeypatch.setattr(module, "_pace", pace)
-    for changed, rows in (({}, 128), ({"images": 6}, 6), ({"rows": 5}, 5), ({"batch_size": 512}, 256)):
+    for changed, rows in (({}, 256), ({"images": 6}, 60), ({"rows": 5}, 5), ({"batch_size": 8}, 80)):
         settings = dataclasses.replace(smoke.evaluation, **({"images": None, "batch_size": 128} | changed))
         calibrate(dataclasses.replace(smoke, evaluation=settings), ALONE)
         assert asked[-1] == rows
