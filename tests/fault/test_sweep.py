@@ -95,7 +95,7 @@ def must_have_one_record_a_trial(sweep: Job) -> None:
     experiment = client.get_experiment_by_name(sweep.name)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    (parent,) = (run for run in runs if run.info.run_name == "digits_smoke-mine")
+    (parent,) = (run for run in runs if run.info.run_name == "digits_smoke-mine-seed0")
     assert parent.info.status == "FAILED"
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"figure.png", "results_table.json"}
     assert parent.data.tags["dircluster.best"].startswith("python jobs/train.py digits_smoke ")

@@ -110,7 +110,7 @@ def test_it_is_one_run_with_children(reproduced: Outcome, folder: Path) -> None:
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
     found = client.search_runs([experiment.experiment_id])
-    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-reproduce-table1")
+    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-reproduce-table1-seed0")
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {"identity, seed 0", "dir, seed 0"}
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
@@ -124,7 +124,7 @@ def test_what_is_reused_and_what_is_transferred_are_children_too(reproduced: Out
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
     found = client.search_runs([experiment.experiment_id])
-    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-reproduce-table2")
+    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-reproduce-table2-seed0")
     children = {r.info.run_name: r for r in found if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     trained = {f"identity, objective {word}, seed 0" for word in ("trades", "mart")}
     assert set(children) == {"dir, seed 0", *trained, "dir onto trades, seed 0", "dir onto mart, seed 0"}

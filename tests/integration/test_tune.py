@@ -54,7 +54,7 @@ def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -
     (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
     found = client.search_runs([experiment.experiment_id])
     top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    (parent,) = (run for run in top if run.info.run_name == "digits_smoke-mine")
+    (parent,) = (run for run in top if run.info.run_name == "digits_smoke-mine-seed0")
     shared = [run for run in top if run is not parent]
     assert [run.info.run_name for run in shared] == ["digits_smoke shared until pretrain, seed 0"] * several
     assert {run.data.tags["dircluster.sweep"] for run in shared} <= {parent.info.run_id}
@@ -148,7 +148,7 @@ def test_given_targets_are_varied_and_noticed_when_they_were_replaced(train: Tra
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'dircluster'")
     found = client.search_runs([experiment.experiment_id])
-    sweeps = {run.info.run_id for run in found if run.info.run_name == "digits_smoke-mine"}
+    sweeps = {run.info.run_id for run in found if run.info.run_name == "digits_smoke-mine-seed0"}
     assert len(sweeps) == 2
     trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") in sweeps]
     shown = sorted(run.data.metrics["robust"] for run in trials)
@@ -195,7 +195,7 @@ def test_a_trial_waits_for_a_server_that_is_away(start: Start, mlflow_server: An
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in found} == {"FINISHED"}
-    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-mine")
+    (parent,) = (run for run in found if run.info.run_name == "digits_smoke-mine-seed0")
     trials = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert sorted(run.data.params["dir.alpha"] for run in trials) == ["0.0", "2.0"]
     for run in trials:

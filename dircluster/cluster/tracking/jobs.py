@@ -106,8 +106,8 @@ def open_job(
 ) -> JobRecord:
     """Begin the parent run of a job, or continue the newest one with the same settings.
 
-    With ``sweep``, what it varies, it is the parent of trials; as ``child`` it belongs to one. Raises ConfigError where
-    the tracking server does not answer.
+    With ``sweep``, its space, what it varies and how many seeds, it is the parent of trials; as ``child`` it belongs to
+    one. Raises ConfigError where the tracking server does not answer.
     """
     uri = default_uri(config)
     job, owner = job_digest(config, sweep, child), this_process()
@@ -117,7 +117,9 @@ def open_job(
     params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
     if sweep is not None:
         params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}
-        name = f"{config.name}-{sweep['space']}"
+        last = config.seed + sweep["seeds"] - 1
+        seeds = f"seed{last}" if last == config.seed else f"seeds{config.seed}-{last}"
+        name = f"{config.name}-{sweep['space']}-{seeds}"
     if child is not None:
         params, name = dict(child.params), child.name
     try:
@@ -139,7 +141,9 @@ def open_job(
 
 def _mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """What MLflow's own pages show of a run: who started what, and from which commit."""
-    own = {MLFLOW_SOURCE_NAME: tags.get("dircluster.command", sys.argv[0]), MLFLOW_SOURCE_TYPE: "LOCAL"}
+    words = tags.get("dircluster.command", sys.argv[0]).split()
+    script = next((word for word in words if word.endswith(".py")), words[0])  # of what is longer a page shows the end
+    own = {MLFLOW_SOURCE_NAME: script, MLFLOW_SOURCE_TYPE: "LOCAL"}
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         own[MLFLOW_USER] = getpass.getuser()
     if sha := re.match("[0-9a-f]{40}", tags.get("dircluster.commit", "")):
