@@ -48,9 +48,7 @@ class Cost:
     seconds: float = 0.0
     """Of training; 0 where no pace is known, as of judging."""
     judging: float = 0.0
-    """Seconds of the suite's attacks that are counted."""
-    left: tuple[str, ...] = ()
-    """Those that are not: AutoAttack and Square, which look into values."""
+    """Seconds of the suite."""
 
 
 def calibrated(plan: Plan, parallel: Parallel, budget: float, launcher: str) -> dict[str, Calibration]:
@@ -82,11 +80,11 @@ def costs(
     Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
     made, seen, met = list[Cost](), set[str](), dict[str, Work]()
-    judged: dict[str, tuple[float, tuple[str, ...]]] = {}
+    judged: dict[str, float] = {}
 
-    def judging(run: RunConfig, training: Training) -> tuple[float, tuple[str, ...]]:
+    def judging(run: RunConfig, training: Training) -> float:
         if known is None or not judged_too:
-            return 0.0, ()
+            return 0.0
         same = digest({**run.identity, "seed": 0})
         if same not in judged:
             train, _, test = sizes(run)
@@ -120,13 +118,12 @@ def costs(
             if known is not None:
                 seconds += seconds_of(counted(run, stage), run, stage.name, known[training.preset])
         trained, there, shared = (tuple(names[word]) for word in ("trained", "stored", "shared"))
-        suite, timed = run.evaluation.suite, (0.0, ()) if training.key in over else judging(run, training)
-        made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, *timed))
+        suite, time = run.evaluation.suite, 0.0 if training.key in over else judging(run, training)
+        made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, time))
     for transfer in plan.transfers.values():
         training = plan.trainings[transfer.purifier]
         run = with_values(as_launched(training.run, launcher), {"evaluation.suite": transfer.suite})
-        time, left = judging(run, training)
-        made.append(Cost(transfer.kind, (transfer.seed,), transfer.suite, judging=time, left=left))
+        made.append(Cost(transfer.kind, (transfer.seed,), transfer.suite, judging=judging(run, training)))
     return made
 
 

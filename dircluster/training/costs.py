@@ -112,22 +112,34 @@ def gradient_operations(module: nn.Module, images: Tensor) -> int:
 
 
 @cache
-def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS) -> tuple[float, tuple[str, ...]]:
-    """Operations that the suite takes for an image, and the names of attacks that are not counted.
+def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS) -> float:
+    """Operations that the suite takes for an image.
 
     ``survivors`` is the share of images that is taken to survive attacks which leave out those that they have fooled.
     Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
-    Attacks that look into values cannot run there: of some the number of gradients can be told, the others
-    (AutoAttack, Square) are not counted.
+    Those that look into values cannot run there: what they take is known.
     """
-    left: tuple[str, ...] = ()
+    return followed(config, lambda run: _counted(run, survivors))
 
-    def counted(run: RunConfig) -> float:
-        nonlocal left
-        total, left = _counted(run, survivors)
-        return total
 
-    return followed(config, counted), left
+def _autoattack(spec: AttackSpec, classes: int, survivors: float) -> tuple[float, float]:
+    """Gradients and other passes of an image under AutoAttack (Croce and Hein 2020), each attack on what is left.
+
+    ``standard``: 100 steps of APGD, as many towards each of nine classes, FAB in as many, which passes an image once
+    more a step, and Square. ``rand``: 100 steps by each of two losses, whoever survives.
+    """
+    if spec.randomness == "fresh":
+        return 2 * 101, 0
+    targets = min(9, classes - 1)
+    aimed = targets * 101 if classes >= 4 else 0
+    return 101 + survivors * (aimed + targets * 100), survivors * (targets * 100 + (spec.steps or 5000))
+
+
+SEARCHES: dict[str, Callable[[AttackSpec, int, float], tuple[float, float]]] = {
+    "autoattack": _autoattack,
+    "square": lambda spec, classes, survivors: (0, survivors * spec.steps * spec.eot),
+}
+"""What attacks of the library take, which look into values: gradients and other passes of an image."""
 
 
 def followed(config: RunConfig, counted: Callable[[RunConfig], float]) -> float:
@@ -140,13 +152,13 @@ def followed(config: RunConfig, counted: Callable[[RunConfig], float]) -> float:
     return few + (more - few) * (often - FEW)
 
 
-def _counted(config: RunConfig, survivors: float) -> tuple[float, tuple[str, ...]]:
+def _counted(config: RunConfig, survivors: float) -> float:
     """As :func:`evaluation_operations`, all of it counted."""
     networks = meta_networks(config)
     victim = VictimModel(find_defense(config.defense).defended(config, networks), config.defense)
     settings, images = config.evaluation, meta_images(config, IMAGES)
     labels = torch.zeros(IMAGES, dtype=torch.int64, device="meta")
-    total, left = 0.0, []
+    total = 0.0
 
     def operations(work: Callable[[AttackRunner], object], spec: AttackSpec) -> int:
         with counting() as found, under_attack(*victim.modules):
@@ -163,18 +175,24 @@ def _counted(config: RunConfig, survivors: float) -> tuple[float, tuple[str, ...
     def gradient(runner: AttackRunner) -> None:
         runner.value_and_grad(runner.model(IMAGES), labels)(images)
 
+    def passed(runner: AttackRunner) -> None:
+        with torch.no_grad():
+            runner.model(IMAGES)(images)
+
     for spec in plan(victim, config.attack, replace(settings, verdict=False)).specs:
         attack = find_attack(spec.attack)
         if attack.gradients is not None:
             total += attack.gradients(spec, config.data.classes, survivors) * operations(gradient, spec)
             total += operations(judged, spec)
-        elif attack.counts == "steps":
+        elif spec.attack in SEARCHES:
+            gradients, passes = SEARCHES[spec.attack](spec, config.data.classes, survivors)
+            total += gradients * operations(gradient, spec) + passes * operations(passed, spec)
+            total += operations(judged, spec)
+        else:
             one = operations(whole, replace(spec, steps=min(spec.steps, 1)))
             more = operations(whole, replace(spec, steps=2)) - one if spec.steps > 1 else 0
             total += one + more * (spec.steps - 1 if spec.steps > 1 else 0)
-        else:
-            left.append(spec.name)
-    return total / IMAGES, tuple(left)
+    return total / IMAGES
 
 
 def recipe_on_meta(config: RunConfig, stage: str) -> Recipe:

@@ -176,19 +176,19 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
         made.append(
             Forecast(stage.name, seconds, _pace_of(found, stage.name).memory + held, _stored(config, stage, train))
         )
-    judging = judging_seconds(config, found, train, test)[0]
+    judging = judging_seconds(config, found, train, test)
     return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory + held, 0)]
 
 
-def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int) -> tuple[float, tuple[str, ...]]:
-    """What the suite will take on so many test images, and the attacks that are not counted in it.
+def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int) -> float:
+    """What the suite will take on so many test images.
 
     Raises ConfigError where the calibration knows no evaluation.
     """
-    operations, left = evaluation_operations(config, surviving(config, train))
+    operations = evaluation_operations(config, surviving(config, train))
     images = min(test, config.evaluation.images or test)
     pace = _pace_of(found, EVALUATION)
-    return operations * images / (pace.operations_per_second * config.scaling.most), left
+    return operations * images / (pace.operations_per_second * config.scaling.most)
 
 
 def surviving(config: RunConfig, train: int) -> float:

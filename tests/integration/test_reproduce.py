@@ -214,7 +214,7 @@ def test_what_it_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert done.code == 0, done.err
     assert "training, min" in done.out
     assert "judging, min" in done.out
-    assert "not foretold: autoattack-standard, storage" in " ".join(done.out.split())
+    assert "not foretold: storage, the start and end of each job" in " ".join(done.out.split())
     assert "schedules times 0.5" in " ".join(done.out.split())
     assert not (tmp_path / "runs").exists()
 

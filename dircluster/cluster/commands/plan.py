@@ -35,7 +35,6 @@ from dircluster.training.forecast import (
     forecast,
     from_plain,
     from_summary,
-    judging_seconds,
     to_plain,
 )
 from dircluster.training.run import data_cache
@@ -94,8 +93,6 @@ def plan(job: cli.TrainJob) -> str:
         f"foretold from {found.device}{by}; start and end of the job, storage and exchange come on top",
         *_table(made),
     ]
-    if left := judging_seconds(config, found, images, sizes[2])[1]:
-        lines.append(f"not foretold: {', '.join(left)}")
     rows = [asdict(one) for one in made]
     if os.environ.get("RANK", "0") == "0":  # of torchrun's the first
         keep(Foretold(found.device, rows), with_absolute_paths(job.run), job.launcher)

@@ -204,8 +204,7 @@ class Reproduction:
         self.terminal.say("reuses: stages that storage holds finished, and in brackets those that a row above trains")
         self.terminal.say("GMAC: what is left to train, counted on its own steps (?: it cannot be); judging is on top")
         if self.timed:
-            left = dict.fromkeys(name for cost in found for name in cost.left)
-            self.terminal.say(f"not foretold: {', '.join([*left, 'storage'])}, the start and end of each job")
+            self.terminal.say("not foretold: storage, the start and end of each job")
 
     def _open_record(self) -> None:
         from dircluster.cluster.runtime import local

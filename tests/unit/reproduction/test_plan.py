@@ -165,9 +165,9 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(stage.name)
         return Work(stage.name, 60.0)
 
-    def judging(run: RunConfig, *_: Any) -> tuple[float, tuple[str, ...]]:
+    def judging(run: RunConfig, *_: Any) -> float:
         asked.append(run.defense + " judged")
-        return 30.0, ("autoattack-standard",)
+        return 30.0
 
     monkeypatch.setattr("dircluster.reproduction.costs.stage_work", work)
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
@@ -177,7 +177,7 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [cost.trained for cost in found[::2]] == [("target", "hgd", "hgd_a"), ("pretrain", "dir")]
     assert [cost.operations for cost in found] == [180.0, 180.0, 120.0, 120.0]
     assert [cost.seconds for cost in found] == [180.0, 180.0, 120.0, 120.0]
-    assert [(cost.judging, cost.left) for cost in found] == [(30.0, ("autoattack-standard",))] * 4
+    assert [cost.judging for cost in found] == [30.0] * 4
     stages = ["dir", "hgd", "hgd_a", "pretrain", "target"]
     assert sorted(asked) == sorted([*stages, "dir judged", "hgd_a judged"])  # seeds cost the same
     asked.clear()
@@ -213,9 +213,9 @@ def test_what_is_stored_costs_nothing() -> None:
 def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
     suites: list[str] = []
 
-    def judging(run: RunConfig, *_: Any) -> tuple[float, tuple[str, ...]]:
+    def judging(run: RunConfig, *_: Any) -> float:
         suites.append(run.evaluation.suite)
-        return 30.0, ()
+        return 30.0
 
     monkeypatch.setattr("dircluster.reproduction.costs.stage_work", lambda run, stage, *_: Work(stage.name, 60.0))
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)

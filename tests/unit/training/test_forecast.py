@@ -59,31 +59,61 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 
 @pytest.mark.parametrize("name", ["quick", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "rigorous"))])
 def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for attack in ("malt", "pma"):  # what they take is told, not counted
-        monkeypatch.setitem(ATTACKS, attack, dataclasses.replace(ATTACKS[attack], gradients=None))
     settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3, resubmissions=2, votes=3)  # type: ignore[arg-type]
     config = dataclasses.replace(smoke, evaluation=settings)
     networks, images = stages.Networks(config, ALONE), torch.rand(2, 1, 8, 8)
     victim = VictimModel(networks.defense.defended(config, networks), "dir")
-    counted, left = evaluation_operations.__wrapped__(config)
-    specs = [spec for spec in plan(victim, config.attack, settings).specs if spec.name not in left]
+    specs = [spec for spec in plan(victim, config.attack, settings).specs if ATTACKS[spec.attack].counts == "steps"]
+    monkeypatch.setattr(costs, "plan", lambda *_: SimpleNamespace(specs=specs))  # without what is not counted
+    counted = evaluation_operations.__wrapped__(config)
     judgment = Evaluation(specs, 2, 0, 2, settings.usual_rows, MemoryStore(), victim)
     with counting() as found:
         run(judgment, lambda start, stop: (images, torch.tensor([3, 5])))
     assert 2 * counted == found.total
-    assert all(name.startswith(("autoattack", "malt", "pma", "square")) for name in left)
+
+
+def test_of_every_attack_it_is_known_what_it_takes() -> None:
+    assert {name for name, attack in ATTACKS.items() if attack.counts != "steps" and attack.gradients is None} == {
+        *costs.SEARCHES
+    }
 
 
 @pytest.mark.parametrize("survivors", [SURVIVORS, 0.1])
 def test_malt_is_foretold_by_its_gradients(smoke: DirRun, survivors: float, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = AttackSpec("malt", randomness="fixed", epsilon=0.1, steps=2)
     monkeypatch.setattr(costs, "plan", lambda *_: SimpleNamespace(specs=[spec]))
-    told, left = evaluation_operations.__wrapped__(smoke, survivors)
+    told = evaluation_operations.__wrapped__(smoke, survivors)
     defense = find_defense("dir").defended(smoke, meta_networks(smoke)).fixed(0)
     image = torch.zeros(1, 1, 8, 8, device="meta")
     judged = 2 * forward_operations(defense, image)  # under known draws and under fresh ones
     assert told == pytest.approx(malt_gradients(2, 10, survivors) * gradient_operations(defense, image) + judged)
-    assert left == ()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttackSpec("autoattack", randomness="fixed", epsilon=0.1, steps=50),
+        AttackSpec("autoattack", randomness="fresh", epsilon=0.1, eot=2),
+        AttackSpec("square", randomness="fresh", epsilon=0.1, steps=50, eot=2),
+    ],
+    ids=["standard", "rand", "square"],
+)
+def test_searches_are_foretold_by_what_they_take_where_nothing_is_fooled(
+    smoke: DirRun, spec: AttackSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "plan", lambda *_: SimpleNamespace(specs=[spec]))
+    counted = evaluation_operations.__wrapped__(smoke, 1.0)
+    networks, images = stages.Networks(smoke, ALONE), torch.rand(1, 1, 8, 8)
+    classifier = networks["classifier"]
+    *_, last = (part for part in classifier.modules() if isinstance(part, torch.nn.Linear))
+    torch.nn.init.zeros_(last.weight)  # whatever the image is, the answer is the same
+    last.bias.data[:] = torch.arange(10) / 10
+    victim = VictimModel(networks.defense.defended(smoke, networks), "dir")
+    judgment = Evaluation([spec], 1, 0, 1, smoke.evaluation.usual_rows, MemoryStore(), victim)
+    with counting() as found:
+        run(judgment, lambda start, stop: (images, torch.tensor([9])))
+    assert counted == pytest.approx(found.total, rel=0.03)
 
 
 def test_repeated_work_is_counted_on_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +191,7 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
     faster = {name: dataclasses.replace(pace, operations_per_second=2e9) for name, pace in paces.items()}
     halved = {one.name: one for one in forecast(smoke, Calibration("card", faster), *sizes)}
     assert all(halved[name].seconds == pytest.approx(one.seconds / 2) for name, one in made.items())
-    assert made[EVALUATION].seconds == pytest.approx(evaluation_operations(smoke, 0.1)[0] * 16 / 1e9)
+    assert made[EVALUATION].seconds == pytest.approx(evaluation_operations(smoke, 0.1) * 16 / 1e9)
     with pytest.raises(ConfigError, match="--calibration knows nothing of stage pretrain, but of target"):
         forecast(smoke, Calibration("card", {"target": paces["target"]}), *sizes)
 
