@@ -76,7 +76,7 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
                 _check_switches(config)
             _try_target(config, away)
         if download and config.data.uri is None and not away:
-            check_download(config.data.name, config.storage.uri)
+            check_download(config.data.name, layout.data_cache(config.storage))
 
 
 def _check_switches(config: RunConfig) -> None:
@@ -100,12 +100,9 @@ def _check_switches(config: RunConfig) -> None:
     check_switches(config, Parallel(0, scaling.least, device))
 
 
-def check_download(name: str, storage_uri: str) -> None:
-    """Raise ConfigError where a named set is not there yet and the server that has it does not answer."""
+def check_download(name: str, cache: Path) -> None:
+    """Raise ConfigError where a named set is not in ``cache`` yet and the server that has it does not answer."""
     folder, url = DOWNLOADS.get(name, ("", ""))
-    cache = (
-        Path.home() / ".cache" / "dircluster" if storage.is_remote(storage_uri) else local_path(storage_uri) / "data"
-    )
     if not url or (cache / folder).exists():
         return
     try:

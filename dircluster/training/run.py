@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dircluster.config import RunConfig, digest, first_line, flatten, local_path
+from dircluster.data.layout import data_cache
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.defenses.stage import Stage, architecture
@@ -40,12 +41,6 @@ from dircluster.training.retry import retry
 from dircluster.training.stage_folder import StageFolder, find_stage_folder
 from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
-
-
-def data_cache(config: RunConfig) -> Path:
-    """Where downloads of datasets are kept: beside the checkpoints where that is a folder."""
-    uri = config.storage.uri
-    return Path.home() / ".cache" / "dircluster" if uri.startswith("s3://") else local_path(uri) / "data"
 
 
 class Run:
@@ -152,7 +147,7 @@ class Run:
 
     def _load_data(self) -> None:
         config = self.config
-        self.data: Dataset = load(config.data, config.seed, data_cache(config), self.open_path)
+        self.data: Dataset = load(config.data, config.seed, data_cache(config.storage), self.open_path)
 
     def _given_target(self, networks: stages.Networks) -> StageFolder:
         """Take the target that ``target.uri`` names."""

@@ -33,6 +33,7 @@ def _benchmark(job: cli.BenchmarkJob) -> int:
 
 def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.cluster.storage import opener
+    from dircluster.data.layout import data_cache
     from dircluster.data.sources import load
     from dircluster.data.split import Split
     from dircluster.defenses.table import variants_of
@@ -40,7 +41,6 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.training import stages
     from dircluster.training.export import load_target
     from dircluster.training.profiling import time_eot, time_phases
-    from dircluster.training.run import data_cache
 
     config = job.run
     if config.data.stream:
@@ -51,7 +51,7 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
     with local_workers(config.scaling) as parallel:
-        train = load(short, config.seed, data_cache(config), opener(config.storage)).train
+        train = load(short, config.seed, data_cache(config.storage), opener(config.storage)).train
         assert isinstance(train, Split)
         if job.compare:
             return _compare(job, variants, train, parallel)

@@ -19,7 +19,7 @@ from dircluster.cluster.runtime.local import has_mlflow
 from dircluster.cluster.storage import opener
 from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.layout import split_sizes
+from dircluster.data.layout import data_cache, split_sizes
 from dircluster.data.sources import load
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers, on_local_workers
@@ -37,7 +37,6 @@ from dircluster.training.forecast import (
     from_summary,
     to_plain,
 )
-from dircluster.training.run import data_cache
 from dircluster.training.stages import trained_stages
 
 
@@ -110,7 +109,7 @@ def _check_inputs(job: cli.TrainJob) -> list[str]:
     preflight.check(config, on_ray=job.launcher == "ray", download=False)
     notes = []
     if config.data.uri is not None:
-        read = load(config.data, config.seed, data_cache(config), opener(config.storage))
+        read = load(config.data, config.seed, data_cache(config.storage), opener(config.storage))
         notes += [f"data      {note}" for note in read.notes]
     config = with_reachable_target(config)
     if config.target.uri is not None:

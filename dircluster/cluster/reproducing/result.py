@@ -17,7 +17,7 @@ from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import reason_of
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.layout import split_sizes
+from dircluster.data.layout import data_cache, split_sizes
 from dircluster.data.sources import load
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
@@ -34,7 +34,6 @@ from dircluster.reproduction.tables import CONTROLS
 from dircluster.reproduction.versions import Versions, several, versions_of
 from dircluster.training.export import load_defense_folder
 from dircluster.training.forecast import Calibration, calibrate
-from dircluster.training.run import data_cache
 from dircluster.training.stages import stages_of
 
 OF_THE_PAPER = ("cifar10", "svhn")
@@ -188,7 +187,7 @@ class Result:
             for line in exhibit.lines
             if folder(line)
         }
-        test = load(config.data, config.seed, data_cache(config), opener(config.storage)).test
+        test = load(config.data, config.seed, data_cache(config.storage), opener(config.storage)).test
         return Scene(defenses, test, config.attack, config.evaluation.steps or 20, config.seed)
 
     @cached_property

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import RunConfig
+from dircluster.data.layout import data_cache
 from dircluster.data.sources import load
 from dircluster.reproduction.plan import Plan
-from dircluster.training.run import data_cache
 from dircluster.training.stages import finished_stages
 
 
@@ -19,7 +19,7 @@ def stored_stages(plan: Plan, config: RunConfig) -> set[str]:
     storage = open_path(config.storage.uri, config.storage)
     if not any(storage.glob("*/final")):
         return set()
-    fingerprint = load(config.data, config.seed, data_cache(config), opener(config.storage)).fingerprint
+    fingerprint = load(config.data, config.seed, data_cache(config.storage), opener(config.storage)).fingerprint
     return {
         training.stages[stage.name]
         for training in plan.trainings.values()

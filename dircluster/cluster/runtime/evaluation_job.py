@@ -13,6 +13,7 @@ from dircluster.cluster import version
 from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_module
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import ConfigError, RunConfig, digest
+from dircluster.data.layout import data_cache
 from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
@@ -32,7 +33,6 @@ from dircluster.training import checkpoint
 from dircluster.training.interrupt import Interrupted, interruptible
 from dircluster.training.profiling import answer_costs
 from dircluster.training.protocols import Console
-from dircluster.training.run import data_cache
 from dircluster.zoo import find, is_shipped
 
 
@@ -46,7 +46,7 @@ class EvaluationJob:
         module = load_module(job_spec, self.config).to(device)
         if isinstance(module, Defended) and channels_last(self.settings.precision, device):
             module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        data = load(self.config.data, self.config.seed, data_cache(self.config), opener(self.config.storage))
+        data = load(self.config.data, self.config.seed, data_cache(self.config.storage), opener(self.config.storage))
         self.classes = data.classes
         self.rows = row_numbers(len(data.test), self.settings)
         self.test: Split = data.test.take(judged_rows(len(data.test), self.settings))

@@ -375,11 +375,11 @@ def test_a_named_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp
     port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # closed at once: nothing listens there
     monkeypatch.setitem(preflight.DOWNLOADS, "svhn", ("test_32x32.mat", f"http://127.0.0.1:{port}/test_32x32.mat"))
     with pytest.raises(ConfigError, match=r"torchvision could not fetch svhn: .*; give --data.uri PATH instead"):
-        preflight.check_download("svhn", str(tmp_path))
+        preflight.check_download("svhn", tmp_path / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test_32x32.mat").touch()
-    preflight.check_download("svhn", str(tmp_path))
-    preflight.check_download("digits", str(tmp_path))
+    preflight.check_download("svhn", tmp_path / "data")
+    preflight.check_download("digits", tmp_path / "data")
 
 
 class EmptyBucket(http.server.BaseHTTPRequestHandler):
