@@ -263,3 +263,11 @@ def test_bad_input_is_one_line_and_exit_2(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(message)
     assert {file.name for file in tmp_path.iterdir()} == {"mine.py", "other.py"}
+
+
+def test_a_job_with_a_space_of_its_own_takes_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    alpha = Path(__file__).parents[2] / "tune_spaces" / "alpha.py"
+    assert tune.main(["digits_smoke", "--space", "mine.py", "--print-config"], alpha) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "error: --space is alpha.py here, got mine.py: leave it out, or give it to jobs/tune.py"
+    assert tune.main(["digits_smoke", "--print-config"], alpha) == 0

@@ -42,7 +42,7 @@ def _judge(job: cli.EvaluateJob) -> int:
 
     if not job.defense:
         raise ConfigError(
-            "--defense is missing: give the folder of a checkpoint, models:/NAME@champion,"
+            "--defense is missing: give the folder of a checkpoint, models:/NAME@champion, zoo:NAME,"
             " package.module:factory, or none"
         )
     named = {"--defense": job.defense, "--surrogate": job.surrogate, "--natural-target": job.natural_target}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dircluster import cli
@@ -11,9 +12,14 @@ from dircluster.config import ConfigError, RunConfig, flatten, to_dict, with_val
 
 
 def main(argv: Sequence[str], space: Path | None = None) -> int:
-    """Run the sweep that ``argv`` describes, over the file ``space`` where one is given; -> exit code."""
-    words = list(argv) if space is None else [*argv, "--space", str(space)]
-    return cli.execute(cli.TuneJob, words, _tune)
+    """Run the sweep that ``argv`` describes, over the file ``space`` where the job has one of its own; -> exit code."""
+
+    def settled(job: cli.TuneJob) -> cli.TuneJob:
+        if space is not None and job.space is not None:
+            raise ConfigError(f"--space is {space.name} here, got {job.space}: leave it out, or give it to jobs/tune.py")
+        return job if space is None else replace(job, space=space)
+
+    return cli.execute(cli.TuneJob, argv, _tune, settled)
 
 
 def _tune(job: cli.TuneJob) -> int:
