@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from dircluster.config import ConfigError, RunConfig, flatten, real_path, to_dict, without_secrets
+from dircluster.config import ConfigError, RunConfig, flatten, is_own_code, real_path, to_dict, without_secrets
 from dircluster.files import check_file
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 from dircluster.printing import reader_may_leave
@@ -423,13 +423,15 @@ def with_fewest_workers(job: AnyJob) -> AnyJob:
 
 def command(job: TrainJob, script: str = "train") -> str:
     """The command that continues this job, or shows its result again; or another script's with the same settings."""
-    words = ["python", f"jobs/{script}.py"]
+    words, evaluates = ["python", f"jobs/{script}.py"], script == "evaluate"
     if job.defense in RUNS:
         words += [job.preset]
-    elif script == "evaluate":  # whose --defense is what it evaluates
-        words += [f"{job.defense}:{job.preset}", "--trust-code"]
+    elif evaluates:  # whose --defense is what it evaluates
+        words += [f"{job.defense}:{job.preset}"]
     else:
         words += [*([job.preset] if job.preset else []), "--defense", job.defense]
+    if evaluates and (job.defense not in RUNS or is_own_code(job.run.target)):
+        words += ["--trust-code"]
     for name, value in describe(job).items():
         words += as_words(name, value)
     if job.launcher != "ray":

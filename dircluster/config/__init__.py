@@ -31,6 +31,7 @@ from dircluster.config.sections import (
     OptimizerConfig,
     TargetConfig,
     TrainingConfig,
+    is_own_code,
 )
 from dircluster.config.serialize import digest, flatten, from_dict, local_path, real_path, short, to_dict, with_values
 
@@ -62,6 +63,7 @@ __all__ = [
     "first_line",
     "flatten",
     "from_dict",
+    "is_own_code",
     "local_path",
     "named_line",
     "real_path",

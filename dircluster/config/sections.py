@@ -328,6 +328,12 @@ class TargetConfig:
         return made
 
 
+def is_own_code(target: TargetConfig) -> bool:
+    """Whether package.module:factory makes the target's network: code that whoever loads it must trust."""
+    names = (target.architecture, target.uri or "")
+    return ":" in target.architecture and not any(name.startswith("timm:") for name in names)
+
+
 HOW_TRAINED = ("objective", "beta", "trades_steps", "awp", "epochs", "ema", "optimizer")
 """Settings of a target that say how it is trained."""
 

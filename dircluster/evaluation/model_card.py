@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dircluster.config import RunConfig
+from dircluster.config import RunConfig, is_own_code
 from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.evaluation.results import images_of, n_of
 from dircluster.evaluation.suites import how
@@ -78,7 +78,7 @@ def model_card(config: RunConfig, outcome: dict[str, Any], commit: str, folder: 
         defense=defense.name,
         uri=folder or f"models:/{defense.name}-{config.name}@champion",
         which="" if folder else "  # the best; @candidate: the newest",
-        trust="" if defense.name in DEFENSES else ", trust_code=True",
+        trust="" if defense.name in DEFENSES and not is_own_code(config.target) else ", trust_code=True",
         description=defense.describe(config),
         channels=data.channels,
         height=data.height,

@@ -269,5 +269,5 @@ def test_a_job_with_a_space_of_its_own_takes_no_other(capsys: pytest.CaptureFixt
     alpha = Path(__file__).parents[2] / "tune_spaces" / "alpha.py"
     assert tune.main(["digits_smoke", "--space", "mine.py", "--print-config"], alpha) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == "error: --space is alpha.py here, got mine.py: leave it out, or give it to jobs/tune.py"
+    assert line == "error: --space is alpha.py here, got mine.py: leave it out, or use jobs/tune.py"
     assert tune.main(["digits_smoke", "--print-config"], alpha) == 0

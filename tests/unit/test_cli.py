@@ -384,3 +384,12 @@ def test_help_ends_in_a_terminal_of_one_column(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as ended:
         cli.parse(cli.TrainJob, ["digits_smoke", "--help"])
     assert (ended.value.code, os.environ["COLUMNS"]) == (0, "1")
+
+
+def test_the_command_that_judges_trusts_a_target_of_ones_own() -> None:
+    own = parse("digits", "--target.architecture", "ours:make")
+    judge = "python jobs/evaluate.py digits"
+    assert cli.command(own, "evaluate") == f"{judge} --trust-code --target.architecture ours:make"
+    assert "--trust-code" not in cli.command(own)
+    for words in (("--target.architecture", "timm:test_vit"), ("--target.uri", "timm:test_vit")):
+        assert cli.command(parse("digits", *words), "evaluate") == f"{judge} {' '.join(words)}"

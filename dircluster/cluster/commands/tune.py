@@ -16,7 +16,7 @@ def main(argv: Sequence[str], space: Path | None = None) -> int:
 
     def settled(job: cli.TuneJob) -> cli.TuneJob:
         if space is not None and job.space is not None:
-            raise ConfigError(f"--space is {space.name} here, got {job.space}: leave it out, or give it to jobs/tune.py")
+            raise ConfigError(f"--space is {space.name} here, got {job.space}: leave it out, or use jobs/tune.py")
         return job if space is None else replace(job, space=space)
 
     return cli.execute(cli.TuneJob, argv, _tune, settled)
