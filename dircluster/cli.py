@@ -156,6 +156,8 @@ class ReproduceJob(Job):
     such as --evaluation.images 1000.
     """
 
+    preset: tyro.conf.Positional[str] = "digits"
+    """The second word: digits, cifar10, svhn, cifar10_small, or NAME_smoke of one."""
     what: str = ""
     """The table or figure, when it is not the first word."""
     only: str = ""
