@@ -125,7 +125,8 @@ class TuneJob(DefenseJob):
     """
 
     space: Path | None = None
-    """A file with GRID, the points, or SEARCH, the ranges, over names of settings; see tune_spaces."""
+    """A file with GRID, the points, or SEARCH, the ranges, over names of settings; see tune_spaces. tune_alpha,
+    tune_depth and tune_mask_ratio have theirs."""
     search: Switch = False
     """Let Optuna choose points from SEARCH instead of training all of GRID."""
     points: int = 20
