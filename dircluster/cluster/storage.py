@@ -125,7 +125,7 @@ def check_name(uri: str) -> None:
     bent = sorted(set(re.findall(r"[%?#\x00-\x1f\x7f]", uri)))
     if bent:
         raise ConfigError(
-            f"storage.uri {uri!r} holds {' and '.join(map(repr, bent))}, which mean something else in an address:"
+            f"storage.uri {uri!r} holds {' and '.join(map(repr, bent))}, with another meaning in an address:"
             " give a folder without (--storage.uri)"
         )
 

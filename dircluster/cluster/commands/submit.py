@@ -43,7 +43,7 @@ def checked(argv: Sequence[str], package: Path) -> list[str]:
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     options, command = list(argv[:cut]), list(argv[cut:])
-    if not command:
+    if len(command) < 2:
         raise ConfigError("the command is missing: end with -- python jobs/train.py ...")
     careless = "--send-secrets" in options
     options = [word for word in options if word != "--send-secrets"]

@@ -216,9 +216,10 @@ def test_large_files_are_found_the_largest_first(tmp_path: Path) -> None:
     assert large_among(tmp_path / name for name in "abc") == [tmp_path / "c", tmp_path / "a"]
 
 
-def test_a_command_that_is_missing() -> None:
+@pytest.mark.parametrize("end", [[], ["--"]])
+def test_a_command_that_is_missing(end: list[str]) -> None:
     with pytest.raises(ConfigError, match="the command is missing"):
-        checked(["--address", "http://127.0.0.1:8265"], PACKAGE)
+        checked(["--address", "http://127.0.0.1:8265", *end], PACKAGE)
 
 
 def test_ray_takes_the_locked_dependencies_as_a_runtime_environment(root: Path) -> None:
