@@ -60,8 +60,8 @@ class DefenseJob(Job):
     """A command that trains a defense."""
 
     defense: str = "dir"
-    """A name of dircluster.defenses.table, or package.module with a DEFENSE of your own, found in the current folder or
-    installed. The preset is then looked up in its PRESETS."""
+    """dir, apegan, apegan_a, hgd, hgd_a, nrp, nrp_a, jatp, menet, ebm, identity or finetune, or package.module with a
+    DEFENSE of your own, found in the current folder or installed. The preset is then looked up in its PRESETS."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from dircluster import cli
 from dircluster.cluster.commands import evaluate
 from dircluster.config import ConfigError, flatten, to_dict
-from dircluster.presets import PRESETS, preset
+from dircluster.presets import PRESETS, RUNS, preset
 from dircluster.settings_file import as_words
 
 
@@ -384,6 +384,13 @@ def test_help_ends_in_a_terminal_of_one_column(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as ended:
         cli.parse(cli.TrainJob, ["digits_smoke", "--help"])
     assert (ended.value.code, os.environ["COLUMNS"]) == (0, "1")
+
+
+def test_help_names_all_defenses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(cli.TrainJob, ["digits_smoke", "--help"])
+    text = capsys.readouterr().out.partition("--defense")[2].partition("--launcher")[0]
+    assert set(RUNS) <= set(re.findall(r"\w+", text))
 
 
 def test_the_command_that_judges_trusts_a_target_of_ones_own() -> None:
