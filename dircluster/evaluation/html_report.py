@@ -181,7 +181,7 @@ def _embedding(
     points = figures.embedding(torch.cat([rows["restored natural"], rows["restored"]]), config.seed)
     title = "Restored images, embedded (Figure 5)"
     if points is None:
-        say("the report has no UMAP: umap-learn is not installed (pip install dircluster[umap])")
+        say("the report has no UMAP: umap-learn is not installed (pip install umap-learn)")
         return title, "Left out: umap-learn is not installed.", ""
     adversarial = torch.arange(len(points)) >= len(images)
     text = f"UMAP of {len(images)} images, natural and adversarial, after restoration; a color a class."

@@ -142,7 +142,7 @@ def embedded(scene: Scene) -> Picture:
             features = pooled(scene.defenses[name].classifier)(adversarial)
         points = figures.embedding(features, scene.seed)
         if points is None:
-            raise ConfigError("umap-learn is not installed (pip install dircluster[umap])")
+            raise ConfigError("umap-learn is not installed (pip install umap-learn)")
         panels[name.upper()] = points
 
     def draw(axes: Any) -> None:
