@@ -157,9 +157,9 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
 
     per_image = followed(config, passed)
     judged = config.evaluation
-    # Rows that pass together: attacks try several draws, or classes, of an image at once.
-    rows = min(judged.usual_rows, config.data.classes * min(judged.batch_size, judged.images or judged.batch_size))
-    paces[EVALUATION] = _pace(lambda images: _gradient(defense, config, images), per_image, rows, parallel, budget)
+    rows = min(judged.usual_rows, judged.batch_size, judged.images or judged.batch_size)
+    most = min(judged.usual_rows, config.data.classes * rows)  # MALT tries several classes of an image together
+    paces[EVALUATION] = _pace(lambda n: _gradient(defense, config, n), per_image, rows, parallel, budget, most)
     return Calibration(device_name(parallel.device), paces)
 
 
@@ -263,12 +263,20 @@ def _pace_of(found: Calibration, name: str) -> Pace:
     return found.paces[name]
 
 
-def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: Parallel, budget: float) -> Pace:
+def _pace(
+    step: Callable[[int], object],
+    per_image: float,
+    full: int,
+    parallel: Parallel,
+    budget: float,
+    most: int | None = None,
+) -> Pace:
     """Time ``step`` on ever more images, up to ``full``, while the next is not thought to take more than the budget.
 
     Seconds grow with images by a part alone, so that sizes are timed until two of them tell by which. Each is done
     twice: the first time, after which memory is read, allocates and chooses algorithms, which in bf16 takes longer than
-    a step. What takes LONG budgets is not done again. What the first worker measures counts for all of them.
+    a step. What takes LONG budgets is not done again. What the first worker measures counts for all of them. Memory is
+    that of ``most`` images where a pass may have more than ``full``.
     """
     device, images = parallel.device, min(full, 2)
     seconds, peaks = dict[int, float](), dict[int, float]()
@@ -288,7 +296,8 @@ def _pace(step: Callable[[int], object], per_image: float, full: int, parallel: 
     while sum(tries) < budget and len(tries) < 20:
         tries.append(_timed(step, images, parallel))
     seconds[images] = mean(tries)
-    return Pace(per_image * full / _carried_over(seconds, 0, full), images, int(_carried_over(peaks, before, full)))
+    memory = int(_carried_over(peaks, before, most or full))
+    return Pace(per_image * full / _carried_over(seconds, 0, full), images, memory)
 
 
 def _carried_over(found: Mapping[int, float], before: float, full: int) -> float:

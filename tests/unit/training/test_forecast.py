@@ -345,17 +345,34 @@ def test_seconds_that_all_images_share_are_not_multiplied(monkeypatch: pytest.Mo
 def test_an_evaluation_is_timed_on_as_many_rows_as_pass_together(
     smoke: DirRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int | None]] = []
 
-    def pace(step: object, per_image: float, full: int, parallel: Parallel, budget: float) -> Pace:
-        asked.append(full)
+    def pace(
+        step: object, per_image: float, full: int, parallel: Parallel, budget: float, most: int | None = None
+    ) -> Pace:
+        asked.append((full, most))
         return Pace(1.0, full, 0)
 
     monkeypatch.setattr(module, "_pace", pace)
-    for changed, rows in (({}, 256), ({"images": 6}, 60), ({"rows": 5}, 5), ({"batch_size": 8}, 80)):
+    for changed, rows in (
+        ({}, (128, 256)),
+        ({"images": 6}, (6, 60)),
+        ({"rows": 5}, (5, 5)),
+        ({"batch_size": 512}, (256, 256)),
+    ):
         settings = dataclasses.replace(smoke.evaluation, **({"images": None, "batch_size": 128} | changed))
         calibrate(dataclasses.replace(smoke, evaluation=settings), ALONE)
         assert asked[-1] == rows
+
+
+@pytest.mark.parametrize(("most", "memory"), [(None, 1000 + 10 * 32), (64, 1000 + 10 * 64)])
+def test_memory_grows_with_the_images_that_pass_together(
+    most: int | None, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+    monkeypatch.setattr(module, "resting", lambda device: 900)
+    monkeypatch.setattr(module, "peak", lambda device: 1000 + 10 * passed[-1])
+    assert module._pace(passed.append, 1e6, 32, ALONE, 0.001, most).memory == memory
 
 
 def test_the_first_time_of_a_size_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
