@@ -9,15 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dircluster.attacks.threat import BALLS
 from dircluster.config import ConfigError
+from dircluster.evaluation.attack_table import CONTROLS
+from dircluster.evaluation.marks import in_words
 from dircluster.evaluation.results import to_plain, worst_attacked
 from dircluster.evaluation.session import EvaluationReport
 
 Row = Mapping[str, Any]
+COSTS = ("parameters", "gmac", "seconds_per_image")
 PLACES = ("scaling", "parallel", "storage", "tracking")
 """Sections that say where a run computes and what it keeps: they are none of a claim's settings."""
-ATTACK = ("attack", "protocol", "norm", "epsilon", "steps", "step_size", "restarts", "eot", "loss", "average", "draws")
-"""What a row says of its attack and of how it was judged."""
+WORDS = ("attack", "protocol", "randomness", "norm", "loss")
+NUMBERS = ("epsilon", "steps", "step_size", "restarts", "eot", "average", "draws")
+"""What a row says of its attack and of how it was judged, as texts and as numbers."""
+SHARES = ("mean", "worst", "always")
+"""What a row says of its draws, in [0, 1]."""
 
 
 def claim_of(
@@ -167,40 +174,66 @@ def _problems(plain: Any) -> Iterable[str]:
     for name in ("machine", "data"):
         if not isinstance(facts.get(name), str):
             yield f"it does not say its {name}"
-    for section, name in (("attack", "norm"), ("attack", "epsilon"), ("target", "architecture"), ("data", "name")):
-        if name not in _inside(facts, "settings", "run", section):
+    run = _inside(facts, "settings", "run")
+    for section, name in (("target", "architecture"), ("target", "objective"), ("data", "name")):
+        if name not in _inside(run, section):
             yield f"its settings have no {section}.{name}"
+    norm, epsilon = (_inside(run, "attack").get(name) for name in ("norm", "epsilon"))
+    if not isinstance(norm, str) or norm not in BALLS:
+        yield f"its settings have no attack.norm, which is {' or '.join(BALLS)}"
+    if not _is_number(epsilon) or not epsilon:
+        yield "its settings have no attack.epsilon above 0"
     for name in ("defense", "dataset"):
         if not isinstance(plain.get(name), str):
             yield f"it does not say its {name}"
-    if not isinstance(plain.get("costs"), dict):
+    costs, flags = plain.get("costs"), plain.get("flags")
+    if not isinstance(costs, dict):
         yield "it does not say its costs (each may be null)"
+    elif any(costs.get(name) is not None and not _is_number(costs[name]) for name in COSTS):
+        yield f"its costs ({', '.join(COSTS)}) are no numbers"
+    if flags is not None and not (isinstance(flags, list) and all(isinstance(flag, str) for flag in flags)):
+        yield "its flags are no list of texts"
     for row in plain["rows"]:
-        yield from _row_problems(row)
+        yield from _row_problems(row, norm, epsilon)
     if not own_rows(plain["rows"], str(plain.get("defense"))):
         yield f"no row is of {plain.get('defense')}, which it is a claim of"
 
 
-def _row_problems(row: Any) -> Iterable[str]:
+def _row_problems(row: Any, norm: Any, epsilon: Any) -> Iterable[str]:
+    """The same of a row of a claim for the ball of ``norm`` and radius ``epsilon``."""
     if not isinstance(row, dict) or not isinstance(row.get("defense"), str):
         yield "a row does not say of what it is"
         return
     name = f"row {row.get('attack')} of {row['defense']}"
-    missing = [each for each in ATTACK if row.get(each) is None]
+    missing = [each for each in WORDS if not isinstance(row.get(each), str)]
+    missing += [each for each in NUMBERS if not _is_number(row.get(each))]
     if missing:
         yield f"{name} does not say its attack's {missing[0]}"
         return
     total, accuracy, interval = row.get("total"), row.get("accuracy"), row.get("interval")
-    if not isinstance(total, int) or total < 1:
+    if not isinstance(total, int) or isinstance(total, bool) or total < 1:
         yield f"{name} has no n (total)"
     elif not _is_share(accuracy):
         yield f"{name} has no accuracy in [0, 1]"
     elif not _is_interval(interval, accuracy):
         yield f"{name} has no interval around its accuracy"
+    elif lacking := [each for each in SHARES if not _is_share(row.get(each))]:
+        yield f"{name} has no {lacking[0]} of its draws in [0, 1]"
+    elif not all(_is_control(row.get(each)) for each in CONTROLS):
+        yield f"{name} has a control without its shares"
+    elif not _are_marks(row.get("marks") or []) or not (row.get("luck") is None or _is_share(row["luck"])):
+        yield f"{name} has marks or a luck that cannot be read"
+    elif row["norm"] == norm and row["epsilon"] not in (0, epsilon):
+        yield f"{name} has epsilon {row['epsilon']:.4g}, but the claim is of {epsilon:.4g}"
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number from 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1
+    return _is_number(value) and value <= 1
 
 
 def _is_interval(value: Any, accuracy: Any) -> bool:
@@ -208,6 +241,21 @@ def _is_interval(value: Any, accuracy: Any) -> bool:
         return False
     low, high = value
     return bool(low < high and low - 1e-9 <= accuracy <= high + 1e-9)
+
+
+def _is_control(value: Any) -> bool:
+    """Whether ``value`` is a results.Control as plain data, or None."""
+    shares = ("accuracy", "worst", "always")
+    return value is None or (isinstance(value, dict) and all(_is_share(value.get(share)) for share in shares))
+
+
+def _are_marks(value: Any) -> bool:
+    """Whether ``value`` is a list of marks.Mark as plain data."""
+    try:
+        in_words(value)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return isinstance(value, list)
 
 
 def _inside(plain: Any, *names: str) -> Mapping[str, Any]:

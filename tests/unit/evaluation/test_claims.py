@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.commands import leaderboard as command
-from dircluster.config import ConfigError, EvaluationConfig
+from dircluster.config import ConfigError, EvaluationConfig, with_values
 from dircluster.evaluation.claims import Claim, claim_of, read_claim, read_claims
 from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.leaderboard import PAGE, by_threat, line, write_leaderboard
@@ -23,6 +23,7 @@ from dircluster.evaluation.session import evaluate
 from dircluster.presets import preset, run_from_plain, run_to_plain
 from dircluster.training.profiling import answer_costs
 
+EPSILON = 0.01
 FEW = EvaluationConfig(images=8, batch_size=8, steps=2, draws=2, eot=2)
 
 
@@ -48,9 +49,9 @@ def claim() -> dict[str, Any]:
     module, images = Noisy(), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng():
         labels = module.classifier(images).argmax(dim=1)
-        found = evaluate(module, images, labels, epsilon=0.01, settings=FEW, name="noisy")
+        found = evaluate(module, images, labels, epsilon=EPSILON, settings=FEW, name="noisy")
         costs = answer_costs(module, images)
-    run = preset("digits")
+    run = with_values(preset("digits"), {"attack.epsilon": EPSILON})
     facts = {"seed": 0, "commit": "a" * 40, "machine": found.evaluation.machine, "data": "d" * 64, "defense": "x:y"}
     facts |= {"digest": "e" * 64, "settings": run_to_plain(run)}
     made = claim_of(robustbench_entry(found, run), found, facts, costs)
@@ -67,7 +68,7 @@ def written(claim: dict[str, Any], folder: Path, name: str = "mine", **changes: 
 def test_an_export_is_a_claim_with_its_evidence(claim: dict[str, Any], tmp_path: Path) -> None:
     read = read_claim(written(claim, tmp_path))
     assert read.name == "mine"
-    assert read.threat == ("linf", preset("digits").attack.epsilon)
+    assert read.threat == ("linf", EPSILON)
     assert claim["costs"]["parameters"] == 650
     assert claim["costs"]["gmac"] == 640e-9
     assert claim["clean_acc"] == f"{100 * read.row('natural')['accuracy']:.2f}"  # type: ignore[index]
@@ -115,6 +116,18 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rows": (lambda c: c.update(rows=[]), "it has no rows"),
     "its own rows": (lambda c: c.update(defense="other"), "no row is of other"),
     "facts": (lambda c: c.pop("facts"), "it has no facts"),
+    "a known norm": (lambda c: c["facts"]["settings"]["run"]["attack"].update(norm="l1"), r"no attack\.norm, which is"),
+    "a radius": (lambda c: c["facts"]["settings"]["run"]["attack"].update(epsilon="8/255"), r"no attack\.epsilon"),
+    "objective": (lambda c: c["facts"]["settings"]["run"]["target"].pop("objective"), r"no target\.objective"),
+    "costs": (lambda c: c["costs"].update(gmac="1.6"), "costs .* are no numbers"),
+    "flags": (lambda c: c.update(flags=True), "its flags are no list"),
+    "a number": (lambda c: c["rows"][-1].update(eot="20"), "does not say its attack's eot"),
+    "randomness": (lambda c: c["rows"][-1].pop("randomness"), "does not say its attack's randomness"),
+    "draws": (lambda c: c["rows"][-1].pop("worst"), "has no worst of its draws"),
+    "one image": (lambda c: c["rows"][-1].update(total=True), "has no n"),
+    "a control": (lambda c: c["rows"][-1].update(natural={"accuracy": 1.0}), "a control without its shares"),
+    "a mark": (lambda c: c["rows"][-1].update(marks=["weak"]), "has marks or a luck that cannot be read"),
+    "another radius": (lambda c: c["rows"][-1].update(epsilon=EPSILON / 2), "epsilon 0.005, but the claim is of 0.01"),
 }
 
 
@@ -143,7 +156,7 @@ def test_the_pages_have_every_claim_those_that_keep_most_first(
     assert len(capsys.readouterr().out.splitlines()) == 2
     text = (page / "leaderboard.md").read_text()
     assert text.index("| b-better ") < text.index("| a-worse ")
-    assert text.count("## digits, L-infinity, ε = 0.15") == text.count("## others, L-infinity, ε = 0.15") == 1
+    assert text.count("## digits, L-infinity, ε = 0.01") == text.count("## others, L-infinity, ε = 0.01") == 1
     shown = (page / "leaderboard.html").read_text()
     assert all(name in shown for name in ("a-worse", "b-better", "c-other"))
     (tmp_path / "d.json").write_text("[]")
