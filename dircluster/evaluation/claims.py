@@ -13,7 +13,7 @@ from dircluster.attacks.threat import BALLS
 from dircluster.config import ConfigError
 from dircluster.evaluation.attack_table import CONTROLS
 from dircluster.evaluation.marks import in_words
-from dircluster.evaluation.results import to_plain, worst_attacked
+from dircluster.evaluation.results import own_rows, strongest, to_plain
 from dircluster.evaluation.session import EvaluationReport
 
 Row = Mapping[str, Any]
@@ -49,16 +49,6 @@ def claim_of(
         "seconds": [round(each, 1) for each in report.seconds],
         "flags": [flag.question for flag in report.flags] if report.verdict else None,
     }
-
-
-def own_rows(rows: Iterable[Row], defense: str) -> list[Row]:
-    """The rows of a defense among those of its report, which has its bare target's too."""
-    return [row for row in rows if row["defense"] == defense]
-
-
-def strongest(rows: Iterable[Row], norm: str) -> Row | None:
-    """The row of one defense, or of a bare target, that leaves least in the ball of ``norm``."""
-    return worst_attacked([{**row, "defense": row["defense"].replace("none", "target")} for row in rows], norm)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,13 +88,23 @@ def to_plain(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def worst_attacked(rows: Sequence[Mapping[str, Any]], norm: str) -> Mapping[str, Any] | None:
-    """The row that leaves the defense least in the ball of ``norm``: its robust accuracy; None where no attack ran.
+def own_rows(rows: Iterable[Mapping[str, Any]], defense: str) -> list[Mapping[str, Any]]:
+    """The rows of a defense among those of its report, which has its bare target's too, as none."""
+    return [row for row in rows if row["defense"] == defense]
+
+
+def worst_attacked(rows: Iterable[Mapping[str, Any]], norm: str) -> Mapping[str, Any] | None:
+    """The row that leaves the defense least in the ball of ``norm``: its robust accuracy; None where no attack ran."""
+    return strongest((row for row in rows if row["defense"] != "none"), norm)
+
+
+def strongest(rows: Iterable[Mapping[str, Any]], norm: str) -> Mapping[str, Any] | None:
+    """The same among the rows of one defense, or of a bare target.
 
     Rows with averaged logits or votes are of another defense, attacks on the restored image of another threat, and
     Wor.Rob counts more than one draw.
     """
-    attacked = [row for row in rows if row["defense"] != "none" and row["epsilon"] and row["norm"] == norm]
+    attacked = [row for row in rows if row["epsilon"] and row["norm"] == norm]
     own = [row for row in attacked if row["average"] == 1 and not row["attack"].startswith("restored")]
     own = [row for row in own if not row.get("protocol", "").startswith("Wor.Rob")]
     return min(own, key=lambda row: row["accuracy"], default=None)

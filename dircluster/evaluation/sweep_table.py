@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dircluster.config import digest, short
 from dircluster.evaluation.figures import drawing
+from dircluster.evaluation.results import own_rows, strongest
 
 KINDS: tuple[Literal["natural", "robust"], ...] = ("natural", "robust")
 PAPER = "paper (PGD-20)"
@@ -30,7 +31,7 @@ class Trial:
     natural: float | None = None
     """Accuracy of the defense on natural test images, masks fresh."""
     robust: float | None = None
-    """The lowest accuracy of the defense under any attack of the suite that knows it."""
+    """The lowest accuracy of the defense under any attack of the suite that knows it, see :func:`accuracies`."""
     bare: tuple[float, float] | None = None
     """The same two of the bare target."""
     seconds: float = 0.0
@@ -70,20 +71,16 @@ class Point:
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
 
-def accuracies(rows: Iterable[Mapping[str, Any]], defense: str) -> tuple[float, float] | None:
-    """Natural and robust accuracy of ``defense`` in a table of results; None where it has no such rows.
+def accuracies(rows: Iterable[Mapping[str, Any]], defense: str, norm: str) -> tuple[float, float, bool] | None:
+    """Natural and robust accuracy of ``defense`` in a table of results, and whether the row of the second is marked.
 
-    Natural is that of fresh masks where masks there are; robust is the lowest of all attacks but transfers, and but
-    Wor.Rob, in which luck counts.
+    Natural is that of fresh masks where masks there are; robust is the lowest of all attacks in the ball of ``norm``
+    that count against the defense (see results.strongest), but transfers. None where it has no such rows.
     """
-    own = [row for row in rows if row["defense"] == defense]
-    natural = [row["mean"] for row in own if row["attack"] == "natural" and row["randomness"] != "fixed"]
-    attacked = [
-        row["accuracy"] if row["randomness"] == "fixed" else row["mean"]
-        for row in own
-        if row["epsilon"] and not row["attack"].startswith("transfer") and not row.get("protocol", "").startswith("Wor")
-    ]
-    return (natural[0], min(attacked)) if natural and attacked else None
+    own = own_rows(rows, defense)
+    natural = [row["accuracy"] for row in own if row["attack"] == "natural" and row["randomness"] != "fixed"]
+    worst = strongest((row for row in own if not row["attack"].startswith("transfer")), norm)
+    return (natural[0], worst["accuracy"], bool(worst.get("marks"))) if natural and worst else None
 
 
 def by_point(trials: Iterable[Trial]) -> list[Point]:

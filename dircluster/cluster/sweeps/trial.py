@@ -24,7 +24,6 @@ from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
 from dircluster.cluster.tracking.owners import beating
 from dircluster.config import ConfigError, RunConfig, first_line, flatten, with_values
-from dircluster.evaluation.results import worst_attacked
 from dircluster.evaluation.sweep_table import Trial, accuracies
 from dircluster.presets import run_from_plain
 from dircluster.training.retry import retry
@@ -160,7 +159,8 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         error = outcome.get("error", f"stopped by signal {outcome.get('signal')}")
         raise Failed(post.last if error.endswith("stands above") else error)
     rows = outcome.get("results", [])
-    natural, robust = accuracies(rows, run.defense) or (None, None)
+    natural, robust, marked = accuracies(rows, run.defense, run.attack.norm) or (None, None, False)
+    bare = accuracies(rows, "none", run.attack.norm)
     trial = Trial(
         dict(task.settings),
         task.seed,
@@ -168,10 +168,10 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         (outcome["selection"].get(stages_of(run)[-1].name) or {}).get("robust"),
         natural,
         robust,
-        accuracies(rows, "none"),
+        bare and bare[:2],
         time.monotonic() - began,
         outcome.get("checkpoint", ""),
-        marked=bool((worst_attacked(rows, run.attack.norm) or {}).get("marks")),
+        marked=marked,
     )
     store(run, trial, task.until)
     return trial

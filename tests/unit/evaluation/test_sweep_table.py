@@ -19,14 +19,16 @@ def trial(value: Any, seed: int, robust: float, held_out: float, name: str = "di
     return Trial(settings, seed, "FINISHED", held_out, 0.9, robust, (0.95, 0.5), 10.0, **more)
 
 
-def row(defense: str, attack: str, masks: str, accuracy: float, mean: float, epsilon: float) -> dict[str, Any]:
+def row(defense: str, attack: str, masks: str, accuracy: float, epsilon: float, **more: Any) -> dict[str, Any]:
     return {
         "defense": defense,
         "attack": attack,
         "randomness": masks,
         "accuracy": accuracy,
-        "mean": mean,
         "epsilon": epsilon,
+        "norm": "linf",
+        "average": 1,
+        **more,
     }
 
 
@@ -60,17 +62,21 @@ def test_a_point_whose_other_seeds_failed_is_not_the_best() -> None:
 
 def test_robust_is_the_lowest_of_the_attacks_that_know_the_defense() -> None:
     rows = [
-        row("none", "natural", "none", 0.95, 0.95, 0.0),
-        row("none", "pgd20", "none", 0.5, 0.5, 0.1),
-        row("dir", "natural", "fixed", 0.91, 0.91, 0.0),
-        row("dir", "natural", "fresh", 0.93, 0.92, 0.0),
-        row("dir", "pgd20", "fixed", 0.7, 0.8, 0.1),
-        row("dir", "pgd20", "fresh", 0.6, 0.75, 0.1),
-        row("dir", "transfer-pgd20", "fresh", 0.1, 0.1, 0.1),
+        row("none", "natural", "none", 0.95, 0.0),
+        row("none", "pgd20", "none", 0.5, 0.1),
+        row("dir", "natural", "fixed", 0.91, 0.0),
+        row("dir", "natural", "fresh", 0.92, 0.0),
+        row("dir", "pgd20", "fixed", 0.7, 0.1, marks=[{"kind": "ascent", "share": 0.5}]),
+        row("dir", "pgd20", "fresh", 0.75, 0.1),
+        row("dir", "transfer-pgd20", "fresh", 0.1, 0.1),
+        row("dir", "restored20-from-natural", "fixed", 0.2, 0.1),  # another threat
+        row("dir", "l2-pgd200", "fresh", 0.2, 0.5, norm="l2"),
+        row("dir", "bpda40-mean-of-10", "fresh", 0.2, 0.1, average=10),  # another defense
+        row("dir", "pgd20-wor10", "fresh", 0.2, 0.1, protocol="Wor.Rob(10)"),
     ]
-    assert accuracies(rows, "dir") == (0.92, 0.7)
-    assert accuracies(rows, "none") == (0.95, 0.5)
-    assert accuracies(rows, "other") is None
+    assert accuracies(rows, "dir", "linf") == (0.92, 0.7, True)
+    assert accuracies(rows, "none", "linf") == (0.95, 0.5, False)
+    assert accuracies(rows, "other", "linf") is None
 
 
 def test_the_papers_numbers_stand_beside_ours_on_its_data() -> None:
