@@ -85,6 +85,15 @@ def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimMod
     return dataclasses.replace(planned, table=list(dict.fromkeys([*planned.table, *attacks])))
 
 
+def evaluation_of(
+    planned: Plan, victim: VictimModel, images: int, seed: int, settings: EvaluationConfig, store: ResultStore
+) -> Evaluation:
+    """The evaluation of all that is planned for ``victim`` on so many images, by ``settings``."""
+    return Evaluation(
+        planned.specs, images, seed, settings.batch_size, settings.rows, store, victim, settings.precision
+    )
+
+
 @dataclass(frozen=True)
 class EvaluationReport:
     """What an evaluation found, with its evidence."""
@@ -216,16 +225,8 @@ def evaluate(
             meet(victim, pixels[:8].to(device), int(classes.max()))
             victim.notes[:0] = notes
             planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
-            evaluation = Evaluation(
-                planned.specs,
-                len(pixels),
-                int(seed),
-                chosen.batch_size,
-                chosen.rows,
-                MemoryStore() if store is None else store,
-                victim,
-                chosen.precision,
-            )
+            kept = MemoryStore() if store is None else store
+            evaluation = evaluation_of(planned, victim, len(pixels), int(seed), chosen, kept)
             run(evaluation, lambda a, b: (pixels[a:b].to(device), classes[a:b].to(device)), on_shard)
             return report(evaluation, planned, name, chosen)
 

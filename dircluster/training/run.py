@@ -20,11 +20,11 @@ from dircluster.defenses.stage import Stage, architecture
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.evaluation.attack_table import AttackSpec
-from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
+from dircluster.evaluation.evaluation import EvalShard, run
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.sample import class_notes, judged_rows
-from dircluster.evaluation.session import plan, report
+from dircluster.evaluation.session import evaluation_of, plan, report
 from dircluster.evaluation.sharing import shares
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
@@ -311,16 +311,7 @@ class Run:
         planned = plan(victim, config.attack, table_only)
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
         store = FolderStore(results_folder(self.storage, victim.name, facts))
-        evaluation = Evaluation(
-            planned.specs,
-            len(test),
-            config.seed,
-            settings.batch_size,
-            settings.rows,
-            store,
-            victim,
-            settings.precision,
-        )
+        evaluation = evaluation_of(planned, victim, len(test), config.seed, settings, store)
 
         def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
             rows = slice(start, stop)

@@ -19,12 +19,11 @@ from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.distributed.launch import choose_kernels
 from dircluster.evaluation.claims import claim_of
-from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.sample import class_notes, judged_rows, row_numbers
-from dircluster.evaluation.session import EvaluationReport, Plan, plan, report
+from dircluster.evaluation.session import EvaluationReport, Plan, evaluation_of, plan, report
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.precision import channels_last
@@ -73,16 +72,8 @@ class EvaluationJob:
         storage = open_path(self.config.storage.uri, self.config.storage)
         self.folder = results_folder(storage, self.name, self.facts)
         self.plan: Plan = plan(self.victim, self.config.attack, self.settings)
-        self.evaluation = Evaluation(
-            self.plan.specs,
-            len(self.test),
-            self.config.seed,
-            self.settings.batch_size,
-            self.settings.rows,
-            FolderStore(self.folder, job_spec.keep_images),
-            self.victim,
-            self.settings.precision,
-        )
+        store = FolderStore(self.folder, job_spec.keep_images)
+        self.evaluation = evaluation_of(self.plan, self.victim, len(self.test), self.config.seed, self.settings, store)
 
     @cached_property
     def shards(self) -> list[Any]:
