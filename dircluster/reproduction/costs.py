@@ -76,7 +76,7 @@ def costs(
     """What each training and transfer of the plan takes; a stage that several share counts for the first.
 
     ``known`` are paces by preset: without them nothing is in seconds, and a stage that cannot be counted is no error:
-    its training tells. ``stored`` are the keys of finished stages, ``over`` those of trainings that are judged too.
+    its training tells. ``stored`` are the keys of finished stages, ``over`` those of what is judged already.
     Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
     made, seen, met = list[Cost](), set[str](), dict[str, Work]()
@@ -123,7 +123,8 @@ def costs(
     for transfer in plan.transfers.values():
         training = plan.trainings[transfer.purifier]
         run = with_values(as_launched(training.run, launcher), {"evaluation.suite": transfer.suite})
-        made.append(Cost(transfer.kind, (transfer.seed,), transfer.suite, judging=judging(run, training)))
+        time = 0.0 if transfer.key in over else judging(run, training)
+        made.append(Cost(transfer.kind, (transfer.seed,), transfer.suite, judging=time))
     return made
 
 

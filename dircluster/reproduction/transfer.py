@@ -9,15 +9,19 @@ from dircluster.training import checkpoint
 from dircluster.training.stage_folder import StageFolder, find_stage_folder
 
 
+def transfer_folder(storage: Path, purifier: Path, target: Path) -> StageFolder:
+    """Where that defense lies, finished or not, of the folders of two finished ones."""
+    return find_stage_folder(storage, "transfer", digest([checkpoint.digest(purifier), checkpoint.digest(target)]))
+
+
 def transferred(storage: Path, purifier: Path, target: Path) -> Path:
     """The folder of the defense with the purifier of one finished defense and the classifier of another.
 
     It is written unless it is there. Raises CheckpointError where one of them is damaged.
     """
-    key = digest([checkpoint.digest(purifier), checkpoint.digest(target)])
-    made: StageFolder = find_stage_folder(storage, "transfer", key)
+    made = transfer_folder(storage, purifier, target)
     if made.digest is None:
         given, other = checkpoint.read(purifier), checkpoint.read(target)
         tensors = {**given.tensors, "classifier": other.tensors["classifier"]}
-        checkpoint.write(made.final, tensors, {"stage": "transfer", "defense": given.state["defense"]}, key)
+        checkpoint.write(made.final, tensors, {"stage": "transfer", "defense": given.state["defense"]}, made.key)
     return made.final

@@ -13,7 +13,7 @@ from dircluster import cli
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.plain_store import Store
 from dircluster.cluster.reproducing.result import Result
-from dircluster.cluster.reproducing.stored import stored_stages
+from dircluster.cluster.reproducing.stored import find_stored, judged_units
 from dircluster.cluster.reproducing.units import Listening, Units, judged_trainings
 from dircluster.cluster.storage import open_path, opener
 from dircluster.cluster.sweeps.store import key_of
@@ -177,9 +177,11 @@ class Reproduction:
         return costs(self.plan, sizes, self.job.launcher, paces, stored, judged, judged_too=judged_too)
 
     def _stored(self) -> tuple[set[str], set[str]]:
-        """Keys of finished stages, and, where it is foretold what judging takes, of trainings that are judged."""
+        """Keys of finished stages, and, where it is foretold what judging takes, of what is judged."""
         try:
-            return stored_stages(self.plan, self.config), judged_trainings(self.plan) if self.timed else set()
+            found = find_stored(self.plan, self.config)
+            judged = judged_units(self.plan, found, judged_trainings(self.plan)) if self.timed else set()
+            return set(found.stages), judged
         except ConfigError:
             raise
         except Exception as error:  # whatever object storage raises: each training looks again

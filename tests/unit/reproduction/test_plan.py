@@ -225,6 +225,9 @@ def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = [cost for cost in found if cost.kind in {transfer.kind for transfer in plan.transfers.values()}]
     assert [(cost.operations, cost.judging) for cost in moved] == [(0.0, 30.0)] * len(plan.transfers)
     assert {transfer.suite for transfer in plan.transfers.values()} <= set(suites)
+    judged = next(iter(plan.transfers.values()))
+    left = costs(plan, lambda run: SIZES, "local", pace(plan), over={judged.key})
+    assert [cost.judging for cost in left if cost.kind == judged.kind] == [0.0]
 
 
 @pytest.mark.parametrize(("minutes", "factor"), [(100.0, 1.0), (60.0, 1.0), (20.0, 0.33), (0.65, 0.01)])
