@@ -17,6 +17,9 @@ TOLERANCE = 0.02
 FACTS = ("defense", "digest", "data", "seed", "commit", "machine", "settings")
 SETTINGS = ("norm", "epsilon", "steps", "restarts", "eot", "loss", "average")
 """Of an attack, that a row and the spec behind it must both have."""
+WORDS = ("defense", "attack", "randomness")
+COUNTS = {"correct": 0, "judged": 1, "total": 1}
+"""What a row is called by, and what it counts, with the least of each."""
 
 
 def read_rows(file: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
@@ -32,7 +35,19 @@ def read_rows(file: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
         raise ConfigError(f"{file} is no report and no claim: it has no facts and rows")
     if missing := [name for name in FACTS if name not in facts]:
         raise ConfigError(f"{file} does not say its {missing[0]}, without which its rows cannot be computed again")
+    for number, row in enumerate(found["rows"], 1):
+        if lacking := _lacking(row):
+            raise ConfigError(f"{file} cannot be read: its row {number} does not say its {lacking}")
     return facts, found["rows"]
+
+
+def _lacking(row: Any) -> str:
+    """What a row lacks to be computed again; empty where it is whole."""
+    row = row if isinstance(row, dict) else {}
+    lacking = [name for name in WORDS if not isinstance(row.get(name), str)]
+    lacking += [name for name, least in COUNTS.items() if type(row.get(name)) is not int or row[name] < least]
+    known = type(row.get("accuracy")) in (int, float) and 0 <= row["accuracy"] <= 1
+    return lacking[0] if lacking else "" if known else "accuracy"
 
 
 def choose(rows: Sequence[Mapping[str, Any]], which: str) -> Mapping[str, Any]:

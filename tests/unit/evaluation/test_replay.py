@@ -98,6 +98,29 @@ def test_changes_that_no_commit_holds_are_never_the_same_code(here: str, there: 
     assert is_same_code(here, there) == same
 
 
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"defense": None}, "defense"),
+        ({"attack": 7}, "attack"),
+        ({"accuracy": "0.5"}, "accuracy"),
+        ({"accuracy": float("nan")}, "accuracy"),
+        ({"judged": None}, "judged"),
+        ({"total": 0}, "total"),
+        ({"total": "100"}, "total"),
+    ],
+)
+def test_a_row_that_says_too_little_is_refused_before_anything_is_computed(
+    changes: dict[str, object], lacks: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    facts = dict.fromkeys(("defense", "digest", "data", "seed", "commit", "machine", "settings"), "x")
+    for row in (ROW | changes, {name: value for name, value in ROW.items() if name not in changes}, "a row"):
+        file.write_text(json.dumps({"rows": [ROW, row], "facts": facts}))
+        with pytest.raises(ConfigError, match=f"row 2 does not say its {lacks if row != 'a row' else 'defense'}"):
+            read_rows(file)
+
+
 def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
     for text in ("{", "[]", '{"rows": [], "facts": {}}', '{"rows": 3, "facts": {}}'):
