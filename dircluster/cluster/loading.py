@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ANY_ERROR, ConfigError, RunConfig, local_path, named_line, real_path
-from dircluster.models.modules import defaults_kept, to_bytes, to_eval, unfinished
+from dircluster.evaluation.provenance import weights_digest
+from dircluster.models.modules import defaults_kept, to_eval, unfinished
 from dircluster.presets import search_folder
 from dircluster.training import hub_folder
 from dircluster.training.checkpoint import digest
@@ -170,15 +171,12 @@ def _made(job_spec: JobSpec) -> nn.Module:
 
 def fingerprint(module: nn.Module, name: str) -> str:
     """SHA-256 of a module's weights and, where it is somebody's own, of the package that makes it, unless installed."""
-    found = hashlib.sha256(repr(module).encode())
-    for key, value in sorted(module.state_dict().items()):
-        found.update(key.encode())
-        if isinstance(value, Tensor):
-            found.update(str(value.dtype).encode() + to_bytes(value))
-    if FACTORY.fullmatch(name):
-        package = name.partition(":")[0].partition(".")[0]
-        for key, part in sorted(sys.modules.items()):
-            file = Path(getattr(part, "__file__", None) or "")
-            if key.partition(".")[0] == package and file.is_file() and "site-packages" not in file.parts:
-                found.update(file.read_bytes())
-    return found.hexdigest()
+    return weights_digest(module, _code_of(name) if FACTORY.fullmatch(name) else ())
+
+
+def _code_of(factory: str) -> Iterator[bytes]:
+    package = factory.partition(":")[0].partition(".")[0]
+    for key, part in sorted(sys.modules.items()):
+        file = Path(getattr(part, "__file__", None) or "")
+        if key.partition(".")[0] == package and file.is_file() and "site-packages" not in file.parts:
+            yield file.read_bytes()

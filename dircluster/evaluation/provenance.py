@@ -7,16 +7,17 @@ import hashlib
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dircluster.config import EvaluationConfig, digest
+from dircluster.models.modules import to_bytes
 
 PACKAGE = __name__.partition(".")[0]
 HERE = Path(__file__).parents[1]
@@ -37,6 +38,18 @@ def facts_of(
     if settings.sample is not None:
         shards["sample"] = settings.sample
     return {"defense": defense, "surrogate": surrogate, "data": data, "images": images, "seed": seed, **shards}
+
+
+def weights_digest(module: nn.Module, code: Iterable[bytes] = ()) -> str:
+    """SHA-256 of a module's parts and weights, and of the ``code`` that makes it."""
+    found = hashlib.sha256(repr(module).encode())
+    for key, value in sorted(module.state_dict().items()):
+        found.update(key.encode())
+        if isinstance(value, Tensor):
+            found.update(str(value.dtype).encode() + to_bytes(value))
+    for text in code:
+        found.update(text)
+    return found.hexdigest()
 
 
 def machine(device: torch.device) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, digest
 from dircluster.defenses.base import Defended, unwrapped
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.adapter import Adapted, buffers_kept, default_place, undisturbed, without_inference
@@ -21,13 +22,14 @@ from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number
 from dircluster.evaluation.marks import shared_marks
 from dircluster.evaluation.meeting import meet
+from dircluster.evaluation.provenance import facts_of, weights_digest
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.sample import class_notes, judged_rows
-from dircluster.evaluation.store import MemoryStore, ResultStore
+from dircluster.evaluation.store import MemoryStore, ResultStore, StorePart
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
 from dircluster.evaluation.victim import VictimModel
-from dircluster.models.modules import device_of, parts_of, unfinished
+from dircluster.models.modules import device_of, parts_of, to_bytes, unfinished
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,10 @@ def evaluate(
     AttackConfig, as numbers or as "8/255"; ``suite`` is quick, paper or rigorous, and ``verdict`` asks whether the
     module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``attacks``
     are met besides those of the suite, such as one of your own (see attack_table.ATTACKS). ``store`` keeps finished
-    shards, so that an evaluation can go on; ``on_shard`` is called before each shard with the shards done and open.
-    What had to be guessed, such as which part of a tuple is the logits, stands in the report's ``notes``; so do classes
-    that the judged images lack because images lie in the order of their classes.
+    shards, each evaluation's apart, so that one of the same weights, images and seed can go on; ``on_shard`` is called
+    before each shard with the shards done and open. What had to be guessed, such as which part of a tuple is the
+    logits, stands in the report's ``notes``; so do classes that the judged images lack because images lie in the order
+    of their classes.
 
     Modules are judged in eval mode. They come back with the modes, flags, gradients and buffers, and on the device,
     that they came with; images and random streams are left as they are. Raises ConfigError, one line, for images out
@@ -221,14 +224,25 @@ def evaluate(
         if other is not None and parts_of(other) and device_of(other) != device:
             other = copy.deepcopy(other).to(device)  # the caller's stays where it is
         victim = VictimModel(judged, name, other)
+        kept: ResultStore = MemoryStore()
+        if store is not None:
+            kept = StorePart(store, digest(_facts(victim, pixels, classes, int(seed), chosen))[:12])
         with buffers_kept(*victim.modules), torch.autocast(device.type, enabled=False):
             meet(victim, pixels[:8].to(device), int(classes.max()))
             victim.notes[:0] = notes
             planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
-            kept = MemoryStore() if store is None else store
             evaluation = evaluation_of(planned, victim, len(pixels), int(seed), chosen, kept)
             run(evaluation, lambda a, b: (pixels[a:b].to(device), classes[a:b].to(device)), on_shard)
             return report(evaluation, planned, name, chosen)
+
+
+def _facts(
+    victim: VictimModel, images: Tensor, labels: Tensor, seed: int, settings: EvaluationConfig
+) -> dict[str, Any]:
+    """What decides an evaluation but for its attacks and the code: weights, images, seed, shards."""
+    data = hashlib.sha256(to_bytes(images) + to_bytes(labels)).hexdigest()
+    other = None if victim.surrogate is None else weights_digest(victim.surrogate)
+    return facts_of(weights_digest(victim.module), data, len(images), seed, settings, other)
 
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:

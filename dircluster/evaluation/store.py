@@ -22,6 +22,25 @@ class ResultStore(Protocol):
         """The adversarial images that were kept under ``name``, (N, C, H, W) float32; None where none were."""
 
 
+class StorePart:
+    """What lies in another store under a name of its own."""
+
+    def __init__(self, store: ResultStore, name: str) -> None:
+        self.store, self.name = store, name
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """What was put under ``name``."""
+        return self.store.get(f"{self.name}/{name}")
+
+    def put(self, name: str, outcome: dict[str, Any], images: Tensor) -> None:
+        """Keep an outcome."""
+        self.store.put(f"{self.name}/{name}", outcome, images)
+
+    def images(self, name: str) -> Tensor | None:
+        """The images that were kept."""
+        return self.store.images(f"{self.name}/{name}")
+
+
 class MemoryStore:
     """A store for one process."""
 

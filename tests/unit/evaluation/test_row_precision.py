@@ -71,7 +71,7 @@ def test_shards_of_either_kind_are_both_named_and_those_of_before_were_fp32() ->
     judged("bf16", store)
     for name in [name for name in store.kept if name.endswith("shard-00000")]:
         del store.kept[name]["crafting"]
-    assert {row.crafting for row in judged("auto", store)[1]} == {"bf16 and fp32"}
+    assert {row.crafting for row in judged("bf16", store)[1]} == {"bf16 and fp32"}
 
 
 def test_auto_crafts_in_bf16_on_a_gpu_where_that_does_not_round_images() -> None:

@@ -195,6 +195,32 @@ def test_what_other_code_found_is_found_again(
     assert len(seen) == 12
 
 
+def test_a_store_keeps_what_is_of_other_weights_images_or_seeds_apart(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits
+    store, seen = MemoryStore(), list[str]()
+
+    def begun(module: Any, images: Tensor, labels: Tensor, **more: Any) -> int:
+        seen.clear()
+        few = EvaluationConfig(batch_size=16, steps=1)
+        evaluate(module, images, labels, settings=few, store=store, on_shard=lambda *_: seen.append(""), **more)
+        return len(seen)
+
+    one, other, surrogate = (nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 10)) for _ in range(3))
+    first = images[:16], labels[:16]
+    assert begun(one, *first) > 0
+    assert begun(one, *first) == 0
+    for changed in (
+        lambda: begun(other, *first),
+        lambda: begun(one, images[16:32], labels[16:32]),
+        lambda: begun(one, first[0], labels[16:32]),
+        lambda: begun(one, *first, seed=1),
+        lambda: begun(one, *first, surrogate=surrogate),
+    ):
+        assert changed() > 0
+        assert changed() == 0
+    assert begun(one, *first) == 0
+
+
 class Masked(nn.Module):
     """Somebody's randomized module: drops pixels by PyTorch's own stream."""
 
@@ -253,9 +279,9 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     store = FolderStore(tmp_path, keep_images=True)
     with pytest.raises(Stopped):
         judged(defense, digits, store=store, on_shard=stop)
-    (damaged,) = list(tmp_path.glob(f"{seen[0]}.json"))
+    (damaged,) = list(tmp_path.glob(f"*/{seen[0]}.json"))
     damaged.write_text("{")
-    (emptied,) = list(tmp_path.glob(f"{seen[1]}.safetensors"))
+    (emptied,) = list(tmp_path.glob(f"*/{seen[1]}.safetensors"))
     emptied.write_bytes(b"")
     done_before = set(seen[2:9])
     seen.clear()
@@ -263,7 +289,7 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     assert again.rows == whole.rows
     assert not done_before & set(seen)
     assert len(seen) == 36 - 7
-    assert len(list(tmp_path.glob("*/*.safetensors"))) == 36
+    assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 36
     assert all(not name.startswith("/") for name in seen)
 
 
