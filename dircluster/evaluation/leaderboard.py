@@ -66,7 +66,7 @@ def by_threat(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
     for claim in claims:
         norm, epsilon = claim.threat
         steps = round(255 * epsilon, 6)  # of a pixel of eight bits
-        radius = f"{steps:.0f}/255" if steps == round(steps) else f"{epsilon:.4g}"
+        radius = f"{steps:.0f}/255" if norm == "linf" and steps == round(steps) else f"{epsilon:.4g}"
         title = f"{claim.plain['dataset']}, {NORMS[norm]}, ε = {radius}"
         tables.setdefault(title, []).append(claim)
     return {title: sorted(each, key=lambda c: (-_accuracy(c.strongest()), c.name)) for title, each in tables.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.config import ConfigError, first_line
+from dircluster.evaluation.attack_table import find_attack
 from dircluster.evaluation.pictures import as_bytes, to_sheet
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.evaluation.victim import VictimModel
@@ -89,13 +90,16 @@ def sheets(report: EvaluationReport, victim: VictimModel, images: Tensor, seed: 
     """Natural, adversarial and purified pictures of the first images, a sheet each; None where none were kept.
 
     ``images`` (N, C, H, W) in [0, 1] are those judged. The adversarial picture is that of the attack that left the
-    fewest draws right; ``row`` says which for each image.
+    fewest draws right, of those on what the defense is given; ``row`` says which for each image.
     """
     evaluation = report.evaluation
     attacked = [
         (number, pictures, evaluation.shares(spec)[: len(pictures)])
         for number, spec in enumerate(report.table)
-        if spec.judged == "defense" and spec.epsilon and (pictures := evaluation.pictures(spec)) is not None
+        if spec.judged == "defense"
+        and spec.epsilon
+        and not find_attack(spec.attack).past_purifier
+        and (pictures := evaluation.pictures(spec)) is not None
     ]
     if not attacked:
         return None

@@ -41,9 +41,8 @@ OF_THE_PAPER = ("cifar10", "svhn")
 READING = (
     "Ours: mean over seeds, with the standard deviation (n - 1) where there are several. The interval (95 %, Wilson) is"
     " that of the mean as a share of n test images, which are the same for all seeds.",
-    "Strongest: the attack that leaves the defense least, of PGD, the margin loss, AutoAttack or MALT, draws known or"
-    " fresh with EOT. Votes, averaged logits, Wor.Rob and restored images do not count: they are other defenses or"
-    " threats.",
+    "Strongest: the attack that leaves the defense least, of all in its suite, transfers too, draws known or fresh with"
+    " EOT. Votes, averaged logits, Wor.Rob and restored images do not count: they are other defenses or threats.",
     "Over None: points above the bare target under the same attack, ours and the paper's; ours over the seeds at which"
     " both ended.",
 )

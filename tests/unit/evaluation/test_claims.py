@@ -168,6 +168,18 @@ def test_the_pages_have_every_claim_those_that_keep_most_first(
     assert len(capsys.readouterr().err.splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "radius"),
+    [("linf", 8 / 255, "L-infinity, ε = 8/255"), ("linf", 0.15, "L-infinity, ε = 0.15"), ("l2", 1.0, "L2, ε = 1")],
+)
+def test_a_radius_is_of_pixels_where_the_ball_is_one_of_pixels(
+    norm: str, epsilon: float, radius: str, claim: dict[str, Any]
+) -> None:
+    made = json.loads(json.dumps(claim))
+    made["facts"]["settings"]["run"]["attack"] |= {"norm": norm, "epsilon": epsilon}
+    assert list(by_threat([Claim("mine", made)])) == [f"digits, {radius}"]
+
+
 def test_the_page_sorts() -> None:
     if (program := shutil.which("node")) is None:
         pytest.skip("the page's script is not run: there is no node")

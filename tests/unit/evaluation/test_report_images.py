@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from dircluster.config import ConfigError, EvaluationConfig, RunConfig
 from dircluster.data.split import Split
+from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.export import check_export, exported, write_export
 from dircluster.evaluation.html_report import SCRIPT, robustbench_entry, write_report
 from dircluster.evaluation.marks import MEANING, Mark
 from dircluster.evaluation.pictures import kept_pictures, pictured, read_pictures
-from dircluster.evaluation.report_images import as_signs, check_same_data, read_report
+from dircluster.evaluation.report_images import as_signs, check_same_data, read_report, sheets
 from dircluster.evaluation.sample import judged_rows, row_numbers
 from dircluster.evaluation.session import EvaluationReport, evaluate
 from dircluster.evaluation.store import MemoryStore
@@ -119,6 +120,19 @@ def test_the_page_shows_what_was_found(found: EvaluationReport, test: Split, smo
     assert seen["detail"].endswith(": " + " ".join(map(str, predicted)) + " ")
     assert (seen["closed"], seen["plots"], seen["changes"]) == (True, 1, True)
     assert plain["images"]["labels"] == "".join(map(str, test.labels.tolist()))
+
+
+def test_pictures_are_of_attacks_on_what_the_defense_is_given(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = digits[0][:8], digits[1][:8]
+    few = dataclasses.replace(FEW, steps=1, queries=1)
+    restored = AttackSpec("restored", "fresh", epsilon=0.9, steps=4, step_size=0.3, label="restored4")
+    made = evaluate(Noisy(at_model), images, labels, epsilon=0.01, settings=few, attacks=[restored])
+    assert made.evaluation.shares(restored).mean() < 0.5  # it would be the strongest
+    shown = sheets(made, made.evaluation.victim, images, 0)
+    assert shown is not None
+    assert len(made.table) - 1 not in shown["row"]
 
 
 def test_two_reports_side_by_side(found: EvaluationReport, test: Split, smoke: RunConfig, tmp_path: Path) -> None:
