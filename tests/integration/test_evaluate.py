@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from dircluster.training.step import PHASES
@@ -39,6 +40,15 @@ def judge(place: Path, *words: str) -> dict[str, Any]:
     done = run_job("evaluate", "digits_smoke", *words, folder=place)
     assert done.code == 0, done.err
     return done.summary | {"said": done.out}
+
+
+def test_a_natural_target_that_does_not_fit_is_refused_before_anything_is_judged(place: Path, trained: Trained) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), place / "other.pt")
+    words = ("--defense", trained.final, "--natural-target", "other.pt", "--storage.uri", "refused", *FEW)
+    done = run_job("evaluate", "digits_smoke", *words, "--launcher", "local", folder=place)
+    assert done.code == 2
+    assert "other.pt' does not fit the model" in done.err.splitlines()[-1]
+    assert not list((place / "refused").glob("evaluations/*/*/shard-*.json"))
 
 
 def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path, trained: Trained) -> None:

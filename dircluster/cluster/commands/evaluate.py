@@ -14,6 +14,8 @@ from dircluster.config import ConfigError, RunConfig, first_line, local_path, re
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dircluster.cluster.console import Terminal
     from dircluster.cluster.loading import JobSpec
     from dircluster.cluster.runtime.evaluation_job import EvaluationJob
@@ -88,7 +90,7 @@ class _Judging:
         self.job, self.config, self.terminal, self.first, self.other = job, config, terminal, first, other
         self.workers = config.scaling.most if "scaling.workers" in job.given else None
         self.began, self.done = time.monotonic(), 0
-        self.natural_target = ""
+        self.natural_target: nn.Module | None = None
 
     def run(self) -> int:
         """Judge; -> the signal that stopped it, or 0."""
@@ -122,8 +124,8 @@ class _Judging:
         return 0
 
     def _make_job_spec(self, parallel: Any) -> JobSpec:
-        """What is judged, with every model where all workers can read it."""
-        from dircluster.cluster.loading import JobSpec, finished, located
+        """What is judged, with every model where all workers can read it; and what the report alone needs."""
+        from dircluster.cluster.loading import JobSpec, finished, load_classifier, located
 
         def reachable() -> list[str]:
             given, path = located(self.job.defense)
@@ -131,9 +133,14 @@ class _Judging:
             defense, *models = [self._reachable(uri) for uri in named]
             return [path, finished(defense, self.config), *models]
 
-        path, defense, surrogate, self.natural_target, target = parallel.first_does(reachable)
+        def load_natural_target() -> None:  # at the end it would be late to refuse it
+            self.natural_target = load_classifier(natural, self.config)
+
+        path, defense, surrogate, natural, target = parallel.first_does(reachable)
         if target:
             self.config = dataclasses.replace(self.config, target=dataclasses.replace(self.config.target, uri=target))
+        if natural:
+            parallel.first_does(load_natural_target)
         kept = self.job.keep_images or self.job.export is not None
         return JobSpec(run_to_plain(self.config), defense, path, surrogate, self.job.trust_code, kept)
 
@@ -209,7 +216,6 @@ class _Judging:
         self.terminal.say(f"{self.done}/{total}  {spec.name}, randomness {spec.randomness}  ETA {left}")
 
     def _tell(self, evaluation_job: EvaluationJob) -> None:
-        from dircluster.cluster.loading import load_classifier
         from dircluster.evaluation.html_report import write_report
         from dircluster.evaluation.results import to_plain
 
@@ -220,7 +226,6 @@ class _Judging:
         for check in found.verdict:
             self.terminal.say(f"{'passed ' if check.passed else 'FLAGGED'}  {check.question}  {check.answer}")
         facts = evaluation_job.report_facts(self.job.defense, self.job.surrogate)
-        natural = load_classifier(self.natural_target, self.config) if self.natural_target else None
         files = write_report(
             found,
             evaluation_job.victim,
@@ -228,7 +233,7 @@ class _Judging:
             self.config,
             facts,
             evaluation_job.folder,
-            natural,
+            self.natural_target,
             self.terminal.say,
             evaluation_job.rows,
             self.other,
