@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from fractions import Fraction
 from typing import Any
 
@@ -54,12 +55,24 @@ def as_number(name: str, given: Any) -> float:
             return float(Fraction(given.replace(" ", "")))
         number = float(given)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
-        got = " ".join(repr(given).split())[:60]
-        raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {got}") from None
+        raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {shown(given)}") from None
     if str(getattr(given, "dtype", "")).endswith("float32") and abs(number) < float("inf"):
         near = float(Fraction(number).limit_denominator(1000))
         return near if float(np.float32(near)) == number else number
     return number
+
+
+def as_whole_number(name: str, given: Any) -> int:
+    """A whole number given as one, as a NumPy or tensor scalar too. Raises ConfigError for anything else."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, got {shown(given)}") from None
+
+
+def shown(given: Any) -> str:
+    """What was given, in a few signs on one line."""
+    return " ".join(repr(given).split())[:60]
 
 
 def _tensor(name: str, given: Any) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dircluster.attacks.threat import BALLS
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, digest
 from dircluster.defenses.base import Defended, unwrapped
 from dircluster.evaluation import gradient_masking
@@ -19,7 +20,7 @@ from dircluster.evaluation.adapter import Adapted, buffers_kept, default_place, 
 from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
-from dircluster.evaluation.inputs import as_images, as_labels, as_number
+from dircluster.evaluation.inputs import as_images, as_labels, as_number, as_whole_number, shown
 from dircluster.evaluation.marks import shared_marks
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of, weights_digest
@@ -73,6 +74,8 @@ def plan(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) 
 def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimModel) -> Plan:
     """``planned`` with more rows. Raises ConfigError where the victim cannot meet one of them."""
     for spec in attacks:
+        if not isinstance(spec, AttackSpec):
+            raise ConfigError(f"attacks must be specs (evaluation.attack_table.AttackSpec), got {shown(spec)}")
         lacking = find_attack(spec.attack).needs - victim.offers
         if lacking:
             raise ConfigError(
@@ -204,11 +207,16 @@ def evaluate(
 
     Modules are judged in eval mode. They come back with the modes, flags, gradients and buffers, and on the device,
     that they came with; images and random streams are left as they are. Raises ConfigError, one line, for images out
-    of range, labels out of the classes, an empty set, an unknown suite, and a module that returns probabilities, NaN
-    or another shape, or cannot be differentiated.
+    of range, labels out of the classes, an empty set, an unknown suite or norm, and a module that returns
+    probabilities, NaN or another shape, or cannot be differentiated.
     """
     given = EvaluationConfig() if settings is None else settings
     chosen = dataclasses.replace(given, suite=known_suite(suite), verdict=verdict or given.verdict)
+    if not isinstance(name, str) or name in ("", "none"):
+        raise ConfigError(f"name must be a text, and none is the bare target's, got {shown(name)}")
+    if norm not in tuple(BALLS):
+        raise ConfigError(f"norm must be {' or '.join(BALLS)}, got {shown(norm)}")
+    seed = as_whole_number("seed", seed)
     step = None if step_size is None else as_number("step_size", step_size)
     attack = AttackConfig(epsilon=as_number("epsilon", epsilon), step_size=step, norm=norm)
     place = default_place()
@@ -226,12 +234,12 @@ def evaluate(
         victim = VictimModel(judged, name, other)
         kept: ResultStore = MemoryStore()
         if store is not None:
-            kept = StorePart(store, digest(_facts(victim, pixels, classes, int(seed), chosen))[:12])
+            kept = StorePart(store, digest(_facts(victim, pixels, classes, seed, chosen))[:12])
         with buffers_kept(*victim.modules), torch.autocast(device.type, enabled=False):
             meet(victim, pixels[:8].to(device), int(classes.max()))
             victim.notes[:0] = notes
             planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
-            evaluation = evaluation_of(planned, victim, len(pixels), int(seed), chosen, kept)
+            evaluation = evaluation_of(planned, victim, len(pixels), seed, chosen, kept)
             run(evaluation, lambda a, b: (pixels[a:b].to(device), classes[a:b].to(device)), on_shard)
             return report(evaluation, planned, name, chosen)
 

@@ -386,6 +386,10 @@ class Numpy(nn.Module):
         ({"epsilon": np.ones(2)}, "epsilon must be a number or a fraction such as 8/255"),
         ({"epsilon": "8"}, "did you mean 8/255"),
         ({"epsilon": None}, "epsilon must be a number"),
+        ({"norm": "Linf"}, "norm must be linf or l2, got 'Linf'"),
+        ({"seed": 1.5}, r"seed must be a whole number, got 1\.5"),
+        ({"name": "none"}, "name must be a text, and none is the bare target's, got 'none'"),
+        ({"attacks": ["pgd"]}, "attacks must be specs .*, got 'pgd'"),
     ],
 )
 def test_what_cannot_be_judged_is_one_line(given: dict[str, Any], message: str) -> None:
