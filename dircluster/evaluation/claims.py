@@ -118,7 +118,8 @@ def _column(row: Row) -> str:
         return "vote"
     if protocol == "fresh draws":
         return "fresh" if row["average"] == 1 else ""
-    return {"malt": "malt", "autoattack-standard": "autoattack"}.get(attack, "white box")
+    others = {"malt": "malt", "autoattack-standard": "autoattack", "square": ""}  # the last sees no gradient
+    return others.get(attack, "white box")
 
 
 def read_claim(file: Path) -> Claim:

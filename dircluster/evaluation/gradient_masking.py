@@ -85,7 +85,7 @@ def check_specs(
     specs["margin loss"] = replace(base, loss="margin")
     specs["one step"] = replace(base, attack="fgsm", steps=1, step_size=attack.epsilon)
     specs["random noise"] = replace(base, attack="noise", steps=0, eot=1)
-    specs["square"] = replace(base, attack="square", steps=settings.queries // 5, eot=min(eot, 4))
+    specs["square"] = replace(base, attack="square", steps=max(1, settings.queries // 5), eot=min(eot, 4))
     if transfers:
         specs["transfer"] = replace(base, on="target", eot=1)
     specs["gradients"] = replace(base, attack="gradient", steps=0, draws=1)

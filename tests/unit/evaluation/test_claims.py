@@ -93,6 +93,14 @@ def test_each_number_stands_in_its_column(claim: dict[str, Any], tmp_path: Path)
     assert "n = 8" in cells["MALT"].words
 
 
+def test_a_search_without_gradients_is_no_white_box(claim: dict[str, Any], tmp_path: Path) -> None:
+    known = next(row for row in claim["rows"] if row["attack"] == "pgd2" and row["randomness"] == "fixed")
+    found = known | {"attack": "square", "accuracy": 0.0, "interval": [0.0, 0.3]}
+    read = read_claim(written(claim, tmp_path, rows=[*claim["rows"], found]))
+    assert read.row("white box")["attack"].startswith("pgd2")  # type: ignore[index]
+    assert read.strongest()["accuracy"] == 0.0  # type: ignore[index]
+
+
 def test_a_bare_target_is_a_claim_too(claim: dict[str, Any], tmp_path: Path) -> None:
     rows = [row for row in claim["rows"] if row["defense"] == "none"]
     read = read_claim(written(claim, tmp_path, defense="none", rows=rows))

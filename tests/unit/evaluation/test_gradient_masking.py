@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dircluster.config import EvaluationConfig
+from dircluster.config import AttackConfig, EvaluationConfig
+from dircluster.evaluation.gradient_masking import check_specs
 from dircluster.evaluation.session import EvaluationReport, evaluate
 from tests.unit.evaluation.conftest import EPSILON
 
@@ -59,6 +60,12 @@ class Detached(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         made: Tensor = self.classifier(self.restore(images))
         return made
+
+
+def test_square_asks_at_least_once() -> None:
+    few = EvaluationConfig(queries=4)  # a fifth of them is none, and compares with nothing
+    asked = check_specs(AttackConfig(), few, randomized=False, transfers=False)["square"]
+    assert asked.steps == 1
 
 
 @pytest.mark.long
