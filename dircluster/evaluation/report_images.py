@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def image_table(report: EvaluationReport, labels: Tensor, rows: Sequence[int], d
     evaluation = report.evaluation
     found = [(evaluation.right(spec), evaluation.predicted(spec)) for spec in report.table]
     highest = max([int(labels.max()), *(int(part.max()) for _, known in found for part in known.values())])
-    width = 1 if highest < len(SIGNS) else 2
+    width = next(width for width in itertools.count(1) if highest < len(SIGNS) ** width)
     listed = []
     for row, spec, (right, known) in zip(report.rows, report.table, found, strict=True):
         asked = labels[: row.total]
@@ -62,7 +63,7 @@ def image_table(report: EvaluationReport, labels: Tensor, rows: Sequence[int], d
 
 def as_signs(classes: Tensor, width: int) -> str:
     """Classes of any shape, -1 for an unknown one, as one text of ``width`` signs each."""
-    names = [f"{SIGNS[c // 36]}{SIGNS[c % 36]}"[-width:] for c in range(36**width)] + ["-" * width]  # the last is -1
+    names = ["".join(signs) for signs in itertools.product(SIGNS, repeat=width)] + ["-" * width]  # the last is -1
     return "".join(names[c] for c in classes.flatten().tolist())
 
 

@@ -21,7 +21,7 @@ from dircluster.evaluation.export import check_export, exported, write_export
 from dircluster.evaluation.html_report import SCRIPT, robustbench_entry, write_report
 from dircluster.evaluation.marks import MEANING, Mark
 from dircluster.evaluation.pictures import kept_pictures, pictured, read_pictures
-from dircluster.evaluation.report_images import as_signs, check_same_data, read_report, sheets
+from dircluster.evaluation.report_images import as_signs, check_same_data, image_table, read_report, sheets
 from dircluster.evaluation.sample import judged_rows, row_numbers
 from dircluster.evaluation.session import EvaluationReport, evaluate
 from dircluster.evaluation.store import MemoryStore
@@ -228,6 +228,15 @@ def test_ten_thousand_images_are_computed_at_once() -> None:
     )
     assert size < 5e6
     assert seconds < 3  # of computing: less than one where nothing else runs
+
+
+def test_classes_beyond_two_signs_have_three() -> None:
+    module, labels = nn.Sequential(nn.Flatten(), nn.Linear(16, 1300)), torch.tensor([0, 1296, 1299])
+    few = dataclasses.replace(FEW, steps=1)
+    made = evaluate(module, torch.rand(3, 1, 4, 4), labels, epsilon=0.01, settings=few)
+    shown = image_table(made, labels, range(3), "x")
+    assert (shown["width"], shown["labels"]) == (3, "000" + "100" + "103")
+    assert len(shown["rows"][0]["fixed"]) == 9
 
 
 def test_signs_and_pictures_are_read_back() -> None:
