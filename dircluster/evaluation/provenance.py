@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import platform
 import re
@@ -50,6 +51,27 @@ def weights_digest(module: nn.Module, code: Iterable[bytes] = ()) -> str:
     for text in code:
         found.update(text)
     return found.hexdigest()
+
+
+def attributes_of(module: nn.Module) -> dict[str, str]:
+    """What a module and its parts hold beside weights, as far as it is plain: texts by PART.ATTRIBUTE."""
+    return {
+        f"{name}.{attribute}": repr(value)
+        for name, part in module.named_modules()
+        for attribute, value in sorted(vars(part).items())
+        if not attribute.startswith("_") and attribute != "training" and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``value`` is made of numbers and texts alone."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(key) and _is_plain(part) for key, part in value.items())
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(_is_plain(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def machine(device: torch.device) -> str:

@@ -23,7 +23,7 @@ from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number, as_whole_number, shown
 from dircluster.evaluation.marks import shared_marks
 from dircluster.evaluation.meeting import meet
-from dircluster.evaluation.provenance import facts_of, weights_digest
+from dircluster.evaluation.provenance import attributes_of, facts_of, weights_digest
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.sample import class_notes, judged_rows
 from dircluster.evaluation.store import MemoryStore, ResultStore, StorePart
@@ -200,7 +200,7 @@ def evaluate(
     AttackConfig, as numbers or as "8/255"; ``suite`` is quick, paper or rigorous, and ``verdict`` asks whether the
     module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``attacks``
     are met besides those of the suite, such as one of your own (see attack_table.ATTACKS). ``store`` keeps finished
-    shards, each evaluation's apart, so that one of the same weights, images and seed can go on; ``on_shard`` is called
+    shards, each evaluation's apart, so that one of the same module, images and seed can go on; ``on_shard`` is called
     before each shard with the shards done and open. What had to be guessed, such as which part of a tuple is the
     logits, stands in the report's ``notes``; so do classes that the judged images lack because images lie in the order
     of their classes.
@@ -247,10 +247,14 @@ def evaluate(
 def _facts(
     victim: VictimModel, images: Tensor, labels: Tensor, seed: int, settings: EvaluationConfig
 ) -> dict[str, Any]:
-    """What decides an evaluation but for its attacks and the code: weights, images, seed, shards."""
+    """What decides an evaluation but for its attacks and the code: modules, images, seed, shards."""
+
+    def digest_of(module: nn.Module) -> str:
+        return digest([weights_digest(module), attributes_of(module)])
+
     data = hashlib.sha256(to_bytes(images) + to_bytes(labels)).hexdigest()
-    other = None if victim.surrogate is None else weights_digest(victim.surrogate)
-    return facts_of(weights_digest(victim.module), data, len(images), seed, settings, other)
+    other = None if victim.surrogate is None else digest_of(victim.surrogate)
+    return facts_of(digest_of(victim.module), data, len(images), seed, settings, other)
 
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:

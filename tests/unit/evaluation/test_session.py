@@ -195,7 +195,19 @@ def test_what_other_code_found_is_found_again(
     assert len(seen) == 12
 
 
-def test_a_store_keeps_what_is_of_other_weights_images_or_seeds_apart(digits: tuple[Tensor, Tensor]) -> None:
+class Scaled(nn.Module):
+    """A classifier of brighter images, by a number that is no weight."""
+
+    def __init__(self, inner: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        made: Tensor = self.inner(self.scale * images)
+        return made
+
+
+def test_a_store_keeps_what_is_of_other_modules_images_or_seeds_apart(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     store, seen = MemoryStore(), list[str]()
 
@@ -211,6 +223,8 @@ def test_a_store_keeps_what_is_of_other_weights_images_or_seeds_apart(digits: tu
     assert begun(one, *first) == 0
     for changed in (
         lambda: begun(other, *first),
+        lambda: begun(Scaled(one, 0.5), *first),
+        lambda: begun(Scaled(one, 0.25), *first),
         lambda: begun(one, images[16:32], labels[16:32]),
         lambda: begun(one, first[0], labels[16:32]),
         lambda: begun(one, *first, seed=1),
