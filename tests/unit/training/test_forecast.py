@@ -103,17 +103,17 @@ def test_searches_are_foretold_by_what_they_take_where_nothing_is_fooled(
     smoke: DirRun, spec: AttackSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(costs, "plan", lambda *_: SimpleNamespace(specs=[spec]))
-    smoke = with_values(smoke, {"data.classes": 5})
+    smoke = with_values(smoke, {"data.classes": 4})
     counted = evaluation_operations.__wrapped__(smoke, 1.0)
     networks, images = stages.Networks(smoke, ALONE), torch.rand(1, 1, 8, 8)
     classifier = networks["classifier"]
     *_, last = (part for part in classifier.modules() if isinstance(part, torch.nn.Linear))
     torch.nn.init.zeros_(last.weight)  # whatever the image is, the answer is the same
-    last.bias.data[:] = torch.arange(5) / 5
+    last.bias.data[:] = torch.arange(4) / 4
     victim = VictimModel(networks.defense.defended(smoke, networks), "dir")
     judgment = Evaluation([spec], 1, 0, 1, smoke.evaluation.usual_rows, MemoryStore(), victim)
     with counting() as found:
-        run(judgment, lambda start, stop: (images, torch.tensor([4])))
+        run(judgment, lambda start, stop: (images, torch.tensor([3])))
     assert counted == pytest.approx(found.total, rel=0.03)
 
 
