@@ -1,4 +1,4 @@
-"""A defense or a classifier from any URI, as a module."""
+"""Images of a run, and a defense or a classifier from any URI as a module."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from torch import nn
 
 from dircluster.cluster.storage import check_bucket, is_remote, open_path, opener
 from dircluster.config import ANY_ERROR, ConfigError, RunConfig, local_path, named_line, real_path
+from dircluster.data.layout import data_cache
+from dircluster.data.sources import load
+from dircluster.data.split import Dataset
 from dircluster.evaluation.provenance import weights_digest
 from dircluster.models.modules import defaults_kept, to_eval, unfinished
 from dircluster.presets import search_folder
@@ -30,6 +33,11 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 FILE_FACTORY = re.compile(r"(.*\.py):([A-Za-z_][\w.]*)")
 RELATIVE = re.compile(r"^\s*from\s+\.", re.MULTILINE)
+
+
+def load_data(config: RunConfig) -> Dataset:
+    """The images of a run, wherever they lie. Raises ConfigError where they cannot be read."""
+    return load(config.data, config.seed, data_cache(config.storage), opener(config.storage))
 
 
 def located(defense: str) -> tuple[str, str]:

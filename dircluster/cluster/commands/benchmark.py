@@ -32,9 +32,8 @@ def _benchmark(job: cli.BenchmarkJob) -> int:
 
 
 def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
+    from dircluster.cluster.loading import load_data
     from dircluster.cluster.storage import opener
-    from dircluster.data.layout import data_cache
-    from dircluster.data.sources import load
     from dircluster.data.split import Split
     from dircluster.defenses.table import variants_of
     from dircluster.distributed.launch import local_workers
@@ -51,7 +50,7 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     needed = (1 + job.steps) * config.training.batch_size
     short = dataclasses.replace(config.data, limit=config.data.limit or max(10, 2 * needed))
     with local_workers(config.scaling) as parallel:
-        train = load(short, config.seed, data_cache(config.storage), opener(config.storage)).train
+        train = load_data(dataclasses.replace(config, data=short)).train
         assert isinstance(train, Split)
         if job.compare:
             return _compare(job, variants, train, parallel)

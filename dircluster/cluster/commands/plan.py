@@ -14,13 +14,13 @@ import torch
 from dircluster import cli
 from dircluster.cluster import preflight, storage
 from dircluster.cluster.foretold import Foretold, keep
+from dircluster.cluster.loading import load_data
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.runtime.local import has_mlflow
 from dircluster.cluster.storage import opener
 from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.layout import data_cache, split_sizes
-from dircluster.data.sources import load
+from dircluster.data.layout import split_sizes
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers, on_local_workers
 from dircluster.distributed.parallel import Parallel
@@ -109,7 +109,7 @@ def _check_inputs(job: cli.TrainJob) -> list[str]:
     preflight.check(config, on_ray=job.launcher == "ray", download=False)
     notes = []
     if config.data.uri is not None:
-        read = load(config.data, config.seed, data_cache(config.storage), opener(config.storage))
+        read = load_data(config)
         notes += [f"data      {note}" for note in read.notes]
     config = with_reachable_target(config)
     if config.target.uri is not None:

@@ -14,11 +14,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dircluster.cluster.console import Terminal
+from dircluster.cluster.loading import load_data
 from dircluster.cluster.outcome import reason_of
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import ConfigError, RunConfig
-from dircluster.data.layout import data_cache, split_sizes
-from dircluster.data.sources import load
+from dircluster.data.layout import split_sizes
 from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.claims import Claim, problem_of
@@ -186,7 +186,7 @@ class Result:
             for line in exhibit.lines
             if folder(line)
         }
-        test = load(config.data, config.seed, data_cache(config.storage), opener(config.storage)).test
+        test = load_data(config).test
         return Scene(defenses, test, config.attack, config.evaluation.steps or 20, config.seed)
 
     @cached_property

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dircluster.cluster.loading import load_data
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import RunConfig, with_values
-from dircluster.data.layout import data_cache, split_sizes
-from dircluster.data.sources import load
+from dircluster.data.layout import split_sizes
 from dircluster.evaluation.provenance import facts_of, results_folder
 from dircluster.evaluation.sample import row_numbers
 from dircluster.evaluation.session import evaluation_of
@@ -42,7 +42,7 @@ def find_stored(plan: Plan, config: RunConfig) -> Stored:
     storage = open_path(config.storage.uri, config.storage)
     if not any(storage.glob("*/final")):
         return Stored()
-    fingerprint = load(config.data, config.seed, data_cache(config.storage), opener(config.storage)).fingerprint
+    fingerprint = load_data(config).fingerprint
     stages = {
         training.stages[stage.name]: stage.final
         for training in plan.trainings.values()

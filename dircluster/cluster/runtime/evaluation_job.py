@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from dircluster.cluster import version
-from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_module
-from dircluster.cluster.storage import open_path, opener
+from dircluster.cluster.loading import FACTORY, JobSpec, fingerprint, load_classifier, load_data, load_module
+from dircluster.cluster.storage import open_path
 from dircluster.config import ConfigError, RunConfig, digest
-from dircluster.data.layout import data_cache
-from dircluster.data.sources import load
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.distributed.launch import choose_kernels
@@ -45,7 +43,7 @@ class EvaluationJob:
         module = load_module(job_spec, self.config).to(device)
         if isinstance(module, Defended) and channels_last(self.settings.precision, device):
             module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        data = load(self.config.data, self.config.seed, data_cache(self.config.storage), opener(self.config.storage))
+        data = load_data(self.config)
         self.classes = data.classes
         self.rows = row_numbers(len(data.test), self.settings)
         self.test: Split = data.test.take(judged_rows(len(data.test), self.settings))

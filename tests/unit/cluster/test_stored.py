@@ -41,7 +41,7 @@ def test_what_another_job_trained_is_found(trained: Trained) -> None:
 
 
 def test_of_an_empty_folder_no_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("dircluster.cluster.reproducing.stored.load")
+    monkeypatch.delattr("dircluster.cluster.reproducing.stored.load_data")
     plan, config = planned(tmp_path / "nothing")
     assert find_stored(plan, config) == Stored()
 
