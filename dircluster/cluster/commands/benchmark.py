@@ -99,7 +99,7 @@ def _lines(measured: dict[str, Any]) -> str:
     lines += [f"  {phase:8} {value:10.4f} s  {value / total:4.0%}" for phase, value in seconds.items()]
     lines += [
         f"  step     {total:10.4f} s  {measured['images_per_second']:,.1f} images/s",
-        f"  work     {measured['gflop_a_step']:,.0f} GFLOP a step, {measured['gflop_per_second']:,.0f} GFLOP/s,"
+        f"  work     {measured['gflop_a_step']:,.1f} GFLOP a step, {measured['gflop_per_second']:,.0f} GFLOP/s,"
         f" {measured['share_of_matrix_product_rate']:.0%} of the machine's matrix-product rate"
         f" ({measured['matrix_product_gflop_per_second']:,.0f} GFLOP/s)",
         f"  memory   {measured['peak_memory_mib']:,} MiB at the peak",
