@@ -185,12 +185,16 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         mean = _sum_with_gradient(x.sum(dim=(0, 2, 3))) / count
         centered = x - mean[:, None, None]
         variance = _sum_with_gradient(centered.square().sum(dim=(0, 2, 3))) / count
-        if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
+        if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked.add_(1)
+                # Without a momentum the running statistics are means over all batches so far.
+                share = 1 / int(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(variance * (count / (count - 1)), share)
         shaped = centered * torch.rsqrt(variance + self.eps)[:, None, None]
+        if not self.affine:
+            return shaped
         scaled: Tensor = shaped * self.weight[:, None, None] + self.bias[:, None, None]
         return scaled

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dircluster.config import ConfigError, error_from_plain, error_to_plain
@@ -146,3 +147,17 @@ def test_buffers_travel_only_where_workers_may_differ_in_them() -> None:
     assert not keeps_statistics_apart(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)))
     assert keeps_statistics_apart(nn.Sequential(together, nn.BatchNorm1d(2)))  # each worker's are of its share
     assert keeps_statistics_apart(nn.utils.spectral_norm(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("how", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])
+def test_global_normalization_is_that_of_one_worker(tmp_path: Path, how: dict[str, Any]) -> None:
+    plain, shared = nn.BatchNorm2d(3, **how), nn.BatchNorm2d(3, **how)
+    normalize_globally(shared, torch.device("cpu"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for seed in range(3):
+            images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)) + seed
+            torch.testing.assert_close(shared(images), plain(images))
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(shared.state_dict(), plain.state_dict())
