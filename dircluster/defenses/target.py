@@ -39,14 +39,16 @@ def perturbed_weights(
 
     v = share ||w|| g / ||g|| for each w of more than one dimension, with g the gradient of ``loss_of`` what answers in
     place of the module. Batch statistics are not updated on the way, and gradients of the result are those at w + v.
+    What is frozen, or has no part in the loss, stays where it is.
     """
-    weights = {name: p for name, p in module.named_parameters() if p.dim() > 1}
+    weights = {name: p for name, p in module.named_parameters() if p.dim() > 1 and p.requires_grad}
     buffers = {name: value.clone() for name, value in module.named_buffers()}
     loss = loss_of(lambda images: functional_call(module, buffers, (images,)))
-    found = torch.autograd.grad(loss, list(weights.values()))
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {
         name: weight + share * weight.detach().norm() * gradient / gradient.norm().clamp_min(1e-12)
         for (name, weight), gradient in zip(weights.items(), found, strict=True)
+        if gradient is not None
     }
 
 

@@ -105,6 +105,25 @@ def test_awp_is_the_gradient_at_moved_weights(make_batch: MakeBatch, objective: 
         torch.testing.assert_close(found[name], p.grad)
 
 
+def test_awp_leaves_alone_what_is_frozen_or_has_no_part(make_batch: MakeBatch) -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.spare, self.head = nn.Linear(64, 16), nn.Linear(3, 3), nn.Linear(16, 10)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            found: Tensor = self.head(self.frozen(images.flatten(1)))
+            return found
+
+    recipe = TargetRecipe(Partly(), TargetConfig(objective="at", awp=0.01), ATTACK)
+    recipe(recipe.attack(make_batch(recipe)))["loss"].backward()
+    assert {name for name, p in recipe.classifier.named_parameters() if p.grad is not None} == {
+        "head.weight",
+        "head.bias",
+    }
+
+
 def test_awp_counts_batch_statistics_once_and_needs_one_worker(make_batch: MakeBatch) -> None:
     classifier = build("resnet18", DataConfig(channels=1))
     recipe = TargetRecipe(classifier.train(), TargetConfig(awp=0.005), ATTACK)
