@@ -104,6 +104,8 @@ class Trainer(Stepper):
         start = self._resume()
         if self._selects_after(start) and (self.best is None or self.best["last"]["step"] != start):
             self._judge_or_save(start)
+            if self._pictures_after(start):
+                self._picture(start)
             if start == self.steps:
                 self._save(start, judged=True)
         for step in range(start, self.steps):
@@ -111,7 +113,6 @@ class Trainer(Stepper):
             reading, signal = self._step_or_save(step)
             self.unread.append(reading)
             window += 1
-            epoch, inside = divmod(done, self.loader.steps_per_epoch)
             last = done == self.steps
             logs = self.parallel.first and (done % self.config.tracking.log_every == 0 or last)
             if logs or len(self.unread) >= MOST_UNREAD:
@@ -122,7 +123,7 @@ class Trainer(Stepper):
             began = time.monotonic()
             if self._selects_after(done):
                 self._judge_or_save(done)
-            if inside == 0 and (epoch % self.config.tracking.picture_every == 0 or last):
+            if self._pictures_after(done):
                 self._picture(done)
             if signal or done % self.config.storage.checkpoint_every == 0 or last:
                 self._save(done)
@@ -131,16 +132,18 @@ class Trainer(Stepper):
                 raise Interrupted(signal)
 
     def _selects_after(self, done: int) -> bool:
+        return self.validates and self._is_due(done, self.config.training.select_every)
+
+    def _pictures_after(self, done: int) -> bool:
+        return self._is_due(done, self.config.tracking.picture_every)
+
+    def _is_due(self, done: int, every: int) -> bool:
+        """Whether so many epochs end after ``done`` steps, or the stage does."""
         epoch, inside = divmod(done, self.loader.steps_per_epoch)
-        return (
-            self.validates
-            and done > 0
-            and inside == 0
-            and (epoch % self.config.training.select_every == 0 or done == self.steps)
-        )
+        return done > 0 and inside == 0 and (epoch % every == 0 or done == self.steps)
 
     def _judge_or_save(self, done: int) -> None:
-        """Held-out selection; where a signal ends it, it is made up for on resume."""
+        """Held-out selection; where a signal ends it, it is made up for on resume, and so is the picture after it."""
         try:
             with self._leavable():
                 self._judge(done)

@@ -18,7 +18,7 @@ from dircluster.training import checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.locks import TakenOverError
-from dircluster.training.protocols import NoTracker, Quiet, Status
+from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
 from dircluster.training.run import Run
 from dircluster.training.step import NonFiniteLoss
 from dircluster.training.trainer import Trainer
@@ -224,13 +224,38 @@ def test_a_damaged_checkpoint_is_passed_over_on_resume(smoke: RunConfig, tmp_pat
 def make_trainer(config: RunConfig, folder: Path) -> Trainer:
     from dircluster.data.loader import Loader
     from dircluster.data.sources import load
-    from dircluster.training.protocols import NoRecord
 
     data = load(config.data, config.seed)
     stage = stages.find_stage(config, "dir")
     recipe = stage.recipe(stages.Networks(config, ALONE))
     loader = Loader(data.train, config.training.batch_size, config.seed, "dir")
     return Trainer(stage, recipe, loader, data.held_out, config, ALONE, Checkpoints(folder, "k"), NoRecord(), Quiet())
+
+
+def test_a_picture_is_drawn_although_a_signal_ended_the_selection_before_it(smoke: RunConfig, tmp_path: Path) -> None:
+    class StopsAtTheEnd(Quiet):
+        ended = False
+
+        def show(self, status: Status) -> None:
+            self.ended = status.step == status.steps
+
+        def stop_signal(self) -> int:
+            return 2 if self.ended else 0
+
+    class Drawn(NoRecord):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def picture(self, name: str, pixels: Any, step: int) -> None:
+            self.steps.append(step)
+
+    first, second = make_trainer(smoke, tmp_path), make_trainer(smoke, tmp_path)
+    first.console, first.record, second.record = StopsAtTheEnd(), Drawn(), (drawn := Drawn())
+    with pytest.raises(Interrupted):
+        first.run()
+    second.run()
+    assert second.begun_at == second.steps
+    assert drawn.steps == [second.steps]
 
 
 @pytest.mark.parametrize("microbatch", [None, 5])
