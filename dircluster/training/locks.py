@@ -29,8 +29,9 @@ class TakenOverError(ConfigError):
 def stage_lock(folder: Path, owner: str, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Hold ``folder`` for the job ``owner``; yields a check that raises TakenOverError where it no longer does.
 
-    Raises TakenOverError where another job holds it. A file lock ends with its process; a lease outlives it by ``DEAD``
-    seconds, but a job whose worker was restarted takes its own up again at once.
+    Raises TakenOverError where another job holds it, ConfigError where it cannot be locked. A file lock ends with its
+    process; a lease outlives it by ``DEAD`` seconds, but a job whose worker was restarted takes its own up again at
+    once.
     """
     with _lock(folder) if isinstance(folder, Path) else _lease(folder, owner, say) as check:
         yield check
@@ -42,12 +43,15 @@ def _busy(folder: Path) -> TakenOverError:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[Callable[[], None]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with contextlib.ExitStack() as held:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((folder / "lock").open("w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise _busy(folder) from error
+        except OSError as error:  # some network file systems have no locks
+            raise ConfigError(f"storage.uri: cannot lock {folder}: {error.strerror or error}") from error
         yield lambda: None
 
 
