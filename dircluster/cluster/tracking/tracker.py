@@ -87,7 +87,8 @@ class MlflowTracker:
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 now = int(time.time() * 1000)
                 known = self.client.get_run(self.job.run_id).data.metrics
-                points = [Metric(name, value, now, 0) for name, value in by_row(rows).items() if name not in known]
+                new = {name: value for name, value in by_row(rows).items() if known.get(name) != value}
+                points = [Metric(name, value, now, 0) for name, value in new.items()]
                 self.client.log_batch(self.job.run_id, metrics=points)
 
         self.queue.put(log)

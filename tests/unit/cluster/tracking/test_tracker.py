@@ -56,3 +56,18 @@ def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(tmp_
     assert recorded(40, 60) == run
     files = [file.path for file in client.list_artifacts(run, "images") if file.path.endswith(".webp")]
     assert sorted(file.split("+")[2] for file in files) == ["20", "40", "60"]
+
+
+def test_results_of_other_files_under_the_same_settings_replace_those_on_record(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("results", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment).info.run_id
+    row = {"defense": "dir", "attack": "none", "randomness": "fresh"}
+    for accuracy in (0.5, 0.5, 0.25):
+        tracker = MlflowTracker(JobRecord(uri, experiment, run, "runs", 20.0), print)
+        tracker.results([{**row, "accuracy": accuracy}], tmp_path)
+        tracker.close()
+    (name,) = client.get_run(run).data.metrics
+    assert client.get_run(run).data.metrics[name] == 0.25
+    assert [point.value for point in client.get_metric_history(run, name)] == [0.5, 0.25]
