@@ -10,6 +10,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,20 @@ class DirclusterEvaluator(ModelEvaluator):
 
 
 def read_settings(given: Mapping[str, Any]) -> tuple[AttackConfig, EvaluationConfig, dict[str, Any]]:
-    """Threat, settings and the rest of an ``evaluator_config``. Raises ConfigError for an unknown name."""
+    """Threat, settings and the rest of an ``evaluator_config``. Raises ConfigError for an unknown name, and where seed
+    or shape is no such thing.
+    """
     fields = {field.name for field in dataclasses.fields(EvaluationConfig)}
     unknown = sorted(set(given) - fields - {*THREAT, *OWN})
     if unknown:
         known = ", ".join(sorted({*fields, *THREAT, *OWN}))
         raise ConfigError(f"evaluator_config has no {unknown[0]!r}; there are {known}")
+    seed, shape = given.get("seed", 0), given.get("shape")
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise ConfigError(f"evaluator_config['seed'] must be a whole number, got {seed!r}")
+    whole = isinstance(shape, list | tuple) and all(isinstance(n, Integral) and int(n) > 0 for n in shape)
+    if shape is not None and not (whole and len(shape) == 3):
+        raise ConfigError(f"evaluator_config['shape'] must be (channels, height, width), got {shape!r}")
     attack = AttackConfig(**{name: given[name] for name in THREAT if name in given})
     settings = EvaluationConfig(**{name: given[name] for name in fields if name in given})
     return attack, settings, {name: given[name] for name in OWN if name in given}
