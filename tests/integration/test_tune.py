@@ -245,6 +245,10 @@ def results(folder: Path) -> dict[str, str]:
         ((), "error: --space is missing"),
         (("--space", "none.py"), "error: --space none.py does not exist"),
         (("--space", "mine.py"), "error: --space mine: masking.ratio must lie in (0, 1), got 50; did you mean 0.5?"),
+        (
+            ("--space", "mine.py", "--points", "5"),
+            "error: --points says how many points a search chooses: add --search",
+        ),
         (("--space", "mine.py", "--seeds", "0"), "error: --seeds must be at least 1, got 0"),
         (("--space", "other.py"), "error: --space other varies dir.beta, which is no setting that decides results;"),
     ],

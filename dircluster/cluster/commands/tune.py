@@ -27,6 +27,8 @@ def _tune(job: cli.TuneJob) -> int:
         raise ConfigError("--space is missing: give a file such as tune_spaces/alpha.py")
     if job.asha and job.seeds > 1:
         raise ConfigError("--asha compares trials of one seed each: leave out --seeds, or --asha")
+    if "points" in job.given and not job.search:
+        raise ConfigError("--points says how many points a search chooses: add --search, or leave it out")
     space, job = load_space(job.space), cli.with_fewest_workers(job)
     space = fitted(space, job.run, job.search)
 
