@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import Any
 
+from dircluster.printing import say
+
 VERBS = {
     "train": "train a defense and evaluate it",
     "evaluate": "evaluate a defense, whoever trained it",
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     usage = "\n".join(["usage: dircluster VERB ...", *(f"  {verb:10} {text}" for verb, text in VERBS.items())])
     if not words or words[0] in ("-h", "--help"):
-        print(f"{usage}\ndircluster VERB --help tells more.")
+        say(f"{usage}\ndircluster VERB --help tells more.")
         return 0
     if words[0] not in VERBS:
         print(f"error: there is no verb {words[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr)

@@ -21,6 +21,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a file says that takes no more."""
 
 
+def say(text: str) -> None:
+    """Print ``text`` at once, whose reader may leave."""
+    with reader_may_leave():
+        print(text)
+
+
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
     """Inside, who reads what is printed may leave before its end (``--help | head``): exit 141, as of any program.

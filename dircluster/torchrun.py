@@ -9,6 +9,27 @@ from dircluster.config import ConfigError
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
+def size() -> int:
+    """Processes of the group; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_member() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for its group, as one without a group does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_alone(what: str) -> None:
+    """Raise ConfigError where torchrun started several of ``what`` is one process."""
+    if size() > 1:
+        raise ConfigError(f"{what}: leave out torchrun, or unset WORLD_SIZE {size()}")
+
+
 def check_group() -> None:
     """Raise ConfigError where the environment names a process group that cannot be, as schedulers may leave behind."""
     found = {name: os.environ[name] for name in NUMBERS if name in os.environ}

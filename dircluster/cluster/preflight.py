@@ -17,7 +17,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from dircluster import zoo
+from dircluster import torchrun, zoo
 from dircluster.cluster import storage
 from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict, without_secrets
@@ -59,13 +59,14 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
     if config.tracking.enabled:
         place.named(config)
     if on_ray:
+        torchrun.check_alone("Ray starts its workers itself (those of --launcher local are torchrun's)")
         check_address(os.environ.get("RAY_ADDRESS", "").strip())
-    elif config.scaling.least > 1 and "RANK" not in os.environ:
+    elif config.scaling.least > 1 and not torchrun.is_member():
         count = config.scaling.workers
         raise ConfigError(f"--launcher local is one worker: start scaling.workers {count} by torchrun, or on Ray")
     away = elsewhere(on_ray)
     check_target(config, away)
-    reads = "RANK" not in os.environ  # of torchrun's processes the first one reads, and says for all what is wrong
+    reads = not torchrun.is_member()  # of torchrun's processes the first one reads, and says for all what is wrong
     if reads:
         _check_data(config, trains, away)
     if not on_ray or _has_large(config):
@@ -256,7 +257,7 @@ def check_code(name: str, factory: str, folder: str) -> None:
 
 def elsewhere(on_ray: bool) -> bool:
     """Whether what a run reads may lie on other machines alone: it is torchrun's, or joins a cluster by RAY_ADDRESS."""
-    return "RANK" in os.environ or (on_ray and os.environ.get("RAY_ADDRESS", "").strip() not in NEITHER)
+    return torchrun.is_member() or (on_ray and os.environ.get("RAY_ADDRESS", "").strip() not in NEITHER)
 
 
 def _check_data(config: RunConfig, trains: bool, away: bool) -> None:

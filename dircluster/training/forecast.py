@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from dircluster import torchrun
 from dircluster.attacks.apgd import SURVIVORS
 from dircluster.config import ConfigError, RunConfig
 from dircluster.data.split import Split
@@ -118,7 +119,7 @@ def as_launched(config: RunConfig, launcher: str) -> RunConfig:
     scaling, cores = config.scaling, os.cpu_count() or 1
     workers, threads = scaling.most, scaling.threads
     if launcher == "local":
-        workers = int(os.environ.get("WORLD_SIZE", "1"))
+        workers = torchrun.size()
     elif not os.environ.get("RAY_ADDRESS"):
         workers = scaling.workers_on(cores, torch.cuda.device_count())
         threads = threads or max(1, cores // workers)

@@ -149,9 +149,19 @@ def test_printed_settings_are_judged_by_as_what_printed_them(
     assert seen[0] == seen[1] != preset("digits_smoke").evaluation
 
 
-@pytest.mark.parametrize("flag", ["--help", "--print-config"])
-def test_who_reads_help_or_settings_may_leave_before_their_end(root: Path, flag: str) -> None:
-    command = f"{sys.executable} jobs/train.py digits_smoke {flag} | true; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize(
+    "words",
+    [
+        "jobs/train.py digits_smoke --help",
+        "jobs/train.py digits_smoke --print-config",
+        "jobs/leaderboard.py --help",
+        "jobs/submit.py --help",
+        "jobs/replay.py docs/claims/digits-at.json 1",
+        "-m dircluster",
+    ],
+)
+def test_who_reads_what_is_printed_may_leave_before_its_end(root: Path, words: str) -> None:
+    command = f"{sys.executable} {words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 

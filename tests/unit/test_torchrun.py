@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 
 from dircluster import torchrun
+from dircluster.cluster.commands import replay
 from dircluster.config import ConfigError
-from tests.jobs import run_job
+from tests.jobs import ROOT, run_job
 
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
-def told(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+WORDS = {
+    "reproduce": ("table1", "digits_smoke"),
+    "evaluate": ("digits_smoke", "--defense", "zoo:digits-at"),
+}
+"""What jobs are given here; others a preset."""
+
+
+def set_to(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name in (*torchrun.NUMBERS, *MASTER):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -31,7 +39,7 @@ def told(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     ],
 )
 def test_a_group_that_can_be(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    told(monkeypatch, environment)
+    set_to(monkeypatch, environment)
     torchrun.check_group()
 
 
@@ -50,7 +58,7 @@ def test_a_group_that_can_be(environment: dict[str, str], monkeypatch: pytest.Mo
 def test_one_that_cannot_be_is_one_line(
     environment: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told(monkeypatch, environment)
+    set_to(monkeypatch, environment)
     with pytest.raises(ConfigError, match=re.escape(named)) as refused:
         torchrun.check_group()
     assert "\n" not in str(refused.value)
@@ -58,7 +66,28 @@ def test_one_that_cannot_be_is_one_line(
 
 @pytest.mark.parametrize("job", ["train", "doctor", "benchmark", "reproduce"])
 def test_jobs_ask_before_they_begin(job: str, tmp_path: Path) -> None:
-    words = ("table1", "digits_smoke") if job == "reproduce" else ("digits_smoke",)
-    done = run_job(job, *words, folder=tmp_path, env={"WORLD_SIZE": "two"})
+    done = run_job(job, *WORDS.get(job, ("digits_smoke",)), folder=tmp_path, env={"WORLD_SIZE": "two"})
     assert (done.code, len(done.error)) == (2, 1)
     assert "the environment names no group of processes: WORLD_SIZE 'two'" in done.error[0]
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate", "tune_alpha", "doctor", "reproduce"])
+def test_what_is_one_process_refuses_several(job: str, tmp_path: Path) -> None:
+    several = {"RANK": "1", "WORLD_SIZE": "2", **MASTER}
+    done = run_job(job, *WORDS.get(job, ("digits_smoke",)), folder=tmp_path, env=several)
+    assert (done.code, len(done.error)) == (2, 1)
+    assert done.error[0].endswith(": leave out torchrun, or unset WORLD_SIZE 2")
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [({"WORLD_SIZE": "two"}, "WORLD_SIZE 'two'"), ({"RANK": "1", "WORLD_SIZE": "2", **MASTER}, "WORLD_SIZE 2")],
+)
+def test_a_replay_is_one_process(
+    environment: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_to(monkeypatch, environment)
+    assert replay.main([str(ROOT / "docs" / "claims" / "digits-at.json"), "1"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert named in said.err

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING, Any
 
-from dircluster import cli
+from dircluster import cli, torchrun
 from dircluster.config import ConfigError
+from dircluster.printing import say
 
 if TYPE_CHECKING:
     from dircluster.data.split import Split
@@ -22,11 +22,11 @@ def main(argv: list[str]) -> int:
 
 def _benchmark(job: cli.BenchmarkJob) -> int:
     scaling = job.run.scaling
-    if scaling.least > 1 and "RANK" not in os.environ:
+    if scaling.least > 1 and not torchrun.is_member():
         raise ConfigError(f"a benchmark is one worker: start scaling.workers {scaling.workers} by torchrun")
     measured = _measure(job)
-    if os.environ.get("RANK", "0") == "0":
-        print(_comparison(measured) if job.compare else _lines(measured))
+    if torchrun.is_first():
+        say(_comparison(measured) if job.compare else _lines(measured))
         cli.write_summary(job, measured)
     return 0
 

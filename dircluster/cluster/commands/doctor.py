@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dircluster import cli
+from dircluster import cli, torchrun
 from dircluster.config import ConfigError
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ def _examine(job: cli.DoctorJob) -> int:
     from dircluster.doctor.machine import Machine
     from dircluster.training.profiling import device_name
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("the doctor is one process and starts others itself: leave torchrun out")
+    torchrun.check_alone("the doctor is one process and starts others itself")
     if job.summary is not None and job.summary.suffix == ".html":
         raise ConfigError(f"--summary {job.summary} is the JSON file, the page lies beside it: give it another suffix")
     began, version = time.monotonic(), commit()

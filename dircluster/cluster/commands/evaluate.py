@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dircluster import cli, zoo
+from dircluster import cli, torchrun, zoo
 from dircluster.config import ConfigError, RunConfig, first_line, local_path, real_path, refuse_secret
 from dircluster.presets import run_to_plain
 
@@ -67,7 +66,7 @@ def _judge(job: cli.EvaluateJob) -> int:
         if uri not in ("", "none"):
             preflight.check_model(name, uri, config, preflight.elsewhere(on_ray))
     storage.check(config)
-    first = on_ray or os.environ.get("RANK", "0") == "0"
+    first = on_ray or torchrun.is_first()
     with Terminal() if first else Bystander() as terminal:
         signal = _Judging(job, config, terminal, first, other).run()
         if signal:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from dircluster.config import ConfigError
+from dircluster.printing import say
 
 USAGE = "usage: leaderboard.py [FOLDER_OF_CLAIMS [FOLDER_TO_WRITE_INTO]], which are docs/claims and docs"
 
@@ -15,7 +16,7 @@ def main(argv: list[str]) -> int:
     from dircluster.evaluation.leaderboard import write_leaderboard
 
     if {"-h", "--help"} & {*argv}:
-        print(USAGE)
+        say(USAGE)
         return 0
     try:
         if len(argv) > 2:
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"there is no folder {docs} to write into")
         try:
             for file in write_leaderboard(claims, docs):
-                print(f"wrote {file}")
+                say(f"wrote {file}")
         except OSError as error:
             raise ConfigError(f"the leaderboard cannot be written into {docs}: {error.strerror}") from error
     except ConfigError as error:

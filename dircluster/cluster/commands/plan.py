@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dircluster import cli
+from dircluster import cli, torchrun
 from dircluster.cluster import preflight, storage
 from dircluster.cluster.foretold import Foretold, keep
 from dircluster.cluster.loading import load_data
@@ -93,7 +93,7 @@ def plan(job: cli.TrainJob) -> str:
         *_table(made),
     ]
     rows = [asdict(one) for one in made]
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's the first
+    if torchrun.is_first():
         keep(Foretold(found.device, rows), with_absolute_paths(job.run), job.launcher)
         cli.write_summary(job, {"calibration": to_plain(found), "foretold": rows})
     return "\n".join(lines)

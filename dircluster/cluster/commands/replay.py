@@ -9,7 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from dircluster import torchrun
 from dircluster.config import ConfigError, StorageConfig, refuse_secret, without_secrets
+from dircluster.printing import say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,6 +29,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trust-code", action="store_true", help="import code that the report or the defense names")
     try:
         given = parser.parse_args(argv)
+        torchrun.check_group()
+        torchrun.check_alone("a replay is one process")
         return _replay(given)
     except ConfigError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
@@ -55,23 +59,23 @@ def _replay(given: argparse.Namespace) -> int:
     from dircluster.evaluation.store import MemoryStore
 
     here = commit()
-    print(f"row      {name_of(row)}: {_accuracy(row)}")
+    say(f"row      {name_of(row)}: {_accuracy(row)}")
     same_code = is_same_code(here, facts["commit"])
     unknown = "" if same_code or here != facts["commit"] else ", but with changes that no commit holds"
-    print(f"code     {_beside(here, facts['commit'])}{unknown}", flush=True)
+    say(f"code     {_beside(here, facts['commit'])}{unknown}")
     with local_workers(dataclasses.replace(config.scaling, threads=config.scaling.threads or 1)) as parallel:
         job = EvaluationJob(job_spec, parallel.device)
         _check_same(job.facts, facts)
         spec = dataclasses.replace(spec_of(row, job.plan.table, job.name), first=row["total"])  # perhaps not all images
         kind = machine(parallel.device)
-        print(f"machine  {_beside(kind, facts['machine'])}", flush=True)
+        say(f"machine  {_beside(kind, facts['machine'])}")
         job.evaluation.specs, job.evaluation.store = [spec], MemoryStore()  # what is stored is not asked
         run(job.evaluation, job.batch)
     found = Comparison(row, job.evaluation.result(spec, job.name), same_code, kind == facts["machine"])
     images = {True: "the same to the bit", False: "others", None: "the row does not know its own"}[found.same_images]
-    print(f"again    {_accuracy(dataclasses.asdict(found.again))}")
-    print(f"images   {images} (SHA-256 {found.again.sha256[:12]})")
-    print("holds" if found.holds else f"DIFFERS by {100 * found.difference:+.2f} points")
+    say(f"again    {_accuracy(dataclasses.asdict(found.again))}")
+    say(f"images   {images} (SHA-256 {found.again.sha256[:12]})")
+    say("holds" if found.holds else f"DIFFERS by {100 * found.difference:+.2f} points")
     return 0 if found.holds else 1
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dircluster import cli
+from dircluster import cli, torchrun
 from dircluster.config import ConfigError, flatten, to_dict, with_values
 from dircluster.reproduction.exhibits import LABELS, Exhibit
 from dircluster.reproduction.tables import NAMES, exhibits
@@ -39,8 +38,7 @@ def settled(job: cli.ReproduceJob) -> cli.ReproduceJob:
 
 
 def _reproduce(job: cli.ReproduceJob) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("reproduce is one process: leave out torchrun, and give --scaling.workers to --launcher ray")
+    torchrun.check_alone("a reproduction is one process, and --scaling.workers of --launcher ray share its trainings")
 
     from dircluster.cluster import preflight, storage
     from dircluster.cluster.paths import with_absolute_paths

@@ -12,6 +12,7 @@ from pathlib import Path
 from dircluster import cli
 from dircluster.cluster.working_dir import large_among, pack, secrets_among
 from dircluster.config import ConfigError
+from dircluster.printing import say
 
 USAGE = """usage: python jobs/submit.py [--send-secrets] [OPTIONS OF ray job submit] -- python jobs/train.py ...
 
@@ -24,7 +25,7 @@ SHOWN = 5
 def main(argv: Sequence[str]) -> int:
     """Submit what ``argv`` says; -> exit code, Ray's where it was asked. Errors are one line on stderr."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
+        say(USAGE)
         return 0
     with tempfile.TemporaryDirectory(prefix="dircluster-submit-") as place:
         try:
@@ -52,7 +53,7 @@ def checked(argv: Sequence[str], package: Path) -> list[str]:
         files = _looked_at(Path(folder), careless)
         if not any(word.startswith("--runtime-env") for word in options):
             pack(files, Path(folder).absolute(), package)
-            print(f"packed: {package.stat().st_size / 1e6:.1f} MB")
+            say(f"packed: {package.stat().st_size / 1e6:.1f} MB")
             folder = str(package)
     return [*options, "--working-dir", folder, *command]  # the last one counts
 
@@ -71,10 +72,10 @@ def _looked_at(folder: Path, careless: bool) -> list[Path]:
             " .rayignore, move them away, or say --send-secrets"
         )
     size = sum(file.stat().st_size for file in files)
-    print(f"sending {len(files)} files of {folder.resolve()}, {size / 1e6:.1f} MB before they are packed")
+    say(f"sending {len(files)} files of {folder.resolve()}, {size / 1e6:.1f} MB before they are packed")
     if large := large_among(files):
         names = (f"{f.relative_to(folder.absolute())} ({f.stat().st_size / 1e6:.1f} MB)" for f in large[:SHOWN])
-        print(f"large: {', '.join(names)}; name in .rayignore what the job does not need")
+        say(f"large: {', '.join(names)}; name in .rayignore what the job does not need")
     return files
 
 

@@ -13,14 +13,14 @@ import uuid
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-from dircluster import cli
+from dircluster import cli, torchrun
 from dircluster.cli import command
 from dircluster.cluster import foretold, preflight, storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.tracking import place
 from dircluster.cluster.version import commit
 from dircluster.config import first_line
-from dircluster.printing import reader_may_leave
+from dircluster.printing import say
 
 
 def main(argv: list[str]) -> int:
@@ -34,15 +34,14 @@ def _train(job: cli.TrainJob) -> int:
 
         planned = plan(job)
         if _speaks(job):
-            with reader_may_leave():
-                print(planned)
+            say(planned)
         return 0
     return Launch(job).run()
 
 
 def _speaks(job: cli.TrainJob) -> bool:
     """Whether this process tells how the job goes: alone, or as the first of torchrun's."""
-    return job.launcher == "ray" or os.environ.get("RANK", "0") == "0"
+    return job.launcher == "ray" or torchrun.is_first()
 
 
 class Launch:

@@ -13,6 +13,8 @@ from pathlib import Path
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from dircluster.printing import say
+
 OWNER_TAG, BEAT_TAG = "dircluster.owner", "dircluster.beat"
 BEAT = 60.0
 """Seconds between two signs of life."""
@@ -101,7 +103,7 @@ def main(uri: str) -> int:
         with opening(uri, str(file.resolve().parent)):
             client = MlflowClient(uri)
         for name in close_abandoned(client, [found.experiment_id for found in client.search_experiments()]):
-            print(f"closed as KILLED: {name}, whose process is gone")
+            say(f"closed as KILLED: {name}, whose process is gone")
     return 0
 
 
