@@ -55,15 +55,15 @@ def must_run_this_version() -> None:
         except Exception as error:
             return f"none that is usable ({type(error).__name__})"
 
-    own, asked = source_version(), {}
+    own, asked = source_version(), []
     for node in ray.nodes():
         offers: dict[str, Any] = node["Resources"]
         if node["Alive"] and any(offers.get(kind) for kind in ("CPU", "GPU", "node:__internal_head__")):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=0)(ask).options(scheduling_strategy=there)
-            asked[node["NodeManagerAddress"]] = task.remote()
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
-    for address, answer in asked.items():
+            asked.append((node["NodeManagerAddress"], task.remote()))  # some nodes may share an address
+    ray.wait([answer for _, answer in asked], num_returns=len(asked), timeout=PATIENCE)
+    for address, answer in asked:
         try:
             found = ray.get(answer, timeout=0.1)
         except ray.exceptions.GetTimeoutError:
