@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 def evaluate(module: nn.Module, images: Tensor, labels: Tensor, suite: str = "quick", **how: Any) -> EvaluationReport:
     """Judge any module of images (N, C, H, W) in [0, 1] -> logits; see dircluster.evaluation.session.evaluate.
 
-    ``suite`` is quick, paper or rigorous; ``verdict=True`` asks whether the module only hides gradients; ``attacks``
-    are met besides those of the suite.
+    ``suite`` is quick, autoattack, paper or rigorous; ``verdict=True`` asks whether the module only hides gradients;
+    ``attacks`` are met besides those of the suite.
     """
     from dircluster.evaluation import session
 

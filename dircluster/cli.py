@@ -23,7 +23,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 import yaml
 
-from dircluster.config import ConfigError, RunConfig, flatten, is_own_code, real_path, to_dict, without_secrets
+from dircluster.config import (
+    ConfigError,
+    RunConfig,
+    SuiteName,
+    flatten,
+    is_own_code,
+    real_path,
+    to_dict,
+    without_secrets,
+)
 from dircluster.files import check_file
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 from dircluster.printing import reader_may_leave
@@ -94,7 +103,7 @@ class EvaluateJob(Job):
     """The folder of a checkpoint, its place in object storage, an MLflow URI (models:/dir-digits@champion), zoo:NAME
     (comes with this package), package.module:factory (called without arguments, returns a torch.nn.Module), or none
     (the bare --target.uri)."""
-    suite: Literal["quick", "paper", "rigorous"] | None = None
+    suite: SuiteName | None = None
     """Short for --evaluation.suite."""
     verdict: Switch = False
     """Ask too whether the defense only hides gradients; paper and rigorous do so unless evaluation.verdict is given."""

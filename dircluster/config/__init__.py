@@ -19,7 +19,7 @@ from dircluster.config.errors import (
     require_share,
     without_secrets,
 )
-from dircluster.config.evaluation import USUAL_ROWS, EvaluationConfig
+from dircluster.config.evaluation import USUAL_ROWS, EvaluationConfig, SuiteName
 from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
 from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_by_itself, as_hashed
 from dircluster.config.sections import (
@@ -52,6 +52,7 @@ __all__ = [
     "RunConfig",
     "ScalingConfig",
     "StorageConfig",
+    "SuiteName",
     "TargetConfig",
     "TrackingConfig",
     "TrainingConfig",

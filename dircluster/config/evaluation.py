@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from dircluster.config.errors import require, require_positive
 
+SuiteName = Literal["quick", "autoattack", "paper", "rigorous"]
 USUAL_ROWS = 256
 """Rows that pass through a model at a time where none are given: on a CPU, and on a GPU at least."""
 
@@ -15,8 +16,9 @@ USUAL_ROWS = 256
 class EvaluationConfig:
     """The evaluation on the test split: what a defense must face, and on how many images."""
 
-    suite: Literal["quick", "paper", "rigorous"] = "quick"
-    """quick: PGD and MALT; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a strong reviewer adds."""
+    suite: SuiteName = "quick"
+    """quick: PGD and MALT; autoattack: what RobustBench asks; paper: Tables 1 and 3, Eq. 8 and 9; rigorous: what a
+    strong reviewer adds."""
     verdict: bool = False
     """Ask too whether the defense only hides gradients: 16 to 18 questions, with attacks of their own."""
     images: int | None = None
@@ -69,6 +71,11 @@ class EvaluationConfig:
         return USUAL_ROWS if self.rows is None else self.rows
 
     @property
+    def thorough(self) -> bool:
+        """Whether the suite asks for further protocols, attacks that a purifier names, and the verdict."""
+        return self.suite in ("paper", "rigorous")
+
+    @property
     def canonical(self) -> EvaluationConfig:
         """The same evaluation in one form: what all of its attacks would derive is not given, nor what none reads."""
         same: dict[str, Any] = {name: None for name, value in self.derived.items() if getattr(self, name) == value}
@@ -76,9 +83,10 @@ class EvaluationConfig:
             same["verdict_images"] = EvaluationConfig.verdict_images
         if self.suite != "rigorous":
             same["l2_epsilon"] = EvaluationConfig.l2_epsilon
-        if self.suite == "quick":
+        if not self.thorough:
             same |= {"resubmissions": None, "votes": None}
-            same |= {} if self.verdict else {"queries": EvaluationConfig.queries}
+        if self.suite == "quick" and not self.verdict:
+            same["queries"] = EvaluationConfig.queries
         return replace(self, **same)
 
     @property
@@ -91,6 +99,6 @@ class EvaluationConfig:
             found["restarts"] = 1
         if quick or not self.verdict:
             found["draws"] = 10 if quick else 20
-        if quick and not self.verdict:
-            found["eot"] = 4
+        if not self.thorough and not self.verdict:
+            found["eot"] = 4 if quick else 20
         return found

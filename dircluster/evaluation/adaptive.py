@@ -10,7 +10,7 @@ from dircluster.evaluation.victim import VictimModel
 
 def adaptive_specs(victim: VictimModel, attack: AttackConfig, settings: EvaluationConfig) -> list[AttackSpec]:
     """The rows that suites ``paper`` and ``rigorous`` have for this victim alone, against fresh draws."""
-    if settings.suite == "quick":
+    if not settings.thorough:
         return []
     return [_spec(known, victim.randomized, attack, settings) for known in victim.adaptive]
 

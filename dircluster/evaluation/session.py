@@ -197,11 +197,11 @@ def evaluate(
     """Judge any module or function of images (N, C, H, W) in [0, 1] -> logits (N, classes), on the device it lies on.
 
     ``images`` with ``labels`` (N,), as tensors, arrays or lists; ``epsilon``, ``norm`` and ``step_size`` are those of
-    AttackConfig, as numbers or as "8/255"; ``suite`` is quick, paper or rigorous, and ``verdict`` asks whether the
-    module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier. ``attacks``
-    are met besides those of the suite, such as one of your own (see attack_table.ATTACKS). ``store`` keeps finished
-    shards, each evaluation's apart, so that one of the same module, images and seed can go on; ``on_shard`` is called
-    before each shard with the shards done and open. What had to be guessed, such as which part of a tuple is the
+    AttackConfig, as numbers or as "8/255"; ``suite`` is quick, autoattack, paper or rigorous, and ``verdict`` asks
+    whether the module only hides gradients. Transfers are crafted on ``surrogate``, or on a purifier's own classifier.
+    ``attacks`` are met besides those of the suite, such as one of your own (see attack_table.ATTACKS). ``store`` keeps
+    finished shards, each evaluation's apart, so that one of the same module, images and seed can go on; ``on_shard`` is
+    called before each shard with the shards done and open. What had to be guessed, such as which part of a tuple is the
     logits, stands in the report's ``notes``; so do classes that the judged images lack because images lie in the order
     of their classes.
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, get_args
 
-from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, SuiteName
 from dircluster.evaluation.attack_table import ATTACKS, AttackSpec, attack_of
 from dircluster.evaluation.marks import in_words
 
-SuiteName = Literal["quick", "paper", "rigorous"]
-SUITES: tuple[SuiteName, ...] = ("quick", "paper", "rigorous")
+SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
 MEAN = 10
 """Draws whose logits ``paper`` averages into an answer, beside answers of one: EBM's authors verify by ten of its."""
 
@@ -36,9 +35,9 @@ def suite(
 ) -> list[AttackSpec]:
     """The attacks of suite ``name`` for a defense of this kind.
 
-    ``quick``: the cheapest that ends in a number of AutoAttack's grade. ``paper``: Tables 1 and 3, Eq. 8 and 9.
-    ``rigorous``: what a strong reviewer adds. Of a randomized defense the deterministic white box leads: the attacker
-    knows the draws. All end with MALT.
+    ``quick``: the cheapest that ends in a number of AutoAttack's grade. ``autoattack``: what RobustBench asks, of the
+    bare target too, and PGD beside it. ``paper``: Tables 1 and 3, Eq. 8 and 9. ``rigorous``: what a strong reviewer
+    adds. Of a randomized defense the deterministic white box leads: the attacker knows the draws. All end with MALT.
     """
     eot = (settings.eot or (4 if name == "quick" else 20)) if randomized else 1
     draws = (settings.draws or (10 if name == "quick" else 20)) if randomized else 1
@@ -53,6 +52,10 @@ def suite(
     if name == "quick":
         known, unknown = [replace(fixed, restarts=restarts), _margin(fixed)], [replace(fresh, restarts=restarts)]
         last = [*([replace(fresh, on="target", eot=1)] if transfers else []), *last]
+    elif name == "autoattack":
+        standard = _autoattack(fixed, settings, masked)
+        known, unknown = [replace(fixed, restarts=restarts), *standard], [replace(fresh, restarts=restarts)]
+        unknown += [] if standard else [_autoattack_rand(fresh)]
     elif name == "paper":
         known, unknown = _paper(fixed, fresh, attack, settings, masked)
     else:
@@ -75,14 +78,15 @@ def suite(
         if randomized:
             best = replace(fresh, eot=1, average=eot)
             unknown += [
-                replace(fresh, attack="autoattack", label="autoattack-rand", steps=0),
+                _autoattack_rand(fresh),
                 best.unattacked("natural"),
                 replace(_lasting(best, attack, steps), label=f"pgd{steps}-mean-of-{eot}"),
             ]
         last = [*([replace(long, on="target", eot=1)] if transfers else []), *last]
-    if randomized and name != "quick":
+    if randomized and replace(settings, suite=name).thorough:
         unknown += _protocols(fresh, settings)
-    specs = [bare.unattacked("natural"), bare, _malt(bare, settings, name)] if purifies else []
+    strong = [*(_autoattack(bare, settings, masked) if name == "autoattack" else []), _malt(bare, settings, name)]
+    specs = [bare.unattacked("natural"), bare, *strong] if purifies else []
     specs += [fixed.unattacked("natural"), *known, fresh.unattacked("natural"), *unknown, *last]
     has = {name for name, there in (("purifier", purifies), ("masks", masked)) if there}
     return [spec for spec in dict.fromkeys(specs) if ATTACKS[spec.attack].needs <= has]
@@ -116,6 +120,11 @@ def _autoattack(fixed: AttackSpec, settings: EvaluationConfig, masked: bool) -> 
     if fixed.randomness == "fixed" and not masked:
         return []
     return [replace(fixed, attack="autoattack", label="autoattack-standard", steps=settings.queries)]
+
+
+def _autoattack_rand(fresh: AttackSpec) -> AttackSpec:
+    """AutoAttack rand, for what draws again at every pass."""
+    return replace(fresh, attack="autoattack", label="autoattack-rand", steps=0)
 
 
 def _paper(

@@ -135,7 +135,9 @@ def test_flags_about_the_verdict_beat_the_file(
     assert seen == [asked]
 
 
-@pytest.mark.parametrize("words", [["--verdict"], ["--suite", "paper"], ["--suite", "rigorous", "--no-verdict"]])
+@pytest.mark.parametrize(
+    "words", [["--verdict"], ["--suite", "paper"], ["--suite", "autoattack"], ["--suite", "rigorous", "--no-verdict"]]
+)
 def test_printed_settings_are_judged_by_as_what_printed_them(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

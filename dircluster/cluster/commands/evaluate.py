@@ -31,8 +31,9 @@ def settled(job: cli.EvaluateJob) -> cli.EvaluateJob:
         raise ConfigError("--verdict and --no-verdict exclude each other: leave one out")
     settings = job.run.evaluation
     suite = job.suite or settings.suite
-    asked = settings.verdict if job.given & {"evaluation.verdict", "evaluation.no-verdict"} else suite != "quick"
-    made = dataclasses.replace(settings, suite=suite, verdict=job.verdict or (asked and not job.no_verdict))
+    made = dataclasses.replace(settings, suite=suite)
+    asked = settings.verdict if job.given & {"evaluation.verdict", "evaluation.no-verdict"} else made.thorough
+    made = dataclasses.replace(made, verdict=job.verdict or (asked and not job.no_verdict))
     return dataclasses.replace(job, run=dataclasses.replace(job.run, evaluation=made))
 
 

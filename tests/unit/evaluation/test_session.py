@@ -28,7 +28,7 @@ from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.session import EvaluationReport, evaluate
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import FolderStore, MemoryStore
-from dircluster.evaluation.suites import AttackSpec, how, suite
+from dircluster.evaluation.suites import SUITES, AttackSpec, how, suite
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import frozen
 from dircluster.presets import preset
@@ -70,6 +70,11 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
             " dir pgd3-margin fixed, dir natural fresh, dir pgd3 fresh, dir transfer-pgd3 fresh, dir malt fixed",
         ),
         (
+            "autoattack",
+            "none natural none, none pgd3 none, none autoattack-standard none, none malt none, dir natural fixed,"
+            " dir pgd3 fixed, dir autoattack-standard fixed, dir natural fresh, dir pgd3 fresh, dir malt fixed",
+        ),
+        (
             "paper",
             "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
             " dir pgd3-margin fixed, dir autoattack-standard fixed, dir mifgsm3 fixed, dir vnifgsm3 fixed,"
@@ -103,7 +108,7 @@ def test_a_suite_runs_whole_on_a_defense(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["quick", "paper", "rigorous"])
+@pytest.mark.parametrize("name", SUITES)
 def test_a_suite_runs_on_a_plain_classifier(at_model: nn.Module, digits: tuple[Tensor, Tensor], name: str) -> None:
     found = judged(at_model, (digits[0][:6], digits[1][:6]), name)
     assert {row.randomness for row in found.rows} == {"none"}
@@ -328,7 +333,7 @@ def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) 
         ({"labels": torch.tensor([0, 1, 2, 10])}, "labels reach 10, but the defense gives 10 classes"),
         ({"labels": torch.tensor([0, 1, 2, -1])}, "labels must be 0 or more"),
         ({"labels": torch.rand(4)}, "labels must be 4 whole numbers"),
-        ({"suite": "hard"}, "there is no suite 'hard'; choose quick, paper, rigorous"),
+        ({"suite": "hard"}, "there is no suite 'hard'; choose quick, autoattack, paper, rigorous"),
         ({"after": nn.Softmax(dim=1)}, "returns probabilities"),
         ({"after": nn.Threshold(1e9, torch.nan)}, "not finite"),
         ({"after": nn.Flatten(0)}, "must return logits"),
@@ -459,7 +464,7 @@ def test_published_numbers_stand_beside_their_rows() -> None:
 
 
 def test_a_suite_without_randomness_has_no_draws() -> None:
-    for name in ("quick", "paper", "rigorous"):
+    for name in SUITES:
         specs = suite(
             name, AttackConfig(), EvaluationConfig(), randomized=False, purifies=True, transfers=True, masked=False
         )

@@ -76,3 +76,18 @@ def test_tables_of_the_paper_show_pgd_20_beside_its_number() -> None:
     found = row_of(rows, "pgd20")
     assert found is not None
     assert (found["attack"], found["randomness"]) == ("pgd20", "fixed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autoattack_is_asked_of_every_kind_and_of_the_bare_target(kind: dict[str, Any]) -> None:
+    made = suite("autoattack", AttackConfig(), EvaluationConfig(suite="autoattack"), **kind)
+    attacks = {(spec.judged, spec.name): spec for spec in made}
+    unknown = kind["randomized"] and not kind["masked"]  # what it draws cannot be held
+    own = attacks["defense", "autoattack-rand" if unknown else "autoattack-standard"]
+    assert own.randomness == ("fresh" if unknown else "fixed" if kind["randomized"] else "none")
+    assert len([spec for spec in made if spec.attack == "autoattack"]) == 1 + kind["purifies"]
+    if kind["purifies"]:
+        assert attacks["target", "autoattack-standard"].randomness == "none"
+    if kind["randomized"]:
+        fresh = {spec.name: spec for spec in made if spec.randomness == "fresh"}
+        assert (fresh["pgd20"].eot, fresh["pgd20"].draws) == (20, 20)

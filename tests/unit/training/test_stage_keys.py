@@ -352,9 +352,13 @@ UNREAD = (
         {"evaluation.suite": "quick", "evaluation.verdict": False},
         {"evaluation.verdict": True},
     ),
-    Unread(
-        ("evaluation.votes", "evaluation.resubmissions"), {"evaluation.suite": "quick"}, {"evaluation.suite": "paper"}
+    *(
+        Unread(
+            ("evaluation.votes", "evaluation.resubmissions"), {"evaluation.suite": name}, {"evaluation.suite": "paper"}
+        )
+        for name in ("quick", "autoattack")
     ),
+    Unread(("evaluation.l2_epsilon",), {"evaluation.suite": "autoattack"}, {"evaluation.suite": "rigorous"}),
     Unread(("evaluation.l2_epsilon",), {"evaluation.suite": "paper"}, {"evaluation.suite": "rigorous"}),
     Unread(
         ("evaluation.l2_epsilon",),
