@@ -81,6 +81,11 @@ class AttackSpec:
     """What the table calls it, if not its attack and steps."""
 
     @property
+    def bare(self) -> bool:
+        """Whether it is crafted and judged on the target alone: no defense changes what it finds."""
+        return self.on == "target" and self.judged == "target"
+
+    @property
     def name(self) -> str:
         """What the table calls it: pgd20, transfer-pgd20, autoattack-rand, ..."""
         if self.label:

@@ -63,12 +63,14 @@ class Evaluation:
         store: ResultStore,
         victim: VictimModel,
         precision: Precision = "auto",
+        bare_store: ResultStore | None = None,
     ) -> None:
-        """``most_rows`` pass at a time, as many as fit where none are given; ``precision`` is what
-        attacks are crafted in, see :func:`crafting`."""
+        """``most_rows`` pass at a time, as many as fit where none are given; ``precision`` is what attacks are crafted
+        in, see :func:`crafting`. ``bare_store`` keeps what is found of the bare target, for all that stand before it.
+        """
         self.specs, self.images, self.seed = list(specs), images, seed
         self.shard_size, self.most_rows, self.store = shard_size, most_rows, store
-        self.victim, self.precision = victim, precision
+        self.bare_store, self.victim, self.precision = bare_store, victim, precision
         self._read: dict[str, dict[str, Any]] = {}
 
     def shards(self, spec: AttackSpec | None = None) -> Iterator[EvalShard]:
@@ -86,7 +88,7 @@ class Evaluation:
         """What came out of a shard; None while it is not finished, or only by other code than this."""
         found = self._read.get(shard.name)
         if found is None:
-            found = self.store.get(shard.name)
+            found = self._store(shard.spec).get(shard.name)
             if found is None or found.get("code") != code(shard.spec, self.victim):
                 return None
             self._read[shard.name] = found
@@ -114,7 +116,7 @@ class Evaluation:
         watched = victim.watched_by(watch)
         attack = AttackRunner(watched, shard.spec, seed, fixed, self.most_rows)
         counts = shard.spec.protocol == "wor"  # what its steps see is claimed
-        crafted = "fp32" if counts else crafting(self.precision, victim, images.device)
+        crafted = "fp32" if counts else crafting(self.precision, victim, images.device, shard.spec.bare)
         with under_attack(*victim.modules):
             with exact(images.device) if counts else autocast(crafted, images.device, *victim.modules):
                 found, warned = attack(images, labels)
@@ -140,7 +142,7 @@ class Evaluation:
             "seen": watch.counts(),
             "seconds": round(time.monotonic() - began, 3),
         }
-        self.store.put(shard.name, outcome, found)
+        self._store(shard.spec).put(shard.name, outcome, found)
         self._read[shard.name] = outcome
 
     def right(self, spec: AttackSpec) -> dict[str, Tensor]:
@@ -166,7 +168,7 @@ class Evaluation:
 
     def adversarial(self, spec: AttackSpec) -> Tensor:
         """All adversarial images of a finished attack, (N, C, H, W) float32. Raises LookupError where none are kept."""
-        found = [self.store.images(shard.name) for shard in self.shards(spec)]
+        found = [self._store(spec).images(shard.name) for shard in self.shards(spec)]
         if any(part is None for part in found):
             raise LookupError(f"the images of {spec.name} were not kept")
         return torch.cat([part for part in found if part is not None])
@@ -238,6 +240,9 @@ class Evaluation:
         kinds = {o.get("machine", "not noted") for spec in self.specs for o in self._outcomes(spec)}
         return " and ".join(sorted(kinds))
 
+    def _store(self, spec: AttackSpec) -> ResultStore:
+        return self.bare_store if spec.bare and self.bare_store is not None else self.store
+
     def _outcomes(self, spec: AttackSpec) -> Iterator[dict[str, Any]]:
         for shard in self.shards(spec):
             outcome = self.outcome(shard)
@@ -246,17 +251,23 @@ class Evaluation:
             yield outcome
 
 
-def crafting(precision: Precision, victim: VictimModel, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What attacks on ``victim`` are computed in: auto is bf16 on a GPU where bf16 does not round the images."""
+def crafting(
+    precision: Precision, victim: VictimModel, device: torch.device, bare: bool = False
+) -> Literal["fp32", "bf16"]:
+    """What attacks on ``victim``, or its ``bare`` target, are computed in: auto is bf16 on a GPU where bf16 does not
+    round the images.
+    """
     module = victim.module
     parts = (module.purifier, module.classifier) if isinstance(module, Defended) else (module,)
-    rounded = precision == "auto" and not reads_images_whole(*parts, *victim.modules[1:])
+    read = parts[1:] if bare and len(parts) > 1 else (*parts, *victim.modules[1:])
+    rounded = precision == "auto" and not reads_images_whole(*read)
     return "bf16" if is_half(precision, device) and not rounded else "fp32"
 
 
 def code(spec: AttackSpec, victim: VictimModel) -> str:
     """Digest of the source that decides what a shard finds: that of its attack, of the defense, and of this room."""
-    models = [*victim.modules, *(m for m in (victim.target, victim.source) if isinstance(m, nn.Module))]
+    parts = (victim.target,) if spec.bare else (*victim.modules, victim.target, victim.source)
+    models = [part for part in parts if isinstance(part, nn.Module)]
     used = frozenset({rng.__name__}).union(modules_of_attack(spec.attack), *map(modules_of, models))
     room = (AttackRunner, AttackSetting, OwnStreams, VictimModel, Watch)
     return code_digest(used, frozenset({__name__, *(part.__module__ for part in room)}))

@@ -63,6 +63,11 @@ def attributes_of(module: nn.Module) -> dict[str, str]:
     }
 
 
+def module_digest(module: nn.Module) -> str:
+    """Digest of a module's weights, and of what its parts hold beside them."""
+    return digest([weights_digest(module), attributes_of(module)])
+
+
 def _is_plain(value: Any) -> bool:
     """Whether ``value`` is made of numbers and texts alone."""
     if isinstance(value, Mapping):

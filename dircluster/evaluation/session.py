@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,10 +24,10 @@ from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number, as_whole_number, shown
 from dircluster.evaluation.marks import shared_marks
 from dircluster.evaluation.meeting import meet
-from dircluster.evaluation.provenance import attributes_of, facts_of, weights_digest
+from dircluster.evaluation.provenance import facts_of, module_digest, results_folder
 from dircluster.evaluation.results import Result, to_plain
 from dircluster.evaluation.sample import class_notes, judged_rows
-from dircluster.evaluation.store import MemoryStore, ResultStore, StorePart
+from dircluster.evaluation.store import FolderStore, MemoryStore, ResultStore, StorePart
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
 from dircluster.evaluation.victim import VictimModel
@@ -81,22 +82,40 @@ def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimMod
             raise ConfigError(
                 f"attack {spec.name} needs {', '.join(sorted(lacking))}, which {victim.name} does not have"
             )
-        bare = spec.on == "target" and spec.judged == "target"
-        if (bare and victim.target is None) or (spec.on == "target" and victim.source is None):
+        if (spec.bare and victim.target is None) or (spec.on == "target" and victim.source is None):
             raise ConfigError(f"attack {spec.name} needs a target to craft on: give a purifier, or a surrogate")
-        if not bare and victim.randomized != (spec.randomness != "none"):
+        if not spec.bare and victim.randomized != (spec.randomness != "none"):
             forms = "fixed or fresh" if victim.randomized else "none"
             raise ConfigError(f"attack {spec.name} has randomness {spec.randomness}, but {victim.name} needs {forms}")
     return dataclasses.replace(planned, table=list(dict.fromkeys([*planned.table, *attacks])))
 
 
 def evaluation_of(
-    planned: Plan, victim: VictimModel, images: int, seed: int, settings: EvaluationConfig, store: ResultStore
+    planned: Plan,
+    victim: VictimModel,
+    images: int,
+    seed: int,
+    settings: EvaluationConfig,
+    store: ResultStore,
+    bare_store: ResultStore | None = None,
 ) -> Evaluation:
     """The evaluation of all that is planned for ``victim`` on so many images, by ``settings``."""
-    return Evaluation(
-        planned.specs, images, seed, settings.batch_size, settings.rows, store, victim, settings.precision
-    )
+    size, rows, precision = settings.batch_size, settings.rows, settings.precision
+    return Evaluation(planned.specs, images, seed, size, rows, store, victim, precision, bare_store)
+
+
+def stores_of(
+    victim: VictimModel, facts: Mapping[str, Any], storage: Path, keep_images: bool = False
+) -> tuple[FolderStore, FolderStore | None]:
+    """Where in ``storage`` the results of an evaluation with ``facts`` lie: of the victim, and of its bare target.
+
+    The second is the same for all defenses over one target; None where the victim is no such defense.
+    """
+    own, module = FolderStore(results_folder(storage, victim.name, facts), keep_images), victim.module
+    if not isinstance(module, Defended):
+        return own, None
+    bare = {**facts, "defense": module_digest(module.classifier), "surrogate": None}
+    return own, FolderStore(results_folder(storage, "target", bare), keep_images)
 
 
 @dataclass(frozen=True)
@@ -249,12 +268,9 @@ def _facts(
 ) -> dict[str, Any]:
     """What decides an evaluation but for its attacks and the code: modules, images, seed, shards."""
 
-    def digest_of(module: nn.Module) -> str:
-        return digest([weights_digest(module), attributes_of(module)])
-
     data = hashlib.sha256(to_bytes(images) + to_bytes(labels)).hexdigest()
-    other = None if victim.surrogate is None else digest_of(victim.surrogate)
-    return facts_of(digest_of(victim.module), data, len(images), seed, settings, other)
+    other = None if victim.surrogate is None else module_digest(victim.surrogate)
+    return facts_of(module_digest(victim.module), data, len(images), seed, settings, other)
 
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:

@@ -21,12 +21,11 @@ from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, run
-from dircluster.evaluation.provenance import facts_of, results_folder
+from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.sample import class_notes, judged_rows
-from dircluster.evaluation.session import evaluation_of, plan, report
+from dircluster.evaluation.session import evaluation_of, plan, report, stores_of
 from dircluster.evaluation.sharing import shares
-from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import to_bytes
 from dircluster.models.precision import is_half, reads_images_whole
@@ -310,8 +309,8 @@ class Run:
         table_only = dataclasses.replace(settings, verdict=False)
         planned = plan(victim, config.attack, table_only)
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)
-        store = FolderStore(results_folder(self.storage, victim.name, facts))
-        evaluation = evaluation_of(planned, victim, len(test), config.seed, settings, store)
+        stores = stores_of(victim, facts, self.storage)
+        evaluation = evaluation_of(planned, victim, len(test), config.seed, settings, *stores)
 
         def batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
             rows = slice(start, stop)
@@ -340,7 +339,7 @@ class Run:
             self.seconds["evaluation"] = time.monotonic() - began
             say(f"evaluation: done in {self.seconds['evaluation']:.0f} s")
         else:
-            say(f"evaluation: reused from {store.folder}")
+            say(f"evaluation: reused from {stores[0].folder}")
         rows: list[dict[str, Any]] = parallel.first_does(
             lambda: to_plain(report(evaluation, planned, victim.name, settings).rows)
         )

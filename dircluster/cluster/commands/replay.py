@@ -69,7 +69,8 @@ def _replay(given: argparse.Namespace) -> int:
         spec = dataclasses.replace(spec_of(row, job.plan.table, job.name), first=row["total"])  # perhaps not all images
         kind = machine(parallel.device)
         say(f"machine  {_beside(kind, facts['machine'])}")
-        job.evaluation.specs, job.evaluation.store = [spec], MemoryStore()  # what is stored is not asked
+        job.evaluation.specs = [spec]
+        job.evaluation.store = job.evaluation.bare_store = MemoryStore()  # what is stored is not asked
         run(job.evaluation, job.batch)
     found = Comparison(row, job.evaluation.result(spec, job.name), same_code, kind == facts["machine"])
     images = {True: "the same to the bit", False: "others", None: "the row does not know its own"}[found.same_images]

@@ -11,11 +11,10 @@ from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.storage import open_path, opener
 from dircluster.config import RunConfig, with_values
 from dircluster.data.layout import split_sizes
-from dircluster.evaluation.provenance import facts_of, results_folder
+from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.sample import row_numbers
-from dircluster.evaluation.session import evaluation_of
+from dircluster.evaluation.session import evaluation_of, stores_of
 from dircluster.evaluation.session import plan as attacks_on
-from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.reproduction.plan import Plan, Training, Unit
 from dircluster.reproduction.transfer import transfer_folder
@@ -89,6 +88,6 @@ def _is_judged(run: RunConfig, final: Path, data: str) -> bool:
     victim, settings = VictimModel(defense, defense.name), run.evaluation
     images = len(row_numbers(split_sizes(run.data, opener(run.storage))[2], settings))
     facts = facts_of(checkpoint.digest(final), data, images, run.seed, settings)
-    store = FolderStore(results_folder(open_path(run.storage.uri, run.storage), victim.name, facts))
-    evaluation = evaluation_of(attacks_on(victim, run.attack, settings), victim, images, run.seed, settings, store)
+    stores = stores_of(victim, facts, open_path(run.storage.uri, run.storage))
+    evaluation = evaluation_of(attacks_on(victim, run.attack, settings), victim, images, run.seed, settings, *stores)
     return all(evaluation.outcome(shard) is not None for shard in evaluation.shards())

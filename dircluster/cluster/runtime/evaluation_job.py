@@ -19,10 +19,9 @@ from dircluster.distributed.launch import choose_kernels
 from dircluster.evaluation.claims import claim_of
 from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.meeting import meet
-from dircluster.evaluation.provenance import facts_of, results_folder
+from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.sample import class_notes, judged_rows, row_numbers
-from dircluster.evaluation.session import EvaluationReport, Plan, evaluation_of, plan, report
-from dircluster.evaluation.store import FolderStore
+from dircluster.evaluation.session import EvaluationReport, Plan, evaluation_of, plan, report, stores_of
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.precision import channels_last
 from dircluster.presets import run_from_plain, run_to_plain
@@ -68,10 +67,11 @@ class EvaluationJob:
                 " install one version"
             )
         storage = open_path(self.config.storage.uri, self.config.storage)
-        self.folder = results_folder(storage, self.name, self.facts)
+        stores = stores_of(self.victim, self.facts, storage, job_spec.keep_images)
+        self.folder = stores[0].folder
         self.plan: Plan = plan(self.victim, self.config.attack, self.settings)
-        store = FolderStore(self.folder, job_spec.keep_images)
-        self.evaluation = evaluation_of(self.plan, self.victim, len(self.test), self.config.seed, self.settings, store)
+        count, seed = len(self.test), self.config.seed
+        self.evaluation = evaluation_of(self.plan, self.victim, count, seed, self.settings, *stores)
 
     @cached_property
     def shards(self) -> list[Any]:

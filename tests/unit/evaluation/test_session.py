@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -19,13 +20,14 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import DEFENSE
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
-from dircluster.evaluation.evaluation import EvalShard
+from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.html_report import robustbench_entry, write_report
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.model_card import markdown_table
 from dircluster.evaluation.pictures import to_pixels
+from dircluster.evaluation.provenance import facts_of, module_digest
 from dircluster.evaluation.results import to_plain
-from dircluster.evaluation.session import EvaluationReport, evaluate
+from dircluster.evaluation.session import EvaluationReport, evaluate, evaluation_of, plan, stores_of
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.store import FolderStore, MemoryStore
 from dircluster.evaluation.suites import SUITES, AttackSpec, how, suite
@@ -68,11 +70,6 @@ def judged(module: nn.Module, digits: tuple[Tensor, Tensor], name: str = "quick"
             "quick",
             "none natural none, none pgd3 none, none malt none, dir natural fixed, dir pgd3 fixed,"
             " dir pgd3-margin fixed, dir natural fresh, dir pgd3 fresh, dir transfer-pgd3 fresh, dir malt fixed",
-        ),
-        (
-            "autoattack",
-            "none natural none, none pgd3 none, none autoattack-standard none, none malt none, dir natural fixed,"
-            " dir pgd3 fixed, dir autoattack-standard fixed, dir natural fresh, dir pgd3 fresh, dir malt fixed",
         ),
         (
             "paper",
@@ -310,6 +307,32 @@ def test_what_is_finished_is_not_done_again_and_the_order_does_not_matter(
     assert len(seen) == 36 - 7
     assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 36
     assert all(not name.startswith("/") for name in seen)
+
+
+def begun(defense: Defended, digits: tuple[Tensor, Tensor], storage: Path) -> Evaluation:
+    """Suite quick of ``defense``, kept in ``storage`` as jobs keep it."""
+    victim, images = VictimModel(defense, "dir"), digits[0]
+    meet(victim, images[:8], 9)
+    facts = facts_of(module_digest(defense), "digits", len(images), 0, FEW)
+    planned = plan(victim, AttackConfig(epsilon=EPSILON), FEW)
+    return evaluation_of(planned, victim, len(images), 0, FEW, *stores_of(victim, facts, storage))
+
+
+def test_the_bare_target_is_judged_once_for_all_that_stand_before_it(
+    defense: Defended, digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    some = digits[0][:16], digits[1][:16]
+    first = begun(defense, some, tmp_path)
+    run(first, lambda a, b: (some[0][a:b], some[1][a:b]))
+    trained = copy.deepcopy(defense)
+    next(trained.purifier.parameters()).data += 0.01
+    second = begun(trained, some, tmp_path)
+    assert {shard.spec for shard in second.open_shards()} == {spec for spec in second.specs if not spec.bare}
+    bare = [spec for spec in second.specs if spec.bare]
+    assert [second.result(spec, "dir") for spec in bare] == [first.result(spec, "dir") for spec in bare] != []
+    other = copy.deepcopy(defense)
+    next(other.classifier.parameters()).data += 0.01
+    assert {shard.spec for shard in begun(other, some, tmp_path).open_shards()} == set(second.specs)
 
 
 def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) -> None:
