@@ -60,9 +60,9 @@ class MatrixEstimation(Purifier):
         return entry_masks(generator, images, self.shape, kept, kept)
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), (N, C, H, W) bool -> (N, C, H, W) in [0, 1]."""
+        """(N, C, H, W), (N, C, H, W) bool -> (N, C, H, W) in [0, 1], in fp32 at least: no eigenvectors in less."""
         assert draws is not None
-        config = self.config
+        config, images = self.config, images.to(torch.promote_types(images.dtype, torch.float32))
         with outside_autocast(images.device):
             matrices, mask = _side_by_side(2 * images - 1), _side_by_side(draws)
             if config.method == "usvt":

@@ -57,9 +57,12 @@ def langevin_step(energy: nn.Module, reached: Tensor, noise: Tensor, size: float
 
 
 def langevin(energy: nn.Module, start: Tensor, keys: Tensor, steps: int, size: float) -> Tensor:
-    """``steps`` steps from ``start`` (N, C, H, W), by the noise of ``keys`` (N,): -> (N, C, H, W), detached."""
-    reached = start.detach()
-    with torch.no_grad():
+    """``steps`` steps from ``start`` (N, C, H, W), by the noise of ``keys`` (N,): -> (N, C, H, W), detached.
+
+    It needs gradients of its own, and leaves ``torch.inference_mode()`` for them.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        reached = start.clone() if start.is_inference() else start.detach()
         for step in range(steps):
             reached = langevin_step(energy, reached, counted_normal(keys, step, tuple(start.shape[1:])), size)
     return reached

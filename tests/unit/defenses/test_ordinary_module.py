@@ -17,9 +17,11 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
 from dircluster.defenses.base import MOST_DRAWS, Defended, Purifier
 from dircluster.defenses.dir import MaskedPurifier
+from dircluster.defenses.table import find_defense
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import build
+from dircluster.presets import RUNS, preset, presets_of
 from dircluster.presets.dir import MaskingConfig, ModelConfig
 
 TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
@@ -39,6 +41,28 @@ def test_images_of_any_float_are_taken(defense: Defended, dtype: torch.dtype, to
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, fixed(IMAGES), atol=tolerance, rtol=tolerance)
     assert torch.equal(fixed(IMAGES.to(memory_format=torch.channels_last)), fixed(IMAGES))
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.endswith("_a")])
+def test_every_defense_answers_in_any_precision_and_in_inference_mode(name: str) -> None:
+    run = preset(next(each for each in presets_of(name) if each.startswith("digits") and each.endswith("_smoke")))
+    kind = find_defense(name)
+    modules = {each: kind.build(run, each).eval() for each in ("classifier", *kind.modules(run))}
+    fixed = kind.defended(run, modules).fixed(1)
+    with torch.no_grad():
+        expected = fixed(IMAGES)
+    with torch.inference_mode():
+        assert torch.equal(fixed(IMAGES), expected)
+        assert torch.equal(fixed(IMAGES.clone()), expected)  # made in inference mode
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        few = IMAGES[:1].to(dtype)
+        torch.testing.assert_close(fixed(few), fixed(few.float()), atol=1e-4, rtol=1e-4)
+        made = copy.deepcopy(fixed).to(dtype)
+        asked = few.clone().requires_grad_()
+        found = made(asked)
+        assert found.dtype == dtype
+        (slope,) = torch.autograd.grad(found.sum(), asked)
+        assert slope.isfinite().all()
 
 
 @pytest.mark.parametrize(
