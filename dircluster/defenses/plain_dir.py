@@ -57,6 +57,9 @@ class PlainDirRecipe(DirRecipe):
     def attack(self, batch: Batch) -> Batch:
         """PGD on h(g(.)) (line 5)."""
         epsilon, step, images = self.threat.epsilon, self.threat.step, batch.images
+        weights = list(self.parameters())
+        so_far = [weight.grad for weight in weights]  # of the micro-batches before this one
+        self.zero_grad()
         adversarial = (images + epsilon * (2 * batch.draws["pgd"] - 1)).clamp(0, 1)
         for _ in range(self.threat.steps):
             adversarial = adversarial.detach().requires_grad_()
@@ -65,7 +68,8 @@ class PlainDirRecipe(DirRecipe):
             assert adversarial.grad is not None
             moved = adversarial.detach() + step * adversarial.grad.sign()
             adversarial = torch.min(torch.max(moved, images - epsilon), images + epsilon).clamp(0, 1)
-        self.zero_grad()
+        for weight, gradient in zip(weights, so_far, strict=True):
+            weight.grad = gradient
         return replace(batch, adversarial=adversarial)
 
     def forward(self, batch: Batch, update: int = 0) -> dict[str, Tensor]:

@@ -41,6 +41,19 @@ def test_it_is_the_same_maths(make_batch: Callable[..., Batch]) -> None:
     torch.testing.assert_close(plain[2], ours[2], rtol=0.05, atol=1e-3)
 
 
+def test_crafting_leaves_the_gradients_of_other_micro_batches(make_batch: Callable[..., Batch]) -> None:
+    run = preset("digits_smoke")
+    assert isinstance(run, DirRun)
+    denoiser = MaskedPurifier(run.model, run.masking, 1, 8, 8)
+    recipe = PlainDirRecipe(denoiser, classifiers.build("small_cnn", run.data), run.dir, run.attack).train()
+    recipe.attack(make_batch(recipe))
+    assert all(p.grad is None for p in recipe.parameters())
+    for p in denoiser.parameters():
+        p.grad = torch.ones_like(p)
+    recipe.attack(make_batch(recipe))
+    assert all(p.grad is not None and bool((p.grad == 1).all()) for p in denoiser.parameters())
+
+
 def test_it_is_neither_captured_nor_compiled() -> None:
     """It drops gradients on its way: a recording of it wrote to memory that others held by then."""
     run = preset("cifar10_smoke")
