@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dircluster.models.modules import begin
+from dircluster.models.modules import begin, passed
 from dircluster.models.precision import WholeConv1d, WholeLinear
 from dircluster.models.transformer import Block
 from dircluster.presets.dir import ModelConfig
@@ -90,7 +89,8 @@ class MaskedDenoiser(nn.Module):
         rows = kept + torch.arange(n, device=kept.device)[None, :, None] * self.tokens
         seen = tokens.reshape(n * self.tokens, -1)[rows.reshape(-1)].reshape(count * n, size, -1)
         first = (self.class_token + position[:, :1]).expand(count * n, -1, -1)
-        encoded = self.encoder_norm(self._through(self.encoder, torch.cat([first.to(seen.dtype), seen], dim=1)))
+        given = torch.cat([first.to(seen.dtype), seen], dim=1)
+        encoded = self.encoder_norm(passed(self.encoder, given, self.recompute))
 
         positions = kept.reshape(count * n, size) + torch.arange(count * n, device=kept.device)[:, None] * self.tokens
         unseen = self.mask_token.to(encoded.dtype).expand(count * n, self.tokens, -1)
@@ -98,14 +98,8 @@ class MaskedDenoiser(nn.Module):
             0, positions.reshape(-1), encoded[:, 1:].reshape(count * n * size, -1)
         )
         full = torch.cat([encoded[:, :1], full.reshape(count * n, self.tokens, -1)], dim=1) + self.decoder_position
-        decoded = self.decoder_norm(self._through(self.decoder, full))[:, 1:]
+        decoded = self.decoder_norm(passed(self.decoder, full, self.recompute))[:, 1:]
         pixels = self.head(decoded)
         pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         restored = unpatchify(pixels, self.config.patch, self.channels, self.height, self.width)
         return restored.reshape(count, n, self.channels, self.height, self.width)
-
-    def _through(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
-        for block in blocks:
-            again = self.recompute and torch.is_grad_enabled()
-            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
-        return tokens

@@ -1,9 +1,9 @@
-"""Helpers for any module: its device, its mode, and its parameters frozen while it is attacked."""
+"""Helpers for any module: its device, its mode, its passes, and its parameters frozen while it is attacked."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parameter import is_lazy
+from torch.utils.checkpoint import checkpoint
 
 
 def begin(draw: Callable[..., Any], weight: Tensor, **how: Any) -> None:
@@ -63,6 +64,13 @@ def under_attack(*modules: nn.Module) -> Iterator[None]:
     """While samples are crafted: modules in eval mode, their parameters frozen; as they were afterwards."""
     with evaluating(*modules), frozen(*modules):
         yield
+
+
+def passed(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
+    """``x`` after one block after the other; with ``recompute`` their activations are computed again, not kept."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+    return x
 
 
 def device_of(module: nn.Module) -> torch.device:

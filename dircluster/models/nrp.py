@@ -7,9 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from dircluster.models.modules import begin
+from dircluster.models.modules import begin, passed
 from dircluster.models.precision import keep_whole
 
 
@@ -92,10 +91,7 @@ class NRPNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> (N, C, H, W), not clamped."""
         found = F.leaky_relu(self.first(images), self.slope)
-        for block in self.blocks:
-            again = self.recompute and torch.is_grad_enabled()
-            found = checkpoint(block, found, use_reentrant=False) if again else block(found)
-        restored: Tensor = self.head(found)
+        restored: Tensor = self.head(passed(self.blocks, found, self.recompute))
         return restored
 
 
