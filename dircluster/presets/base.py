@@ -90,9 +90,14 @@ NO_DEFENSE = {
 
 def as_in_table_1(run: RunConfig) -> bool:
     """Whether target and threat are those of Table 1."""
+    return attacked_as_in_table_1(run) and (run.target.objective, run.target.architecture) == ("at", "resnet18")
+
+
+def attacked_as_in_table_1(run: RunConfig) -> bool:
+    """Whether the threat is that of Table 1, and of Table 3, whose targets are others."""
     attack = run.attack
     steps = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step_for(20) - 2 / 255) < 1e-6
-    return attack.norm == "linf" and steps and (run.target.objective, run.target.architecture) == ("at", "resnet18")
+    return attack.norm == "linf" and steps
 
 
 SHORT = TrainingConfig(batch_size=16, microbatch=4, select_images=8)
