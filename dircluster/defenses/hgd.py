@@ -109,12 +109,7 @@ DEFENSE = Defense(
     run=HgdRun,
     modules=lambda run: {
         "purifier": lambda: UNetPurifier(
-            run.data.channels,
-            run.data.height,
-            run.data.width,
-            widths=run.model.widths,
-            units=run.model.units,
-            variant=run.model.variant,
+            run.data.channels, widths=run.model.widths, units=run.model.units, variant=run.model.variant
         )
     },
     stages=stages,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dircluster.config import ConfigError
 from dircluster.models.precision import WholeConv2d, keep_whole
 
 WIDTHS = (64, 128, 256, 256, 256)
@@ -43,33 +42,18 @@ class DUNet(nn.Module):
     ``variant`` "hgd" is the authors' network. "cafd" is the port of a later repository of the DIR paper's first author
     (dwDavidxd/CAFD): convolutions have biases, running statistics have momentum 0.9, and the first unit of a decoder
     stage of three or more units has stride 2, which looks like an accident; it has 11,038,851 parameters.
-
-    Raises ConfigError where ``widths`` and ``units`` do not describe stages, or the images are too small for them.
     """
 
     def __init__(
         self,
         channels: int = 3,
-        height: int = 32,
-        width: int = 32,
         *,
         widths: tuple[int, ...] = WIDTHS,
         units: tuple[int, ...] = UNITS,
         variant: Literal["hgd", "cafd"] = "hgd",
     ) -> None:
         super().__init__()
-        stages = len(widths)
-        if stages < 2 or len(units) != stages or min(*widths, *units) < 1:
-            raise ConfigError(
-                "a U-net needs two or more widths, as many units, and all of them positive,"
-                f" got widths {tuple(widths)} and units {tuple(units)}"
-            )
-        if min(height, width) < 2 ** (stages - 1):
-            raise ConfigError(
-                f"a U-net of {stages} stages halves images {stages - 1} times, which {height}x{width} pixels do not"
-                f" allow; give at most {min(height, width).bit_length()} widths and units"
-            )
-        self.channels = channels
+        self.channels, stages = channels, len(widths)
         ported = variant == "cafd"
 
         def stage(inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:

@@ -29,9 +29,8 @@ ATTACK = AttackConfig(epsilon=0.15, steps=2)
 
 def recipe(images: Tensor, **config: Any) -> HgdRecipe:
     """A small U-net before a small CNN, in the precision of the images."""
-    channels, height, width = images.shape[1:]
     with rng.seeded_torch_rng(0, "hgd"):
-        purifier = UNetPurifier(channels, height, width, widths=(8, 16), units=(1, 2))
+        purifier = UNetPurifier(images.shape[1], widths=(8, 16), units=(1, 2))
         classifier = classifiers.build("small_cnn", DataConfig())
     return HgdRecipe(purifier, classifier, HgdConfig(**config), ATTACK).to(images.dtype).train()
 
@@ -111,7 +110,7 @@ def test_the_loss_falls() -> None:
 
 
 def test_a_target_without_a_feature_map_is_refused_for_feature_alone() -> None:
-    target, unet_ = nn.Linear(4, 2), UNetPurifier(1, 8, 8, widths=(8, 16), units=(1, 1))
+    target, unet_ = nn.Linear(4, 2), UNetPurifier(1, widths=(8, 16), units=(1, 1))
     with pytest.raises(ConfigError, match=r"\(Linear\) does not say .*; use hgd.guidance logit"):
         HgdRecipe(unet_, target, HgdConfig(), ATTACK)
     HgdRecipe(unet_, target, HgdConfig(guidance="logit"), ATTACK)

@@ -25,7 +25,7 @@ ATTACK = AttackConfig(epsilon=0.1, steps=3)
 
 def recipe(attack: AttackConfig = ATTACK, **config: Any) -> JatpRecipe:
     with rng.seeded_torch_rng(0, "jatp"):
-        purifier = UNetPurifier(1, 8, 8, widths=(4, 8), units=(1, 1))
+        purifier = UNetPurifier(1, widths=(4, 8), units=(1, 1))
         classifier = classifiers.build("small_cnn", DataConfig())
     return JatpRecipe(purifier, classifier, JatpConfig(**config), attack).double().train()
 
@@ -122,7 +122,7 @@ def test_cheaper_samples_start_on_the_features_of_the_target_alone() -> None:
 
 
 def test_a_target_that_does_not_say_its_features_is_refused() -> None:
-    target, purifier = nn.Linear(4, 2), UNetPurifier(1, 8, 8, widths=(4, 8), units=(1, 1))
+    target, purifier = nn.Linear(4, 2), UNetPurifier(1, widths=(4, 8), units=(1, 1))
     with pytest.raises(ConfigError, match=r"\(Linear\) does not say .*; use jatp.layer logits"):
         JatpRecipe(purifier, target, JatpConfig(), ATTACK)
     JatpRecipe(purifier, target, JatpConfig(layer="logits"), ATTACK)

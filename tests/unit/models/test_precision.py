@@ -69,7 +69,7 @@ def networks() -> dict[str, nn.Module]:
     made["own"] = classifiers.build(f"{__name__}:somebodys", COLOR)
     made["g"] = MaskedDenoiser(ModelConfig(**TINY), 3, 32, 32)  # type: ignore[arg-type]
     made["g, mixing"] = MaskedDenoiser(ModelConfig(head="conv", **TINY), 3, 32, 32)  # type: ignore[arg-type]
-    made["u-net"] = DUNet(3, 32, 32, widths=(4, 4), units=(1, 1))
+    made["u-net"] = DUNet(3, widths=(4, 4), units=(1, 1))
     return made
 
 
