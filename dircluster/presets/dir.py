@@ -54,10 +54,18 @@ class MaskingConfig:
 
     def check(self, tokens: int) -> None:
         """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""
-        require(self.masks <= max(tokens, 2), f"masking.count must be at most the {tokens} patches, got {self.masks}")
-        kept, gap = self.kept(tokens), math.ceil(tokens / self.masks)
+        kept, gap, most = self.kept(tokens), math.ceil(tokens / self.masks), max(tokens, 2)
+        require(
+            self.count is None or self.count <= most,
+            f"masking.count must be at most the {tokens} patches, got {self.count}",
+        )
         if kept == 0:
             raise ConfigError(f"masking.ratio {self.ratio:g} keeps none of {tokens} patches; lower it or model.patch")
+        require(
+            self.masks <= most,
+            f"masking.ratio {self.ratio:g} takes {self.masks} masks of {tokens} patches; lower it, or give"
+            f" masking.count {math.ceil(tokens / kept)}",
+        )
         require(
             kept >= gap,
             f"masking.count {self.masks} at ratio {self.ratio:g} leaves patches unseen ({self.masks} x {kept} kept of"

@@ -55,6 +55,11 @@ def test_a_patch_must_divide_the_image() -> None:
 def test_masks_must_see_every_patch() -> None:
     with pytest.raises(c.ConfigError, match=r"leaves patches unseen .* use masking.count 4 or more"):
         dataclasses.replace(preset("cifar10"), masking=d.MaskingConfig(ratio=0.7, count=3))
+    with pytest.raises(c.ConfigError, match=r"masking.ratio 0.999 keeps none of 256 patches"):
+        dataclasses.replace(preset("cifar10"), masking=d.MaskingConfig(ratio=0.999))
+    with pytest.raises(c.ConfigError, match=r"ratio 0.997 takes 334 masks of 256 patches; .* give masking.count 256"):
+        dataclasses.replace(preset("cifar10"), masking=d.MaskingConfig(ratio=0.997))
+    assert dataclasses.replace(preset("cifar10"), masking=d.MaskingConfig(ratio=0.997, count=256))
 
 
 def test_every_number_must_be_finite() -> None:
