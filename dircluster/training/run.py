@@ -103,6 +103,9 @@ class Run:
         done: StageFolder | None = None
         planned = stages.stages_of(config)
         for stage in planned:
+            stage.recipe(networks)  # one that cannot work with the target says so before anything is trained
+        networks.renew(tuple(networks))  # recipes freeze what they do not train
+        for stage in planned:
             facts = {"defense": self.defense.to_plain(config)} if stage is planned[-1] else {}
             done = self._stage(stage, inputs, networks, facts)
             inputs[stage.name] = done.digest

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.cluster.outcome import outcome_of
-from dircluster.config import RunConfig, TrainingConfig, with_values
+from dircluster.config import ConfigError, RunConfig, TrainingConfig, with_values
 from dircluster.distributed.parallel import Parallel
+from dircluster.presets import preset
 from dircluster.training import checkpoint, stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
@@ -34,6 +35,18 @@ def batch_normed(classes: int, channels: int) -> nn.Module:
 
 
 BATCH_NORMED = f"{__name__}:batch_normed"
+
+
+class Flat(nn.Module):
+    """A target that does not say what its features are."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer(images.flatten(1))
+        return logits
 
 
 def weights(outcome: dict[str, Any]) -> dict[str, bytes]:
@@ -320,6 +333,16 @@ def test_the_no_pretraining_ablation_and_bf16_run(smoke: RunConfig) -> None:
     outcome = run(config)
     assert set(outcome["selection"]) == {"target", "dir"}
     assert not list(Path(config.storage.uri).glob("pretrain-*"))
+
+
+@pytest.mark.parametrize("name", ["hgd", "jatp", "nrp"])
+def test_a_target_that_a_later_stage_cannot_work_with_is_refused_before_it_is_trained(
+    name: str, smoke: RunConfig
+) -> None:
+    config = with_values(preset(f"digits_{name}_smoke"), {"target.architecture": f"{__name__}:Flat"})
+    with pytest.raises(ConfigError, match=r"the target \(Flat\) does not say"):
+        run(dataclasses.replace(config, storage=smoke.storage))
+    assert not list(Path(smoke.storage.uri).glob("target-*"))
 
 
 @pytest.mark.long
