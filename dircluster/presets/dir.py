@@ -98,6 +98,10 @@ class ModelConfig:
             self.width % self.heads == 0,
             f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
         )
+        require(
+            self.width * self.mlp_ratio >= 1,
+            f"model.mlp_ratio {self.mlp_ratio:g} leaves an MLP of width {self.width} without hidden values",
+        )
 
 
 @dataclass(frozen=True)

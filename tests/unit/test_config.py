@@ -22,6 +22,7 @@ from dircluster.presets import dir as d
         (lambda: c.AttackConfig(norm="l2", epsilon=0), "attack.epsilon must be positive, got 0"),
         (lambda: c.AttackConfig(norm="l2", step_size=-1), "attack.step_size must be positive, got -1"),
         (lambda: d.ModelConfig(width=10, heads=3), "model.width must be a multiple of model.heads"),
+        (lambda: d.ModelConfig(mlp_ratio=0.005), "model.mlp_ratio 0.005 leaves an MLP of width 192 without hidden"),
         (lambda: d.DirConfig(alpha=-1), "dir.alpha must be 0 or more, got -1"),
         (lambda: c.DataConfig(name="custom"), "data.uri is missing"),
         (lambda: c.TargetConfig(architecture="resnet19"), "target.architecture must be"),
