@@ -235,10 +235,10 @@ def last_map(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def half_map(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The last feature map whose sides are at least half the image's: (N, C, H, W) -> (N, features, H/2, W/2).
+    """The last feature map before a second halving: (N, C, H, W) -> (N, features, H/2, W/2).
 
-    Of a ResNet-18 that is layer2, (128, 16, 16) of 32x32 pixels. Raises ConfigError where the network is no
-    nn.Sequential.
+    Of a ResNet-18 that is layer2, (128, 16, 16) of 32x32 pixels. A part of the network with layers of stride 2 is taken
+    to halve once, and other strides are not counted. Raises ConfigError where the network is no nn.Sequential.
     """
     network = _bare(classifier)
     if not isinstance(network, nn.Sequential):
