@@ -29,8 +29,8 @@ ENOUGH = 20
 
 
 def langevin_keys(generator: torch.Generator, images: int) -> Tensor:
-    """Keys of the noise of chains: -> (images,) int64."""
-    return torch.randint(KEYS, (images,), generator=generator)
+    """Keys of the noise of chains: -> (images,) int64, on the generator's device."""
+    return torch.randint(KEYS, (images,), generator=generator, device=generator.device)
 
 
 class LangevinPurifier(Purifier):
@@ -120,7 +120,7 @@ class EbmRecipe(Recipe):
         return {"data_noise": stream.normal("data_noise", shape), "chains": chains, "langevin": keys}
 
     def _choose(self, generator: torch.Generator, images: int) -> Tensor:
-        return torch.randperm(self.config.chains, generator=generator)[:images]
+        return torch.randperm(self.config.chains, generator=generator, device=generator.device)[:images]
 
     def attack(self, batch: Batch) -> Batch:
         """The chains go on: where they have got to is the batch's contrast to natural images."""

@@ -30,10 +30,11 @@ def entry_masks(
 ) -> Tensor:
     """Masks that keep each entry, a pixel of one channel, by an image's own chance: -> (images, *shape) bool.
 
-    The chance is uniform from ``lowest`` to ``highest``.
+    The chance is uniform from ``lowest`` to ``highest``. They lie on the generator's device.
     """
-    chance = lowest + (highest - lowest) * torch.rand((images, *[1] * len(shape)), generator=generator)
-    return torch.rand((images, *shape), generator=generator) < chance
+    device = generator.device
+    chance = torch.rand((images, *[1] * len(shape)), generator=generator, device=device)
+    return torch.rand((images, *shape), generator=generator, device=device) < lowest + (highest - lowest) * chance
 
 
 class MatrixEstimation(Purifier):
@@ -78,7 +79,7 @@ class MatrixEstimation(Purifier):
     def visible(self, images: Tensor, draws: Tensor | None) -> Iterable[Tensor]:
         """The images with mid-gray for what is dropped."""
         assert draws is not None
-        return (torch.where(draws, images, 0.5),)
+        return (torch.where(draws.to(images.device), images, 0.5),)
 
     def extra_repr(self) -> str:
         return repr(self.config)

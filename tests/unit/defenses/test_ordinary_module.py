@@ -44,7 +44,7 @@ def test_images_of_any_float_are_taken(defense: Defended, dtype: torch.dtype, to
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.endswith("_a")])
-def test_every_defense_answers_in_any_precision_and_in_inference_mode(name: str) -> None:
+def test_every_defense_answers_on_any_device_in_any_precision_and_in_inference_mode(name: str) -> None:
     run = preset(next(each for each in presets_of(name) if each.startswith("digits") and each.endswith("_smoke")))
     kind = find_defense(name)
     modules = {each: kind.build(run, each).eval() for each in ("classifier", *kind.modules(run))}
@@ -54,6 +54,13 @@ def test_every_defense_answers_in_any_precision_and_in_inference_mode(name: str)
     with torch.inference_mode():
         assert torch.equal(fixed(IMAGES), expected)
         assert torch.equal(fixed(IMAGES.clone()), expected)  # made in inference mode
+    drawn = fixed.purifier.draw(torch.Generator(), 2)
+    with torch.device("meta"):  # another default, such as a GPU, is none for draws
+        same = fixed.purifier.draw(torch.Generator(), 2)
+        assert (drawn is None) == (same is None)
+        assert drawn is None or torch.equal(drawn, same)
+    for seen in fixed.purifier.visible(IMAGES[:2].to("meta"), drawn):
+        assert (seen.device.type, seen.shape) == ("meta", IMAGES[:2].shape)  # where images are, wherever draws are
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         few = IMAGES[:1].to(dtype)
         torch.testing.assert_close(fixed(few), fixed(few.float()), atol=1e-4, rtol=1e-4)
