@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.config import ConfigError, first_line
-from dircluster.models.modules import device_of
+from dircluster.models.modules import device_of, evaluating
 
 MOST_DRAWS = 1 << 16
 """Draws over which a view averages at most: the rows of a pass are as many times the images."""
@@ -241,7 +241,8 @@ class Defended(nn.Module):
         images = self._taken(images)
         count = images.shape[0]
         if count == 0:
-            logits: Tensor = self.fixed(0)(images.new_zeros((1, *images.shape[1:])))
+            with evaluating(self):  # one image tells the number of classes, and is none that statistics are of
+                logits: Tensor = self.fixed(0)(images.new_zeros((1, *images.shape[1:])))
             return logits[:0]
         if draws is not None:
             return self._under(draws, images)

@@ -17,6 +17,7 @@ from dircluster import rng
 from dircluster.config import ConfigError, DataConfig
 from dircluster.defenses.base import MOST_DRAWS, Defended, Purifier
 from dircluster.defenses.dir import MaskedPurifier
+from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import find_defense
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.victim import VictimModel
@@ -94,6 +95,14 @@ def test_no_images_have_no_logits(defense: Defended) -> None:
     for module in (defense, defense.fixed(0), defense.fresh(draws=3)):
         assert module(IMAGES[:0]).shape == (0, 10)
     assert defense.restore(IMAGES[:0]).shape == (0, 1, 8, 8)
+
+
+def test_no_images_change_no_statistics() -> None:
+    normalization = nn.BatchNorm1d(64)
+    whole = Defended(Identity(), nn.Sequential(nn.Flatten(), normalization, nn.Linear(64, 10))).train()
+    assert whole(IMAGES[:0]).shape == (0, 10)
+    assert normalization.num_batches_tracked == 0
+    assert normalization.training
 
 
 @pytest.mark.parametrize("draws", [0, -1, 1.5, "3", True, MOST_DRAWS + 1, 2**70])
