@@ -164,6 +164,12 @@ def test_an_update_costs_what_its_chains_cost() -> None:
     step, update = two - one, 2 * one - two
     assert round(step / 26.05e6, 1) == 2.0  # forward, and backward to the image
     assert 125_000 * 2 * 100 * (100 * step + update) == pytest.approx(1.34e17, rel=0.03)
+    short, images = preset("cifar10_ebm_short"), 45_000
+    assert isinstance(short, EbmRun)
+    one = short.ebm.steps * step + update
+    target = step_operations(short, "target") / 2 / short.training.batch_size * short.target.epochs
+    assert (f"{one / 1e9:.1f}", f"{one * short.ebm.epochs * images:.1e}") == ("3.3", "3.2e+15")
+    assert f"{target * images:.1e}" == "8.2e+15"
 
 
 def test_the_card_says_what_it_is_and_how_it_was_broken() -> None:
