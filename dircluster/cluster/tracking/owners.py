@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -38,13 +40,24 @@ def is_gone(owner: str, beat: str, now: float) -> bool:
 def close_abandoned(client: MlflowClient, experiments: list[str]) -> list[str]:
     """End as KILLED what is RUNNING without a process; -> the names of those runs."""
     closed, now = [], time.time()
-    running = client.search_runs(experiments, f"attributes.status = 'RUNNING' AND tags.`{OWNER_TAG}` != ''")
-    for run in running:
+    query = f"attributes.status = 'RUNNING' AND tags.`{OWNER_TAG}` != ''"
+    for run in _all(partial(client.search_runs, experiments, query)):
         with contextlib.suppress(ValueError):  # a tag that somebody else wrote
             if is_gone(run.data.tags[OWNER_TAG], run.data.tags.get(BEAT_TAG, ""), now):
                 client.set_terminated(run.info.run_id, "KILLED")
                 closed.append(_name(run))
     return closed
+
+
+def _all(search: Callable[..., Any]) -> list[Any]:
+    """What ``search`` finds on all of its pages, of which MLflow gives one at a time."""
+    found, token = [], None
+    while True:
+        page = search(page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 @contextlib.contextmanager
@@ -102,7 +115,7 @@ def main(uri: str) -> int:
     if file is not None and file.exists():
         with opening(uri, str(file.resolve().parent)):
             client = MlflowClient(uri)
-        for name in close_abandoned(client, [found.experiment_id for found in client.search_experiments()]):
+        for name in close_abandoned(client, [found.experiment_id for found in _all(client.search_experiments)]):
             say(f"closed as KILLED: {name}, whose process is gone")
     return 0
 

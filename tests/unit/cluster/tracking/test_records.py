@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,34 +45,30 @@ def test_a_process_is_known_by_its_start_and_by_its_signs_of_life() -> None:
     assert is_gone(ELSEWHERE, "1000", 1000 + DEAD + 1)
 
 
-class Client:
-    """In place of MLflow's: runs that are RUNNING, by name."""
+class ByTwos(MlflowClient):
+    """MLflow's client, whose pages hold two."""
 
-    def __init__(self, **tags: dict[str, str]) -> None:
-        self.tags, self.ended = tags, dict[str, str]()
-
-    def search_runs(self, experiments: list[str], query: str) -> list[Any]:
-        return [
-            SimpleNamespace(info=SimpleNamespace(run_id=name, run_name=name), data=SimpleNamespace(tags=tags))
-            for name, tags in self.tags.items()
-        ]
-
-    def set_terminated(self, run_id: str, status: str) -> None:
-        self.ended[run_id] = status
+    def search_runs(self, *words: Any, **options: Any) -> Any:
+        return super().search_runs(*words, max_results=2, **options)
 
 
-def test_runs_without_a_process_are_closed_and_others_are_not() -> None:
+def test_runs_without_a_process_are_closed_and_others_are_not(tmp_path: Path) -> None:
     mine, now = this_process(), time.time()
-    client = Client(
-        mine={OWNER_TAG: mine},
-        gone={OWNER_TAG: f"{mine}0"},
-        silent={OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 2 * DEAD}"},
-        busy={OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 60}"},
-        unknown={OWNER_TAG: ELSEWHERE},
-        foreign={OWNER_TAG: "somebody else's"},
-    )
-    assert close_abandoned(client, ["0"]) == ["gone", "silent"]  # type: ignore[arg-type]
-    assert client.ended == {"gone": "KILLED", "silent": "KILLED"}
+    tags = {
+        "mine": {OWNER_TAG: mine},
+        "gone": {OWNER_TAG: f"{mine}0"},
+        "silent": {OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 2 * DEAD}"},
+        "busy": {OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 60}"},
+        "unknown": {OWNER_TAG: ELSEWHERE},
+        "foreign": {OWNER_TAG: "somebody else's"},
+        "gone too": {OWNER_TAG: f"{mine}1"},
+    }
+    client = ByTwos(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = {name: client.create_run("0", run_name=name, tags=each).info.run_id for name, each in tags.items()}
+    closed = {"gone", "gone too", "silent"}
+    assert set(close_abandoned(client, ["0"])) == closed
+    status = {name: client.get_run(run).info.status for name, run in runs.items()}
+    assert status == {name: "KILLED" if name in closed else "RUNNING" for name in tags}
 
 
 def written(folder: Path, said: str) -> Path:
