@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import time
@@ -92,6 +93,8 @@ class Reproduction:
         self.config = with_absolute_paths(asked.job.run)
         self.commit = commit()
         self.record: Any = None
+        self.held = contextlib.ExitStack()
+        """What lasts as long as the record is RUNNING."""
         self.plan = asked.plan(1.0)
         words = {"what": self.job.what, "only": asked.only, "seeds": asked.seeds, "budget": self.job.budget}
         done = [self.plan.run_of(unit).identity for unit in self.plan.all]
@@ -119,6 +122,7 @@ class Reproduction:
                 self._tell(units, time.monotonic() - began)
             status = "KILLED" if signal else "FAILED" if self.failed else "FINISHED"
         finally:
+            self.held.close()
             if self.record is not None:
                 from dircluster.cluster.tracking.jobs import finish_job
 
@@ -217,11 +221,13 @@ class Reproduction:
             self.terminal.say("MLflow is not installed: no record is kept")
             return
         from dircluster.cluster.tracking.jobs import open_job
+        from dircluster.cluster.tracking.owners import beating
 
         made = {"space": f"reproduce-{self.job.what}", "varied": [], "seeds": self.job.seeds}
         made |= {"only": ",".join(self.asked.only), "factor": self.plan.factor}
         tags = {"dircluster.commit": self.commit, "dircluster.command": self.asked.command()}
         self.record = open_job(self.config, tags, sweep=made)
+        self.held.enter_context(beating(self.record.uri, self.record.run_id))
         self.terminal.say(f"MLflow    run {self.record.run_id}")
 
     def _tell(self, units: Units, seconds: float) -> None:

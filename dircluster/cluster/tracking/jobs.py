@@ -37,7 +37,7 @@ from dircluster.cluster.tracking.accuracies import (
     log_accuracies,
     versions_with,
 )
-from dircluster.cluster.tracking.owners import OWNER_TAG, close_abandoned, this_process
+from dircluster.cluster.tracking.owners import BEAT_TAG, OWNER_TAG, close_abandoned, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict
 
@@ -127,13 +127,15 @@ def open_job(
         close_abandoned(client, [experiment])
         run_id = "" if fresh else _known(client, experiment, config, sweep, child)
         if run_id:
+            if BEAT_TAG in client.get_run(run_id).data.tags:  # of a process before this one
+                client.delete_tag(run_id, BEAT_TAG)
+            for tag, value in tags.items():
+                client.set_tag(run_id, tag, value)
             client.update_run(run_id, status="RUNNING")
         else:
             run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
             client.log_text(run_id, json.dumps(to_dict(config), indent=1), "config.json")
         log_params(client, run_id, params)
-        for tag, value in tags.items():
-            client.set_tag(run_id, tag, value)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
     return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience, owner)

@@ -38,12 +38,19 @@ def is_gone(owner: str, beat: str, now: float) -> bool:
 
 
 def close_abandoned(client: MlflowClient, experiments: list[str]) -> list[str]:
-    """End as KILLED what is RUNNING without a process; -> the names of those runs."""
-    closed, now = [], time.time()
+    """End as KILLED what is RUNNING without a process; -> the names of those runs.
+
+    A process gives its signs of life with one of its runs: they are of its others too, such as those of stages.
+    """
+    closed, beats, now = [], dict[str, str](), time.time()
     query = f"attributes.status = 'RUNNING' AND tags.`{OWNER_TAG}` != ''"
-    for run in _all(partial(client.search_runs, experiments, query)):
+    running = _all(partial(client.search_runs, experiments, query))
+    for tags in (run.data.tags for run in running):
+        beats[tags[OWNER_TAG]] = max(beats.get(tags[OWNER_TAG], ""), tags.get(BEAT_TAG, ""))
+    for run in running:
+        owner = run.data.tags[OWNER_TAG]
         with contextlib.suppress(ValueError):  # a tag that somebody else wrote
-            if is_gone(run.data.tags[OWNER_TAG], run.data.tags.get(BEAT_TAG, ""), now):
+            if is_gone(owner, beats[owner], now):
                 client.set_terminated(run.info.run_id, "KILLED")
                 closed.append(_name(run))
     return closed
@@ -62,7 +69,7 @@ def _all(search: Callable[..., Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def beating(uri: str, run_id: str) -> Iterator[None]:
-    """Note a sign of life with a run, now and then, as far as its server answers.
+    """Note a sign of life with a run, at once and then now and again, as far as its server answers.
 
     Whoever sees a record in a file sees its processes too.
     """
@@ -73,9 +80,11 @@ def beating(uri: str, run_id: str) -> Iterator[None]:
 
     def beat() -> None:
         client = MlflowClient(uri)
-        while not ended.wait(BEAT):
+        while True:
             with contextlib.suppress(Exception):
                 client.set_tag(run_id, BEAT_TAG, f"{time.time():.0f}")
+            if ended.wait(BEAT):
+                return
 
     thread = threading.Thread(target=beat, name="beat", daemon=True)
     thread.start()

@@ -238,11 +238,11 @@ class StageRun:
             runs = search_runs(client, job.experiment_id, FOLDER_TAG, self.folder)
             if runs:
                 self.run_id = runs[0]
+                client.set_tag(self.run_id, OWNER_TAG, job.owner)
                 client.update_run(self.run_id, status="RUNNING")
                 known = client.get_run(self.run_id).data
                 self.until = {point.key: point.step for point in known._metric_objs}  # the newest of each
                 self.pictures_until = newest_picture(client, self.run_id)
-                client.set_tag(self.run_id, OWNER_TAG, job.owner)
             else:
                 tags = {
                     OWNER_TAG: job.owner,

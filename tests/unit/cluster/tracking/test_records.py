@@ -19,6 +19,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from dircluster.cluster.tracking import owners
 from dircluster.cluster.tracking.jobs import JobRecord, finish_job, log_files, open_job
 from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
@@ -57,18 +58,42 @@ def test_runs_without_a_process_are_closed_and_others_are_not(tmp_path: Path) ->
     tags = {
         "mine": {OWNER_TAG: mine},
         "gone": {OWNER_TAG: f"{mine}0"},
-        "silent": {OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 2 * DEAD}"},
-        "busy": {OWNER_TAG: ELSEWHERE, BEAT_TAG: f"{now - 60}"},
-        "unknown": {OWNER_TAG: ELSEWHERE},
+        "silent": {OWNER_TAG: f"{ELSEWHERE}1", BEAT_TAG: f"{now - 2 * DEAD}"},
+        "busy": {OWNER_TAG: f"{ELSEWHERE}2", BEAT_TAG: f"{now - 60}"},
+        "unknown": {OWNER_TAG: f"{ELSEWHERE}3"},
         "foreign": {OWNER_TAG: "somebody else's"},
         "gone too": {OWNER_TAG: f"{mine}1"},
+        "stage": {OWNER_TAG: f"{ELSEWHERE}0"},  # of a process whose signs of life are with its job
+        "its job": {OWNER_TAG: f"{ELSEWHERE}0", BEAT_TAG: f"{now - 2 * DEAD}"},
     }
     client = ByTwos(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = {name: client.create_run("0", run_name=name, tags=each).info.run_id for name, each in tags.items()}
-    closed = {"gone", "gone too", "silent"}
+    closed = {"gone", "gone too", "silent", "stage", "its job"}
     assert set(close_abandoned(client, ["0"])) == closed
     status = {name: client.get_run(run).info.status for name, run in runs.items()}
     assert status == {name: "KILLED" if name in closed else "RUNNING" for name in tags}
+
+
+def test_a_job_that_goes_on_has_not_the_signs_of_life_of_the_process_before_it(
+    smoke: DirRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # in place of a server: signs of life are given there
+    server = dataclasses.replace(smoke.tracking, uri=f"file://{tmp_path / 'server'}")
+    run = dataclasses.replace(smoke, tracking=server)
+    before = open_job(run, {})
+    client = MlflowClient(before.uri)
+    client.set_tag(before.run_id, BEAT_TAG, f"{time.time() - 2 * DEAD}")
+    finish_job(before, "KILLED")
+    record = open_job(run, {})
+    assert record.run_id == before.run_id
+    monkeypatch.setattr(owners, "_place", lambda: "another-machine")
+    assert close_abandoned(client, [record.experiment_id]) == []
+    with owners.beating(record.uri, record.run_id):
+        for _ in range(1000):
+            if BEAT_TAG in client.get_run(record.run_id).data.tags:
+                break
+            time.sleep(0.01)
+    assert time.time() - float(client.get_run(record.run_id).data.tags[BEAT_TAG]) < DEAD
 
 
 def written(folder: Path, said: str) -> Path:
