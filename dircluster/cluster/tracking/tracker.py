@@ -188,13 +188,16 @@ class StageRun:
         self.run_id = ""
         self.until: dict[str, int] = {}
         self.pictures_until = -1
+        self.finished: int | None = None
+        """When it had finished before, in milliseconds; None where it had not."""
+        self.goes_on = False
         self.points: list[Metric] = []
         self.pictures: dict[str, NDArray[np.uint8]] = {}
         self.monitor: Any = None
         tracker.queue.put(self._open)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
+        now, self.goes_on = int(time.time() * 1000), True
         self.points += [Metric(name, value, now, step) for name, value in values.items()]
         self.tracker.queue.put(self._send)
 
@@ -227,8 +230,9 @@ class StageRun:
             if self.monitor is not None:
                 self.monitor.finish()
                 self.monitor = None
+            when = None if self.goes_on else self.finished  # of what is reused only late records were sent
             with refusals():
-                self.tracker.client.set_terminated(self.run_id, status)
+                self.tracker.client.set_terminated(self.run_id, status, when)
 
         self.tracker.queue.put(log)
 
@@ -238,10 +242,12 @@ class StageRun:
             runs = search_runs(client, job.experiment_id, FOLDER_TAG, self.folder)
             if runs:
                 self.run_id = runs[0]
+                known = client.get_run(self.run_id)
+                if known.info.status == "FINISHED":
+                    self.finished = known.info.end_time
                 client.set_tag(self.run_id, OWNER_TAG, job.owner)
                 client.update_run(self.run_id, status="RUNNING")
-                known = client.get_run(self.run_id).data
-                self.until = {point.key: point.step for point in known._metric_objs}  # the newest of each
+                self.until = {point.key: point.step for point in known.data._metric_objs}  # the newest of each
                 self.pictures_until = newest_picture(client, self.run_id)
             else:
                 tags = {

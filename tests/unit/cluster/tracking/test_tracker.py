@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.tracking import MlflowClient
@@ -71,3 +72,27 @@ def test_results_of_other_files_under_the_same_settings_replace_those_on_record(
     (name,) = client.get_run(run).data.metrics
     assert client.get_run(run).data.metrics[name] == 0.25
     assert [point.value for point in client.get_metric_history(run, name)] == [0.5, 0.25]
+
+
+def test_a_stage_that_is_reused_keeps_the_time_at_which_it_finished(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("stages", artifact_location=str(tmp_path / "artifacts"))
+    job = JobRecord(uri, experiment, client.create_run(experiment).info.run_id, "runs", 20.0)
+
+    def ended(*new: int) -> Any:
+        """What is on record once a job has sent what was late, a point of step 1, and trained ``new`` steps."""
+        tracker = MlflowTracker(job, print)
+        record = tracker.stage("target", "target-1", {})
+        record.resend([["loss", 0.5, 1000, 1]], {})
+        for step in new:
+            record.metrics({"loss": 0.5}, step)
+        record.end("FINISHED")
+        tracker.close()
+        (run,) = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{job.run_id}'")
+        assert run.info.status == "FINISHED"
+        return run.info.end_time
+
+    first = ended()
+    assert ended() == first
+    assert ended(2) > first
