@@ -433,7 +433,11 @@ def with_fewest_workers(job: AnyJob) -> AnyJob:
     return dataclasses.replace(job, run=dataclasses.replace(job.run, scaling=scaling))
 
 
-def command(job: TrainJob, script: str = "train") -> str:
+OWN_FLAGS = ("launcher", "space", "search", "points", "seeds", "asha", "max_concurrent", "retries")
+"""Fields of jobs beside their runs' settings that a command which continues them has too."""
+
+
+def command(job: TrainJob | TuneJob, script: str = "train") -> str:
     """The command that continues this job, or shows its result again; or another script's with the same settings."""
     words, evaluates = ["python", f"jobs/{script}.py"], script == "evaluate"
     if job.defense in RUNS:
@@ -446,6 +450,7 @@ def command(job: TrainJob, script: str = "train") -> str:
         words += ["--trust-code"]
     for name, value in describe(job).items():
         words += as_words(name, value)
-    if job.launcher != "ray":
-        words += ["--launcher", job.launcher]
+    for name in OWN_FLAGS:
+        if (value := getattr(job, name, None)) != getattr(type(job), name, None):
+            words += as_words(name, value)
     return shlex.join(words)

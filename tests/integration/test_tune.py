@@ -55,6 +55,7 @@ def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -
     found = client.search_runs([experiment.experiment_id])
     top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     (parent,) = (run for run in top if run.info.run_name == "digits_smoke-mine-seed0")
+    assert parent.data.tags["dircluster.command"].startswith("python jobs/tune.py digits_smoke ")
     shared = [run for run in top if run is not parent]
     assert [run.info.run_name for run in shared] == ["digits_smoke shared until pretrain, seed 0"] * several
     assert {run.data.tags["dircluster.sweep"] for run in shared} <= {parent.info.run_id}
@@ -66,6 +67,7 @@ def test_a_sweep_then_again(alphas: list[float], train: Train, tmp_path: Path) -
     assert sorted(run.data.params["dir.alpha"] for run in trials) == [str(alpha) for alpha in alphas]
     for run in trials:
         assert set(run.data.params) == {"dir.alpha"}
+        assert run.data.tags["mlflow.source.name"] == "jobs/tune.py"  # not the script of Ray's workers
         assert len(client.get_metric_history(run.info.run_id, "robust")) == 1
         assert run.info.status == "FINISHED"
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}

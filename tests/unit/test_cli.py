@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -403,6 +405,17 @@ def test_help_names_all_defenses(capsys: pytest.CaptureFixture[str]) -> None:
         cli.parse(cli.TrainJob, ["digits_smoke", "--help"])
     text = capsys.readouterr().out.partition("--defense")[2].partition("--launcher")[0]
     assert set(RUNS) <= set(re.findall(r"\w+", text))
+
+
+def test_the_command_that_goes_on_with_a_sweep_is_that_sweep_s() -> None:
+    words = ["digits", "--dir.alpha", "1.0", "--space", "my own.py", "--search", "--points", "3", "--seeds", "2"]
+    job = cli.parse(cli.TuneJob, [*words, "--max-concurrent", "2"])
+    found = cli.command(job, "tune")
+    assert found == "python jobs/tune.py digits --dir.alpha 1.0 --space 'my own.py' --search --points 3 --seeds 2" + (
+        " --max-concurrent 2"
+    )
+    again = cli.parse(cli.TuneJob, shlex.split(found)[2:])
+    assert dataclasses.replace(again, given=job.given) == job
 
 
 def test_the_command_that_judges_trusts_a_target_of_ones_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ def main(argv: Sequence[str], space: Path | None = None) -> int:
     def settled(job: cli.TuneJob) -> cli.TuneJob:
         if space is not None and job.space is not None:
             raise ConfigError(f"--space is {space.name} here, got {job.space}: leave it out, or use jobs/tune.py")
-        return job if space is None else replace(job, space=space)
+        return job if space is None else replace(job, space=Path(os.path.relpath(space)))
 
     return cli.execute(cli.TuneJob, argv, _tune, settled)
 

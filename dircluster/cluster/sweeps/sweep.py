@@ -99,7 +99,7 @@ class Sweep:
             )
         at_once = wanted or max(1, room)
         threads = scaling.threads or nodes.cores_each(at_once * scaling.most, kind)
-        tags = {"dircluster.commit": commit()}
+        tags = {"dircluster.commit": commit(), "dircluster.command": cli.command(self.job, "tune")}
         record = self._open_record(tags)
         config = dataclasses.replace(self.config, scaling=dataclasses.replace(scaling, threads=threads))
         return Plan(run_to_plain(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha)
