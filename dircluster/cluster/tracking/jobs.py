@@ -230,8 +230,8 @@ def record_evaluation(
     """
     settings = {"defense": facts["defense"], **flatten({"evaluation": to_dict(config.evaluation)})}
     settings |= flatten({"attack": to_dict(config.attack), "seed": config.seed})
-    uri = default_uri(config)
-    tags = {"dircluster.commit": facts["commit"], "dircluster.data": facts["data"]}
+    uri, run_id = default_uri(config), ""
+    tags = {"dircluster.commit": facts["commit"], "dircluster.data": facts["data"], OWNER_TAG: this_process()}
     tags |= _mlflow_tags(tags)
     try:
         client, experiment = connect(config, uri)
@@ -250,6 +250,9 @@ def record_evaluation(
                 client.log_artifact(run_id, str(copy))
         client.set_terminated(run_id, "FINISHED")
     except Exception as error:  # MLflow raises what its transport raises
+        with contextlib.suppress(Exception):
+            if run_id:
+                client.set_terminated(run_id, "FAILED")
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
     return run_id
 

@@ -20,10 +20,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster.tracking import owners
-from dircluster.cluster.tracking.jobs import JobRecord, finish_job, log_files, open_job
+from dircluster.cluster.tracking.jobs import JobRecord, default_uri, finish_job, log_files, open_job, record_evaluation
 from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.cluster.tracking.tracker import MlflowTracker, is_full
+from dircluster.config import ConfigError
 from dircluster.presets.dir import DirRun
 
 ELSEWHERE = "another-boot/pid:[1] 7 1234"
@@ -94,6 +95,19 @@ def test_a_job_that_goes_on_has_not_the_signs_of_life_of_the_process_before_it(
                 break
             time.sleep(0.01)
     assert time.time() - float(client.get_run(record.run_id).data.tags[BEAT_TAG]) < DEAD
+
+
+def test_an_evaluation_whose_report_cannot_be_recorded_has_failed(smoke: DirRun) -> None:
+    row = {"defense": "dir", "attack": "natural", "randomness": "fresh", "accuracy": 0.5, "total": 16, "epsilon": 0.0}
+    found = {"rows": [row], "suite": "quick", "verdict": []}
+    facts = {"defense": "dir", "data": "0", "commit": "unknown"}
+    Path(smoke.storage.uri).mkdir()
+    with pytest.raises(ConfigError, match="cannot be used.*gone.html"):
+        record_evaluation(smoke, facts, found, [Path("gone.html")])
+    client = MlflowClient(default_uri(smoke))
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == "FAILED"
+    assert run.data.tags[OWNER_TAG] == this_process()
 
 
 def written(folder: Path, said: str) -> Path:
