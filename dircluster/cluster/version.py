@@ -26,8 +26,8 @@ def commit() -> str:
     """The version of this code: a git commit, with + where files differ from it; asked once, for files may change
     under a process.
 
-    Outside a checkout, as in a job's copy of the working directory, it is DIRCLUSTER_COMMIT, which an image sets, or
-    the package's version and a digest of its source.
+    Outside a checkout of it, as in a job's copy of the working directory or in another project's environment, it is
+    DIRCLUSTER_COMMIT, which an image sets, or the package's version and a digest of its source.
     """
     here = Path(__file__).resolve().parents[2]
 
@@ -37,6 +37,6 @@ def commit() -> str:
 
     with contextlib.suppress(OSError):
         sha = git("rev-parse", "HEAD")
-        if sha:
+        if sha and git("ls-files", str(Path(__file__).resolve())):
             return sha + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     return os.environ.get("DIRCLUSTER_COMMIT") or source_version()
