@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dircluster.files import write_whole
+
 
 class Store:
     """Plain data by name, and files of any kind, in one folder here or in object storage."""
@@ -27,8 +29,8 @@ class Store:
         self.add_files({f"{name}.json": json.dumps(plain).encode()})
 
     def add_files(self, files: Mapping[str, bytes]) -> None:
-        """Keep files of any kind, by their paths in the folder."""
+        """Keep files of any kind, by their paths in the folder: each is whole, or as it was."""
         for name, content in files.items():
             file = self.folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+            write_whole(file, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,16 @@ def test_plain_data_and_files_are_kept_by_their_names(tmp_path: Path) -> None:
 def test_what_is_not_whole_is_as_good_as_absent(tmp_path: Path, text: str) -> None:
     (tmp_path / "one.json").write_text(text)
     assert Store(tmp_path).get("one") is None
+
+
+def test_a_file_that_is_not_written_to_its_end_is_as_it_was(tmp_path: Path) -> None:
+    kept = Store(tmp_path)
+    kept.put("factor", {"factor": 0.5})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(OSError, match="too large"):
+            kept.put("factor", {"factor": "0" * 10_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert kept.get("factor") == {"factor": 0.5}
