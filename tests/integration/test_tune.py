@@ -253,6 +253,7 @@ def results(folder: Path) -> dict[str, str]:
         ),
         (("--space", "mine.py", "--seeds", "0"), "error: --seeds must be at least 1, got 0"),
         (("--space", "other.py"), "error: --space other varies dir.beta, which is no setting that decides results;"),
+        (("--space", "large.py"), "error: training.batch_size 1000 is more than the 72 training images"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
@@ -265,10 +266,11 @@ def test_bad_input_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("GRID = {'masking.ratio': [50]}\n")
     Path("other.py").write_text("GRID = {'dir.beta': [1]}\n")
+    Path("large.py").write_text("GRID = {'training.batch_size': [16, 1000]}\n")
     assert tune.main(["digits_smoke", *words]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(message)
-    assert {file.name for file in tmp_path.iterdir()} == {"mine.py", "other.py"}
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.py", "other.py", "large.py"}
 
 
 def test_a_job_with_a_space_of_its_own_takes_no_other(capsys: pytest.CaptureFixture[str]) -> None:

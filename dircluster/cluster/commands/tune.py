@@ -48,8 +48,7 @@ def _tune(job: cli.TuneJob) -> int:
     storage.to_environment(config.storage)
     preflight.check(config)
     for settings in corners(space.ranges) or space.points:
-        if any(name.startswith(("data.", "target.uri", "target.architecture")) for name in settings):
-            preflight.check(with_absolute_paths(with_values(job.run, settings)))
+        preflight.check(with_absolute_paths(with_values(job.run, settings)), download="data.name" in settings)
     storage.check(config)
     with Terminal() as terminal:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught
