@@ -184,12 +184,17 @@ def connect(config: RunConfig, uri: str) -> tuple[MlflowClient, str]:
 
 
 def experiment_of(client: MlflowClient, config: RunConfig, uri: str) -> str:
-    found = client.get_experiment_by_name(config.tracking.experiment)
-    if found is not None:
-        return str(found.experiment_id)
-    artifacts = f"{storage_name(config)}/artifacts" if "://" not in uri or uri.startswith("sqlite") else None
-    tags = {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW}
-    return str(client.create_experiment(config.tracking.experiment, artifacts, tags))
+    name = config.tracking.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        artifacts = f"{storage_name(config)}/artifacts" if "://" not in uri or uri.startswith("sqlite") else None
+        try:
+            return str(client.create_experiment(name, artifacts, {MLFLOW_EXPERIMENT_KIND: TRAINING_VIEW}))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another job may have made it meanwhile
+            if found is None:
+                raise
+    return str(found.experiment_id)
 
 
 def search_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[str]:

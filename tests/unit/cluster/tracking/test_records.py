@@ -20,7 +20,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster.tracking import owners
-from dircluster.cluster.tracking.jobs import JobRecord, default_uri, finish_job, log_files, open_job, record_evaluation
+from dircluster.cluster.tracking.jobs import (
+    JobRecord,
+    default_uri,
+    experiment_of,
+    finish_job,
+    log_files,
+    open_job,
+    record_evaluation,
+)
 from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.cluster.tracking.tracker import MlflowTracker, is_full
@@ -73,6 +81,22 @@ def test_runs_without_a_process_are_closed_and_others_are_not(tmp_path: Path) ->
     assert set(close_abandoned(client, ["0"])) == closed
     status = {name: client.get_run(run).info.status for name, run in runs.items()}
     assert status == {name: "KILLED" if name in closed else "RUNNING" for name in tags}
+
+
+def test_an_experiment_that_another_job_makes_at_the_same_time_is_shared(smoke: DirRun, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    made = MlflowClient(uri).create_experiment(smoke.tracking.experiment)
+
+    class Late(MlflowClient):
+        """Looks before the other job makes it, and once more."""
+
+        looked = False
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            self.looked, first = True, not self.looked
+            return None if first else super().get_experiment_by_name(name)
+
+    assert experiment_of(Late(uri), smoke, uri) == made
 
 
 def test_a_job_that_goes_on_has_not_the_signs_of_life_of_the_process_before_it(
