@@ -69,10 +69,10 @@ class Sweep:
             self.terminal.say(f"sweep {self.space.name} of {self.config.name}: {trials}")
             signal = self._prepare() or self._train()
             failed = any(trial.status == "FAILED" for trial in self.trials.values())
-            status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
             if not signal:
                 self._tell()
                 whole = True
+            status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
         except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
             reason = first_line(error)
             raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error

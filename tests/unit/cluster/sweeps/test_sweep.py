@@ -1,0 +1,50 @@
+"""How a sweep ends whose trials are all known: nothing is trained, and Ray's part is a count of CPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from dircluster import cli
+from dircluster.cluster.console import Terminal
+from dircluster.cluster.sweeps import sweep as sweeps
+from dircluster.cluster.sweeps.space import Space
+from dircluster.cluster.sweeps.store import store
+from dircluster.cluster.sweeps.sweep import Sweep
+from dircluster.config import ConfigError, with_values
+from dircluster.evaluation.sweep_table import Trial
+from dircluster.presets.dir import DirRun
+
+
+@pytest.fixture
+def sweep(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """Of one point, which was trained before."""
+    monkeypatch.setattr(sweeps, "join_cluster", lambda config, terminal: None)
+    monkeypatch.setattr(sweeps.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    run = dataclasses.replace(smoke, tracking=dataclasses.replace(smoke.tracking, enabled=True))
+    Path(run.storage.uri).mkdir()
+    point = {"dir.alpha": 1.0}
+    store(with_values(run, point), Trial(point, 0, "FINISHED", 0.5, 0.75, 0.25))
+    return Sweep(cli.TuneJob("digits_smoke", run), run, Space("mine", (point,), {}), Terminal())
+
+
+def status_of(sweep: Sweep) -> str:
+    assert sweep.tracker is not None
+    job = sweep.tracker.job
+    return str(MlflowClient(job.uri).get_run(job.run_id).info.status)
+
+
+def test_what_was_trained_before_is_shown_and_kept(sweep: Sweep) -> None:
+    assert sweep.run() == 0
+    assert status_of(sweep) == "FINISHED"
+    assert {file.name for file in sweep.notes.folder.iterdir()} == {"best.txt", "best.yaml", "figure.png", "table.json"}
+
+
+def test_a_sweep_whose_table_cannot_be_kept_has_not_finished(sweep: Sweep) -> None:
+    sweep.notes.folder.parent.write_text("a file where the folder of all sweeps should be")
+    with pytest.raises(ConfigError, match="the sweep stopped .*; the same command goes on"):
+        sweep.run()
+    assert status_of(sweep) == "FAILED"
