@@ -94,8 +94,10 @@ class StorageConfig:
     def __post_init__(self) -> None:
         require_positive("storage", self, "checkpoint_every")
         require(self.uri != "", "storage.uri must not be empty")
+        known = re.match(r"file:///?|s3://[a-z0-9]", self.uri)
+        address = re.match(r"[A-Za-z][\w+.-]+:/", self.uri) or "://" in self.uri  # s3:/bucket would be a folder here
         require(
-            re.fullmatch(r"(file:///?|s3://[a-z0-9]).*", self.uri) is not None or "://" not in self.uri,
+            known is not None or not address,
             f"storage.uri must be a folder or s3://BUCKET/PREFIX, got {without_secrets(self.uri)!r}",
         )
         require(

@@ -32,6 +32,7 @@ from dircluster.presets import dir as d
         (lambda: c.TrackingConfig(experiment=" "), "tracking.experiment must be a name, got ' '"),
         (lambda: c.TrackingConfig(experiment="x" * 257), "tracking.experiment must be at most 256 characters"),
         (lambda: c.StorageConfig(uri="gs://bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
+        (lambda: c.StorageConfig(uri="s3:/bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
         (lambda: c.OptimizerConfig(lr=0), "optimizer.lr must be positive"),
         (lambda: c.ScalingConfig(threads=100_000), "scaling.threads must lie in [1, 1024], got 100000"),
         (lambda: c.DataConfig(crop_padding=100_000), "data.crop_padding must lie in [0, 8), the images' shorter side"),
