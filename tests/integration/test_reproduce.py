@@ -114,6 +114,8 @@ def test_it_is_one_run_with_children(reproduced: Outcome, folder: Path) -> None:
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert {run.info.run_name for run in children} == {"identity, seed 0", "dir, seed 0"}
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    (command,) = {run.data.tags["dircluster.command"] for run in [parent, *children]}
+    assert command.startswith("python jobs/reproduce.py table1 digits_smoke ")
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"reproduction.html", "results_table.json"} <= files
 

@@ -92,6 +92,8 @@ class Reproduction:
         self.asked, self.terminal, self.job = asked, terminal, asked.job
         self.config = with_absolute_paths(asked.job.run)
         self.commit = commit()
+        self.tags = {"dircluster.commit": self.commit, "dircluster.command": asked.command()}
+        """Of its run in MLflow, and of its trainings'."""
         self.record: Any = None
         self.held = contextlib.ExitStack()
         """What lasts as long as the record is RUNNING."""
@@ -113,8 +115,7 @@ class Reproduction:
             return 0
         self._open_record()
         try:
-            tags = {"dircluster.commit": self.commit}
-            units = Units(self.plan, self.job.launcher, self.terminal, self.record, tags)
+            units = Units(self.plan, self.job.launcher, self.terminal, self.record, self.tags)
             signal = units.run()
             ended = [(unit.name, units.outcomes[unit.key]) for unit in self.plan.all if unit.key in units.outcomes]
             self.failed = {name: outcome.error for name, outcome in ended if outcome.error}
@@ -225,8 +226,7 @@ class Reproduction:
 
         made = {"space": f"reproduce-{self.job.what}", "varied": [], "seeds": self.job.seeds}
         made |= {"only": ",".join(self.asked.only), "factor": self.plan.factor}
-        tags = {"dircluster.commit": self.commit, "dircluster.command": self.asked.command()}
-        self.record = open_job(self.config, tags, sweep=made)
+        self.record = open_job(self.config, self.tags, sweep=made)
         self.held.enter_context(beating(self.record.uri, self.record.run_id))
         self.terminal.say(f"MLflow    run {self.record.run_id}")
 

@@ -7,6 +7,7 @@ import dataclasses
 import getpass
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ def open_job(
 
 def _mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """What MLflow's own pages show of a run: who started what, and from which commit."""
-    words = tags.get("dircluster.command", sys.argv[0]).split()
+    words = shlex.split(tags["dircluster.command"]) if "dircluster.command" in tags else sys.argv[:1]
     script = next((word for word in words if word.endswith(".py")), words[0])  # of what is longer a page shows the end
     own = {MLFLOW_SOURCE_NAME: script, MLFLOW_SOURCE_TYPE: "LOCAL"}
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name

@@ -22,6 +22,7 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster.tracking import owners
 from dircluster.cluster.tracking.jobs import (
     JobRecord,
+    _mlflow_tags,
     default_uri,
     experiment_of,
     finish_job,
@@ -171,6 +172,12 @@ def test_a_record_shows_its_seeds_and_its_script(smoke: DirRun, sweep: dict[str,
     assert run.info.run_name == name
     assert run.data.tags["mlflow.source.name"] == "jobs/tune_depth.py"  # a page shows what stands behind the last slash
     assert run.data.tags["dircluster.command"] == command
+
+
+@pytest.mark.parametrize("script", ["/a folder/jobs/evaluate.py", ""], ids=["blank", "interpreter"])
+def test_without_a_command_the_script_is_that_of_the_process(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "digits"])
+    assert _mlflow_tags({})["mlflow.source.name"] == script
 
 
 def test_a_record_follows_its_folder(tmp_path: Path) -> None:
