@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dircluster.config import ConfigError, RunConfig, StorageConfig, digest, first_line, local_path, refuse_secret
-from dircluster.files import check_writable
+from dircluster.files import check_writable, write_whole
 from dircluster.zoo import find, is_shipped
 
 PATIENT, QUICK = 15, 1
@@ -206,10 +206,10 @@ def _check_folder(folder: Path, uri: str) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy the files of a folder; the commit marker of a checkpoint goes last."""
+    """Copy the files of a folder, each whole; the commit marker of a checkpoint goes last."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir(), key=lambda f: (f.name == "COMMIT", f.name)):
-        (target / file.name).write_bytes(file.read_bytes())
+        write_whole(target / file.name, file.read_bytes())
 
 
 def local_copy(folder: Path) -> Path:
