@@ -199,9 +199,11 @@ def experiment_of(client: MlflowClient, config: RunConfig, uri: str) -> str:
 
 
 def search_runs(client: MlflowClient, experiment: str, tag: str, value: str) -> list[str]:
-    quoted = value.replace("'", "\\'")
-    runs = client.search_runs([experiment], f"tags.`{tag}` = '{quoted}'", order_by=["attributes.start_time DESC"])
-    return [run.info.run_id for run in runs]
+    """Runs whose ``tag`` is ``value``, the newest first."""
+    pattern = value.replace("'", "_")  # MLflow has no form for a quote in a text; to LIKE, _ is any character
+    query = f"tags.`{tag}` {'=' if pattern == value else 'LIKE'} '{pattern}'"
+    runs = client.search_runs([experiment], query, order_by=["attributes.start_time DESC"])
+    return [run.info.run_id for run in runs if run.data.tags[tag] == value]
 
 
 def log_params(client: MlflowClient, run_id: str, flat: Mapping[str, Any]) -> None:

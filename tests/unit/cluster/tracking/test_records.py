@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 
 from dircluster.cluster.tracking import owners
 from dircluster.cluster.tracking.jobs import (
+    FOLDER_TAG,
     JobRecord,
     _mlflow_tags,
     default_uri,
@@ -29,6 +30,7 @@ from dircluster.cluster.tracking.jobs import (
     log_files,
     open_job,
     record_evaluation,
+    search_runs,
 )
 from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
@@ -172,6 +174,14 @@ def test_a_record_shows_its_seeds_and_its_script(smoke: DirRun, sweep: dict[str,
     assert run.info.run_name == name
     assert run.data.tags["mlflow.source.name"] == "jobs/tune_depth.py"  # a page shows what stands behind the last slash
     assert run.data.tags["dircluster.command"] == command
+
+
+def test_runs_are_found_by_any_text(tmp_path: Path) -> None:
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    texts = ("/a/folder", "/a/b's", "/a/b_s", """/a/'b's" \\ folder/""")
+    runs = {text: client.create_run("0", tags={FOLDER_TAG: text}).info.run_id for text in texts}
+    assert {text: search_runs(client, "0", FOLDER_TAG, text) for text in texts} == {n: [r] for n, r in runs.items()}
+    assert search_runs(client, "0", FOLDER_TAG, "/a") == []
 
 
 @pytest.mark.parametrize("script", ["/a folder/jobs/evaluate.py", ""], ids=["blank", "interpreter"])
