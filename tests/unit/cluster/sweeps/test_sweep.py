@@ -45,6 +45,6 @@ def test_what_was_trained_before_is_shown_and_kept(sweep: Sweep) -> None:
 
 def test_a_sweep_whose_table_cannot_be_kept_has_not_finished(sweep: Sweep) -> None:
     sweep.notes.folder.parent.write_text("a file where the folder of all sweeps should be")
-    with pytest.raises(ConfigError, match="the sweep stopped .*; the same command goes on"):
+    with pytest.raises(ConfigError, match=r"the sweep stopped .*; the same command goes on"):
         sweep.run()
     assert status_of(sweep) == "FAILED"

@@ -129,7 +129,7 @@ def test_an_evaluation_whose_report_cannot_be_recorded_has_failed(smoke: DirRun)
     found = {"rows": [row], "suite": "quick", "verdict": []}
     facts = {"defense": "dir", "data": "0", "commit": "unknown"}
     Path(smoke.storage.uri).mkdir()
-    with pytest.raises(ConfigError, match="cannot be used.*gone.html"):
+    with pytest.raises(ConfigError, match=r"cannot be used.*gone\.html"):
         record_evaluation(smoke, facts, found, [Path("gone.html")])
     client = MlflowClient(default_uri(smoke))
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
