@@ -34,8 +34,8 @@ READING = """Accuracy on test images, % (95 % interval). *White box*: the strong
 what the defense draws. *Fresh + EOT*: it draws again at every pass, the attack averages over draws.
 *Wor.Rob*: right under the attack in the worst of several draws; *vote*: by their majority.
 *Strongest*: the row that leaves least, by which the table is ordered; *its target*: the same of the
-bare target. Empty: not run; `!`: marked as weak; flagged: by the verdict. Compare lines of the same
-n alone, and intervals before numbers.
+bare target. Empty: not run; `!`: marked, no evidence; flagged: by the verdict. Compare lines of the
+same n alone, and intervals before numbers.
 """
 
 

@@ -1,4 +1,6 @@
-"""What tells a row's reader that its attack may have been weak: what was counted while it ran, and what that means."""
+"""What tells a row's reader that its accuracy may say little: what was counted while its attack ran, and what that
+means.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from typing import Any, Literal
 
 from dircluster.evaluation.statistics import wilson_interval
 
-Kind = Literal["gradient", "slope", "ascent", "finite"]
+Kind = Literal["gradient", "slope", "ascent", "finite", "constant"]
 WORDS: dict[Kind, str] = {
     "gradient": "gradients missing, NaN or zero: {:.1f} %",
     "slope": "loss rose by less than a tenth of what its gradient says: {:.1f} % of images",
     "ascent": "loss ended below its start: {:.1f} % of images",
     "finite": "logits not finite, which counts as wrong: {:.1f} %",
+    "constant": "one class for all natural images: {:.1f} %",
 }
 """The text of a mark, given its share in [0, 1]."""
 MEANING: dict[Kind, str] = {
@@ -21,6 +24,7 @@ MEANING: dict[Kind, str] = {
     "slope": "The gradient does not say how the loss moves: the attack went where nothing is gained.",
     "ascent": "The attack ended weaker than it began.",
     "finite": "The defense answered NaN or infinity while it was attacked.",
+    "constant": "It has collapsed, or learned nothing: what no attack takes is the share of one class.",
 }
 """What that tells a reader."""
 MISLEADING: tuple[Kind, ...] = ("slope",)
@@ -29,6 +33,8 @@ DEAD = 0.01
 """Share of gradients that may be missing, NaN or zero."""
 FALLEN = 0.08
 """Share of images whose loss may surely end below its start: where gradients mean nothing, it is a quarter or more."""
+ENOUGH = 20
+"""Natural images whose one class is no chance."""
 FLAT = 0.2
 """Share of images whose loss may surely rise by less than a tenth of what the gradient says of the first step."""
 
@@ -39,7 +45,7 @@ class Mark:
 
     kind: Kind
     share: float
-    """Of what its attack asked for, in [0, 1]."""
+    """Of what its attack asked for, or of natural images, in [0, 1]."""
     seen_in: str = ""
     """The row that showed it, where this row's attack follows the same gradient and does not look itself."""
 

@@ -68,7 +68,7 @@ class Result:
     noise: Control | None = None
     """The same, on images with random noise of the same size."""
     marks: tuple[Mark, ...] = ()
-    """What tells that the attack may have been weak, so that the accuracy flatters."""
+    """What tells that the attack may have been weak, or the defense has collapsed: the accuracy is no evidence."""
     sample: int | None = None
     """Seed that drew the images from the test split; None where they are its first ones."""
 

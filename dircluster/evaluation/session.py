@@ -22,7 +22,7 @@ from dircluster.evaluation.adaptive import adaptive_specs
 from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number, as_whole_number, shown
-from dircluster.evaluation.marks import shared_marks
+from dircluster.evaluation.marks import ENOUGH, Mark, shared_marks
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of, module_digest, results_folder
 from dircluster.evaluation.results import Result, to_plain
@@ -183,8 +183,9 @@ def report(evaluation: Evaluation, planned: Plan, defense: str, settings: Evalua
 
 
 def _marked(rows: list[Result], specs: Sequence[AttackSpec], evaluation: Evaluation) -> list[Result]:
-    """``rows``, each with what another row has shown of the gradient that both follow."""
+    """``rows``, each with what another row has shown of the gradient that both follow, or of what all are answered."""
     made, groups = list(rows), dict[tuple[str, str], list[int]]()
+    constant = {spec.judged for row, spec in zip(rows, specs, strict=True) if _is_constant(row, spec, evaluation)}
     for number, spec in enumerate(specs):
         if find_attack(spec.attack).own_gradient and evaluation.seen(spec).counts.get("gradient"):
             groups.setdefault((spec.on, spec.judged), []).append(number)
@@ -192,7 +193,18 @@ def _marked(rows: list[Result], specs: Sequence[AttackSpec], evaluation: Evaluat
         marks = shared_marks([(rows[number].attack, rows[number].marks) for number in group])
         for number, found in zip(group, marks, strict=True):
             made[number] = dataclasses.replace(rows[number], marks=found)
-    return made
+    same = Mark("constant", 1.0)
+    return [
+        dataclasses.replace(row, marks=(*row.marks, same)) if spec.judged in constant else row
+        for row, spec in zip(made, specs, strict=True)
+    ]
+
+
+def _is_constant(row: Result, spec: AttackSpec, evaluation: Evaluation) -> bool:
+    """Whether a row of natural images got the same class for all of them, where their labels are not all that one."""
+    if spec.attack != "natural" or row.total < ENOUGH or row.correct == row.judged:
+        return False
+    return all(len(torch.unique(classes)) == 1 for classes in evaluation.predicted(spec).values())
 
 
 def evaluate(

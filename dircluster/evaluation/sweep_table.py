@@ -39,7 +39,7 @@ class Trial:
     checkpoint: str = ""
     error: str = ""
     marked: bool = False
-    """Whether the row that leaves least is marked: its attack may have been weak."""
+    """Whether the row that leaves least is marked: its accuracy is no evidence."""
 
 
 @dataclass(frozen=True)

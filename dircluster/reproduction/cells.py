@@ -37,7 +37,7 @@ class Found:
     how: str = ""
     """Its settings, all that differ over the seeds."""
     marked: bool = False
-    """Whether a seed's row is marked: its attack may have been weak."""
+    """Whether a seed's row is marked: its accuracy is no evidence."""
 
     @property
     def mean(self) -> float:

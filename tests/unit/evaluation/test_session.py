@@ -335,6 +335,37 @@ def test_the_bare_target_is_judged_once_for_all_that_stand_before_it(
     assert {shard.spec for shard in begun(other, some, tmp_path).open_shards()} == set(second.specs)
 
 
+class Collapsed(nn.Module):
+    """A purifier that leaves next to nothing of an image, before a sound classifier."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def restore(self, images: Tensor) -> Tensor:
+        return 1e-3 * images
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.restore(images))
+        return logits
+
+
+def test_what_gives_all_images_one_class_is_marked_in_each_of_its_rows(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    some = digits[0][:24], digits[1][:24]
+    rows = judged(Collapsed(at_model), some).rows
+    assert {(row.defense, "constant" in {mark.kind for mark in row.marks}) for row in rows} == {
+        ("none", False),
+        ("dir", True),
+    }
+    (natural,) = (row for row in rows if (row.defense, row.attack) == ("dir", "natural"))
+    assert [str(mark) for mark in natural.marks] == ["one class for all natural images: 100.0 %"]
+    alike = some[1] == some[1].mode().values  # of one class alone, whose answers are right
+    sound = judged(at_model, (some[0][alike], some[1][alike])).rows
+    assert [row.marks for row in sound if row.attack == "natural" and row.accuracy == 1] == [()]
+
+
 def test_results_survive_json(defense: Defended, digits: tuple[Tensor, Tensor]) -> None:
     found = judged(defense, digits)
     rows = to_plain(found.rows)
