@@ -109,13 +109,13 @@ def test_the_best_iterate_and_the_best_restart_are_kept() -> None:
         return -(images - peak).square().flatten(1).sum(dim=1)
 
     both = value_and_grad(objective)
-    kept = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 7, 0.04, keep_best=True)
-    last = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 7, 0.04)
-    assert (objective(kept) >= objective(last)).all()
-    assert (objective(kept) >= objective(IMAGES)).all()
-    values = value_and_grad(objective)
-    best = strongest(lambda x: values(x)[0], [last, kept, IMAGES])
-    assert torch.equal(objective(best), torch.stack([objective(x) for x in (last, kept, IMAGES)]).amax(0))
+    kept = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 8, 0.04, keep_best=True)
+    last = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 8, 0.04)  # past the top: at 0.08, after 0.04
+    assert (objective(kept) > objective(last)).all()
+    assert (objective(kept) > objective(IMAGES)).all()
+    every_second = (torch.arange(len(IMAGES)) % 2 == 0)[:, None, None, None]
+    restarts = [torch.where(every_second, kept, last), torch.where(every_second, last, kept)]
+    assert torch.equal(strongest(objective, restarts), kept)
 
 
 def test_bpda_goes_forward_through_and_backward_around() -> None:

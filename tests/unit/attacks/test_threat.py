@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.attacks.gradient import vni_fgsm
+from dircluster.attacks.gradient import cross_entropy_loss, vni_fgsm
 from dircluster.attacks.restored import perturbation, restored_attack
 from dircluster.attacks.threat import L2, LInf, threat_of
 from dircluster.config import AttackConfig
@@ -61,6 +61,9 @@ def test_the_perturbation_of_eq_4_follows_the_norm() -> None:
 def test_the_attack_of_eq_9_follows_the_norm() -> None:
     restored, labels = 3 * IMAGES - 1, model(IMAGES).argmax(dim=1)
     found = restored_attack(model, restored, labels, L2(1.5), 5, 0.6, UNIFORM) - restored
+    start = restored_attack(model, restored, labels, L2(1.5), 0, 0.6, UNIFORM)
+    losses = [cross_entropy_loss(model(x), labels) for x in (restored + found, start, restored)]
+    assert (losses[0] > torch.maximum(*losses[1:])).all()
     assert found.flatten(1).norm(dim=1).max() <= 1.5 + 1e-6
     assert found.abs().max() < 1.5
     assert (restored + found).min() < 0
