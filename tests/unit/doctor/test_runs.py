@@ -124,6 +124,13 @@ def test_two_processes_train_as_one(machine: Machine, monkeypatch: pytest.Monkey
     assert failed(devices.several(machine, 500)) == {"losses by fsdp, apart"}
 
 
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a group needs, whatever this machine has."""
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_cores")
 def test_a_group_that_breaks_is_a_failure_and_one_that_refuses_is_skipped(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +148,7 @@ def test_a_group_that_breaks_is_a_failure_and_one_that_refuses_is_skipped(
         list(devices.several(machine, 500))
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_a_group_that_is_slow_is_a_warning_where_nothing_can_hang(machine: Machine) -> None:
     (found,) = devices.several(machine, 0.1)
     assert (found.status, found.note) == ("warn", "2 processes were not done within 0 s")

@@ -49,8 +49,8 @@ def test_a_process_is_known_by_its_start_and_by_its_signs_of_life() -> None:
     owner = f"{place} {other.pid} {_start(other.pid)}"
     assert not is_gone(owner, "", 0.0)
     other.kill()
-    time.sleep(0.05)
-    assert is_gone(owner, "", 0.0)  # nobody has waited for it yet
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is left for somebody to wait for
+    assert is_gone(owner, "", 0.0)
     other.wait()
     assert is_gone(owner, "", 0.0)
     assert not is_gone(ELSEWHERE, "", 1e9)  # nothing is known of it
