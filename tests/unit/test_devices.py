@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, RunConfig
+from dircluster.config import AttackConfig, EvaluationConfig, RunConfig
 from dircluster.defenses.target import TargetRecipe
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.gradient_masking import check_specs
 from dircluster.evaluation.suites import AttackSpec, suite
 from dircluster.evaluation.victim import VictimModel
-from dircluster.models import classifiers
 from dircluster.models.modules import frozen
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
@@ -92,8 +91,3 @@ def test_every_attack_and_judgment_stays_on_the_device_of_its_images() -> None:
         assert {part.device for part in right.values()} == {META}, case
         seen.add(case.attack)
     assert len(seen) >= 9
-
-
-def test_a_target_is_checked_where_it_lies() -> None:
-    config = DataConfig()
-    classifiers.check_classes(classifiers.build("small_cnn", config).to(META), config)

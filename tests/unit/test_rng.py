@@ -40,6 +40,7 @@ def test_an_images_draw_does_not_depend_on_its_neighbors() -> None:
     for kind in (lambda s: s.uniform("u", (3,)), lambda s: s.normal("n", (3,)), lambda s: s.sample("p", permuted)):
         assert torch.equal(kind(one)[0], kind(many)[7])
         assert not torch.equal(kind(many)[6], kind(many)[7])
+    assert many.sample("p", lambda generator, images: None) is None
 
 
 def test_ambient_draws_are_seeded_and_put_back() -> None:

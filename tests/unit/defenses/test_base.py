@@ -69,7 +69,7 @@ def test_draws_that_are_given_are_those_of_the_defense(defended: Defended) -> No
         with pytest.raises(ConfigError, match=f"^draws .*{message}") as refusal:
             defended(IMAGES, given)
         assert "\n" not in str(refusal.value)
-    assert torch.equal(defended(IMAGES, draws), defended(IMAGES, draws))
+    assert torch.equal(defended(IMAGES, draws), defended.logits(IMAGES, draws))
 
 
 def test_a_seeded_stream_of_fresh_masks_repeats(defended: Defended) -> None:

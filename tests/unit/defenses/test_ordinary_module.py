@@ -134,13 +134,6 @@ def test_double_precision_is_kept_all_the_way(defense: Defended) -> None:
     assert torch.autograd.gradcheck(defense.double().fixed(0), (image,), fast_mode=True)
 
 
-def test_draws_may_be_given(defense: Defended) -> None:
-    draws = defense.draw(6)
-    assert torch.equal(defense(IMAGES, draws), defense.logits(IMAGES, draws))
-    with pytest.raises(ConfigError, match="draws must be one row an image, got 5 for 6 images"):
-        defense(IMAGES, draws[:5])
-
-
 def test_copies_draw_apart_unless_they_are_seeded(defense: Defended) -> None:
     stored = pickle.dumps(defense)
     drawn = [copy.deepcopy(defense).draw(4), copy.deepcopy(defense).draw(4), defense.draw(4)]

@@ -173,23 +173,3 @@ def test_it_is_a_curve_and_past_15_points_a_warning(
 def test_a_naturally_trained_target_has_no_such_curve(classifier: nn.Module, run: RunConfig) -> None:
     natural = dataclasses.replace(run.target, objective="natural")
     assert not TargetRecipe(classifier, natural, run.attack).attacks_deployed
-
-
-def test_draws_of_an_image_do_not_depend_on_its_batch() -> None:
-    from dircluster.rng import ImageStream
-
-    def stream(*images: int) -> ImageStream:
-        return ImageStream(0, 0, 0, len(images), slice(0, len(images)), ALONE.device, "selection", images)
-
-    def permuted(generator: torch.Generator, images: int) -> Tensor:
-        return torch.stack([torch.randperm(9, generator=generator) for _ in range(images)])
-
-    for draw in (
-        lambda s: s.uniform("pgd", (1, 2, 2)),
-        lambda s: s.normal("noise", (3,)),
-        lambda s: s.sample("masks", permuted),
-    ):
-        together = draw(stream(5, 7, 9))
-        assert torch.equal(together[1:2], draw(stream(7)))
-        assert not torch.equal(together[0], together[1])
-    assert stream(1, 2).sample("masks", lambda generator, images: None) is None

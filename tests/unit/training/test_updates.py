@@ -19,8 +19,7 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.presets.dir import DirRun
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
-from dircluster.training.protocols import NoRecord, NoTracker, Quiet
-from dircluster.training.run import Run
+from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
 from tests.unit.training.conftest import StopAfter
 
@@ -111,22 +110,3 @@ def test_the_mean_is_what_a_stage_keeps(smoke: DirRun, tmp_path: Path) -> None:
 def test_several_workers_refuse_several_updates(smoke: DirRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="game has several updates a step"):
         trainer(smoke, Game(), tmp_path, Quiet(), Parallel(0, 2, torch.device("cpu")))
-
-
-@pytest.mark.long
-def test_a_run_with_means_is_another_stage_and_resumes(smoke: DirRun, tmp_path: Path) -> None:
-    plain = Run(smoke, ALONE, NoTracker(), Quiet()).execute()
-    config = dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, ema=0.8))
-    whole = Run(config, ALONE, NoTracker(), Quiet()).execute()
-    assert whole["checkpoint"] != plain["checkpoint"]
-    elsewhere = dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=str(tmp_path / "other")))
-    resumes = 0
-    while True:
-        try:
-            broken = Run(elsewhere, ALONE, NoTracker(), StopAfter(5)).execute()
-            break
-        except Interrupted:
-            resumes += 1
-    assert resumes > 1
-    for file in Path(whole["checkpoint"]).glob("*.safetensors"):
-        assert file.read_bytes() == (Path(broken["checkpoint"]) / file.name).read_bytes()
