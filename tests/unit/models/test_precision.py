@@ -6,6 +6,8 @@ import contextlib
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,15 +64,14 @@ def somebodys(classes: int, channels: int) -> nn.Module:
     return Network()
 
 
-def networks() -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {name: classifiers.build(name, COLOR) for name in ("small_cnn", "resnet18")}
-    made["preactresnet18"] = classifiers.build("preactresnet18", COLOR)
-    made["timm"] = classifiers.build("timm:vit_tiny_patch16_224", COLOR)
-    made["own"] = classifiers.build(f"{__name__}:somebodys", COLOR)
-    made["g"] = MaskedDenoiser(ModelConfig(**TINY), 3, 32, 32)  # type: ignore[arg-type]
-    made["g, mixing"] = MaskedDenoiser(ModelConfig(head="conv", **TINY), 3, 32, 32)  # type: ignore[arg-type]
-    made["u-net"] = DUNet(3, widths=(4, 4), units=(1, 1))
-    return made
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(classifiers.build, name, COLOR) for name in ("small_cnn", "resnet18", "preactresnet18")},
+    "timm": lambda: classifiers.build("timm:vit_tiny_patch16_224", COLOR),
+    "own": lambda: classifiers.build(f"{__name__}:somebodys", COLOR),
+    "g": lambda: MaskedDenoiser(ModelConfig(**TINY), 3, 32, 32),  # type: ignore[arg-type]
+    "g, mixing": lambda: MaskedDenoiser(ModelConfig(head="conv", **TINY), 3, 32, 32),  # type: ignore[arg-type]
+    "u-net": lambda: DUNet(3, widths=(4, 4), units=(1, 1)),
+}
 
 
 def test_auto_is_bf16_on_a_gpu_alone() -> None:
@@ -159,10 +160,10 @@ assert switches() == before, (switches(), before)
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("name", networks())
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_first_and_the_last_layer_compute_in_fp32(name: str) -> None:
     """In bf16 an image of 0.7 would be 0.6992, a third of a gray level away."""
-    network, seen = networks()[name].eval(), []
+    network, seen = NETWORKS[name]().eval(), []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append((isinstance(module, OutsideAutocast), output.dtype))
@@ -261,7 +262,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["small_cnn", "preactresnet18", "timm", "g", "u-net"])
 def test_twins_of_still_weights_give_the_same_bits_from_one_cast_each(name: str) -> None:
-    network = networks()[name].eval()
+    network = NETWORKS[name]().eval()
     size = 224 if name == "timm" else 32
     others = [torch.stack([torch.arange(128), torch.arange(128, 256)])[:, None]] if name == "g" else []
     weights = [layer.weight.data_ptr() for layer in network.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
