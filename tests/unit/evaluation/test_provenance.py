@@ -23,12 +23,14 @@ from dircluster.evaluation.suites import AttackSpec
 from dircluster.evaluation.victim import VictimModel
 from dircluster.presets import preset
 
+ATTACKS = ("natural", "pgd", "masked", "autoattack")
+
 
 @pytest.fixture
 def copy(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package whose source is looked at instead."""
     folder = tmp_path / "dircluster"
-    shutil.copytree(root / "dircluster", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root / "dircluster", folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     monkeypatch.setattr(provenance, "HERE", folder)
     forget()
     yield folder
@@ -53,13 +55,18 @@ def digests() -> dict[str, str]:
     }
     found = {}
     for name, victim in subjects.items():
-        for attack in ("natural", "pgd", "masked", "autoattack"):
+        for attack in ATTACKS:
             found[f"{name} {attack}"] = evaluation.code(AttackSpec(attack), victim)
     return found
 
 
-def test_settings_may_move_between_their_files(copy: Path) -> None:
-    before = digests()
+@pytest.fixture(scope="module")
+def before() -> dict[str, str]:
+    """Digests of the package as it is, which are those of a copy."""
+    return digests()
+
+
+def test_settings_may_move_between_their_files(before: dict[str, str], copy: Path) -> None:
     evaluation, run = copy / "config" / "evaluation.py", copy / "config" / "run.py"
     text = evaluation.read_text()
     start = text.index("@dataclass(frozen=True)\nclass EvaluationConfig")
@@ -70,8 +77,8 @@ def test_settings_may_move_between_their_files(copy: Path) -> None:
     assert digests() == before
 
 
-EVERY = set(digests())
-OF_DIR = {name for name in EVERY if name.startswith("dir")}
+OF_DIR = {f"dir {attack}" for attack in ATTACKS}
+EVERY = OF_DIR | {f"plain {attack}" for attack in ATTACKS}
 
 
 @pytest.mark.long
@@ -95,13 +102,15 @@ OF_DIR = {name for name in EVERY if name.startswith("dir")}
         ("presets/dir.py", "class MaskingConfig: pass", OF_DIR),
     ],
 )
-def test_an_edit_voids_what_the_code_found(copy: Path, file: str, change: str, voided: set[str]) -> None:
-    before = digests()
+def test_an_edit_voids_what_the_code_found(
+    before: dict[str, str], copy: Path, file: str, change: str, voided: set[str]
+) -> None:
+    assert before.keys() == EVERY
     with (copy / file).open("a") as end:
         end.write(f"\n{change}\n")
     forget()
     after = digests()
-    assert {name for name in before if before[name] != after[name]} == voided
+    assert {name for name in EVERY if before[name] != after[name]} == voided
 
 
 def test_imports_are_followed_wherever_they_stand(copy: Path) -> None:
@@ -131,7 +140,7 @@ def test_statistics_of_several_workers_are_no_other_model() -> None:
     assert provenance.modules_of(nn.Sequential(GlobalBatchNorm2d(2), classifier)) == provenance.modules_of(classifier)
 
 
-def test_a_stored_result_is_read_once(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_a_stored_result_is_read_once(digits: tuple[Tensor, Tensor]) -> None:
     class Counts(MemoryStore):
         def __init__(self) -> None:
             super().__init__()
@@ -141,12 +150,12 @@ def test_a_stored_result_is_read_once(at_model: nn.Module, digits: tuple[Tensor,
             self.read[name] += 1
             return super().get(name)
 
-    store = Counts()
+    store, module = Counts(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     few = EvaluationConfig(images=16, batch_size=8, steps=1, queries=5)
-    first = evaluate(at_model, *digits, settings=few, store=store)
+    first = evaluate(module, *digits, settings=few, store=store)
     assert max(store.read.values()) == 1
     store.read.clear()
-    assert evaluate(at_model, *digits, settings=few, store=store).rows == first.rows
+    assert evaluate(module, *digits, settings=few, store=store).rows == first.rows
     assert set(store.read.values()) == {1}
 
 
