@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let the othe
 import torch
 
 from dircluster.defenses.recipe import Batch, Recipe
+from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.rng import Stream
@@ -26,6 +27,8 @@ from infra.local_cluster import Cluster
 from tests.jobs import RAY, ROOT, Outcome, run_job
 
 torch.set_num_threads(1)
+ALONE = Parallel(0, 1, torch.device("cpu"))
+"""One worker, on the CPU."""
 CLUSTER = tuple(f"tests/fault/test_{name}.py" for name in ("killed", "submitted", "sweep"))
 """Files whose tests share one cluster: a second one would cost half a minute and two gigabytes."""
 

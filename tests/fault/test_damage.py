@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save
 
 from dircluster.config import ConfigError, with_values
-from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.training import checkpoint as ck
 from dircluster.training.export import load_defense_folder
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
+from tests.conftest import ALONE
 
 WEIGHTS = {"model": {"w": torch.arange(500, dtype=torch.float32)}, "optimizer-x": {"w|momentum_buffer": torch.ones(50)}}
 
@@ -75,7 +75,7 @@ def test_damage_in_object_storage_is_noticed_too(bucket: Path, seed: int) -> Non
 def test_a_given_target_that_lies_in_storage_damaged_is_taken_again(name: str, tmp_path: Path) -> None:
     run = with_values(preset("digits_smoke"), {"storage.uri": str(tmp_path), "target.uri": "zoo:digits-at"})
     run = with_values(run, {"target.architecture": "small_cnn"})
-    job = Run(run, Parallel(0, 1, torch.device("cpu")), NoTracker(), Quiet())
+    job = Run(run, ALONE, NoTracker(), Quiet())
     folder = Path(job._keep_given_target()[1])
     (folder / "final" / name).write_bytes(b"")
     assert not ck.is_sound(folder / "final")

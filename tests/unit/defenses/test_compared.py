@@ -14,7 +14,7 @@ from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.presets import PRESETS, RUNS, preset
 from dircluster.training.costs import step_operations
 from dircluster.training.stages import Networks, find_stage, stage_key, stages_of
-from tests.unit.training.test_updates import ALONE
+from tests.conftest import ALONE
 
 COMPARED = ("apegan", "apegan_a", "hgd", "hgd_a", "nrp", "nrp_a", "jatp", "identity", "finetune")
 INPUTS: dict[str, str | None] = {"data": "0" * 64}

@@ -22,7 +22,7 @@ from dircluster.models.modules import under_attack
 from dircluster.presets import preset
 from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
 from dircluster.training.stages import Networks, stages_of
-from tests.unit.training.test_updates import ALONE
+from tests.conftest import ALONE
 
 MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 ATTACK = AttackConfig(epsilon=0.1, steps=3)

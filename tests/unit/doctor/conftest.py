@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.machine import Machine
 from dircluster.presets import preset
+from tests.conftest import ALONE
 
 
 @pytest.fixture
 def machine() -> Machine:
-    return Machine(preset("digits_smoke"), Parallel(0, 1, torch.device("cpu")))
+    return Machine(preset("digits_smoke"), ALONE)

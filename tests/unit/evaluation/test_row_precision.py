@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dircluster import evaluate
 from dircluster.config import DataConfig, EvaluationConfig
 from dircluster.defenses.table import DEFENSES, find_defense
-from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.evaluation import crafting
 from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.results import Result
@@ -23,6 +22,7 @@ from dircluster.models import classifiers
 from dircluster.models.precision import autocast
 from dircluster.presets import preset
 from dircluster.training.stages import Networks
+from tests.conftest import ALONE
 
 CPU = torch.device("cpu")
 QUICK = EvaluationConfig(batch_size=4, steps=2)
@@ -87,7 +87,7 @@ def test_auto_crafts_in_bf16_on_a_gpu_where_that_does_not_round_images() -> None
 @pytest.mark.parametrize("name", DEFENSES)
 def test_every_defense_of_this_package_is_attacked_in_bf16_on_a_gpu_and_none_rounds_an_image(name: str) -> None:
     config = preset(f"digits_{name}_smoke".replace("_dir", ""))
-    defense = find_defense(config.defense).defended(config, Networks(config, Parallel(0, 1, CPU)))
+    defense = find_defense(config.defense).defended(config, Networks(config, ALONE))
     assert crafting("auto", VictimModel(defense, name), torch.device("cuda")) == "bf16"
     if not list(defense.purifier.parameters()):  # no layer of it says so
         images, draws = torch.rand(4, 1, 8, 8), defense.draw(4)

@@ -20,8 +20,7 @@ from dircluster.presets.dir import DirRun
 from dircluster.training.ahead import Batches, is_ahead
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.trainer import Trainer
-from tests.unit.training.conftest import StopAfter
-from tests.unit.training.test_trainer import elsewhere, make_trainer, run, weights
+from tests.unit.training.conftest import StopAfter, elsewhere, make_trainer, run, weights
 
 CPU = torch.device("cpu")
 

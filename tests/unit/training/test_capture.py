@@ -14,29 +14,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, RunConfig
-from dircluster.data.loader import Loader
-from dircluster.data.sources import load
-from dircluster.data.split import Split
+from dircluster.config import ConfigError
 from dircluster.defenses.recipe import Batch
 from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
-from dircluster.training import stages
 from dircluster.training.capture import WARM_UP, CapturedStep, captured_step
-from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
-from dircluster.training.protocols import NoRecord, NoTracker, Quiet
+from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.step import NonFiniteLoss
 from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
-from tests.unit.training.conftest import StopAfter
-from tests.unit.training.test_trainer import BATCH_NORMED
+from tests.conftest import ALONE
+from tests.unit.training.conftest import BATCH_NORMED, Hears, StopAfter, make_trainer
 from tests.unit.training.test_updates import Game
 
 CPU = torch.device("cpu")
-ALONE = Parallel(0, 1, CPU)
 
 
 class Again:
@@ -69,19 +63,6 @@ def whole(smoke: DirRun) -> DirRun:
     return dataclasses.replace(smoke, training=training)
 
 
-def trainer(
-    run: RunConfig, folder: Path, recorder: Again | None = None, stage: str = "dir", console: Quiet | None = None
-) -> Trainer:
-    data = load(run.data, run.seed)
-    assert isinstance(data.train, Split)
-    planned = stages.find_stage(run, stage)
-    recipe = planned.recipe(stages.Networks(run, ALONE))
-    loader = Loader(data.train, run.training.batch_size, run.seed, stage)
-    checkpoints, record = Checkpoints(folder, "k"), NoRecord()
-    said = Quiet() if console is None else console
-    return Trainer(planned, recipe, loader, data.held_out, run, ALONE, checkpoints, record, said, recorder)
-
-
 def uncaptured(run: DirRun) -> DirRun:
     return dataclasses.replace(run, training=dataclasses.replace(run.training, capture="off"))
 
@@ -89,8 +70,8 @@ def uncaptured(run: DirRun) -> DirRun:
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir"])
 def test_captured_steps_are_the_steps(whole: DirRun, tmp_path: Path, stage: str) -> None:
     recorder = Again()
-    plain = trainer(uncaptured(whole), tmp_path / "plain", stage=stage)
-    made = trainer(whole, tmp_path / "made", recorder, stage)
+    plain = make_trainer(uncaptured(whole), tmp_path / "plain", stage=stage)
+    made = make_trainer(whole, tmp_path / "made", recorder, stage)
     assert (plain.captured is None, made.captured is None) == (True, False)
     before = {k: v.clone() for k, v in made.recipe.state_dict().items()}
     phases: list[str] = []
@@ -139,11 +120,11 @@ def test_a_captured_run_resumes_and_ends_in_the_bits_of_one_that_is_not(whole: D
     """Over held-out selection, a running mean, checkpoints and a target with batch statistics."""
     target = dataclasses.replace(whole.target, architecture=BATCH_NORMED, ema=0.9, epochs=4)
     run = dataclasses.replace(whole, target=target, tracking=dataclasses.replace(whole.tracking, log_every=2))
-    plain = trainer(uncaptured(run), tmp_path / "plain", stage="target")
+    plain = make_trainer(uncaptured(run), tmp_path / "plain", stage="target")
     plain.run()
     stops, recorder = 0, Again()
     while True:
-        made = trainer(run, tmp_path / "made", recorder, "target", StopAfter(3))
+        made = make_trainer(run, tmp_path / "made", recorder, "target", StopAfter(3))
         try:
             made.run()
             break
@@ -178,7 +159,7 @@ def test_a_broken_loss_changes_no_weight_also_where_nobody_waits_to_read_it(
     optimizer = dataclasses.replace(whole.dir.optimizer, name=name, clip=1.0)
     run = dataclasses.replace(whole, dir=dataclasses.replace(whole.dir, optimizer=optimizer))
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, capture=capture))
-    made = trainer(run, tmp_path, Again())
+    made = make_trainer(run, tmp_path, Again())
     poisoned(made, at)
     for step in range(at - 1):
         made._step(step)
@@ -198,7 +179,7 @@ def test_a_broken_loss_is_found_before_anything_is_logged_judged_or_stored(whole
         tracking=dataclasses.replace(whole.tracking, log_every=50),
         storage=dataclasses.replace(whole.storage, checkpoint_every=4),
     )
-    made = trainer(run, tmp_path, Again())
+    made = make_trainer(run, tmp_path, Again())
     passes = poisoned(made, 6)
     with pytest.raises(NonFiniteLoss, match="at step 6;"):
         made.run()
@@ -212,7 +193,7 @@ def test_nobody_waits_for_the_device_between_two_logged_steps(
     """Whoever reads a value waits for the device: from the second step on nobody does."""
     optimizer = dataclasses.replace(whole.dir.optimizer, clip=1.0)
     run = dataclasses.replace(whole, dir=dataclasses.replace(whole.dir, optimizer=optimizer, ema=0.9))
-    made, read = trainer(run, tmp_path, Again()), []
+    made, read = make_trainer(run, tmp_path, Again()), []
 
     def watch(name: str) -> None:
         inner = getattr(torch.Tensor, name)
@@ -236,7 +217,7 @@ def test_nobody_waits_for_the_device_between_two_logged_steps(
 
 def capture_of(run: DirRun, folder: Path, switch: Any, recorder: Again | None = None, **changes: Any) -> Any:
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, capture=switch, **changes))
-    return trainer(run, folder, recorder).captured
+    return make_trainer(run, folder, recorder).captured
 
 
 def test_auto_captures_what_can_be_and_on_says_what_cannot(
@@ -257,7 +238,7 @@ def test_auto_captures_what_can_be_and_on_says_what_cannot(
     class Counting(nn.Linear):
         """Somebody's layer: nobody knows what it does in Python."""
 
-    made = trainer(uncaptured(whole), tmp_path)
+    made = make_trainer(uncaptured(whole), tmp_path)
     made.recipe.classifier.network[-1].__class__ = Counting  # type: ignore[union-attr,index,operator]
 
     def make(recorder: Any) -> Any:
@@ -280,7 +261,7 @@ def test_auto_captures_what_can_be_and_on_says_what_cannot(
 
 def test_a_step_that_drops_gradients_is_not_recorded(whole: DirRun, tmp_path: Path) -> None:
     """A recording writes to the gradients that it met: dropped ones would be memory of somebody else."""
-    made = trainer(whole, tmp_path, Again())
+    made = make_trainer(whole, tmp_path, Again())
     attack = made.recipe.attack
 
     def dropping(batch: Batch) -> Batch:
@@ -320,22 +301,17 @@ def test_a_stage_that_cannot_be_captured_is_refused_before_the_first_is_trained(
 
 
 def test_what_cannot_be_recorded_runs_uncaptured_unless_it_was_asked_for(whole: DirRun, tmp_path: Path) -> None:
-    lines: list[str] = []
-
-    class Hears(Quiet):
-        def say(self, line: str) -> None:
-            lines.append(line)
-
+    console = Hears()
     ended = RuntimeError("operation failed due to a previous error during capture")
     ended.__context__ = RuntimeError("operation not permitted when stream is capturing\nmore")
     auto = dataclasses.replace(whole, training=dataclasses.replace(whole.training, capture="auto"))
-    plain, made = trainer(uncaptured(whole), tmp_path), trainer(auto, tmp_path, Again(ended), console=Hears())
+    plain, made = make_trainer(uncaptured(whole), tmp_path), make_trainer(auto, tmp_path, Again(ended), console=console)
     for step in range(WARM_UP + 2):
         assert made.step(step)[0] == plain.step(step)[0]
-    assert lines == [
+    assert console.lines == [
         "dir: its step cannot be captured (operation not permitted when stream is capturing); it runs uncaptured"
     ]
-    asked = trainer(whole, tmp_path, Again(ended))
+    asked = make_trainer(whole, tmp_path, Again(ended))
     for step in range(WARM_UP):
         asked.step(step)
     with pytest.raises(ConfigError, match=r"training\.capture is on, but dir cannot be captured: operation not"):

@@ -16,9 +16,11 @@ from dircluster.models.classifiers import BasicBlock
 from dircluster.presets.dir import DirRun, ModelConfig
 from dircluster.training import compiling
 from dircluster.training.compiling import BLOCKS, check_compiler, compile_blocks
+from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.trainer import Trainer
-from tests.unit.training.test_trainer import ALONE, NoTracker, Quiet, make_trainer
+from tests.conftest import ALONE
+from tests.unit.training.conftest import make_trainer
 
 
 def small_resnet(classes: int, channels: int) -> nn.Module:
@@ -108,7 +110,7 @@ def test_an_evaluation_and_what_is_asked_first_run_uncompiled(run: DirRun, monke
         sizes.update(len(each) for each in inputs if each.ndim > 2)
         return graph.forward
 
-    class Hears(Quiet):
+    class Counts(Quiet):
         def say(self, line: str) -> None:
             nonlocal before
             before = graphs if line.startswith("evaluation: suite") else before
@@ -117,7 +119,7 @@ def test_an_evaluation_and_what_is_asked_first_run_uncompiled(run: DirRun, monke
     monkeypatch.setattr("dircluster.training.switches.check_compiler", asked.append)
     config = dataclasses.replace(run, training=dataclasses.replace(run.training, compile="on"))
     config = dataclasses.replace(config, pretrain=dataclasses.replace(run.pretrain, epochs=0))
-    outcome = Run(config, ALONE, NoTracker(), Hears()).execute()
+    outcome = Run(config, ALONE, NoTracker(), Counts()).execute()
     assert asked == [torch.device("cpu")]
     assert len(outcome["results"]) == 10
     assert 0 < before == graphs

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.rng import Stream
 from dircluster.training import costs, stages
+from tests.conftest import ALONE
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "dir", "joint", "joint_trades"])
@@ -25,7 +25,7 @@ def test_what_is_counted_without_computing_is_what_is_computed(stage: str) -> No
             dir=dataclasses.replace(config.dir, joint=True, alpha=0.0 if trades else config.dir.alpha),
         )
     name = "dir" if stage.startswith("joint") else stage
-    networks = stages.Networks(config, Parallel(0, 1, torch.device("cpu")))
+    networks = stages.Networks(config, ALONE)
     images = config.training.batch_size
     recipe, stream = (
         stages.find_stage(config, name).recipe(networks).train(),

@@ -18,21 +18,13 @@ from safetensors.torch import save_file
 import dircluster
 from dircluster.config import ConfigError, RunConfig, with_values
 from dircluster.defenses.table import find_defense
-from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.model_card import model_card
 from dircluster.files import POINTER
 from dircluster.models.modules import TooLargeError, at_most
 from dircluster.presets import preset
 from dircluster.training import checkpoint, hub_folder
 from dircluster.training.export import check_begins, check_sizes
-from dircluster.training.protocols import NoTracker, Quiet
-from dircluster.training.run import Run
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
-
-
-def run(config: RunConfig) -> dict[str, Any]:
-    return Run(config, ALONE, NoTracker(), Quiet()).execute()
+from tests.unit.training.conftest import run
 
 
 def given(config: RunConfig, uri: object, **changes: Any) -> RunConfig:

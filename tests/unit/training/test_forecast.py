@@ -53,8 +53,7 @@ from dircluster.training.profiling import device_name
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
 from dircluster.training.validation import held_out_accuracy, overfitting
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
+from tests.conftest import ALONE
 
 
 @pytest.mark.parametrize("name", ["quick", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "rigorous"))])

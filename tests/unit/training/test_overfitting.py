@@ -21,16 +21,15 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Batch
 from dircluster.defenses.stage import Stage
 from dircluster.defenses.target import TargetRecipe
-from dircluster.distributed.parallel import Parallel
 from dircluster.presets import PRESETS, preset
 from dircluster.presets.dir import DirRun
 from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
-from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.protocols import NoRecord
 from dircluster.training.trainer import Trainer
 from dircluster.training.validation import held_out_accuracy, overfitting
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
+from tests.conftest import ALONE
+from tests.unit.training.conftest import Hears
 
 
 class Harmless(TargetRecipe):
@@ -46,14 +45,6 @@ class Record(NoRecord):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.points |= values
-
-
-class Listener(Quiet):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture
@@ -160,7 +151,7 @@ def test_a_target_that_learns_together_with_its_denoiser_has_a_gauge(objective: 
 def test_it_is_a_curve_and_past_15_points_a_warning(
     classifier: nn.Module, run: RunConfig, tmp_path: Path, kind: type[TargetRecipe], warned: bool
 ) -> None:
-    record, listener, data = Record(), Listener(), load(run.data, run.seed)
+    record, listener, data = Record(), Hears(), load(run.data, run.seed)
     assert isinstance(data.train, Split)
     recipe = kind(classifier, run.target, run.attack)
     stage = Stage("target", lambda modules: recipe, 1, {"classifier": run.target.optimizer})

@@ -12,16 +12,15 @@ from torch import nn
 from dircluster.config import with_values
 from dircluster.data.sources import load
 from dircluster.data.split import Split
-from dircluster.distributed.parallel import Parallel
 from dircluster.models.precision import WholeConv2d
 from dircluster.presets.dir import DirRun
 from dircluster.training import stages
 from dircluster.training.capture import WARM_UP
 from dircluster.training.profiling import stage_stepper, time_eot, time_phases, untimed
 from dircluster.training.step import PHASES
+from tests.conftest import ALONE
 
 CPU = torch.device("cpu")
-ALONE = Parallel(0, 1, CPU)
 
 
 def test_a_timed_step_is_that_of_a_run(smoke: DirRun) -> None:

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dircluster.config import with_values
-from dircluster.distributed.parallel import Parallel
 from dircluster.presets.dir import DirRun
-from dircluster.training.protocols import NoTracker, Quiet
+from dircluster.training.protocols import NoTracker
 from dircluster.training.run import Run
 from dircluster.training.stages import Networks
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
+from tests.conftest import ALONE
+from tests.unit.training.conftest import Hears
 
 
 class Functional(nn.Module):
@@ -32,14 +31,6 @@ def plain(classes: int, channels: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
 
 
-class Listener(Quiet):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 @pytest.mark.parametrize(
     ("architecture", "precision", "named"),
     [
@@ -53,6 +44,6 @@ def test_networks_that_round_their_images_are_named(
     smoke: DirRun, architecture: str, precision: str, named: bool
 ) -> None:
     config = with_values(smoke, {"target.architecture": architecture, "training.precision": precision})
-    listener = Listener()
+    listener = Hears()
     Run(config, ALONE, NoTracker(), listener)._name_what_rounds(Networks(config, ALONE))
     assert [line.partition(":")[0] for line in listener.lines] == ["classifier"] * named

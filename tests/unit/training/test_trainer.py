@@ -13,27 +13,15 @@ from torch import Tensor, nn
 
 from dircluster.cluster.outcome import outcome_of
 from dircluster.config import ConfigError, RunConfig, TrainingConfig, with_values
-from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
-from dircluster.training import checkpoint, stages
+from dircluster.training import checkpoint
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
 from dircluster.training.run import Run
 from dircluster.training.step import NonFiniteLoss
-from dircluster.training.trainer import Trainer
-from tests.unit.training.conftest import StopAfter
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
-
-
-def batch_normed(classes: int, channels: int) -> nn.Module:
-    """The least network with running statistics, for what is trained jointly."""
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
-    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *head)
-
-
-BATCH_NORMED = f"{__name__}:batch_normed"
+from tests.conftest import ALONE
+from tests.unit.training.conftest import BATCH_NORMED, Hears, StopAfter, elsewhere, make_trainer, run, weights
 
 
 class Flat(nn.Module):
@@ -46,19 +34,6 @@ class Flat(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layer(images.flatten(1))
         return logits
-
-
-def weights(outcome: dict[str, Any]) -> dict[str, bytes]:
-    folder = Path(outcome["checkpoint"])
-    return {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
-
-
-def run(config: RunConfig, console: Any = None, fresh: str = "") -> dict[str, Any]:
-    return Run(config, ALONE, NoTracker(), console or Quiet(), owner=fresh, fresh=bool(fresh)).execute()
-
-
-def elsewhere(config: RunConfig, folder: Path) -> RunConfig:
-    return dataclasses.replace(config, storage=dataclasses.replace(config.storage, uri=str(folder)))
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
@@ -109,20 +84,19 @@ def test_a_stage_knows_the_code_that_trained_it(smoke: RunConfig, tmp_path: Path
 
 @pytest.mark.long
 def test_a_finished_stage_is_reused_and_a_changed_one_is_not(smoke: RunConfig) -> None:
-    lines: list[str] = []
+    console = Hears()
 
-    class Hears(Quiet):
-        def say(self, line: str) -> None:
-            lines.append(line)
+    def reused() -> list[str]:
+        return [line.split(":")[0] for line in console.lines if "reused" in line]
 
-    first = run(smoke, Hears())
-    assert not [line for line in lines if "reused" in line]
-    again = run(smoke, Hears())
-    assert [line.split(":")[0] for line in lines if "reused" in line] == ["target", "pretrain", "dir", "evaluation"]
+    first = run(smoke, console)
+    assert reused() == []
+    again = run(smoke, console)
+    assert reused() == ["target", "pretrain", "dir", "evaluation"]
     assert again["results"] == first["results"]
-    lines.clear()
-    other = run(dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, alpha=1.0)), Hears())
-    assert [line.split(":")[0] for line in lines if "reused" in line] == ["target", "pretrain"]
+    console.lines.clear()
+    other = run(dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, alpha=1.0)), console)
+    assert reused() == ["target", "pretrain"]
     assert other["checkpoint"] != first["checkpoint"]
     assert weights(other) != weights(first)
 
@@ -167,20 +141,20 @@ def test_a_run_that_ends_while_storage_is_down_ends_as_what_it_is(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    class Hears(StopAfter):
+    class StopAndHear(StopAfter):
         def say(self, line: str) -> None:
             lines.append(line)
 
     lines: list[str] = []
     monkeypatch.setattr(Checkpoints, "save", full)
     monkeypatch.setattr("dircluster.training.trainer.INTERRUPTED_PATIENCE", 1.0)
-    outcome = outcome_of(lambda: run(smoke, Hears(1)))
+    outcome = outcome_of(lambda: run(smoke, StopAndHear(1)))
     assert (outcome["status"], outcome["signal"]) == ("KILLED", 15)
     assert [line for line in lines if "took no checkpoint for 1 s" in line]
 
     impatient = dataclasses.replace(smoke.storage, patience=1.0, checkpoint_every=3)
     trainer = make_trainer(dataclasses.replace(smoke, storage=impatient), tmp_path)
-    trainer.console = Hears(99)
+    trainer.console = StopAndHear(99)
     monkeypatch.setattr(trainer, "_must_be_finite", lambda terms, step: step < 3 or _broken())
     with pytest.raises(NonFiniteLoss, match="broken"):
         trainer.run()
@@ -227,26 +201,10 @@ def test_a_damaged_checkpoint_is_passed_over_on_resume(smoke: RunConfig, tmp_pat
     newest = sorted((tmp_path / "broken").glob("target-*/step-*"))[-1]
     file = newest / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    lines: list[str] = []
-
-    class Hears(Quiet):
-        def say(self, line: str) -> None:
-            lines.append(line)
-
-    outcome = run(broken, Hears())
-    assert [line for line in lines if "damaged" in line and "falling back" in line]
+    console = Hears()
+    outcome = run(broken, console)
+    assert [line for line in console.lines if "damaged" in line and "falling back" in line]
     assert weights(outcome) == weights(whole)
-
-
-def make_trainer(config: RunConfig, folder: Path) -> Trainer:
-    from dircluster.data.loader import Loader
-    from dircluster.data.sources import load
-
-    data = load(config.data, config.seed)
-    stage = stages.find_stage(config, "dir")
-    recipe = stage.recipe(stages.Networks(config, ALONE))
-    loader = Loader(data.train, config.training.batch_size, config.seed, "dir")
-    return Trainer(stage, recipe, loader, data.held_out, config, ALONE, Checkpoints(folder, "k"), NoRecord(), Quiet())
 
 
 def test_a_picture_is_drawn_although_a_signal_ended_the_selection_before_it(smoke: RunConfig, tmp_path: Path) -> None:
@@ -360,7 +318,7 @@ def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> N
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_dir_ends_on_its_best_weights_or_on_its_last(smoke: RunConfig, keep: str) -> None:
     config = with_values(smoke, {"dir.keep": keep})
-    done = Run(config, ALONE, NoTracker(), Quiet()).execute()
+    done = run(config)
     final = Path(done["checkpoint"])
     kept = checkpoint.read(final).tensors["denoiser"]
     last = max(final.parent.glob("step-*"))

@@ -21,9 +21,8 @@ from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
+from tests.conftest import ALONE
 from tests.unit.training.conftest import StopAfter
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
 
 
 class Game(Recipe):
