@@ -52,9 +52,9 @@ def batch_normed(classes: int, channels: int) -> nn.Module:
 BATCH_NORMED = f"{__name__}:batch_normed"
 
 
-def run(config: RunConfig, console: Any = None, fresh: str = "") -> dict[str, Any]:
-    """A whole run of one worker: -> its outcome."""
-    return Run(config, ALONE, NoTracker(), console or Quiet(), owner=fresh, fresh=bool(fresh)).execute()
+def run(config: RunConfig, console: Any = None, fresh: str = "", until: str = "") -> dict[str, Any]:
+    """A run of one worker, whole or ``until`` a stage: -> its outcome."""
+    return Run(config, ALONE, NoTracker(), console or Quiet(), owner=fresh, fresh=bool(fresh), until=until).execute()
 
 
 def elsewhere(config: RunConfig, folder: Path) -> RunConfig:
