@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -19,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dircluster.defenses.table import find_defense
 from dircluster.presets import preset
 from tests.conftest import Trained
 from tests.jobs import environment, run_job
+from tests.pictures import png
 
 Train = Callable[..., Any]
 LOCAL = ("--launcher", "local", "--tracking.no-enabled")
@@ -258,9 +257,7 @@ def test_dry_run_reads_what_is_given(train: Train, tmp_path: Path) -> None:
     torch.save({name: value * float("nan") for name, value in network.state_dict().items()}, tmp_path / "nan.pt")
     torch.save(network, tmp_path / "code.pt")
     (tmp_path / "data").mkdir()
-    picture = io.BytesIO()
-    Image.new("L", (8, 8), 9).save(picture, "PNG")
-    rows = [picture.getvalue()] * 89 + [b"\x89PNG"]
+    rows = [png(side=8)] * 89 + [b"\x89PNG"]
     pq.write_table(pa.table({"image": rows, "label": [i % 10 for i in range(90)]}), tmp_path / "data" / "train.parquet")
     cases = {
         "nan.pt' holds numbers that are not finite (NaN or infinity)": ["--target.uri", "nan.pt"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import http.server
-import io
 import os
 import re
 import socket
@@ -20,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from dircluster.cluster import preflight, storage
@@ -29,6 +27,7 @@ from dircluster.config import ConfigError, RunConfig, StorageConfig, with_values
 from dircluster.defenses.table import find_defense
 from dircluster.files import POINTER
 from dircluster.presets import preset
+from tests.pictures import png
 
 
 def run_of(words: str = "") -> RunConfig:
@@ -42,12 +41,6 @@ def check(words: str = "") -> None:
     preflight.check(run_of(words))
 
 
-def picture(size: int = 8) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (size, size), 9).save(file, "PNG")
-    return file.getvalue()
-
-
 def table(file: Path, labels: list[int], cell: bytes) -> None:
     pq.write_table(pa.table({"image": [cell] * len(labels), "label": labels}), file)
 
@@ -56,7 +49,7 @@ def folders(root: Path, classes: int) -> None:
     for number in range(classes):
         folder = root / "train" / f"{number:02}"
         folder.mkdir(parents=True)
-        (folder / "a.png").write_bytes(picture())
+        (folder / "a.png").write_bytes(png(side=8))
 
 
 def data_of(make: Callable[[Path], None], folder: Path) -> str:
@@ -70,8 +63,8 @@ LABELS = [i % 10 for i in range(90)]
 WRONG_DATA: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (lambda place: None, "holds neither parquet files nor images"),
     "a text": (lambda place: (place / "train.txt").write_text("x") and None, r"holds neither .* \(but train.txt\)"),
-    "labels": (lambda place: table(place / "train.parquet", [*LABELS, 12], picture()), "labels reach from 0 to 12"),
-    "size": (lambda place: table(place / "train.parquet", LABELS, picture(9)), "the images are 1x9x9"),
+    "labels": (lambda place: table(place / "train.parquet", [*LABELS, 12], png(side=8)), "labels reach from 0 to 12"),
+    "size": (lambda place: table(place / "train.parquet", LABELS, png(side=9)), "the images are 1x9x9"),
     "damage": (lambda place: table(place / "train.parquet", LABELS, b"\x89PNG"), r"train.parquet, row 0: an image can"),
     "footer": (lambda place: (place / "train.parquet").write_bytes(b"PAR1") and None, "cannot be read as parquet"),
     "classes": (lambda place: folders(place, 11), "there are 11 class folders, but data.classes is 10"),
@@ -88,7 +81,7 @@ def test_data_that_cannot_be_used(name: str, tmp_path: Path) -> None:
 
 
 def test_data_that_can_be_used(tmp_path: Path) -> None:
-    check(data_of(lambda place: table(place / "train.parquet", LABELS, picture()), tmp_path))
+    check(data_of(lambda place: table(place / "train.parquet", LABELS, png(side=8)), tmp_path))
     (tmp_path / "few").mkdir()
     few = data_of(lambda place: folders(place, 10), tmp_path / "few")
     preflight.check(run_of(few), trains=False)  # an evaluation

@@ -17,6 +17,7 @@ from dircluster.config import ConfigError, DataConfig
 from dircluster.data import sources
 from dircluster.data.decode import decode
 from dircluster.data.sources import load
+from tests.pictures import png
 
 PIXELS = torch.randint(256, (9, 7, 4), generator=torch.Generator().manual_seed(0)).numpy().astype(np.uint8)
 
@@ -60,11 +61,7 @@ def test_a_damaged_image_is_one_line(damage: Any) -> None:
 
 
 def test_many_images_keep_their_order() -> None:
-    blobs = []
-    for value in range(200):
-        buffer = io.BytesIO()
-        Image.fromarray(np.full((2, 2), value, np.uint8)).save(buffer, format="PNG")
-        blobs.append(buffer.getvalue())
+    blobs = [png(value, side=2) for value in range(200)]
     assert decode(blobs * 4, DataConfig(height=2, width=2, channels=1))[:, 0, 0, 0].tolist() == list(range(200)) * 4
 
 
@@ -73,11 +70,7 @@ def test_what_a_limit_leaves_out_is_not_decoded_and_the_images_are_those_of_befo
     tmp_path: Path, own_test: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for split, count in (("train", 60), *((("test", 40),) if own_test else ())):
-        blobs = []
-        for value in range(count):
-            buffer = io.BytesIO()
-            Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, format="PNG")
-            blobs.append(buffer.getvalue())
+        blobs = [png(value) for value in range(count)]
         labels = [value % 10 for value in range(count)]
         pq.write_table(pa.table({"image": blobs, "label": labels}), tmp_path / f"{split}.parquet")
     asked: list[int] = []

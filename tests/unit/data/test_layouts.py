@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig, local_path
 from dircluster.data.layout import check, layout_of, split_sizes
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.split_names import split_name
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.pictures import png
 
 
 def grow(root: Path, tree: dict[str, int | str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data.layout import KNOWN_CLASSES, KNOWN_SHAPES, KNOWN_SIZES, check, split_sizes
 from dircluster.data.sources import DATASETS, load
-
-
-def png(side: int = 4, value: int = 7, mode: str = "L") -> bytes:
-    shape = (side, side) if mode == "L" else (side, side, 3)
-    buffer = io.BytesIO()
-    Image.fromarray(np.full(shape, value, np.uint8)).save(buffer, format="PNG")
-    return buffer.getvalue()
+from tests.pictures import png
 
 
 def config(path: Path, **changes: Any) -> DataConfig:
@@ -182,7 +174,7 @@ def test_classes_of_the_test_split_are_those_of_the_training_split(tmp_path: Pat
 @pytest.mark.parametrize(
     ("images", "labels", "changes", "message"),
     [
-        ([png(), png(5)], [0, 1], {}, "2 different sizes (4x4, 5x5, ...)"),
+        ([png(), png(side=5)], [0, 1], {}, "2 different sizes (4x4, 5x5, ...)"),
         ([png()] * 9, None, {}, "has no integer column label or labels"),
         ([png()] * 9, ["cat"] * 9, {}, "has no integer column"),
         ([png()] * 9, [0, None] * 4 + [1], {}, "4 rows without a label"),

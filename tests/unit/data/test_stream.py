@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data import stream
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader, open_shards
 from infra.photo_shards import write_photos
+from tests.pictures import png
 
 CONFIG = DataConfig(name="custom", uri="x", height=8, width=8, channels=1, classes=100, stream=True)
 
 
-def png(value: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.full((8, 8), value, dtype=np.uint8)).save(out, "PNG")
-    return out.getvalue()
-
-
 def write(folder: Path, name: str, values: range, rows: int) -> Path:
     """A shard whose images say by their gray which they are."""
-    table = pa.table({"image": [{"bytes": png(v), "path": ""} for v in values], "label": [v % 10 for v in values]})
+    table = pa.table(
+        {"image": [{"bytes": png(v, side=8), "path": ""} for v in values], "label": [v % 10 for v in values]}
+    )
     pq.write_table(table, folder / name, row_group_size=rows)
     return folder / name
 

@@ -21,14 +21,9 @@ from dircluster.data.layout import check
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.data.stream import Shards, StreamLoader
+from tests.pictures import png
 
 ROWS = 20
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 PNGS = [png(i) for i in range(ROWS)]

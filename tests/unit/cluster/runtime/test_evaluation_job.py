@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from dircluster.cluster.loading import JobSpec
 from dircluster.cluster.runtime.evaluation_job import EvaluationJob
 from dircluster.config import StorageConfig
 from dircluster.presets import preset, run_to_plain
+from tests.pictures import png
 
 
 def test_a_report_says_that_images_lie_in_the_order_of_their_classes(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8), 9, np.uint8)).save(buffer, "PNG")
     labels = [row // 20 for row in range(200)]
     for split in ("train", "test"):
-        pq.write_table(pa.table({"image": [buffer.getvalue()] * 200, "label": labels}), tmp_path / f"{split}.parquet")
+        pq.write_table(pa.table({"image": [png(side=8)] * 200, "label": labels}), tmp_path / f"{split}.parquet")
     run = preset("digits_smoke")
     run = dataclasses.replace(
         run,
