@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 """One worker, on the CPU."""
 CLUSTER = tuple(f"tests/fault/test_{name}.py" for name in ("killed", "submitted", "sweep"))
 """Files whose tests share one cluster: a second one would cost half a minute and two gigabytes."""
+
+
+def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
+    """Until something holds that another thread does."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.hookimpl(optionalhook=True)

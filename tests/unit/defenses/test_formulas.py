@@ -20,18 +20,18 @@ from dircluster.defenses.target import TargetRecipe, mart_terms
 from dircluster.models.classifiers import build
 from dircluster.models.modules import under_attack
 from dircluster.presets import preset
-from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
+from dircluster.presets.dir import DirConfig, MaskingConfig
 from dircluster.training.stages import Networks, stages_of
 from tests.conftest import ALONE
+from tests.unit.defenses.conftest import TINY
 
-MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 ATTACK = AttackConfig(epsilon=0.1, steps=3)
 MakeBatch = Callable[..., Batch]
 
 
 def parts(ratio: float = 0.5) -> tuple[MaskedPurifier, nn.Module]:
     with rng.seeded_torch_rng(0, "parts"):
-        return MaskedPurifier(MODEL, MaskingConfig(ratio=ratio), 1, 8, 8), build("small_cnn", DataConfig())
+        return MaskedPurifier(TINY, MaskingConfig(ratio=ratio), 1, 8, 8), build("small_cnn", DataConfig())
 
 
 def softmax(scores: list[float]) -> list[float]:

@@ -14,10 +14,10 @@ from dircluster.defenses.dir import DirRecipe, MaskedPurifier, PretrainRecipe
 from dircluster.defenses.recipe import Batch, Recipe
 from dircluster.defenses.target import TargetRecipe
 from dircluster.models.classifiers import build
-from dircluster.presets.dir import DirConfig, MaskingConfig, ModelConfig
+from dircluster.presets.dir import DirConfig, MaskingConfig
+from tests.unit.defenses.conftest import TINY
 
 ATTACK = AttackConfig(norm="l2", epsilon=1.2, steps=3)
-MODEL = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 TARGETS = {
     "at": TargetConfig(architecture="small_cnn", objective="at"),
     "trades": TargetConfig(architecture="small_cnn", objective="trades"),
@@ -27,7 +27,7 @@ TARGETS = {
 
 def recipe(name: str) -> Recipe:
     with rng.seeded_torch_rng(0, "parts"):
-        denoiser, classifier = MaskedPurifier(MODEL, MaskingConfig(), 1, 8, 8), build("small_cnn", DataConfig())
+        denoiser, classifier = MaskedPurifier(TINY, MaskingConfig(), 1, 8, 8), build("small_cnn", DataConfig())
     if name == "dir":
         return DirRecipe(denoiser, classifier, DirConfig(perturb_steps=4), ATTACK)
     if name == "pretrain":

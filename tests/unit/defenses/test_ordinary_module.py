@@ -14,25 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dircluster import rng
-from dircluster.config import ConfigError, DataConfig
+from dircluster.config import ConfigError
 from dircluster.defenses.base import MOST_DRAWS, Defended, Purifier
-from dircluster.defenses.dir import MaskedPurifier
 from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import find_defense
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.victim import VictimModel
-from dircluster.models.classifiers import build
 from dircluster.presets import RUNS, preset, presets_of
-from dircluster.presets.dir import MaskingConfig, ModelConfig
 
-TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 IMAGES = torch.rand(6, 1, 8, 8, generator=rng.generator(0, "images"))
-
-
-@pytest.fixture
-def defense() -> Defended:
-    with rng.seeded_torch_rng(0, "defended"):
-        return Defended(MaskedPurifier(TINY, MaskingConfig(), 1, 8, 8), build("small_cnn", DataConfig())).eval()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 5e-2)])

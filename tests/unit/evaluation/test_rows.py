@@ -19,9 +19,9 @@ from dircluster.evaluation.rows import FEW, MOST_ROWS, doubled, fitting_rows, gr
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import build
-from dircluster.presets.dir import MaskingConfig, ModelConfig
+from dircluster.presets.dir import MaskingConfig
+from tests.unit.defenses.conftest import TINY
 
-TINY = ModelConfig(patch=2, width=16, heads=2, encoder_depth=1, decoder_depth=1)
 GIB, MIB = 2**30, 2**20
 SETTINGS = EvaluationConfig(batch_size=8, steps=1, eot=2, draws=2)
 

@@ -11,6 +11,7 @@ import pytest
 
 from dircluster.training import retry as module
 from dircluster.training.retry import RetryQueue, retry
+from tests.conftest import wait_until
 
 
 class Receiver:
@@ -40,13 +41,6 @@ def queue_of(receiver: Callable[[Any], None], lines: list[str], **options: Any) 
         recovery=lambda item: f"{item} taken",
         **options,
     )
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def failing(times: int, error: type[Exception] = OSError) -> Callable[[], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ import pytest
 from dircluster.cluster.runtime import channel as module
 from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, RemoteConsole, WorkerChannel
 from dircluster.training.protocols import Status
+from tests.conftest import wait_until
 from tests.unit.cluster.conftest import Actor, Clock
 
 STATUS = Status("dir", 1, 2, 3, 8, {"loss": 0.5}, 100.0, 4.0, 2, 0.1)
@@ -90,13 +90,6 @@ def console(
     yield made
     made._closed.set()
     made._thread.join(5)
-
-
-def wait_until(holds: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_console_far_away_says_shows_and_hears(channel: WorkerChannel, console: RemoteConsole) -> None:
