@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +107,8 @@ def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, m
     monkeypatch.setattr("dircluster.cluster.tracking.jobs.finish_job", lambda record, status: ended.append(status))
     made: Any = object.__new__(Reproduction)
     made.job, made.plan = SimpleNamespace(dry_run=False, launcher="local"), SimpleNamespace(all=[])
-    made.terminal, made.commit, made.record, made.failed = None, "", object(), {}
+    made.terminal, made.tags, made.record, made.failed = None, {}, object(), {}
+    made.held = contextlib.ExitStack()
     made._costed, made._show, made._open_record, made._tell = list, lambda found: None, lambda: None, tell
     if fails:
         with pytest.raises(OSError, match="full"):
