@@ -35,7 +35,7 @@ from dircluster.cluster.tracking.jobs import (
 from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
 from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.cluster.tracking.tracker import MlflowTracker, is_full
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, with_values
 from dircluster.presets.dir import DirRun
 
 ELSEWHERE = "another-boot/pid:[1] 7 1234"
@@ -158,6 +158,12 @@ def rows(folder: Path, query: str) -> list[Any]:
         return [row[0] for row in base.execute(query)]
 
 
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder whose record is made once: MLflow takes seconds to make one."""
+    return str(tmp_path_factory.mktemp("storage"))
+
+
 @pytest.mark.parametrize(
     ("sweep", "name"),
     [
@@ -166,10 +172,12 @@ def rows(folder: Path, query: str) -> list[Any]:
         ({"space": "depth", "varied": [], "seeds": 3}, "digits_smoke-depth-seeds2-4"),
     ],
 )
-def test_a_record_shows_its_seeds_and_its_script(smoke: DirRun, sweep: dict[str, Any] | None, name: str) -> None:
+def test_a_record_shows_its_seeds_and_its_script(
+    smoke: DirRun, storage: str, sweep: dict[str, Any] | None, name: str
+) -> None:
     command = "python jobs/tune_depth.py digits_smoke --storage.uri /some/place --seed 2"
-    Path(smoke.storage.uri).mkdir()
-    record = open_job(dataclasses.replace(smoke, seed=2), {"dircluster.command": command}, sweep=sweep)
+    recorded = with_values(smoke, {"seed": 2, "storage.uri": storage})
+    record = open_job(recorded, {"dircluster.command": command}, sweep=sweep)
     run = MlflowClient(record.uri).get_run(record.run_id)
     assert run.info.run_name == name
     assert run.data.tags["mlflow.source.name"] == "jobs/tune_depth.py"  # a page shows what stands behind the last slash

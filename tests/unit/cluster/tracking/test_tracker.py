@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from mlflow.tracking import MlflowClient
 
 from dircluster.cluster.tracking.jobs import JobRecord, Refused
 from dircluster.cluster.tracking.tracker import MlflowTracker, newest_picture
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A record that is made once: MLflow takes seconds to make one."""
+    return f"sqlite:///{tmp_path_factory.mktemp('record') / 'mlflow.db'}"
 
 
 def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
@@ -33,8 +40,7 @@ def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
     ]
 
 
-def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(uri)
     experiment = client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
     parent = client.create_run(experiment).info.run_id
@@ -59,8 +65,7 @@ def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(tmp_
     assert sorted(file.split("+")[2] for file in files) == ["20", "40", "60"]
 
 
-def test_results_of_other_files_under_the_same_settings_replace_those_on_record(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_results_of_other_files_under_the_same_settings_replace_those_on_record(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(uri)
     experiment = client.create_experiment("results", artifact_location=str(tmp_path / "artifacts"))
     run = client.create_run(experiment).info.run_id
