@@ -135,6 +135,8 @@ def test_a_captured_run_resumes_and_ends_in_the_bits_of_one_that_is_not(whole: D
     assert recorder.recorded > 0
     state = plain.recipe.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in made.recipe.state_dict().items())
+    assert plain.mean.tensors
+    assert all(torch.equal(v, made.mean.tensors[k]) for k, v in plain.mean.tensors.items())
 
 
 def poisoned(made: Trainer, at: int) -> list[int]:
