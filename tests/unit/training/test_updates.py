@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dircluster.config import ConfigError, OptimizerConfig, RunConfig
+from dircluster.config import ConfigError, OptimizerConfig, RunConfig, with_values
 from dircluster.data.loader import Loader
 from dircluster.data.sources import load
 from dircluster.data.split import Split
@@ -22,7 +22,7 @@ from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoRecord, Quiet
 from dircluster.training.trainer import Trainer
 from tests.conftest import ALONE
-from tests.unit.training.conftest import StopAfter
+from tests.unit.training.conftest import StopAfter, make_trainer
 
 
 class Game(Recipe):
@@ -104,6 +104,19 @@ def test_the_mean_is_what_a_stage_keeps(smoke: DirRun, tmp_path: Path) -> None:
     assert last is not None
     assert torch.equal(last.tensors["ema"]["maker.weight"], held)
     assert not torch.equal(last.tensors["model"]["maker.weight"], held)
+
+
+def test_the_mean_is_what_is_validated_and_kept_as_best(smoke: DirRun, tmp_path: Path) -> None:
+    made = make_trainer(with_values(smoke, {"dir.ema": 0.9, "dir.keep": "best"}), tmp_path)
+    for step in range(made.loader.steps_per_epoch):
+        made.step(step)
+    made._judge(made.loader.steps_per_epoch)
+    assert made.new_best is not None
+    _, best, _ = made.new_best
+    own = made.recipe.state_dict()
+    for name, value in made.mean.tensors.items():
+        assert torch.equal(best[name], value)
+        assert not torch.equal(own[name], value)
 
 
 def test_several_workers_refuse_several_updates(smoke: DirRun, tmp_path: Path) -> None:
