@@ -320,6 +320,18 @@ def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> N
     assert not any(torch.equal(weight, trained[name]) for name, weight in begun.named_parameters())
 
 
+def test_the_best_weights_are_the_first_of_the_highest_robust_accuracy(
+    smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = iter([(0.9, 0.3), (0.8, 0.5), (0.9, 0.5), (0.9, 0.4)])
+    monkeypatch.setattr("dircluster.training.trainer.held_out_accuracy", lambda *_: next(planted))
+    made = make_trainer(with_values(smoke, {"dir.keep": "best"}), tmp_path)
+    for step in range(1, 5):
+        made._judge(step)
+    best = {"step": 2, "natural": 0.8, "robust": 0.5, "folder": "best-00000002"}
+    assert made.best == {**best, "last": {"step": 4, "natural": 0.9, "robust": 0.4}}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_dir_ends_on_its_best_weights_or_on_its_last(smoke: RunConfig, keep: str) -> None:
