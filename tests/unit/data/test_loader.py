@@ -43,6 +43,19 @@ def test_crop_is_a_shift_with_zeros() -> None:
     assert crop(image, torch.tensor([[0, 2]]), 1)[0, 0].tolist() == [[0, 0, 0], [2, 3, 0], [5, 6, 0]]
 
 
+def test_crops_are_of_every_place_about_as_often() -> None:
+    loader, seen = make(crop_padding=1), dict[tuple[int, int], int]()
+    places = [(row, column) for row in range(3) for column in range(3)]
+    for epoch in range(20):
+        for step in range(5):
+            images, labels, _ = loader(epoch, step)
+            shifted = [crop(SPLIT.pixels(labels), torch.tensor([place] * 8), 1) for place in places]
+            for place, found in zip(places, shifted, strict=True):
+                seen[place] = seen.get(place, 0) + int((images == found).flatten(1).all(1).sum())
+    assert sum(seen.values()) == 800
+    assert all(49 < count < 129 for count in seen.values())  # 89 each, deviation 9
+
+
 def test_flips_mirror_about_half() -> None:
     loader = make(flip=True)
     mirrored = 0
