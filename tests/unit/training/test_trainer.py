@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dircluster.cluster.outcome import outcome_of
 from dircluster.config import ConfigError, RunConfig, TrainingConfig, with_values
+from dircluster.data.sources import load
+from dircluster.data.split import Split
 from dircluster.defenses.table import find_defense
 from dircluster.presets import preset
 from dircluster.training import checkpoint
@@ -330,6 +332,20 @@ def test_the_best_weights_are_the_first_of_the_highest_robust_accuracy(
         made._judge(step)
     best = {"step": 2, "natural": 0.8, "robust": 0.5, "folder": "best-00000002"}
     assert made.best == {**best, "last": {"step": 4, "natural": 0.9, "robust": 0.4}}
+
+
+def test_a_run_selects_on_held_out_images(smoke: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Split] = []
+
+    def judged(deployed: nn.Module, split: Split, *_: Any) -> tuple[float, float]:
+        seen.append(split)
+        return 0.5, 0.5
+
+    monkeypatch.setattr("dircluster.training.trainer.held_out_accuracy", judged)
+    run(smoke, until="target")
+    held_out = load(smoke.data, smoke.seed).held_out
+    assert seen
+    assert all(torch.equal(split.images, held_out.images) for split in seen)
 
 
 @pytest.mark.long
