@@ -252,7 +252,8 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
         _refuse_empty(of_file, empty)
         words = [*of_file, *words]
     with _one_line_errors():
-        job = tyro.cli(kind, default=base, args=_with_decimals(kind, type(run), words))
+        decimal = _with_decimals(kind, type(run), words)
+        job = tyro.cli(kind, default=base, args=decimal, prog=_called(sys.argv))
     if job.config is not None and not file:
         raise ConfigError(f"--config {job.config} begins as a flag does: give ./{job.config}")
     if job.preset != name:
@@ -262,6 +263,12 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
         raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
     flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
+
+
+def _called(words: Sequence[str]) -> str | None:
+    """What --help calls the command that ``words`` are of: of the installed one its verb too, else as it was called."""
+    installed = Path(words[0]).name in ("dircluster", "__main__.py")
+    return f"dircluster {words[1]}" if installed and len(words) > 1 else None
 
 
 def _refuse_value_of_a_switch(value: str, words: Sequence[str], switches: Container[str]) -> None:

@@ -67,7 +67,7 @@ class MatrixEstimation(Purifier):
         with outside_autocast(images.device):
             matrices, mask = _side_by_side(2 * images - 1), _side_by_side(draws)
             if config.method == "usvt":
-                found = usvt(matrices, mask, int(config.rank * matrices.shape[1]))
+                found = usvt(matrices, mask, int(config.rank * min(matrices.shape[1:])))
             elif config.method == "soft_impute":
                 found = soft_impute(matrices, mask, config.shrinkage, config.iterations, config.tolerance)
             else:

@@ -50,7 +50,7 @@ class MaskingConfig:
 
     def kept(self, tokens: int) -> int:
         """Patches that each mask keeps out of ``tokens``."""
-        return round((1 - self.ratio) * tokens)
+        return round(round((1 - self.ratio) * tokens, 9))
 
     def check(self, tokens: int) -> None:
         """Raise ConfigError unless every one of ``tokens`` patches is kept by at least one mask."""

@@ -143,6 +143,11 @@ def test_the_fewest_masks_that_cover_an_image(ratio: float, masks: int) -> None:
     assert d.MaskingConfig(ratio=ratio).masks == masks
 
 
+@pytest.mark.parametrize(("ratio", "tokens", "kept"), [(0.9, 15, 2), (0.7, 5, 2), (0.9, 25, 2), (0.5, 64, 32)])
+def test_a_mask_keeps_the_even_number_where_a_half_is_left(ratio: float, tokens: int, kept: int) -> None:
+    assert d.MaskingConfig(ratio=ratio).kept(tokens) == kept
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_a_round_trip(name: str) -> None:
     run = preset(name)

@@ -30,6 +30,13 @@ def test_a_verb_is_its_job(verb: str, root: Path, capsys: pytest.CaptureFixture[
     assert what_it_does in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("called", [["-m", "dircluster"], ["jobs/train.py"]], ids=["verb", "job"])
+def test_help_calls_a_command_as_its_user_does(called: list[str], root: Path) -> None:
+    words = [*called, "train", "--help"] if called[0] == "-m" else [*called, "--help"]
+    shown = subprocess.run([sys.executable, *words], cwd=root, check=True, capture_output=True, text=True).stdout
+    assert shown.split("[", 1)[0].split() == ["usage:", *(["dircluster", "train"] if "-m" in called else called)]
+
+
 def test_another_word_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["judge", "digits"]) == 2
     assert capsys.readouterr().err == f"error: there is no verb 'judge'; there are {', '.join(VERBS)}\n"

@@ -78,9 +78,13 @@ def note(client: MlflowClient, version: ModelVersion, found: tuple[str, Evidence
 
 
 def evidence_by_key(version: ModelVersion) -> dict[str, Evidence]:
-    """What evaluations found of a version, by images and attacks."""
-    tags = {name: text for name, text in version.tags.items() if name.startswith(EVIDENCE_TAG)}
-    return {name.removeprefix(EVIDENCE_TAG): Evidence(**json.loads(text)) for name, text in tags.items()}
+    """What evaluations found of a version, by images and attacks; what a later release notes besides is not read."""
+    known, found = {field.name for field in dataclasses.fields(Evidence)}, dict[str, Evidence]()
+    for name, text in version.tags.items():
+        if name.startswith(EVIDENCE_TAG):
+            noted = {key: value for key, value in json.loads(text).items() if key in known}
+            found[name.removeprefix(EVIDENCE_TAG)] = Evidence(**noted)
+    return found
 
 
 def crown(client: MlflowClient, version: ModelVersion) -> str:

@@ -47,7 +47,7 @@ def plain(images: Tensor, mask: Tensor) -> Tensor:
         matrix = np.concatenate(list(2 * image - 1), axis=1)
         seen = np.concatenate(list(kept), axis=1)
         u, s, v = np.linalg.svd(matrix * seen, full_matrices=False)
-        rank = int(0.8 * matrix.shape[0])
+        rank = int(0.8 * min(matrix.shape))
         found = (u[:, :rank] * s[:rank]) @ v[:rank] / (seen.sum() / seen.size)
         made.append(np.stack(np.split(np.clip(found, -1, 1), len(image), axis=1)))
     return torch.from_numpy((np.stack(made) + 1) / 2)
@@ -65,6 +65,13 @@ def test_the_purifier_is_that_of_the_paper() -> None:
     (seen,) = purifier.visible(images, mask)
     assert torch.equal(seen[mask], images[mask])
     assert bool((seen[~mask] == 0.5).all())
+
+
+def test_the_rank_is_a_share_of_the_singular_values_of_a_gray_image_taller_than_wide() -> None:
+    images = torch.rand(2, 1, 16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    purifier = MatrixEstimation(EstimationConfig(), 1, 16, 8)
+    mask = purifier.draw(torch.Generator().manual_seed(1), 2)
+    torch.testing.assert_close(purifier(images, mask), plain(images, mask), atol=1e-10, rtol=0)
 
 
 def test_what_autograd_follows_holds_mask_and_projector() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,15 @@ def test_other_images_or_attacks_are_no_comparison() -> None:
         assert "no evaluation has judged it and version 1, the champion, on the same images" in line
     assert judged(registry, registry.versions["1"], 0.4, total=50).startswith("version 1 is champion already")
     assert judged(registry, registry.versions["2"], 0.9, total=50).startswith("version 2 is champion")
+
+
+def test_what_a_later_release_notes_besides_is_not_read() -> None:
+    registry = Registry()
+    judged(registry, registry.add(), 0.5)
+    tags = registry.versions["1"].tags
+    for name, text in tags.items():
+        tags[name] = json.dumps(json.loads(text) | {"kelvin": 300})
+    assert judged(registry, registry.add(), 0.56).startswith("version 2 is champion: its lower bound 51.0 %")
 
 
 def test_no_attack_is_no_evidence() -> None:
