@@ -41,6 +41,9 @@ from dircluster.training.stage_folder import StageFolder, find_stage_folder
 from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
 
+KEEPS_SOON = 0.5
+"""Seconds between two looks whether another job has kept the target that both were given."""
+
 
 class Run:
     """A run on one worker. All workers make the same one and call :meth:`execute` together."""
@@ -153,7 +156,8 @@ class Run:
 
     def _given_target(self, networks: stages.Networks) -> StageFolder:
         """Take the target that ``target.uri`` names."""
-        key, folder, sha256, notes = self.parallel.first_does(self._keep_given_target)
+        with waiting(self.console):
+            key, folder, sha256, notes = self.parallel.first_does(self._keep_given_target)
         self.target = {"uri": self.config.target.uri, "sha256": sha256}
         stage_folder = StageFolder("target", key, self.open_path(folder))
         kept = checkpoint.read(stage_folder.final, stage_folder.key).tensors["classifier"]
@@ -168,8 +172,17 @@ class Run:
         weights = given.classifier.state_dict()
         key = digest({"target": architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}})
         stage_folder = find_stage_folder(self.storage, "target", key)
-        if not checkpoint.is_sound(stage_folder.final, key):
-            checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
+        deadline = time.monotonic() + self.config.storage.patience
+        while not checkpoint.is_sound(stage_folder.final, key):
+            try:
+                with stage_lock(stage_folder.folder, self.owner, self.console.say) as check:
+                    if not checkpoint.is_sound(stage_folder.final, key):  # whose reader would lose it meanwhile
+                        check()
+                        checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
+            except TakenOverError:  # another job keeps the same weights
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(KEEPS_SOON)
         return key, str(stage_folder.folder), given.sha256, given.notes
 
     def _stage(
