@@ -112,16 +112,17 @@ def _digest(labels: list[int]) -> str:
 
 
 def read_group(group: RowGroup) -> tuple[list[Cell], list[int]]:
-    """Encoded images and labels of a row group. Raises ConfigError where it is damaged or another than before."""
+    """Encoded images and labels of a row group. Raises ConfigError where it is damaged, or has other rows or labels."""
     try:
         with parquet.opened(group.shard) as table:
-            there = table.metadata
+            there, other = table.metadata, f"{group.shard} was overwritten while it is read: its"
             if group.number >= there.num_row_groups or there.row_group(group.number).num_rows != group.rows:
-                raise ConfigError(
-                    f"{group.shard} was overwritten while it is read: its row groups are others; begin again"
-                )
+                raise ConfigError(f"{other} row groups are others; begin again")
             read = table.read_row_group(group.number, columns=group.columns.stored)
-            return parquet.contents(read, group.columns, group.shard, group.first)
+            found = parquet.contents(read, group.columns, group.shard, group.first)
+            if _digest(found[1]) != group.labels:
+                raise ConfigError(f"{other} labels are others; begin again")
+            return found
     except ConfigError as error:
         if isinstance(error.__cause__, TimeoutError | ConnectionError):  # storage is away: a restart may help
             raise error.__cause__ from None
