@@ -24,6 +24,7 @@ import tyro
 import yaml
 
 from dircluster.config import (
+    LONGEST,
     ConfigError,
     RunConfig,
     SuiteName,
@@ -216,8 +217,8 @@ class DoctorJob(DefenseJob):
     """Seconds that all of it may take; 180 on a GPU and 60 on a CPU when not given."""
 
     def __post_init__(self) -> None:
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ConfigError(f"--seconds must be positive, got {self.seconds:g}")
+        if self.seconds is not None and not 0 < self.seconds <= LONGEST:
+            raise ConfigError(f"--seconds must be positive and at most {LONGEST:g}, got {self.seconds:g}")
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dircluster.config.errors import (
     ANY_ERROR,
+    LONGEST,
     ConfigError,
     error_from_plain,
     error_to_plain,
@@ -41,6 +42,7 @@ __all__ = [
     "HOW_TRAINED",
     "LATER_FIELDS",
     "LEAST_STD",
+    "LONGEST",
     "SAME_NUMBERS",
     "USUAL_ROWS",
     "AttackConfig",

@@ -82,3 +82,14 @@ def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{section}.{name} must be positive, got {value}")
+
+
+LONGEST = 1e9
+"""Seconds, thirty years: clocks of threads and process groups overflow at ten times as many."""
+
+
+def require_seconds(section: str, config: Any, *names: str) -> None:
+    """Raise ConfigError where something may take longer than any clock counts."""
+    for name in names:
+        value = getattr(config, name)
+        require(not value > LONGEST, f"{section}.{name} must be at most {LONGEST:g} seconds, got {value:g}")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from dircluster.config.errors import require, require_positive, without_secrets
+from dircluster.config.errors import require, require_positive, require_seconds, without_secrets
 
 MOST_THREADS = 1024
 """Threads of a worker; no machine has more cores, and libraries end without a word where they cannot start them."""
@@ -41,6 +41,7 @@ class ScalingConfig:
         )
         require_positive("scaling", self, "resize_every", "stall")
         require(self.wait >= 0, f"scaling.wait must be 0 or more, got {self.wait}")
+        require_seconds("scaling", self, "wait", "resize_every", "stall")
         require(
             self.threads is None or 0 < self.threads <= MOST_THREADS,
             f"scaling.threads must lie in [1, {MOST_THREADS}], got {self.threads}",
@@ -105,6 +106,7 @@ class StorageConfig:
             f"storage.endpoint must begin with http:// or https://, got {without_secrets(self.endpoint or '')!r}",
         )
         require(self.patience >= 0, f"storage.patience must be 0 or more, got {self.patience}")
+        require_seconds("storage", self, "patience")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require_positive("tracking", self, "log_every", "picture_every")
+        require(self.patience >= 0, f"tracking.patience must be 0 or more, got {self.patience}")
+        require_seconds("tracking", self, "patience")
         require(self.uri is None or self.uri.strip() != "", "tracking.uri must not be empty")
         require(self.experiment.strip() != "", f"tracking.experiment must be a name, got {self.experiment!r}")
         length = len(self.experiment)

@@ -81,7 +81,8 @@ def test_the_exit_code_is_that_of_failures(
     ("words", "message"),
     [
         (["nope"], "unknown preset 'nope'"),
-        (["--seconds", "0"], "--seconds must be positive, got 0"),
+        (["--seconds", "0"], "--seconds must be positive and at most 1e+09, got 0"),
+        (["--seconds", "1e300"], "--seconds must be positive and at most 1e+09, got 1e+300"),
         (["--summary", "nowhere/s.json"], "its folder does not exist"),
         (["--summary", "s.html"], "give it another suffix"),
         (["--masking.ratio", "50"], "did you mean 0.5?"),
