@@ -14,8 +14,10 @@ FETCH = "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"
 def check_writable(folder: Path) -> None:
     """Write a file in ``folder`` and remove it. Raises OSError where it takes none."""
     probe = folder / f".write-probe-{os.getpid()}"
-    probe.write_bytes(bytes(4096))  # a full disk takes an empty file
-    probe.unlink(missing_ok=True)
+    try:
+        probe.write_bytes(bytes(4096))  # a full disk takes an empty file
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def check_file(file: Path) -> None:
@@ -39,5 +41,9 @@ def write_whole(file: Path, blob: bytes) -> None:
         file.write_bytes(blob)
         return
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two jobs may find the same at the same time
-    partial.write_bytes(blob)
-    partial.replace(file)
+    try:
+        partial.write_bytes(blob)
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk has taken some of it
+        raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dircluster.files import check_file
+from dircluster.files import check_file, check_writable, write_whole
 
 
 def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
@@ -28,3 +30,17 @@ def test_what_cannot_be_written_is_an_error_that_says_why(tmp_path: Path) -> Non
     ):
         with pytest.raises(OSError, match=message):
             check_file(file)
+
+
+@pytest.mark.parametrize("write", [check_writable, lambda folder: write_whole(folder / "s.json", b"later")])
+def test_a_full_disk_keeps_nothing_of_what_did_not_fit(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, blob: bytes) -> int:
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
