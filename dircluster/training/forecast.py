@@ -147,7 +147,8 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
                 steps[images] = stage_stepper(stage, recipe, run, _random(config, images * world), parallel)
             steps[images].step(0)
 
-        per_image = step_operations(config, stage.name) / config.training.batch_size
+        first = replace(config, attack=replace(config.attack, pipeline_every=1))  # as the step 0 that is timed
+        per_image = step_operations(first, stage.name) / config.training.batch_size
         paces[stage.name] = _pace(step, per_image, share, parallel, budget)
         steps.clear()
     networks.renew(tuple(networks))

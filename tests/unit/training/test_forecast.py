@@ -364,6 +364,16 @@ def test_an_evaluation_is_timed_on_as_many_rows_as_pass_together(
         assert asked[-1] == rows
 
 
+def test_a_step_with_gradients_of_the_pipeline_is_timed_as_what_it_is(
+    smoke: DirRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_timed", lambda step, images, parallel: 1.0)
+    config = with_values(smoke, {"attack.crafting": "target_first", "attack.pipeline_every": 2})
+    found = calibrate(config, ALONE, budget=2.0).paces["dir"].operations_per_second
+    assert found == step_operations(with_values(config, {"attack.pipeline_every": 1}), "dir")
+    assert found > step_operations(config, "dir")  # a mean with steps that take it from the target alone
+
+
 @pytest.mark.parametrize(("most", "memory"), [(None, 1000 + 10 * 32), (64, 1000 + 10 * 64)])
 def test_memory_grows_with_the_images_that_pass_together(
     most: int | None, memory: int, monkeypatch: pytest.MonkeyPatch
