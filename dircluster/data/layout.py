@@ -18,12 +18,13 @@ from dircluster.data.table_files import table_splits
 from dircluster.data.unread import check_unread
 
 KNOWN_SIZES = {
-    "digits": (1438, 359),
+    "digits": (1797, 0),
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "svhn": (73_257, 26_032),
 }
-"""Training images of the named sets, before the held-out share is cut off, and test images."""
+"""Training images of the named sets, before the held-out share is cut off, and test images: 0 where these are cut off
+too."""
 KNOWN_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
 """Channels, height and width of their images."""
 KNOWN_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10}
@@ -114,9 +115,9 @@ def split_sizes(
         layout = layout or layout_of(config, open_path)
         count = len if layout.folders else _rows
         whole, test = count(layout.train), count(layout.test)
-        if not layout.test:
-            test = max(1, round(config.test_share * whole))
-            whole -= test
+    if not test:
+        test = max(1, round(config.test_share * whole))
+        whole -= test
     if config.limit is not None:
         whole, test = min(whole, config.limit), min(test, config.limit)
     held_out = max(1, round(config.held_out * whole))

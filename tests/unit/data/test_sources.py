@@ -134,6 +134,13 @@ def test_without_a_test_split_one_is_cut_off(tmp_path: Path) -> None:
     assert split_sizes(config(tmp_path / "all.parquet"))[0] == 14
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_test_split_of_digits_is_as_large_as_asked(share: float) -> None:
+    wanted = DataConfig(test_share=share)
+    data = load(wanted, seed=0)
+    assert split_sizes(wanted) == (len(data.train), len(data.held_out), len(data.test))
+
+
 def test_image_folders(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("test", 2)):
         for number, name in enumerate(("cat", "dog")):
