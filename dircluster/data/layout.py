@@ -27,6 +27,8 @@ KNOWN_SIZES = {
 too."""
 KNOWN_SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
 """Channels, height and width of their images."""
+MOST_HELD_OUT = 10_000
+"""Held-out images of a stream at the most, but for the rest of a row group: they lie in memory."""
 KNOWN_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "svhn": 10}
 
 
@@ -121,7 +123,9 @@ def split_sizes(
     if config.limit is not None:
         whole, test = min(whole, config.limit), min(test, config.limit)
     held_out = max(1, round(config.held_out * whole))
-    if held_out >= whole and not config.stream:  # which keeps whole row groups
+    if config.stream:  # which keeps whole row groups: so many, or some more
+        held_out = min(held_out, MOST_HELD_OUT)
+    elif held_out >= whole:
         raise ConfigError(f"data.held_out {config.held_out:g} leaves nothing of {whole} images to train on")
     return whole - held_out, held_out, test
 

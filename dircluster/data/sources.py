@@ -19,12 +19,9 @@ from dircluster.data import parquet
 from dircluster.data.class_folders import ClassFolders
 from dircluster.data.decode import decode
 from dircluster.data.files import one_line
-from dircluster.data.layout import check_named, check_names, layout_of
+from dircluster.data.layout import MOST_HELD_OUT, check_named, check_names, layout_of
 from dircluster.data.picture import Blob, loses_color
 from dircluster.data.split import Dataset, Split
-
-MOST_HELD_OUT = 10_000
-"""Held-out images of a stream at the most: they lie in memory."""
 
 
 @dataclass(frozen=True)

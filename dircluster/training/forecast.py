@@ -171,7 +171,7 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
     Raises ConfigError where the calibration knows nothing of a stage.
     """
     made, data = [], config.data
-    images = 0 if data.stream or not found.on_cpu else train + held_out + test
+    images = held_out + test + (0 if data.stream else train) if found.on_cpu else 0
     held = images * data.channels * data.height * data.width
     for stage in stages.trained_stages(config):
         seconds = stage_seconds(config, stage, found, train, held_out)

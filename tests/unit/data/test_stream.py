@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from dircluster.config import ConfigError, DataConfig
-from dircluster.data import stream
+from dircluster.data import layout, sources, stream
+from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader, open_shards
 from infra.photo_shards import write_photos
@@ -118,6 +120,18 @@ def test_held_out_row_groups_are_never_trained_on(tmp_path: Path) -> None:
     assert not held & trained
     assert load(config, 0).fingerprint == data.fingerprint
     assert load(config, 1).held_out.labels.tolist() != data.held_out.labels.tolist()
+
+
+def test_of_a_large_stream_few_are_held_out_and_the_sizes_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (layout, sources):
+        monkeypatch.setattr(module, "MOST_HELD_OUT", 8)
+    write(tmp_path, "train-0.parquet", range(96), 8)
+    write(tmp_path, "test-0.parquet", range(96, 100), 8)
+    config = dataclasses.replace(CONFIG, uri=str(tmp_path), held_out=0.5)
+    data = load(config, 0)
+    assert split_sizes(config) == (len(data.train), len(data.held_out), len(data.test)) == (88, 8, 4)
 
 
 def test_streams_that_cannot_be_are_refused(tmp_path: Path) -> None:
