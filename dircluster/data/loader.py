@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dircluster import rng
-from dircluster.config import ConfigError
 from dircluster.data.augment import augmented
+from dircluster.data.global_batch import worker_rows
 from dircluster.data.split import Split
 
 
@@ -27,15 +27,11 @@ class Loader:
         world: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        if len(split) < batch_size:
-            raise ConfigError(f"training.batch_size {batch_size} is more than the {len(split)} training images")
-        if batch_size < world:
-            raise ConfigError(f"training.batch_size must be at least the {world} workers, got {batch_size}")
+        self.rows = worker_rows(batch_size, len(split), rank, world)
         self.device = device or torch.device("cpu")
         self.split = Split(split.images.to(self.device), split.labels.to(self.device))
         self.batch_size, self.seed, self.purpose = batch_size, seed, purpose
         self.crop_padding, self.flip = crop_padding, flip
-        self.rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.steps_per_epoch = len(split) // batch_size
         self._order: tuple[int, Tensor] | None = None
 

@@ -27,6 +27,7 @@ from dircluster.config import ConfigError, DataConfig
 from dircluster.data import parquet
 from dircluster.data.augment import augmented
 from dircluster.data.decode import decode
+from dircluster.data.global_batch import worker_rows
 from dircluster.data.picture import Cell
 
 MOST_LANES = 64
@@ -143,11 +144,9 @@ class StreamLoader:
         world: int = 1,
         device: torch.device | None = None,
     ) -> None:
-        if len(shards) < batch_size:
-            raise ConfigError(f"training.batch_size {batch_size} is more than the {len(shards)} training images")
+        self.rows = worker_rows(batch_size, len(shards), rank, world)
         self.shards, self.batch_size, self.seed, self.purpose = shards, batch_size, seed, purpose
         self.device = device or torch.device("cpu")
-        self.rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self.steps_per_epoch = len(shards) // batch_size
         most = min(MOST_LANES, len(shards.groups))
         self.lanes = max(n for n in range(1, most + 1) if batch_size % n == 0)

@@ -66,6 +66,11 @@ def test_workers_share_the_batches_of_one(shards: Shards, world: int) -> None:
             assert [gray for part in parts for gray in part] == grays(one, epoch, step)
 
 
+def test_a_batch_of_fewer_images_than_workers_is_refused(shards: Shards) -> None:
+    with pytest.raises(ConfigError, match="at least the 9 workers, got 8"):
+        StreamLoader(shards, 8, 0, "t", world=9)
+
+
 def test_a_batch_depends_on_nothing_that_was_read_before(shards: Shards) -> None:
     straight = StreamLoader(shards, 24, 0, "t")
     seen = {(e, s): grays(straight, e, s) for e in range(3) for s in range(4)}
