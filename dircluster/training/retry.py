@@ -45,8 +45,10 @@ def retry(
                 raise
             if not complained:
                 complain(error)
-            complained = True
+            complained, refused = True, error
         time.sleep(min(pause, left))
+        if stopped():  # whoever gave it up may have let go of what it would write to
+            raise refused
         pause = min(2 * pause, longest_pause)
 
 

@@ -82,6 +82,13 @@ def test_final_errors_and_a_wish_to_stop_end_it_at_once() -> None:
         retry(failing(1), stopped=lambda: True)
 
 
+def test_work_that_is_given_up_in_a_pause_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    with pytest.raises(OSError, match="try 2"):
+        retry(failing(2), stopped=lambda: len(pauses) == 2)
+
+
 def test_items_keep_their_order_and_the_caller_never_waits() -> None:
     receiver, lines = Receiver(), []  # type: ignore[var-annotated]
     queue = queue_of(receiver, lines)
