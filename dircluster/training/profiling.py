@@ -42,6 +42,11 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int | None = No
     return 2 * side**3 / mean_seconds(lambda: left @ right, device, tries)
 
 
+def _rate_of_all(parallel: Parallel, dtype: torch.dtype) -> float:
+    """The product rate of as many devices as share a step: operations are counted on the global batch."""
+    return parallel.world * product_rate(parallel.device, dtype)
+
+
 def mean_seconds(work: Callable[[], object], device: torch.device, tries: int, warm: int = 3) -> float:
     """Mean seconds of ``tries`` calls one after the other, after ``warm`` that are not timed."""
     for _ in range(warm):
@@ -110,7 +115,7 @@ def time_phases(
     spent = {phase: taken / steps for phase, taken in spent.items()}
     seconds = sum(spent.values())
     bf16 = is_half(training.precision, device)
-    rate = product_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    rate = _rate_of_all(parallel, torch.bfloat16 if bf16 else torch.float32)
     costs = count(config)
     operations = step_operations(config, stage.name)
     return {
@@ -166,7 +171,7 @@ def compare(
         for made in steppers.values():
             made.batches.close()
     rows, first = [], next(iter(seconds.values()))
-    rate = product_rate(device, torch.bfloat16 if is_half(precision, device) else torch.float32)
+    rate = _rate_of_all(parallel, torch.bfloat16 if is_half(precision, device) else torch.float32)
     for name, taken in seconds.items():
         ratios = [one / other for one, other in zip(first, taken, strict=True)]
         low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

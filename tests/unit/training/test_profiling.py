@@ -12,11 +12,13 @@ from torch import nn
 from dircluster.config import with_values
 from dircluster.data.sources import load
 from dircluster.data.split import Split
+from dircluster.distributed.parallel import Parallel
 from dircluster.models.precision import WholeConv2d
 from dircluster.presets.dir import DirRun
-from dircluster.training import stages
+from dircluster.training import profiling, stages
 from dircluster.training.capture import WARM_UP
-from dircluster.training.profiling import stage_stepper, time_eot, time_phases, untimed
+from dircluster.training.costs import step_operations
+from dircluster.training.profiling import compare, stage_stepper, time_eot, time_phases, untimed
 from dircluster.training.step import PHASES
 from tests.conftest import ALONE
 
@@ -34,6 +36,21 @@ def test_a_timed_step_is_that_of_a_run(smoke: DirRun) -> None:
     assert (found["first_loss"], found["last_loss"]) == (losses[0], losses[-1])
     assert tuple(found["seconds"]) == PHASES
     assert found["seconds"]["attack"] > 0
+
+
+def test_a_step_that_workers_share_is_held_against_the_rate_of_all(
+    smoke: DirRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, train = stages.find_stage(smoke, "dir"), load(smoke.data, smoke.seed).train
+    assert isinstance(train, Split)
+    monkeypatch.setattr(profiling, "product_rate", lambda device, dtype: 5e9)
+    monkeypatch.setattr(profiling, "stage_stepper", lambda *given: stage_stepper(*given[:-1], ALONE))
+    recipe = stage.recipe(stages.Networks(smoke, ALONE))
+    found = time_phases(stage, recipe, train, smoke, Parallel(0, 4, CPU), 1)
+    assert found["matrix_product_gflop_per_second"] == 20
+    (row,) = compare({"a": (stage, recipe, smoke)}, train, Parallel(0, 4, CPU), 1)
+    share = step_operations(smoke, "dir") / row["seconds"] / 20e9
+    assert row["share_of_matrix_product_rate"] == pytest.approx(share, rel=0.1, abs=1e-3)
 
 
 def test_timed_steps_leave_no_thread_behind(smoke: DirRun) -> None:
