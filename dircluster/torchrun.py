@@ -36,6 +36,8 @@ def check_group() -> None:
     world, rank = found.get("WORLD_SIZE", "1"), found.get("RANK", "0")
     numbers = all(value.isascii() and value.isdigit() for value in found.values())
     ranked = numbers and int(rank) < int(world)
+    if ranked and (here := found.get("LOCAL_WORLD_SIZE")):
+        ranked = int(found.get("LOCAL_RANK", "0")) < int(here)
     missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys() if ranked and int(world) > 1 else set()
     if not ranked or missing or (int(world) > 1 and not os.environ["MASTER_PORT"].isdecimal()):
         named = {name: os.environ[name] for name in (*NUMBERS, "MASTER_PORT") if name in os.environ}

@@ -51,6 +51,8 @@ def test_a_group_that_can_be(environment: dict[str, str], monkeypatch: pytest.Mo
         ({"LOCAL_RANK": "²"}, "LOCAL_RANK '²'"),
         ({"RANK": "1"}, "RANK '1'; unset RANK"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE '0'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE '0'; unset LOCAL_WORLD_SIZE"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK '2', LOCAL_WORLD_SIZE '2'"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE '2' without MASTER_ADDR and MASTER_PORT and RANK"),
         ({"WORLD_SIZE": "2", "RANK": "0", **MASTER, "MASTER_PORT": "x"}, "MASTER_PORT 'x'"),
     ],
