@@ -68,6 +68,8 @@ def _verdict(found: Sequence[Finding]) -> str:
     numbers = f"{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failed, {counts['skipped']} skipped"
     if counts["fail"]:
         return f"This machine does not train as it should: {numbers}"
+    if not counts["ok"] + counts["warn"]:
+        return f"Nothing was looked at: {numbers}"
     return f"{'No check failed, but some warn' if counts['warn'] else 'This machine trains as it should'}: {numbers}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dircluster.cluster.commands import doctor
 from dircluster.doctor import checkup, devices, numerics
-from dircluster.doctor.findings import Check, Finding, at_most, seen
+from dircluster.doctor.findings import Check, Finding, at_most, seen, skipped
 from dircluster.doctor.page import to_html
 from tests.jobs import run_job
 
@@ -61,6 +61,7 @@ def test_a_page_says_nothing_that_it_was_not_told() -> None:
     ("findings", "code", "verdict"),
     [
         ([seen("a")], 0, "This machine trains as it should"),
+        ([skipped("a", "its time is up")], 0, "Nothing was looked at: "),
         ([seen("a"), Finding("b", "warn")], 0, "No check failed, but some warn: "),
         ([Finding("a", "fail"), seen("b")], 1, "This machine does not train"),
     ],
