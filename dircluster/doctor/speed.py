@@ -19,7 +19,7 @@ from dircluster.models.precision import autocast
 from dircluster.training.costs import step_operations
 from dircluster.training.memory import peak, resting
 from dircluster.training.profiling import mean_seconds, now, time_eot, untimed
-from dircluster.training.stages import stages_of
+from dircluster.training.stages import stages_of, trained_stages
 from dircluster.training.step import Stepper
 
 LEAST = 0.05
@@ -31,13 +31,13 @@ OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", 
 
 
 def stages(machine: Machine, budget: float) -> Iterator[Finding]:
-    """Images a second, share of the product rate and peak memory of every stage, by batch size."""
+    """Images a second, share of the product rate and peak memory of every stage that is trained, by batch size."""
     config, ends = machine.config, time.monotonic() + 0.9 * budget
     own = config.training.batch_size
     sizes = (own, 2 * own, 4 * own) if machine.gpu else tuple(dict.fromkeys((max(1, own // 4), own)))
     warm, timed = untimed(config.training.precision, machine.device), 10 if machine.gpu else 2
     rate = machine.rates.get("bf16" if machine.half else "fp32")
-    for stage in stages_of(config):
+    for stage in trained_stages(config):
         operations = step_operations(config, stage.name) / own
         for size in sizes:
             name = f"{stage.name}, batch {size}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, with_values
 from dircluster.defenses.base import Purifier
 from dircluster.distributed.launch import WorkerError
 from dircluster.doctor import devices, rates, runs, speed
@@ -73,6 +73,13 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_machine_is_a_warning(machine: Machine) -> None:
     machine.rates["fp32"] = 1e15  # whose products say that it could do far more
     assert {f.status for f in speed.stages(machine, 500) if f.name.endswith("batch 16")} == {"warn"}
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_target_that_is_given_is_not_timed(machine: Machine) -> None:
+    given = dataclasses.replace(machine, config=with_values(machine.config, {"target.uri": "zoo:digits-at"}))
+    timed = [{finding.name.partition(",")[0] for finding in speed.stages(each, 500)} for each in (machine, given)]
+    assert timed[0] - timed[1] == {"target"}
 
 
 def test_what_would_take_too_long_is_skipped(machine: Machine) -> None:
