@@ -230,7 +230,7 @@ class Checkpoints:
         return read(self.folder / name, self.key)
 
     def _committed(self, prefix: str) -> list[Path]:
-        return sorted(f for f in self.folder.glob(f"{prefix}*") if digest(f) is not None)
+        return sorted(f for f in self.folder.glob(f"{prefix}*") if _is_marked(f))
 
     def _best_of(self, folder: Path) -> str | None:
         try:
@@ -238,6 +238,14 @@ class Checkpoints:
         except (CheckpointError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return None if name is None else str(name)
+
+
+def _is_marked(folder: Path) -> bool:
+    """Whether a folder holds a commit marker, sound or not: whoever reads it says what is wrong."""
+    try:
+        return digest(folder) is not None
+    except CheckpointError:
+        return True
 
 
 def _remove(folder: Path) -> None:

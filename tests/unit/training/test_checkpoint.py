@@ -59,7 +59,7 @@ def test_another_config_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json", "COMMIT"])
-@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+@pytest.mark.parametrize("damage", ["truncate", "grow", "flip", "delete"])
 def test_a_damaged_newest_one_is_passed_over_with_one_line(tmp_path: Path, file: str, damage: str) -> None:
     lines: list[str] = []
     checkpoints = store(tmp_path, lines)
@@ -69,6 +69,8 @@ def test_a_damaged_newest_one_is_passed_over_with_one_line(tmp_path: Path, file:
     blob = bytearray(victim.read_bytes())
     if damage == "delete":
         victim.unlink()
+    elif damage == "grow":
+        victim.write_bytes(blob + bytes(64))
     else:
         middle = len(blob) // 2
         blob[middle] ^= 1
@@ -80,6 +82,7 @@ def test_a_damaged_newest_one_is_passed_over_with_one_line(tmp_path: Path, file:
         assert len(lines) == 1
         assert "falling back" in lines[0]
         assert "\n" not in lines[0]
+    checkpoints.save(3, TENSORS, {**STATE, "step": 3})
 
 
 def test_a_missing_best_makes_its_checkpoint_useless(tmp_path: Path) -> None:
