@@ -214,9 +214,9 @@ class Run:
         return stage_folder
 
     def _is_finished(self, stage_folder: StageFolder) -> bool:
-        if stage_folder.digest is None:
-            return False
         try:
+            if stage_folder.digest is None:
+                return False
             checkpoint.read(stage_folder.final, stage_folder.key)
         except checkpoint.DamagedError as error:
             self.console.say(f"{error}; making it again from the stage's checkpoints")
