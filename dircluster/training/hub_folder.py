@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -63,6 +64,9 @@ def write(checkpoint_folder: Path, folder: Path, card: str) -> None:
         (folder / CARD).write_text(FRONT.format(defense=facts.get("name", UNNAMED)) + card, encoding="utf-8")
         (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     except OSError as error:
+        with contextlib.suppress(OSError):  # what is left of it would look like somebody's own files
+            for name in (CONFIG, WEIGHTS, CARD):
+                (folder / name).unlink(missing_ok=True)
         raise ConfigError(f"--export {folder} cannot be written: {error.strerror}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import threading
@@ -314,6 +315,22 @@ def test_a_damaged_one_is_one_line(final: Path, tmp_path: Path, how: str) -> Non
     damage(tmp_path / "hub")
     with pytest.raises(ConfigError, match=message):
         dircluster.load_defense(tmp_path / "hub")
+
+
+def test_an_export_that_did_not_fit_leaves_its_place_free(
+    final: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, write_text = tmp_path / "hub", Path.write_text
+    hub_folder.write(final, hub, "")
+
+    def full(file: Path, *given: Any, **how: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"^--export .*hub cannot be written: No space left on device$"):
+        hub_folder.write(final, hub, "")
+    monkeypatch.setattr(Path, "write_text", write_text)
+    hub_folder.check(hub)
 
 
 def test_an_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
