@@ -33,13 +33,21 @@ def is_one(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / checkpoint.COMMIT).exists()
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether ``folder`` holds an earlier export, and not somebody else's model, which has the same files."""
+    try:
+        return is_one(folder) and json.loads((folder / CONFIG).read_bytes())["library_name"] == LIBRARY
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def check(folder: Path) -> None:
     """Raise ConfigError unless ``folder`` can be written: it is new, empty, or an earlier export."""
     if not real_path(folder).parent.is_dir():
         raise ConfigError(f"--export {folder}: the folder that it would lie in does not exist")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--export {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not is_one(folder):
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ConfigError(f"--export {folder} holds other files: name a new folder")
     try:
         check_writable(folder if folder.is_dir() else real_path(folder).parent)

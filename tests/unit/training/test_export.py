@@ -337,7 +337,11 @@ def test_an_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("")
-    for name, message in {"a/b": "does not exist", "file": "is a file", "full": "holds other files"}.items():
+    for name, config in (("bert", '{"model_type": "bert"}'), ("list", "[1]"), ("cut", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    others = dict.fromkeys(("full", "bert", "list", "cut"), "holds other files: name a new folder")
+    for name, message in {"a/b": "does not exist", "file": "is a file", **others}.items():
         with pytest.raises(ConfigError, match=message):
             hub_folder.check(tmp_path / name)
     with pytest.raises(ConfigError, match=r"^--export /proc/x cannot be written: \w"):
@@ -345,5 +349,5 @@ def test_an_export_is_refused_before_anything_is_trained(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
         hub_folder.check(tmp_path / name)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert {file.name for file in tmp_path.iterdir()} == {"empty", "file", *others}
     assert list((tmp_path / "empty").iterdir()) == []
