@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dircluster.attacks.gradient import Model
+from dircluster.attacks.gradient import Model, margin_loss
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, answers, find_attack, known_images
 from dircluster.evaluation.probes import PROBES, Question
 from dircluster.evaluation.victim import VictimModel
@@ -22,6 +22,19 @@ class AttackRunner(AttackSetting):
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
         """(N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what is to be warned of."""
         return find_attack(self.spec.attack).run(self, images, labels)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether an image that a pass gets wrong is attacked no more."""
+        return find_attack(self.spec.attack).leaves(self)
+
+    def wrong(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Which images (N, C, H, W) what is attacked gets wrong, or nearly, in the precision of the surroundings.
+
+        -> (N,) bool; the true class may share the highest logit.
+        """
+        with torch.no_grad():
+            return ~(margin_loss(self.model(len(images))(images).float(), labels) < 0)
 
 
 def judge(

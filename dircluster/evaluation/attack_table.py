@@ -220,6 +220,10 @@ class Attack:
     """Whether its images are made for the bare classifier, and judged by it."""
     own_gradient: bool = True
     """Whether the gradient that it follows is the judged model's, as it comes back."""
+    leaves: Callable[[AttackSetting], bool] = lambda setting: False
+    """Whether an image that a pass gets wrong is attacked no more. Where that was bf16's rounding alone, it is attacked
+    again in fp32.
+    """
     gradients: Callable[[AttackSpec, int, float], float] | None = None
     """How many it takes for an image, by its spec, the number of classes, and the share of images that survive, where
     its cost depends on what it finds: so it can be foretold. None where its cost is that of its steps, or is not
@@ -382,6 +386,7 @@ ATTACKS: dict[str, Attack] = {
         counts="steps of APGD a class",
         code=(malt,),
         together=False,
+        leaves=_leaves,
         gradients=lambda spec, classes, survivors: malt_gradients(spec.steps, classes, survivors),
     ),
     "pma": Attack(
@@ -389,10 +394,11 @@ ATTACKS: dict[str, Attack] = {
         counts="steps of APGD",
         code=(ascents,),
         together=False,
+        leaves=_leaves,
         gradients=lambda spec, classes, survivors: survivors * spec.restarts * (spec.steps + 1),
     ),
-    "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False),
-    "square": Attack(_square, counts="queries of Square", code=(square,)),
+    "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False, leaves=_leaves),
+    "square": Attack(_square, counts="queries of Square", code=(square,), leaves=_leaves),
     "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),
     "restored": Attack(
         _restored,

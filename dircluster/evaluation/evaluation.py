@@ -120,6 +120,9 @@ class Evaluation:
         with under_attack(*victim.modules):
             with exact(images.device) if counts else autocast(crafted, images.device, *victim.modules):
                 found, warned = attack(images, labels)
+                left = attack.wrong(found, labels) if crafted == "bf16" and attack.leaves else None
+            if left is not None:
+                found, warned = _without_rounding(attack, images, labels, found, warned, left)
             with torch.no_grad(), exact(images.device):
                 answered = judge(watched, shard.spec, fixed, fresh, self.most_rows, attack.broken)(found, labels)
         lost = int((~found.isfinite().flatten(1).all(dim=1)).sum())
@@ -249,6 +252,21 @@ class Evaluation:
             if outcome is None:
                 raise LookupError(f"{shard.name} is not finished")
             yield outcome
+
+
+def _without_rounding(
+    attack: AttackRunner, images: Tensor, labels: Tensor, found: Tensor, warned: list[str], left: Tensor
+) -> tuple[Tensor, list[str]]:
+    """``found`` and ``warned`` once images that only bf16 got wrong have been attacked in fp32.
+
+    ``left`` (N,) bool tells which bf16 got wrong: the attack left these, however far it was from breaking them.
+    """
+    with exact(images.device):
+        rows = (left & ~attack.wrong(found, labels)).nonzero()[:, 0]
+        if len(rows) == 0:
+            return found, warned
+        again, more = attack(images[rows], labels[rows])
+    return found.index_copy(0, rows, again.to(found)), [*warned, *more]
 
 
 def crafting(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dircluster import evaluate
 from dircluster.config import DataConfig, EvaluationConfig
 from dircluster.defenses.table import DEFENSES, find_defense
+from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import crafting
 from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.results import Result
@@ -58,12 +59,34 @@ def judged(precision: Any, store: MemoryStore | None = None) -> tuple[Notes, lis
 
 def test_attacks_are_crafted_as_asked_and_judged_in_fp32() -> None:
     module, rows = judged("bf16")
-    assert module.seen == {(True, torch.bfloat16), (False, torch.float32)}
+    crafted, seen, predicted = (True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32)
+    assert module.seen == {crafted, seen, predicted}  # seen: which images MALT left
     assert {(row.crafting, row.predictions) for row in rows} == {("bf16", "fp32")}
     assert "crafted in bf16" in how(dataclasses.asdict(rows[-1]))
     module, rows = judged("auto")
     assert {dtype for _, dtype in module.seen} == {torch.float32}
     assert {row.crafting for row in rows} == {"fp32"}
+
+
+class Coarse(Notes):
+    """Logits around 100, of which bf16 leaves few apart: it gets almost every image wrong, or sees a tie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.inner.bias += 100
+
+
+@pytest.mark.parametrize(("attack", "steps"), [("malt", 20), ("pma", 20), ("autoattack", 20), ("square", 300)])
+def test_an_image_that_only_rounding_gets_wrong_is_attacked_on(attack: str, steps: int) -> None:
+    module, images = Coarse(), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        labels = module(images).argmax(dim=1)
+    spec = AttackSpec(attack, epsilon=0.4, steps=steps)
+    for precision in ("fp32", "bf16"):
+        settings = dataclasses.replace(QUICK, batch_size=8, precision=precision)
+        *_, row = evaluate(module, images, labels, settings=settings, attacks=[spec]).rows
+        assert (row.attack, row.crafting, row.correct) == (attack, precision, 0)
 
 
 def test_shards_of_either_kind_are_both_named_and_those_of_before_were_fp32() -> None:
