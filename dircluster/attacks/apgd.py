@@ -118,6 +118,7 @@ def apgd(
         some, steep, logits = expected_with_logits(model, labels[rows], draws, loss_of(rows), most_rows)(at[rows])
         seen = averaged_logits(logits).float()
         margin = margin_loss(seen, labels[rows])
+        margin = torch.where(seen.isfinite().all(dim=1), margin, torch.inf)  # an answer that is no number is wrong
         higher = margin > highest[rows]
         better = rows[higher]
         best[better], highest[better] = at[better], margin[higher]

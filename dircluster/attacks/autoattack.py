@@ -121,8 +121,12 @@ def square(
     """
     from pyautoattack.square import SquareAttack
 
+    def margin(logits: Tensor, some: Tensor) -> Tensor:
+        """An answer that is no number is wrong."""
+        return torch.where(logits.isfinite().all(dim=1), margin_loss(logits, some), 1.0)
+
     def averaged(some: Tensor) -> Objective:
-        return expected_values(model, some, draws, margin_loss, most_rows)
+        return expected_values(model, some, draws, margin, most_rows)
 
     class Averaged(SquareAttack):  # type: ignore[misc,no-any-unimported]
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,10 @@ from dircluster.attacks.apgd import (
     probability_margin_loss,
     targeted_loss,
 )
-from dircluster.attacks.autoattack import RAND, autoattack
+from dircluster.attacks.autoattack import RAND, autoattack, square
 from dircluster.attacks.gradient import cross_entropy_loss
 from dircluster.attacks.threat import L2, LInf
+from dircluster.evaluation.attack_table import answers
 from tests.unit.attacks.parity import fixed_images, fixed_model
 
 THREAT = LInf(0.02)
@@ -122,6 +123,21 @@ def test_each_image_has_the_loss_that_it_aims_at() -> None:
         loss = {CROSS_ENTROPY: cross_entropy_loss, DLR: dlr_loss}.get(each, targeted_loss(torch.tensor([each])))
         one = slice(number, number + 1)
         torch.testing.assert_close(found[one], loss(logits[one], LABELS.repeat(2)[one]))
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_an_image_whose_answer_is_no_number_is_fooled(broken: float) -> None:
+    images, labels = torch.full((6, 1, 8, 8), 0.5), torch.zeros(6, dtype=torch.int64)
+
+    def answered(x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(dim=1)
+        true = torch.where(mean > 0.51, broken, 5 - mean)  # an infinite logit of the true class is no answer either
+        return torch.stack([true, mean, 0 * mean, 0 * mean], dim=1)
+
+    found, margin = apgd(answered, images, labels, THREAT, lambda rows: cross_entropy_loss, 30)
+    assert margin.tolist() == [torch.inf] * 6
+    for each in (found, square(answered, images, labels, LInf(0.1), 50, 1, 0)):
+        assert (answers(answered(each)) == -1).all()
 
 
 def test_nothing_passes_once_all_are_fooled() -> None:
