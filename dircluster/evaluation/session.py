@@ -204,7 +204,8 @@ def _is_constant(row: Result, spec: AttackSpec, evaluation: Evaluation) -> bool:
     """Whether a row of natural images got the same class for all of them, where their labels are not all that one."""
     if spec.attack != "natural" or row.total < ENOUGH or row.correct == row.judged:
         return False
-    return all(len(torch.unique(classes)) == 1 for classes in evaluation.predicted(spec).values())
+    known = evaluation.predicted(spec).values()  # none where right in all draws is what counts
+    return bool(known) and all(len(torch.unique(classes)) == 1 for classes in known)
 
 
 def evaluate(

@@ -41,11 +41,18 @@ def rows(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> dict[str, Result
     mv = AttackSpec("pgd", "fresh", epsilon=EPSILON, step_size=step, steps=3, draws=4, average=5)
     mv = replace(mv, protocol="mv", label="mv")
     wor = replace(mv, protocol="wor", eot=2, draws=2, average=1, label="pgd3-wor2")
-    return by_name(evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=SETTINGS, attacks=[wor, mv]))
+    attacks = [wor, mv, wor.unattacked("natural")]
+    return by_name(evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=SETTINGS, attacks=attacks))
 
 
 def by_name(found: EvaluationReport) -> dict[str, Result]:
     return {f"{row.protocol} {row.attack}": row for row in found.rows}
+
+
+def test_a_row_that_no_class_decides_tells_of_no_collapse(rows: dict[str, Result]) -> None:
+    natural = rows["Wor.Rob(1) natural-wor2"]
+    assert natural.accuracy < 1
+    assert "constant" not in {mark.kind for row in rows.values() for mark in row.marks}
 
 
 def test_no_row_of_an_honest_module_falls_below_what_its_control_explains(
