@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, real_path
+from dircluster.config import ConfigError, first_line, real_path
 from dircluster.data.split import Split
 from dircluster.evaluation.session import EvaluationReport
 from dircluster.files import check_file
@@ -57,6 +57,7 @@ def write_export(tensors: dict[str, Tensor], claim: dict[str, Any], file: Path) 
 
             np.savez_compressed(file, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
         beside.write_text(json.dumps(claim, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--export {file} cannot be written: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # the second is what PyTorch says of a full disk
+        reason = error.strerror if isinstance(error, OSError) else f"is the disk full? {first_line(error)}"
+        raise ConfigError(f"--export {file} cannot be written: {reason}") from error
     return [file, beside]

@@ -285,6 +285,13 @@ def test_what_is_exported_loads_without_pickle(found: EvaluationReport, test: Sp
     assert json.loads(beside.read_text())["clean_acc"] == claim["clean_acc"]
 
 
+@pytest.mark.parametrize("kind", [".pt", ".npz"])
+def test_a_disk_that_is_full_is_one_line(kind: str, tmp_path: Path) -> None:
+    (tmp_path / f"out{kind}").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"^--export .* cannot be written: \w.*$"):
+        write_export({"images": torch.rand(64, 64, 64)}, {}, tmp_path / f"out{kind}")
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must end in \.pt or \.npz"):
         check_export(tmp_path / "a.zip")
