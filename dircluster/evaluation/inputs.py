@@ -21,8 +21,8 @@ def as_images(given: Any) -> tuple[Tensor, list[str]]:
     images = _tensor("images", given)
     if images.ndim != 4:
         raise ConfigError(f"images must be (N, C, H, W), got shape {tuple(images.shape)}")
-    if len(images) == 0:
-        raise ConfigError("there are no images to judge")
+    if images.numel() == 0:
+        raise ConfigError("there are no images to judge" if len(images) == 0 else "the images have no pixels")
     if not images.is_floating_point():
         raise ConfigError(f"images must be floats in [0, 1], got {images.dtype}; divide by 255")
     images = images.float()
@@ -54,7 +54,7 @@ def as_number(name: str, given: Any) -> float:
         if isinstance(given, str):
             return float(Fraction(given.replace(" ", "")))
         number = float(given)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
         raise ConfigError(f"{name} must be a number or a fraction such as 8/255, got {shown(given)}") from None
     if str(getattr(given, "dtype", "")).endswith("float32") and abs(number) < float("inf"):
         near = float(Fraction(number).limit_denominator(1000))
