@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dircluster.attacks.gradient import Model, margin_loss
+from dircluster.config import ConfigError
 from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, answers, find_attack, known_images
 from dircluster.evaluation.probes import PROBES, Question
 from dircluster.evaluation.victim import VictimModel
@@ -20,8 +21,17 @@ class AttackRunner(AttackSetting):
     """Attacks one shard of images as its spec says."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
-        """(N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what is to be warned of."""
-        return find_attack(self.spec.attack).run(self, images, labels)
+        """(N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what is to be warned of.
+
+        Raises ConfigError under protocol wor where the attack does not tell what its draws break.
+        """
+        made = find_attack(self.spec.attack).run(self, images, labels)
+        if self.spec.protocol == "wor" and self.spec.steps and not self.broken:
+            raise ConfigError(
+                f"attack {self.spec.name} does not tell what each draw breaks, which protocol wor counts: take one that"
+                " follows the averaged gradient, such as pgd"
+            )
+        return made
 
     @property
     def leaves(self) -> bool:

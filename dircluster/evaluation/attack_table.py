@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from dircluster.attacks.gradient import (
 from dircluster.attacks.masked import masked_attack
 from dircluster.attacks.restored import restored_attack
 from dircluster.attacks.threat import BALLS, L2, LInf
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, require
 from dircluster.evaluation.probes import PROBES
 from dircluster.evaluation.victim import VictimModel
 
@@ -38,6 +39,16 @@ Protocol = Literal["plain", "wor", "mv"]
 ControlKind = Literal["natural", "noise"]
 CONTROLS: tuple[ControlKind, ...] = ("natural", "noise")
 LOSSES = {"ce": cross_entropy_loss, "margin": margin_loss}
+ONE_OF: dict[str, tuple[str, ...]] = {
+    "randomness": get_args(Randomness),
+    "on": ("defense", "target"),
+    "judged": ("defense", "target"),
+    "norm": tuple(BALLS),
+    "loss": tuple(LOSSES),
+    "source": ("natural", "adversarial"),
+    "protocol": get_args(Protocol),
+}
+"""What a spec may say, by field."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,22 @@ class AttackSpec:
     """Judged on so many images alone."""
     label: str = ""
     """What the table calls it, if not its attack and steps."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what no attack can have."""
+        for name, words in ONE_OF.items():
+            value = getattr(self, name)
+            require(value in words, f"an attack's {name} must be {' or '.join(words)}, got {value!r}")
+        counts = {"restarts": 1, "eot": 1, "draws": 1, "average": 1, "steps": 0, "epsilon": 0, "step_size": 0}
+        for name, least in counts.items():
+            value = getattr(self, name)
+            require(least <= value < math.inf, f"an attack's {name} must be {least} or more, got {value}")
+        require(self.first is None or self.first >= 1, f"an attack's first must be 1 or more, got {self.first}")
+        several = self.average > 1 or self.protocol != "plain"
+        require(
+            not several or self.randomness == "fresh",
+            f"an attack's average and protocol are for randomness fresh, not {self.randomness}",
+        )
 
     @property
     def bare(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +66,25 @@ def test_an_attack_of_ones_own(
     assert row.warnings == ("bright",)
     assert "3 looks" in str(found)
     assert found.rows[:-1] == dircluster.evaluate(plain, *digits, settings=FEW).rows
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"norm": "l3"}, "norm must be linf or l2, got 'l3'"),
+        ({"loss": "dlr"}, "loss must be ce or margin, got 'dlr'"),
+        ({"judged": "both"}, "judged must be defense or target"),
+        ({"epsilon": -0.1}, r"epsilon must be 0 or more, got -0\.1"),
+        ({"epsilon": float("nan")}, "epsilon must be 0 or more, got nan"),
+        ({"draws": 0}, "draws must be 1 or more, got 0"),
+        ({"first": 0}, "first must be 1 or more, got 0"),
+        ({"average": 2, "randomness": "fixed"}, "average and protocol are for randomness fresh, not fixed"),
+        ({"protocol": "wor"}, "average and protocol are for randomness fresh, not none"),
+    ],
+)
+def test_what_no_attack_can_have_is_refused_when_its_spec_is_made(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AttackSpec("pgd", **given)
 
 
 @pytest.mark.parametrize(

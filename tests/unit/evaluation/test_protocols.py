@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dircluster.config import AttackConfig, EvaluationConfig
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import judge
 from dircluster.evaluation.attack_table import AttackSpec
@@ -47,6 +47,15 @@ def rows(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> dict[str, Result
 
 def by_name(found: EvaluationReport) -> dict[str, Result]:
     return {f"{row.protocol} {row.attack}": row for row in found.rows}
+
+
+@pytest.mark.parametrize("attack", ["malt", "square"])
+def test_an_attack_that_hides_what_its_draws_break_has_no_worst_of_them(
+    attack: str, at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    spec = AttackSpec(attack, "fresh", epsilon=EPSILON, steps=2, eot=2, draws=2, protocol="wor")
+    with pytest.raises(ConfigError, match=f"attack {attack} does not tell what each draw breaks"):
+        evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=replace(SETTINGS, images=8), attacks=[spec])
 
 
 def test_a_row_that_no_class_decides_tells_of_no_collapse(rows: dict[str, Result]) -> None:
