@@ -351,13 +351,15 @@ def _status(url: str) -> int:
 
 def _free_ports(count: int, offsets: tuple[int, ...] = (0,), but: Collection[int] = ()) -> list[int]:
     """Ports in 20000 to 32000 (below those that systems and Ray hand out) that are free at every offset, and none of
-    ``but``, which are promised to somebody.
+    ``but``, which are promised to somebody. None is another one at an offset.
     """
-    found: list[int] = []
+    found, promised = list[int](), set(but)
     while len(found) < count:
         port = random.randrange(20_000, 32_000)
-        if port not in (*found, *but) and all(_is_free(port + offset) for offset in offsets):
+        taken = {port + offset for offset in offsets}
+        if not taken & promised and all(map(_is_free, taken)):
             found.append(port)
+            promised |= taken
     return found
 
 
