@@ -15,6 +15,7 @@ from dircluster.evaluation.attack_table import CONTROLS
 from dircluster.evaluation.marks import in_words
 from dircluster.evaluation.results import own_rows, strongest, to_plain
 from dircluster.evaluation.session import EvaluationReport
+from dircluster.evaluation.statistics import wilson_interval
 
 Row = Mapping[str, Any]
 COSTS = ("parameters", "gmac", "seconds_per_image")
@@ -162,7 +163,7 @@ def _problems(plain: Any) -> Iterable[str]:
         yield "it has no commit"
     elif commit.endswith("+"):
         yield f"it was found by code that no commit holds ({commit[:9]} and changes)"
-    for name in ("machine", "data"):
+    for name in ("machine", "data", "defense", "digest"):
         if not isinstance(facts.get(name), str):
             yield f"it does not say its {name}"
     run = _inside(facts, "settings", "run")
@@ -208,6 +209,10 @@ def _row_problems(row: Any, norm: Any, epsilon: Any) -> Iterable[str]:
         yield f"{name} has no accuracy in [0, 1]"
     elif not _is_interval(interval, accuracy):
         yield f"{name} has no interval around its accuracy"
+    elif not _is_wide(interval, accuracy, total):
+        yield f"{name} has an interval that is narrower than the 95 % one of {total} images"
+    elif not _are_counts(row.get("correct"), row.get("judged"), accuracy):
+        yield f"{name} does not say of how many answers how many are correct, or has another accuracy"
     elif lacking := [each for each in SHARES if not _is_share(row.get(each))]:
         yield f"{name} has no {lacking[0]} of its draws in [0, 1]"
     elif not all(_is_control(row.get(each)) for each in CONTROLS):
@@ -232,6 +237,19 @@ def _is_interval(value: Any, accuracy: Any) -> bool:
         return False
     low, high = value
     return bool(low < high and low - 1e-9 <= accuracy <= high + 1e-9)
+
+
+def _is_wide(interval: Sequence[float], accuracy: float, total: int) -> bool:
+    """Whether an interval is as wide as Wilson's, which rows have."""
+    low, high = wilson_interval(accuracy * total, total)
+    return interval[0] <= low + 1e-6 and interval[1] >= high - 1e-6
+
+
+def _are_counts(correct: Any, judged: Any, accuracy: float) -> bool:
+    """Whether an accuracy is that of its counts."""
+    if type(correct) is not int or type(judged) is not int or not 0 <= correct <= judged or judged < 1:
+        return False
+    return abs(correct / judged - accuracy) <= 1e-6
 
 
 def _is_control(value: Any) -> bool:

@@ -24,6 +24,8 @@ from dircluster.presets import preset, run_from_plain, run_to_plain
 from dircluster.training.profiling import answer_costs
 
 EPSILON = 0.01
+NOTHING = {"accuracy": 0.0, "correct": 0, "interval": [0.0, 0.4]}
+"""What a row says that leaves nothing of eight images."""
 FEW = EvaluationConfig(images=8, batch_size=8, steps=2, draws=2, eot=2)
 
 
@@ -95,7 +97,7 @@ def test_each_number_stands_in_its_column(claim: dict[str, Any], tmp_path: Path)
 
 def test_a_search_without_gradients_is_no_white_box(claim: dict[str, Any], tmp_path: Path) -> None:
     known = next(row for row in claim["rows"] if row["attack"] == "pgd2" and row["randomness"] == "fixed")
-    found = known | {"attack": "square", "accuracy": 0.0, "interval": [0.0, 0.3]}
+    found = known | {"attack": "square", **NOTHING}
     read = read_claim(written(claim, tmp_path, rows=[*claim["rows"], found]))
     assert read.row("white box")["attack"].startswith("pgd2")  # type: ignore[index]
     assert read.strongest()["accuracy"] == 0.0  # type: ignore[index]
@@ -113,6 +115,16 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "n": (lambda c: c["rows"][1].pop("total"), "row pgd2 of none has no n"),
     "no interval": (lambda c: c["rows"][2].pop("interval"), "has no interval"),
     "a wrong interval": (lambda c: c["rows"][2].update(interval=[0.0, 0.0]), "has no interval around its accuracy"),
+    "an interval of more images": (
+        lambda c: c["rows"][2].update(accuracy=0.5, interval=[0.49, 0.51]),
+        "has an interval that is narrower than the 95 % one of 8 images",
+    ),
+    "counts": (lambda c: c["rows"][2].pop("correct"), "does not say of how many answers how many are correct"),
+    "other counts": (
+        lambda c: c["rows"][2].update(NOTHING, correct=c["rows"][2]["judged"]),
+        "how many are correct, or has another accuracy",
+    ),
+    "digest": (lambda c: c["facts"].pop("digest"), "does not say its digest"),
     "seed": (lambda c: c["facts"].pop("seed"), "it has no seed"),
     "commit": (lambda c: c["facts"].pop("commit"), "it has no commit"),
     "changes": (lambda c: c["facts"].update(commit="a" * 40 + "+"), "code that no commit holds"),
@@ -154,7 +166,7 @@ def test_the_pages_have_every_claim_those_that_keep_most_first(
 ) -> None:
     worse = json.loads(json.dumps(claim))
     for row in worse["rows"]:
-        row |= {"accuracy": 0.0, "interval": [0.0, 0.3]}
+        row |= NOTHING
     written(worse, tmp_path, "a-worse")
     written(claim, tmp_path, "b-better")
     written(claim, tmp_path, "c-other", dataset="others")
