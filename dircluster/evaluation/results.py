@@ -58,7 +58,9 @@ class Result:
     """Of the shards' digests, in order, each of its adversarial images (float32)."""
     warnings: tuple[str, ...] = ()
     crafting: str = "fp32"
-    """fp32 or bf16: what the attack was computed in; both where shards differ."""
+    """fp32 or bf16: what the attack was computed in, but for images that bf16 alone got wrong (fp32); both where shards
+    differ.
+    """
     predictions: str = "fp32"
     """What the accuracy was computed in: fp32, without TF32."""
     protocol: str = "deterministic"
