@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,18 @@ def judged(words: list[str], uri: str) -> dict[str, Any]:
     return claim
 
 
-def shipped_target(words: list[str]) -> str:
-    """The name of the zoo's target that a training with those settings was given; digits-at where none was."""
-    given = words[words.index("--target.uri") + 1] if "--target.uri" in words else ""
-    return given.removeprefix("zoo:") if zoo.is_shipped(given) else "digits-at"
+def shipped_target(words: list[str], data: str) -> str:
+    """The name of the zoo's target that a training with those settings was given; of digits, digits-at where none was.
+
+    Raises ConfigError where it is none of the zoo's.
+    """
+    pairs = pairwise([*words, ""])
+    given = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--target.uri"]
+    uri = given[-1] if given else "zoo:digits-at" if data == "digits" else ""
+    if not zoo.is_shipped(uri):
+        raise ConfigError("its target is not in the zoo: give --target NAME, or --with '--target.uri zoo:NAME'")
+    zoo.find(uri)
+    return uri.removeprefix("zoo:")
 
 
 def main(argv: list[str]) -> int:
@@ -103,6 +112,7 @@ def main(argv: list[str]) -> int:
     command = " ".join(["python jobs/train.py", given.preset, "--seed", str(given.seed), *own])
     made = {"command": command, "commit": given.trained, "seed": given.seed, "precision": "weights rounded to bf16"}
     try:
+        target = given.target or shipped_target(own, run.data.name)
         sha = rounded(given.folder, into, made)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -127,7 +137,7 @@ def main(argv: list[str]) -> int:
         machine=claim["facts"]["machine"],
         norm=run.attack.norm,
         epsilon=run.attack.epsilon,
-        target=given.target or shipped_target(own),
+        target=target,
         table=markdown_table(claim["rows"]),
         suite=given.suite,
     )
