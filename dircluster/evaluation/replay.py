@@ -69,6 +69,7 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
         if named == (row["defense"], row["attack"], row["randomness"]):
             own = {name: getattr(spec, name) for name in SETTINGS}
             own |= {"step_size": row_step_size(spec), "protocol": spec.protocol_name}
+            own |= {"judged": row["total"] * row_answers(spec)}
             for name, value in own.items():
                 if value != row.get(name):
                     raise ConfigError(
@@ -82,6 +83,12 @@ def spec_of(row: Mapping[str, Any], table: Sequence[AttackSpec], defense: str) -
 def row_step_size(spec: AttackSpec) -> float:
     """The step size in a row of its attack: none where it counts no steps, see Evaluation.result."""
     return spec.step_size if spec.steps and find_attack(spec.attack).counts == "steps" else 0.0
+
+
+def row_answers(spec: AttackSpec) -> int:
+    """How many answers to an image a row of its attack counts: those of fresh draws, or one, see Evaluation.result."""
+    past = spec.judged == "target" or find_attack(spec.attack).past_purifier
+    return 1 if past or spec.randomness != "fresh" or spec.protocol == "wor" else spec.draws
 
 
 def is_same_code(here: str, there: object) -> bool:

@@ -62,9 +62,12 @@ def test_a_row_of_a_report_is_found_again(
         assert lines["machine"].endswith("as the row's")
 
     changed = tmp_path / "changed.json"
-    changed.write_text(json.dumps({**report, "rows": [report["rows"][1] | {"total": 8}]}))
+    changed.write_text(json.dumps({**report, "rows": [report["rows"][1] | {"total": 8, "judged": 8}]}))
     replay.main([str(changed), "1"])
     assert "n = 8" in said(capsys)["again"]
+    changed.write_text(json.dumps({**report, "rows": [report["rows"][1] | {"total": 900, "judged": 900}]}))
+    assert replay.main([str(changed), "1"]) == 2
+    assert "the row is of 900 images, and the settings of the report judge" in capsys.readouterr().err
     report["rows"][1]["sha256"] = "0" * 64
     changed.write_text(json.dumps(report))
     assert replay.main([str(changed), names[1]]) == 1

@@ -66,6 +66,10 @@ def _replay(given: argparse.Namespace) -> int:
     with local_workers(dataclasses.replace(config.scaling, threads=config.scaling.threads or 1)) as parallel:
         job = EvaluationJob(job_spec, parallel.device)
         _check_same(job.facts, facts)
+        if row["total"] > len(job.test):
+            raise ConfigError(
+                f"the row is of {row['total']} images, and the settings of the report judge {len(job.test)}"
+            )
         spec = dataclasses.replace(spec_of(row, job.plan.table, job.name), first=row["total"])  # perhaps not all images
         kind = machine(parallel.device)
         say(f"machine  {_beside(kind, facts['machine'])}")

@@ -13,7 +13,7 @@ from dircluster.cluster.commands import replay as command
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import Evaluation
-from dircluster.evaluation.replay import Comparison, choose, is_same_code, read_rows, spec_of
+from dircluster.evaluation.replay import Comparison, choose, is_same_code, read_rows, row_answers, spec_of
 from dircluster.evaluation.results import Result, name_of
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.suites import SUITES, suite
@@ -63,6 +63,7 @@ def test_its_attack_is_that_of_the_plan() -> None:
     assert spec_of(ROW | bare, TABLE, "dir") == TABLE[1]
     for changes, words in (
         ({"step_size": 0.02}, r"step size 0\.02, and this code's has 0\.01"),
+        ({"judged": 200}, "judged 200, and this code's has 100"),
         ({"protocol": "Wor.Rob(10)"}, r"protocol Wor\.Rob\(10\), and this code's has deterministic white box"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -145,8 +146,8 @@ def test_every_row_of_a_suite_finds_its_attack_again(name: str) -> None:
     specs = suite(name, AttackConfig(), settings, randomized=True, purifies=True, transfers=True, masked=True)
     for spec in specs:
         one = Evaluation([spec], 2, 0, 2, 4, MemoryStore(), VictimModel(nn.Flatten(), "dir"))
-        one._read = {
-            shard.name: {"right": {"fixed": ["1", "0"]}, "warnings": [], "sha256": ""} for shard in one.shards()
-        }
+        form, each = ("fixed", 1) if row_answers(spec) == 1 else ("fresh", row_answers(spec))
+        right = {form: ["1" * each, "0" * each]}
+        one._read = {shard.name: {"right": right, "warnings": [], "sha256": ""} for shard in one.shards()}
         row = dataclasses.asdict(one.result(spec, "dir"))
         assert spec_of(row, specs, "dir") is spec
