@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dircluster import rng
 from dircluster.attacks.expectation import averaged_logits, expected, expected_with_logits
-from dircluster.attacks.gradient import Loss, Model, cross_entropy_loss, margin_loss
+from dircluster.attacks.gradient import Loss, Model, cross_entropy_loss, margin_loss, surely
 from dircluster.attacks.threat import L2, LInf
 
 TARGETS = 5
@@ -117,8 +117,7 @@ def apgd(
         at = candidates.detach()
         some, steep, logits = expected_with_logits(model, labels[rows], draws, loss_of(rows), most_rows)(at[rows])
         seen = averaged_logits(logits).float()
-        margin = margin_loss(seen, labels[rows])
-        margin = torch.where(seen.isfinite().all(dim=1), margin, torch.inf)  # an answer that is no number is wrong
+        margin = surely(margin_loss(seen, labels[rows]), seen, labels[rows])
         higher = margin > highest[rows]
         better = rows[higher]
         best[better], highest[better] = at[better], margin[higher]

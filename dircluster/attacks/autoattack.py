@@ -20,6 +20,7 @@ from dircluster.attacks.gradient import (
     cross_entropy_loss,
     margin_loss,
     refuse_inference,
+    surely,
 )
 from dircluster.attacks.threat import L2, LInf
 
@@ -122,8 +123,8 @@ def square(
     from pyautoattack.square import SquareAttack
 
     def margin(logits: Tensor, some: Tensor) -> Tensor:
-        """An answer that is no number is wrong."""
-        return torch.where(logits.isfinite().all(dim=1), margin_loss(logits, some), 1.0)
+        found = surely(margin_loss(logits.float(), some), logits, some)
+        return found.nan_to_num(posinf=1.0)  # the library computes with it
 
     def averaged(some: Tensor) -> Objective:
         return expected_values(model, some, draws, margin, most_rows)

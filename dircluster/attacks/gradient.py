@@ -24,6 +24,10 @@ ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images (N, C, H, W) -> an objective's values (N,) and its gradient (N, C, H, W), both detached."""
 
 
+TIE = 1e-30
+"""By how much a tie that the true class wins is short of being wrong: less than any two logits differ by."""
+
+
 def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p_y in nats: (N, classes), (N,) -> (N,)."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
@@ -33,6 +37,16 @@ def margin_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """max over k != y of z_k, minus z_y: positive where the image is misclassified. (N, classes), (N,) -> (N,)."""
     true = F.one_hot(labels, logits.shape[1]).bool()
     return logits.masked_fill(true, -torch.inf).amax(dim=1) - logits.gather(1, labels[:, None])[:, 0]
+
+
+def surely(margin: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Margins (N,) whose sign is the answer's: 0 or more where it is wrong. (N,), (N, classes), (N,) -> (N,).
+
+    Of classes that share the highest logit one is the answer, which may be the true one: then it is just below 0. What
+    is no number is wrong.
+    """
+    tied = (margin >= 0) & (logits.argmax(dim=1) == labels)
+    return torch.where(logits.isfinite().all(dim=1), margin.masked_fill(tied, -TIE), torch.inf)
 
 
 def cross_entropy(model: Model, labels: Tensor, loss: Loss = cross_entropy_loss) -> Objective:

@@ -140,6 +140,25 @@ def test_an_image_whose_answer_is_no_number_is_fooled(broken: float) -> None:
         assert (answers(answered(each)) == -1).all()
 
 
+def test_a_tie_that_the_true_class_wins_is_attacked_on() -> None:
+    """As of a model in half precision, many of whose logits are one."""
+
+    def coarse(images: Tensor) -> Tensor:
+        logits = model(images)
+        return logits + ((8 * logits).round() / 8 - logits).detach()
+
+    labels = coarse(IMAGES).argmax(dim=1)
+    found, margin = apgd(coarse, IMAGES, labels, THREAT, lambda rows: cross_entropy_loss, 30)
+    assert torch.equal(margin < 0, coarse(found).argmax(dim=1) == labels)
+
+    def steps(images: Tensor) -> Tensor:
+        mean = images.flatten(1).mean(dim=1)
+        return torch.stack([0 * mean, (mean > 0.5).float() + (mean > 0.53).float() - 1], dim=1)
+
+    images, first = torch.full((6, 1, 8, 8), 0.5), torch.zeros(6, dtype=torch.int64)
+    assert (steps(square(steps, images, first, LInf(0.1), 100, 1, 0)).argmax(dim=1) == 1).all()
+
+
 def test_nothing_passes_once_all_are_fooled() -> None:
     passed: list[int] = []
 
