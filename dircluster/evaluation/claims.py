@@ -239,17 +239,17 @@ def _is_interval(value: Any, accuracy: Any) -> bool:
     return bool(low < high and low - 1e-9 <= accuracy <= high + 1e-9)
 
 
-def _is_wide(interval: Sequence[float], accuracy: float, total: int) -> bool:
+def _is_wide(interval: Any, accuracy: Any, total: int) -> bool:
     """Whether an interval is as wide as Wilson's, which rows have."""
     low, high = wilson_interval(accuracy * total, total)
-    return interval[0] <= low + 1e-6 and interval[1] >= high - 1e-6
+    return bool(interval[0] <= low + 1e-6 and interval[1] >= high - 1e-6)
 
 
-def _are_counts(correct: Any, judged: Any, accuracy: float) -> bool:
+def _are_counts(correct: Any, judged: Any, accuracy: Any) -> bool:
     """Whether an accuracy is that of its counts."""
     if type(correct) is not int or type(judged) is not int or not 0 <= correct <= judged or judged < 1:
         return False
-    return abs(correct / judged - accuracy) <= 1e-6
+    return bool(abs(correct / judged - accuracy) <= 1e-6)
 
 
 def _is_control(value: Any) -> bool:
