@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dircluster import zoo
+from dircluster import cli, zoo
 from dircluster.cluster.commands import evaluate
 from dircluster.cluster.version import commit
 from dircluster.config import ConfigError
@@ -33,7 +33,7 @@ CARD = """# zoo:{name}
 
 {description}
 
-- preset `{preset}`, seed {seed}; trained by code {trained}, judged by code {judged} on {machine}
+- preset `{preset}`, seed {seed}{own}; trained by code {trained}, judged by code {judged} on {machine}
 - threat: {norm}, epsilon {epsilon:.4g}; weights in bf16, rounded before they were judged; the target is `zoo:{target}`
 
 {table}
@@ -95,6 +95,12 @@ def shipped_target(words: list[str], data: str) -> str:
     return uri.removeprefix("zoo:")
 
 
+def described(words: list[str]) -> str:
+    """What a card says of the defense that jobs/train.py with ``words`` trains. Raises ConfigError."""
+    run = cli.parse(cli.TrainJob, words).run
+    return find_defense(run.defense).describe(run)
+
+
 def main(argv: list[str]) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,12 +113,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--with", dest="settings_of_training", default="", help="the settings that it was trained with")
     given, settings = parser.parse_known_args(argv)
-    run, into = preset(given.preset), zoo.HERE / given.name
-    own = [word for word in given.settings_of_training.split() if word]
+    run, into, own = preset(given.preset), zoo.HERE / given.name, given.settings_of_training.split()
     command = " ".join(["python jobs/train.py", given.preset, "--seed", str(given.seed), *own])
     made = {"command": command, "commit": given.trained, "seed": given.seed, "precision": "weights rounded to bf16"}
     try:
-        target = given.target or shipped_target(own, run.data.name)
+        target, description = given.target or shipped_target(own, run.data.name), described([given.preset, *own])
         sha = rounded(given.folder, into, made)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -129,9 +134,10 @@ def main(argv: list[str]) -> int:
     claim = claims[given.name]
     card = CARD.format(
         name=given.name,
-        description=find_defense(run.defense).describe(run),
+        description=description,
         preset=given.preset,
         seed=given.seed,
+        own=f", `{' '.join(own)}`" if own else "",
         trained=given.trained,
         judged=claim["facts"]["commit"],
         machine=claim["facts"]["machine"],
