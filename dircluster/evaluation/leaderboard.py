@@ -33,9 +33,10 @@ that sorts: [leaderboard.html](leaderboard.html). [Add one of yours](extend.md#a
 READING = """Accuracy on test images, % (95 % interval). *White box*: the strongest first-order attack that knows
 what the defense draws. *Fresh + EOT*: it draws again at every pass, the attack averages over draws.
 *Wor.Rob*: right under the attack in the worst of several draws; *vote*: by their majority.
-*Strongest*: the row that leaves least, by which the table is ordered; *its target*: the same of the
-bare target. Empty: not run; `!`: marked, no evidence; flagged: by the verdict. Compare lines of the
-same n alone, and intervals before numbers.
+*Strongest*: the row that leaves least, but for Wor.Rob, votes, averaged logits and attacks on the
+restored image; the table is ordered by it. *Its target*: the same of the bare target. Empty: not
+run; `!`: marked, no evidence; flagged: by the verdict. Compare lines of the same n alone, and
+intervals before numbers.
 """
 
 
