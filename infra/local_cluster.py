@@ -3,9 +3,9 @@
     python infra/local_cluster.py up      # start, wait until each part answers, print addresses and commands to try
     python infra/local_cluster.py down    # end exactly what `up` started; what is stored stays
 
-Everything listens on loopback and refuses callers without its key, token or password. Ports are free ones, data and
-secrets lie in the folder (--folder, .cluster): several clusters can run at once. Linux only: each node has a loopback
-address of its own.
+Dashboard, MLflow and S3 listen on loopback, Ray's own ports (GCS, raylets) on all addresses; all refuse callers without
+their key, token or password. Ports are free ones, data and secrets lie in the folder (--folder, .cluster): several
+clusters can run at once. Linux only: each node has a loopback address of its own.
 """
 
 from __future__ import annotations
