@@ -27,7 +27,8 @@ def describe(run: FinetuneRun) -> str:
     return (
         f"A control: the classifier trained on for {run.finetune.epochs} epochs by its own objective"
         f" ({run.target.objective}), behind g(x) = x, nothing.\n"
-        "It gets the compute that a purifier would: one that is not better under the strongest attack is not worth it."
+        "It gets the compute that a purifier would: one that is not better under the strongest attack is not worth"
+        " it.\nRows `none` of its tables are of the classifier as it ends, not of the target that it began as."
     )
 
 

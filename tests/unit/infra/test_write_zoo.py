@@ -28,9 +28,15 @@ def test_no_card_names_a_target_that_it_does_not_know(tmp_path: Path, capsys: py
     assert "error: its target is not in the zoo: give --target NAME" in capsys.readouterr().err
 
 
-def test_a_card_describes_the_run_that_was_trained() -> None:
-    card = (write_zoo.zoo.HERE / "cifar10-small-dir-alpha0" / "README.md").read_text()
-    own = ["--dir.alpha", "0", "--training.precision", "bf16"]
-    assert write_zoo.described(["cifar10_small", *own]) in card
-    assert "alpha 0." in card
-    assert f"seed 0, `{' '.join(own)}`;" in card
+@pytest.mark.parametrize(
+    ("name", "preset", "own"),
+    [
+        ("dir-alpha0", "cifar10_small", "--dir.alpha 0 --training.precision bf16"),
+        ("finetune", "cifar10_small_finetune", "--target.uri zoo:cifar10-small-at --training.precision bf16"),
+    ],
+)
+def test_a_card_describes_the_run_that_was_trained(name: str, preset: str, own: str) -> None:
+    card = (write_zoo.zoo.HERE / f"cifar10-small-{name}" / "README.md").read_text()
+    assert write_zoo.described([preset, *own.split()]) in card
+    assert f"seed 0, `{own}`;" in card
+    assert "alpha 2" not in card
