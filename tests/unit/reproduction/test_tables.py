@@ -9,6 +9,7 @@ from dircluster.reproduction.exhibits import LABELS, MEASURED, Exhibit
 from dircluster.reproduction.pictures import PICTURES
 from dircluster.reproduction.printed import TABLE_3
 from dircluster.reproduction.tables import NAMES, exhibits
+from dircluster.training.costs import step_operations
 
 
 def printed(exhibit: Exhibit) -> dict[tuple[str, str], float]:
@@ -52,6 +53,13 @@ def test_some_of_them_as_the_paper_prints_them() -> None:
     assert printed(there["table5"])["12 + 4", "pgd20"] == 54.32
     assert printed(there["ratio"])["ratio 0.7", "natural"] == 77.68
     assert printed(there["fig6a"])["alpha 2", "natural"] == 85.11
+
+
+def test_the_note_on_the_times_of_table_4_has_the_ratios_that_are_counted() -> None:
+    stages = {"cifar10_hgd": "hgd", "cifar10_hgd_a": "hgd_a", "cifar10_jatp": "jatp", "cifar10": "dir"}
+    hgd, hgd_a, jatp, dir_ = (step_operations(preset(name), stage) for name, stage in stages.items())
+    note = " ".join(exhibits("cifar10")["table4"].notes)
+    assert f"as 1 : {jatp / hgd:.1f} : {dir_ / hgd:.1f}, or as 1.0 : {jatp / hgd_a:.1f} : {dir_ / hgd_a:.1f} if" in note
 
 
 def test_the_presets_print_the_same() -> None:
