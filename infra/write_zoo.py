@@ -2,9 +2,9 @@
 
     python infra/write_zoo.py digits-dir RUNS/dir-.../final --preset digits --target digits-at [--suite quick] [...]
 
-Settings of the judging, such as --evaluation.images 1000, stand at the end. It writes dircluster/zoo/NAME: weights,
-README.md, and the claims NAME.json and, with ``--target``, that of the target which the defense protects. The claims go
-to docs/claims too, and the line of the table in dircluster/zoo is printed.
+Settings of the training stand in ``--with``, those of the judging, such as --evaluation.images 1000, at the end. It
+writes dircluster/zoo/NAME: weights, README.md, and the claims NAME.json and, with ``--target``, that of the target
+which the defense protects. The claims go to docs/claims too, and the line of the table in dircluster/zoo is printed.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    words = [given.preset, "--seed", str(given.seed), "--suite", given.suite, *settings]
+    words = [given.preset, "--seed", str(given.seed), "--suite", given.suite, *own, *settings]  # the last one counts
     claims = {given.name: judged([*words, "--defense", str(into)], f"zoo:{given.name}")}
     if given.target:
         bare = [*words, "--defense", "none", "--target.uri", str(into)]
@@ -132,6 +132,7 @@ def main(argv: list[str]) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(claim, indent=1) + "\n")
     claim = claims[given.name]
+    threat = claim["facts"]["settings"]["run"]["attack"]
     card = CARD.format(
         name=given.name,
         description=description,
@@ -141,8 +142,8 @@ def main(argv: list[str]) -> int:
         trained=given.trained,
         judged=claim["facts"]["commit"],
         machine=claim["facts"]["machine"],
-        norm=run.attack.norm,
-        epsilon=run.attack.epsilon,
+        norm=threat["norm"],
+        epsilon=threat["epsilon"],
         target=target,
         table=markdown_table(claim["rows"]),
         suite=given.suite,

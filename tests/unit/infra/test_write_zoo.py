@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dircluster.config import ConfigError
+from dircluster import cli
+from dircluster.config import ConfigError, to_dict
 from infra import write_zoo
 
 AT = "zoo:cifar10-small-at"
@@ -40,3 +42,25 @@ def test_a_card_describes_the_run_that_was_trained(name: str, preset: str, own: 
     assert write_zoo.described([preset, *own.split()]) in card
     assert f"seed 0, `{own}`;" in card
     assert "alpha 2" not in card
+
+
+def test_a_claim_has_the_settings_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def judged(words: list[str], uri: str) -> dict[str, Any]:
+        asked.append(words)
+        run = cli.parse(cli.EvaluateJob, words).run
+        facts = {"commit": "c", "machine": "m", "settings": {"run": to_dict(run)}}
+        return {"facts": facts, "rows": []}
+
+    monkeypatch.setattr(write_zoo, "judged", judged)
+    monkeypatch.setattr(write_zoo, "rounded", lambda folder, into, made: "0" * 64)
+    monkeypatch.setattr(write_zoo, "CLAIMS", tmp_path / "claims")
+    monkeypatch.setattr(write_zoo.zoo, "HERE", tmp_path)
+    own = "--dir.alpha 0 --target.objective trades --attack.epsilon 0.1 --seed 0"
+    assert write_zoo.main(["mine", "final", "--preset", "digits", "--with", own, "--evaluation.images", "8"]) == 0
+    run = cli.parse(cli.EvaluateJob, asked[0]).run
+    assert (run.target.objective, run.attack.epsilon, run.evaluation.images) == ("trades", 0.1, 8)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "epsilon 0.1;" in card
+    assert "alpha 0." in card
