@@ -21,7 +21,7 @@ from dircluster.defenses.dir import DEFENSE
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
-from dircluster.evaluation.html_report import robustbench_entry, write_report
+from dircluster.evaluation.html_report import published_beside, robustbench_entry, write_report
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.model_card import markdown_table
 from dircluster.evaluation.pictures import to_pixels
@@ -518,6 +518,18 @@ def test_published_numbers_stand_beside_their_rows() -> None:
     assert "square" not in preset("cifar10").printed["dir"]
     other = with_values(preset("cifar10"), {"masking.ratio": 0.3})
     assert other.printed == {}
+    beside = {
+        (name, attack): published_beside(preset(name).printed, preset(name).defense, attack)
+        for name in ("cifar10", "cifar10_menet", "cifar10_ebm")
+        for attack in ("bpda40-eot20", "bpda40-eot2", "pgd20")
+    }
+    assert {key: value for key, value in beside.items() if value is not None} == {
+        ("cifar10", "bpda40-eot20"): 52.09,
+        ("cifar10", "bpda40-eot2"): 52.09,
+        ("cifar10", "pgd20"): 54.27,
+        ("cifar10_menet", "bpda40-eot20"): 15.26,
+        ("cifar10_ebm", "bpda40-eot2"): 51.43,
+    }
 
 
 def test_a_suite_without_randomness_has_no_draws() -> None:
