@@ -1,9 +1,11 @@
 """A finished defense as one of the zoo: rounded to bf16, judged as it is stored, with its card and claims.
 
     python infra/write_zoo.py digits-dir RUNS/dir-.../final --preset digits --target digits-at [--suite quick] [...]
+    python infra/write_zoo.py digits-dir [--suite quick] [...]
 
-Settings of the training stand in ``--with``, those of the judging, such as --evaluation.images 1000, at the end. It
-writes dircluster/zoo/NAME: weights, README.md, and the claims NAME.json and, with ``--target``, that of the target
+The second judges again what the zoo holds, by the code of today. Settings of the training stand in ``--with``, those of
+the judging, such as --evaluation.images 1000, at the end; rows that --storage.uri holds already are taken from there.
+It writes dircluster/zoo/NAME: weights, README.md, and the claims NAME.json and, with ``--target``, that of the target
 which the defense protects. The claims go to docs/claims too, and the line of the table in dircluster/zoo is printed.
 """
 
@@ -29,6 +31,7 @@ from dircluster.presets import preset
 from dircluster.training import checkpoint
 
 CLAIMS = Path(__file__).parents[1] / "docs" / "claims"
+CLASSIFIER = "classifier.safetensors"
 CARD = """# zoo:{name}
 
 {description}
@@ -67,7 +70,9 @@ def judged(words: list[str], uri: str) -> dict[str, Any]:
     """The claim of jobs/evaluate.py with ``words``, about ``uri`` instead of the folder that it was given."""
     with tempfile.TemporaryDirectory(prefix="write-zoo-") as folder:
         place = Path(folder)
-        quiet = ["--launcher", "local", "--tracking.no-enabled", "--storage.uri", str(place / "runs")]
+        quiet = ["--launcher", "local", "--tracking.no-enabled"]
+        if not any(word.partition("=")[0] == "--storage.uri" for word in words):
+            quiet += ["--storage.uri", str(place / "runs")]
         code = evaluate.main([*words, *quiet, "--export", str(place / "claim.pt")])
         if code:
             sys.exit(code)
@@ -101,24 +106,52 @@ def described(words: list[str]) -> str:
     return find_defense(run.defense).describe(run)
 
 
+def remembered(given: argparse.Namespace) -> None:
+    """Fills in what the zoo's own folder says of how it was trained, and the target that it holds.
+
+    Raises ConfigError where there is no such defense, or another command than jobs/train.py made it.
+    """
+    uri = f"zoo:{given.name}"
+    made = checkpoint.read(zoo.folder_of(uri)).state["made"]
+    command = made["command"].split()
+    if command[:2] != ["python", "jobs/train.py"] or zoo.find(uri).folder != given.name:
+        raise ConfigError(f"{uri} is no defense that jobs/train.py made: judge it with jobs/evaluate.py --export")
+    given.preset, given.seed, given.trained = command[2], made["seed"], made["commit"]
+    own = command[5:]  # after "--seed N"
+    classifier = (zoo.HERE / given.name / CLASSIFIER).read_bytes()
+    for name, shipped in zoo.ZOO.items():
+        if shipped.bare and shipped.folder == given.name:
+            given.target = name
+        elif shipped.bare and (zoo.HERE / shipped.folder / CLASSIFIER).read_bytes() == classifier:
+            own += [] if "--target.uri" in own else ["--target.uri", f"zoo:{name}"]
+    given.settings_of_training = " ".join(own)
+
+
 def main(argv: list[str]) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--preset", required=True)
+    parser.add_argument("folder", type=Path, nargs="?", help="judged again as it is in the zoo when not given")
+    parser.add_argument("--preset", help="that it was trained by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trained", default=commit(), help="the commit that trained it; this one when not given")
     parser.add_argument("--target", help="the name of its target alone in the zoo; one that is there when not given")
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--with", dest="settings_of_training", default="", help="the settings that it was trained with")
     given, settings = parser.parse_known_args(argv)
-    run, into, own = preset(given.preset), zoo.HERE / given.name, given.settings_of_training.split()
-    command = " ".join(["python jobs/train.py", given.preset, "--seed", str(given.seed), *own])
-    made = {"command": command, "commit": given.trained, "seed": given.seed, "precision": "weights rounded to bf16"}
+    if given.folder is not None and given.preset is None:
+        parser.error("a new one needs --preset")
+    into = zoo.HERE / given.name
     try:
+        if given.folder is None:
+            remembered(given)
+        run, own = preset(given.preset), given.settings_of_training.split()
         target, description = given.target or shipped_target(own, run.data.name), described([given.preset, *own])
-        sha = rounded(given.folder, into, made)
+        if given.folder is not None:
+            command = " ".join(["python jobs/train.py", given.preset, "--seed", str(given.seed), *own])
+            rounding = "weights rounded to bf16"
+            made = {"command": command, "commit": given.trained, "seed": given.seed, "precision": rounding}
+            sha = rounded(given.folder, into, made)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -149,6 +182,8 @@ def main(argv: list[str]) -> int:
         suite=given.suite,
     )
     (into / "README.md").write_text(card)
+    if given.folder is None:
+        return 0
     print(f'"{given.name}": Shipped("{given.name}", "{sha}"),')
     if given.target:
         print(f'"{given.target}": Shipped("{given.name}", "{sha}", bare=True),')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from dircluster import cli
 from dircluster.config import ConfigError, to_dict
+from dircluster.defenses.table import find_defense
+from dircluster.presets import preset
 from infra import write_zoo
 
 AT = "zoo:cifar10-small-at"
@@ -64,3 +67,32 @@ def test_a_claim_has_the_settings_of_the_training(tmp_path: Path, monkeypatch: p
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "epsilon 0.1;" in card
     assert "alpha 0." in card
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "words"),
+    [
+        ("digits-dir", "digits-at", ""),
+        ("cifar10-small-hgd", None, f"--target.uri {AT} --training.precision bf16"),
+        ("cifar10-small-finetune", None, f"--target.uri {AT} --training.precision bf16"),
+        ("cifar10-small-dir-alpha0", None, f"--dir.alpha 0 --training.precision bf16 --target.uri {AT}"),
+    ],
+)
+def test_what_is_judged_again_is_judged_as_it_was_trained(name: str, target: str | None, words: str) -> None:
+    given = argparse.Namespace(name=name, target=None)
+    write_zoo.remembered(given)
+    assert (given.target, given.settings_of_training) == (target, words)
+    assert given.seed == 0
+    assert given.trained
+    assert find_defense(preset(given.preset).defense)
+
+
+@pytest.mark.parametrize("name", ["cifar10-dir", "digits-at", "nothing"])
+def test_nothing_else_is_judged_again(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write_zoo.main([name]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_new_one_needs_its_preset(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        write_zoo.main(["mine", str(tmp_path)])
