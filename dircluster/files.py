@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -40,10 +43,22 @@ def write_whole(file: Path, blob: bytes) -> None:
     if not isinstance(file, Path):
         file.write_bytes(blob)
         return
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two jobs may find the same at the same time
-    try:
+    with replacing(file) as partial:
         partial.write_bytes(blob)
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields a new file's path beside ``file``, whose place it takes at the end; after an error nothing is changed.
+
+    No other has its name: two jobs may write the same at the same time, on two machines too, where the numbers of
+    their processes are equal.
+    """
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
         partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)  # a full disk has taken some of it
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # a full disk has taken some of it
         raise
