@@ -52,8 +52,11 @@ def replacing(file: Path) -> Iterator[Path]:
     """Yields a new file's path beside ``file``, whose place it takes at the end; after an error nothing is changed.
 
     No other has its name: two jobs may write the same at the same time, on two machines too, where the numbers of
-    their processes are equal.
+    their processes are equal. A pipe or a device is written in place.
     """
+    if file.exists() and not file.is_file():
+        yield file
+        return
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial

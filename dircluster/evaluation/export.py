@@ -13,7 +13,7 @@ from torch import Tensor
 from dircluster.config import ConfigError, first_line, real_path
 from dircluster.data.split import Split
 from dircluster.evaluation.session import EvaluationReport
-from dircluster.files import check_file
+from dircluster.files import check_file, check_writable, replacing
 
 KINDS = (".pt", ".npz")
 
@@ -23,8 +23,11 @@ def check_export(file: Path) -> None:
     if file.suffix not in KINDS:
         raise ConfigError(f"--export {file}: its name must end in {' or '.join(KINDS)}")
     for each in (file, file.with_suffix(".json")):
+        place = real_path(each)
         try:
-            check_file(real_path(each))
+            check_file(place)
+            if place.is_file():  # what takes its place lies beside it first
+                check_writable(place.parent)
         except OSError as error:
             raise ConfigError(f"--export {each} cannot be written: {error.strerror}") from error
 
@@ -46,17 +49,19 @@ def write_export(tensors: dict[str, Tensor], claim: dict[str, Any], file: Path) 
     """Write the images into ``file`` and RobustBench's claim beside it, as JSON: -> their paths.
 
     A .pt holds a dictionary of tensors alone: ``torch.load(file, weights_only=True)``. Raises ConfigError where a file
-    cannot be written.
+    cannot be written: those of an earlier export stay as they were.
     """
     beside = file.with_suffix(".json")
     try:
-        if file.suffix == ".pt":
-            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-        else:
-            import numpy as np
+        with replacing(real_path(file)) as images, replacing(real_path(beside)) as text:
+            if file.suffix == ".pt":
+                torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, images)
+            else:
+                import numpy as np
 
-            np.savez_compressed(file, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
-        beside.write_text(json.dumps(claim, indent=1) + "\n")
+                with images.open("wb") as opened:  # a path would get another .npz behind its name
+                    np.savez_compressed(opened, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
+            text.write_text(json.dumps(claim, indent=1) + "\n")
     except (OSError, RuntimeError) as error:  # the second is what PyTorch says of a full disk
         reason = error.strerror if isinstance(error, OSError) else f"is the disk full? {first_line(error)}"
         raise ConfigError(f"--export {file} cannot be written: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -290,6 +291,23 @@ def test_a_disk_that_is_full_is_one_line(kind: str, tmp_path: Path) -> None:
     (tmp_path / f"out{kind}").symlink_to("/dev/full")
     with pytest.raises(ConfigError, match=r"^--export .* cannot be written: \w.*$"):
         write_export({"images": torch.rand(64, 64, 64)}, {}, tmp_path / f"out{kind}")
+
+
+@pytest.mark.parametrize("kind", [".pt", ".npz"])
+def test_an_export_that_breaks_off_leaves_the_one_before(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"out{kind}"
+    write_export({"images": torch.zeros(1)}, {"seed": 1}, file)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+
+    def full(place: Path, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        write_export({"images": torch.ones(1)}, {"seed": 2}, file)
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
