@@ -54,6 +54,8 @@ def _judge(job: cli.EvaluateJob) -> int:
         from dircluster.evaluation.export import check_export
 
         check_export(job.export)
+        if job.summary is not None and real_path(job.summary) == real_path(job.export.with_suffix(".json")):
+            raise ConfigError(f"--summary {job.summary} is where --export writes its claim: give it another name")
     other: tuple[str, dict[str, Any]] | None = None
     if job.compare is not None:
         from dircluster.evaluation.report_images import read_report
@@ -240,6 +242,14 @@ class _Judging:
         )
         for file in files:
             self.terminal.say(f"report    {file}")
+        run_id = (
+            self._record(found, facts, files, evaluation_job.facts["defense"]) if self.config.tracking.enabled else None
+        )
+        if run_id:
+            self.terminal.say(f"MLflow    run {run_id}")
+            self._note(found, evaluation_job.facts)
+        outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
+        cli.write_summary(self.job, outcome)
         if self.job.export is not None:
             from dircluster.evaluation.export import exported, write_export
 
@@ -247,15 +257,7 @@ class _Judging:
             tensors = exported(found, evaluation_job.test, evaluation_job.rows)
             for file in write_export(tensors, claim, self.job.export):
                 self.terminal.say(f"export    {file}")
-        run_id = (
-            self._record(found, facts, files, evaluation_job.facts["defense"]) if self.config.tracking.enabled else None
-        )
-        if run_id:
-            self.terminal.say(f"MLflow    run {run_id}")
-            self._note(found, evaluation_job.facts)
         self.terminal.say(f"took      {time.monotonic() - self.began:.0f} s")
-        outcome = {**found.to_plain(), "results": to_plain(found.rows), "run_id": run_id, "facts": facts}
-        cli.write_summary(self.job, outcome)
 
     def _record(self, found: Any, facts: dict[str, Any], files: list[Path], sha: str) -> str | None:
         from dircluster.cluster.runtime import local

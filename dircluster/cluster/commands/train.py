@@ -196,7 +196,6 @@ class Launch:
         seconds = time.monotonic() - self.began
         if outcome["status"] == "FINISHED":
             terminal.table(outcome["results"])
-            self._export(outcome, terminal)
             terminal.say(f"defense   {outcome['checkpoint']}")
             if outcome.get("model"):
                 terminal.say(f"model     {outcome['model']}")
@@ -211,6 +210,8 @@ class Launch:
         if outcome["status"] == "KILLED":
             terminal.say(f"stopped by signal {outcome['signal']}; resume with: {command(self.job)}")
         cli.write_summary(self.job, self._summary(outcome, seconds))
+        if outcome["status"] == "FINISHED":
+            self._export(outcome, terminal)
 
     def _summary(self, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
         summary = {

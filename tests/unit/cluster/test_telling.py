@@ -1,0 +1,65 @@
+"""What a job leaves behind at its end where a part of that cannot be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dircluster import cli
+from dircluster.cluster.commands import evaluate
+from dircluster.cluster.commands.train import Launch
+from dircluster.config import ConfigError
+from dircluster.evaluation import export, html_report
+
+
+class Terminal:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def table(self, rows: Any) -> None: ...
+
+
+def full(*_: Any) -> Any:
+    raise ConfigError("--export cannot be written: No space left on device")
+
+
+def test_a_training_whose_export_fails_has_told_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launch, "_export", full)
+    words = ["digits_smoke", "--storage.uri", str(tmp_path), "--summary", str(tmp_path / "s.json"), "--export", "hub"]
+    launch, terminal = Launch(cli.parse(cli.TrainJob, words)), Terminal()
+    launch.foretold = None
+    with pytest.raises(ConfigError, match="No space left"):
+        launch._tell({"status": "FINISHED", "results": [], "checkpoint": "dir-0/final"}, terminal)
+    assert json.loads((tmp_path / "s.json").read_text())["checkpoint"] == "dir-0/final"
+    assert [line.split()[0] for line in terminal.said] == ["defense", "judge", "took"]
+
+
+def test_an_evaluation_whose_export_fails_has_told_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html_report, "write_report", lambda *_: [])
+    monkeypatch.setattr(export, "exported", lambda *_: {})
+    monkeypatch.setattr(export, "write_export", full)
+    words = ["digits", "--tracking.no-enabled", "--summary", str(tmp_path / "s.json"), "--export", "out.pt"]
+    job, terminal = cli.parse(cli.EvaluateJob, words), Terminal()
+    found: Any = SimpleNamespace(rows=[], notes=[], verdict=[], to_plain=lambda: {"suite": "quick"})
+    made: Any = SimpleNamespace(
+        report=lambda: found, report_facts=lambda *_: {}, claim=lambda *_: {}, facts={"defense": ""}, rows=[]
+    )
+    made.victim = made.test = made.folder = None
+    with pytest.raises(ConfigError, match="No space left"):
+        evaluate._Judging(job, job.run, terminal, True, None)._tell(made)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "s.json").read_text())["suite"] == "quick"
+
+
+def test_a_summary_does_not_take_the_place_of_an_exports_claim(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["digits", "--defense", "zoo:digits-at", "--export", f"{tmp_path}/out.pt", "--summary"]
+    assert evaluate.main([*words, f"{tmp_path}/out.json"]) == 2
+    assert "out.json is where --export writes its claim: give it another name" in capsys.readouterr().err
