@@ -19,7 +19,7 @@ from dircluster.cluster import foretold, preflight, storage
 from dircluster.cluster.paths import with_absolute_paths, with_reachable_target
 from dircluster.cluster.tracking import place
 from dircluster.cluster.version import commit
-from dircluster.config import first_line
+from dircluster.config import ConfigError, first_line
 from dircluster.printing import say
 
 
@@ -93,7 +93,12 @@ class Launch:
 
                     finish_job(self.record, status)
             if self.first:
-                self._tell(outcome, terminal)
+                try:
+                    self._tell(outcome, terminal)
+                except ConfigError as error:
+                    if status == "FINISHED":
+                        raise
+                    terminal.say(str(error))  # by what the run ended is told below
         if status == "FINISHED":
             return 0
         if status == "KILLED":

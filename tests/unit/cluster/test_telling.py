@@ -41,6 +41,29 @@ def test_a_training_whose_export_fails_has_told_everything(tmp_path: Path, monke
     assert [line.split()[0] for line in terminal.said] == ["defense", "judge", "took"]
 
 
+@pytest.mark.parametrize(
+    ("outcome", "code", "line"),
+    [
+        ({"status": "KILLED", "signal": 15}, 143, ""),
+        ({"status": "FAILED", "error": "the loss is not finite", "exit": 1}, 1, "error: the loss is not finite\n"),
+    ],
+)
+def test_why_a_run_ended_is_told_where_its_summary_cannot_be_written(
+    outcome: dict[str, Any],
+    code: int,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Launch, "_train", lambda *_: outcome)
+    words = ["digits_smoke", "--storage.uri", str(tmp_path), "--summary", "/dev/full", "--launcher", "local"]
+    assert Launch(cli.parse(cli.TrainJob, words)).run() == code
+    said = capsys.readouterr()
+    assert "--summary /dev/full cannot be written: No space left on device" in said.out
+    assert said.err == line
+
+
 def test_an_evaluation_whose_export_fails_has_told_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html_report, "write_report", lambda *_: [])
     monkeypatch.setattr(export, "exported", lambda *_: {})
