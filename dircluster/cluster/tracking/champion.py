@@ -18,6 +18,8 @@ from dircluster.evaluation.results import worst_attacked
 CHAMPION, CANDIDATE = "champion", "candidate"
 EVIDENCE_TAG = "dircluster.evaluation."
 """Begins the tags that hold what evaluations found of a version; the rest says on which images, by which attacks."""
+NO_SUCH = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+"""What MLflow answers where no version has an alias."""
 ATTACK = (
     "attack",
     "randomness",
@@ -119,10 +121,15 @@ def crown(client: MlflowClient, version: ModelVersion) -> str:
 
 
 def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
-    """The champion among the versions of ``name``; None where there is none yet."""
+    """The champion among the versions of ``name``; None where there is none yet.
+
+    Raises what MLflow does where it does not say so: a registry that is away for a moment is not one without champion.
+    """
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in NO_SUCH:
+            raise
         return None
 
 

@@ -6,7 +6,9 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, crown, evidence_of, note
 
@@ -17,6 +19,7 @@ class Registry:
     def __init__(self) -> None:
         self.versions: dict[str, Any] = {}
         self.aliases: dict[str, str] = {}
+        self.is_away = False
 
     def add(self) -> Any:
         number = str(len(self.versions) + 1)
@@ -34,8 +37,10 @@ class Registry:
         self.aliases[alias] = number
 
     def get_model_version_by_alias(self, name: str, alias: str) -> Any:
+        if self.is_away:
+            raise MlflowException("API request failed: too many 503 error responses")
         if alias not in self.aliases:
-            raise MlflowException("no such alias")
+            raise MlflowException("no such alias", INVALID_PARAMETER_VALUE)
         return self.versions[self.aliases[alias]]
 
 
@@ -62,6 +67,15 @@ def test_the_first_is_champion_and_the_better_one_follows() -> None:
     )
     assert judged(registry, registry.versions["3"], 0.56).startswith("version 3 is champion already")
     assert registry.aliases == {CHAMPION: "3", CANDIDATE: "3"}
+
+
+def test_a_champion_that_cannot_be_asked_for_is_not_replaced() -> None:
+    registry = Registry()
+    judged(registry, registry.add(), 0.9)
+    registry.is_away = True
+    with pytest.raises(MlflowException, match="503"):
+        judged(registry, registry.add(), 0.1)
+    assert registry.aliases[CHAMPION] == "1"
 
 
 def test_a_flag_keeps_it_back() -> None:
