@@ -38,7 +38,7 @@ from dircluster.files import check_file
 from dircluster.presets import RUNS, preset, presets_of, search_folder
 from dircluster.printing import reader_may_leave
 from dircluster.settings_file import SWITCHED, Flags, as_words, flags_of, forms_of, words_of
-from dircluster.torchrun import check_group
+from dircluster.torchrun import await_turn, check_group
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -328,8 +328,14 @@ def execute(
             _check_summary(job.summary)
         return work(job)
     except ConfigError as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        say_error(str(error))
         return 2
+
+
+def say_error(line: str) -> None:
+    """Tell on stderr what a job fails by, under torchrun once, without the secrets that it may hold."""
+    await_turn()
+    print(f"error: {without_secrets(line)}", file=sys.stderr)
 
 
 LEAST_COLUMNS = 20

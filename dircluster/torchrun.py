@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from dircluster.config import ConfigError
 
@@ -22,6 +23,18 @@ def is_member() -> bool:
 def is_first() -> bool:
     """Whether this process speaks for its group, as one without a group does."""
     return os.environ.get("RANK", "0") == "0"
+
+
+TURN = 2.0
+"""Seconds that a process with an error waits for the first of its machine to tell its own."""
+
+
+def await_turn() -> None:
+    """Before an error is told, which all processes of a group have as a rule: once the first one has failed, torchrun
+    ends the others while they wait here, and one line is all that is said. Who has it alone tells it after that.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(TURN)
 
 
 def check_alone(what: str) -> None:

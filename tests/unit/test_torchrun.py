@@ -93,3 +93,14 @@ def test_a_replay_is_one_process(
     said = capsys.readouterr()
     assert (said.out, len(said.err.splitlines())) == ("", 1)
     assert named in said.err
+
+
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [torchrun.TURN])])
+def test_the_first_process_of_a_machine_tells_an_error_before_the_others(
+    rank: str, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("dircluster.torchrun.time.sleep", slept.append)
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **MASTER}
+    done = run_job("train", "digits_smoke", "--dir.alpha", "x", folder=tmp_path, env=group)
+    assert (done.code, len(done.error), slept) == (2, 1, waits)

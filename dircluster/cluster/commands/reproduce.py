@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def _reproduce(job: cli.ReproduceJob) -> int:
             storage.check(with_absolute_paths(job.run))
         code = made.run()
     for name, error in made.failed.items():
-        print(f"error: {name} failed: {error}", file=sys.stderr)
+        cli.say_error(f"{name} failed: {error}")
     return code
 
 

@@ -7,7 +7,6 @@ import importlib
 import os
 import platform
 import shlex
-import sys
 import time
 import uuid
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -103,7 +102,7 @@ class Launch:
             return 0
         if status == "KILLED":
             return 128 + int(outcome["signal"])
-        print(f"error: {outcome['error']}", file=sys.stderr)
+        cli.say_error(str(outcome["error"]))
         return int(outcome["exit"])
 
     def _train(self, terminal: Any, aside: Executor) -> dict[str, Any]:
