@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from dircluster.cluster.storage import endpoint, is_remote
-from dircluster.config import ConfigError, RunConfig, local_path, real_path
+from dircluster.config import ConfigError, RunConfig, as_path, local_path, real_path
 
 ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]+:/|zoo:|timm:")
 """How what is no file of this machine begins: s3://, models:/, and networks by name. A folder may hold a colon."""
@@ -16,7 +16,7 @@ ELSEWHERE = re.compile(r"[A-Za-z][\w+.-]+:/|zoo:|timm:")
 
 def absolute(uri: str) -> str:
     """``uri`` as any folder of this machine would understand it. Raises ConfigError where it leads nowhere."""
-    path = uri.removeprefix("file://")
+    path = as_path(uri)
     return path if ELSEWHERE.match(path) else str(real_path(local_path(path)))
 
 
@@ -26,7 +26,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def replaced(section: Any) -> Any:
         return section if section.uri is None else dataclasses.replace(section, uri=absolute(section.uri))
 
-    uri = config.storage.uri.removeprefix("file://")
+    uri = as_path(config.storage.uri)
     here = ELSEWHERE.match(uri) is None and not local_path(uri).is_absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and here:
         raise ConfigError(

@@ -34,7 +34,17 @@ from dircluster.config.sections import (
     TrainingConfig,
     is_own_code,
 )
-from dircluster.config.serialize import digest, flatten, from_dict, local_path, real_path, short, to_dict, with_values
+from dircluster.config.serialize import (
+    as_path,
+    digest,
+    flatten,
+    from_dict,
+    local_path,
+    real_path,
+    short,
+    to_dict,
+    with_values,
+)
 
 __all__ = [
     "ANY_ERROR",
@@ -60,6 +70,7 @@ __all__ = [
     "TrainingConfig",
     "as_by_itself",
     "as_hashed",
+    "as_path",
     "digest",
     "error_from_plain",
     "error_to_plain",

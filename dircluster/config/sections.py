@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dircluster.config.errors import require, require_positive, require_share
+from dircluster.config.serialize import as_path
 
 LARGEST_SIDE = 1 << 16
 """Pixels."""
@@ -90,8 +91,7 @@ class DataConfig:
 
 
 def _as_path(uri: str | None) -> str | None:
-    """``uri`` as a path, where it is the address of one (file:///PATH)."""
-    return None if uri is None else uri.removeprefix("file://")
+    return None if uri is None else as_path(uri)
 
 
 @dataclass(frozen=True)

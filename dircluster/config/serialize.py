@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,10 +18,15 @@ from dircluster.config.errors import ConfigError, first_line, require
 
 def local_path(uri: str) -> Path:
     """The folder or file on this machine that ``uri`` names. Raises ConfigError where it names none."""
-    path = uri.removeprefix("file://")
+    path = as_path(uri)
     require("://" not in path, f"{uri!r} is not on this machine: the core alone reads folders and files")
     with _leading_somewhere(path):
         return Path(path).expanduser()
+
+
+def as_path(uri: str) -> str:
+    """``uri`` as a path, where it is the address of one: file:///PATH, or file://localhost/PATH."""
+    return re.sub(r"^file://(localhost(?=/))?", "", uri)
 
 
 def real_path(path: Path) -> Path:

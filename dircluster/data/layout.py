@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dircluster.config import ConfigError, DataConfig, StorageConfig, first_line, local_path
+from dircluster.config import ConfigError, DataConfig, StorageConfig, as_path, first_line, local_path
 from dircluster.data import parquet
 from dircluster.data.class_folders import ClassFolders, class_folders
 from dircluster.data.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, Found, listing
@@ -100,7 +100,7 @@ def _check_delta(path: Path) -> None:
 
 def data_cache(storage: StorageConfig) -> Path:
     """Where downloads of datasets are kept: beside the checkpoints where that is a folder."""
-    elsewhere = "://" in storage.uri.removeprefix("file://")
+    elsewhere = "://" in as_path(storage.uri)
     return Path.home() / ".cache" / "dircluster" if elsewhere else local_path(storage.uri) / "data"
 
 

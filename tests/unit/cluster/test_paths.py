@@ -68,7 +68,7 @@ def test_so_is_what_a_command_is_given(
 
 def test_one_folder_is_one_run_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    forms = [f"file://{tmp_path}/there", "there", "./there/", f"{tmp_path}/there"]
+    forms = [f"file://{tmp_path}/there", f"file://localhost{tmp_path}/there", "there", "./there/", f"{tmp_path}/there"]
     runs = {
         with_absolute_paths(with_values(preset("digits"), {"storage.uri": form, "data.uri": form})) for form in forms
     }
