@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dircluster import cli
 from dircluster.cluster.working_dir import large_among, pack, secrets_among
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, first_line
 from dircluster.printing import say
 
 USAGE = """usage: python jobs/submit.py [--send-secrets] [OPTIONS OF ray job submit] -- python jobs/train.py ...
@@ -30,17 +30,17 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="dircluster-submit-") as place:
         try:
             words = checked(argv, Path(place) / "working-dir.zip")
+            return _run([str(Path(sys.executable).with_name("ray")), "job", "submit", *words])
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return _run([str(Path(sys.executable).with_name("ray")), "job", "submit", *words])
 
 
 def checked(argv: Sequence[str], package: Path) -> list[str]:
     """The words that follow ``ray job submit``, the working directory packed as ``package``.
 
     Ray packs it itself, without compression, where ``--runtime-env`` may leave files out of it. Raises ConfigError
-    where a file that looks like a secret would go.
+    where a file that looks like a secret would go, or one cannot be read or packed.
     """
     cut = argv.index("--") if "--" in argv else len(argv)
     options, command = list(argv[:cut]), list(argv[cut:])
@@ -50,9 +50,14 @@ def checked(argv: Sequence[str], package: Path) -> list[str]:
     options = [word for word in options if word != "--send-secrets"]
     folder = cli.value_of("--working-dir", options) or "."
     if "://" not in folder and not folder.endswith(".zip"):
-        files = _looked_at(Path(folder), careless)
-        if not any(word.startswith("--runtime-env") for word in options):
-            pack(files, Path(folder).absolute(), package)
+        packs = not any(word.startswith("--runtime-env") for word in options)
+        try:
+            files = _looked_at(Path(folder), careless)
+            if packs:
+                pack(files, Path(folder).absolute(), package)
+        except (OSError, UnicodeError) as error:  # such as a file without permission, a name of bytes, a full disk
+            raise ConfigError(f"--working-dir {folder} cannot be packed: {first_line(error)}") from error
+        if packs:
             say(f"packed: {package.stat().st_size / 1e6:.1f} MB")
             folder = str(package)
     return [*options, "--working-dir", folder, *command]  # the last one counts
@@ -80,10 +85,28 @@ def _looked_at(folder: Path, careless: bool) -> list[Path]:
 
 
 def _run(command: list[str]) -> int:
-    """-> the exit code of ``command``. Ctrl-C reaches it from the terminal; other ends are passed on to it."""
-    process = subprocess.Popen(command)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda signum, _: process.send_signal(signum))
+    """-> the exit code of ``command``. Ctrl-C reaches it from the terminal; other ends are passed on to it.
+
+    What this process ignores, as under nohup, the command ignores too, and what it hears the command hears.
+    Raises ConfigError where there is no such command.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    heard: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        heard.append(number)
+        for process in started:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # before it starts: an end may come meanwhile
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on if number != signal.SIGINT else lambda *_: None)
+    try:
+        process = subprocess.Popen(command)
+    except OSError as error:
+        raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
+    started.append(process)
+    for number in tuple(heard):
+        process.send_signal(number)
     code = process.wait()
     return code if code >= 0 else 128 - code

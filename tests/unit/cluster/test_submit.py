@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
+import subprocess
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dircluster.cluster.commands import submit
 from dircluster.cluster.commands.submit import checked
 from dircluster.cluster.runtime.upload import files_sent
 from dircluster.cluster.working_dir import large_among, pack, secrets_among
@@ -220,6 +225,54 @@ def test_large_files_are_found_the_largest_first(tmp_path: Path) -> None:
 def test_a_command_that_is_missing(end: list[str]) -> None:
     with pytest.raises(ConfigError, match="the command is missing"):
         checked(["--address", "http://127.0.0.1:8265", *end], PACKAGE)
+
+
+@pytest.mark.parametrize("name", ["a.txt", b"\xff.txt".decode(errors="surrogateescape")])
+def test_what_cannot_be_packed_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "there"
+    write(folder, name)
+
+    def vanished(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "a.txt")
+
+    if name == "a.txt":
+        monkeypatch.setattr(zipfile.ZipFile, "writestr", vanished)
+    with pytest.raises(ConfigError, match=r"^--working-dir .*there cannot be packed: \S.*$"):
+        checked(["--working-dir", str(folder), "--", "python"], tmp_path / "package.zip")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Handlers as they were, afterwards."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_an_end_that_comes_while_ray_starts_is_passed_on(own_signals: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def slow(command: list[str]) -> subprocess.Popen[bytes]:
+        process = start(command)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    assert submit._run(["sleep", "60"]) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(True, 7), (False, 128 + signal.SIGHUP)])
+def test_a_terminal_that_is_closed_ends_no_submission_under_nohup(ignored: bool, code: int, own_signals: None) -> None:
+    if ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert submit._run(["sh", "-c", "kill -HUP $$; exit 7"]) == code
+
+
+def test_ray_that_is_not_there_is_one_line(own_signals: None) -> None:
+    with pytest.raises(ConfigError, match=r"^/nowhere/ray cannot be started: No such file"):
+        submit._run(["/nowhere/ray"])
 
 
 def test_ray_takes_the_locked_dependencies_as_a_runtime_environment(root: Path) -> None:
