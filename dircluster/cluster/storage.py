@@ -31,6 +31,15 @@ def is_remote(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def troubles(storage: StorageConfig) -> tuple[type[Exception], ...]:
+    """What a storage raises that is full, or away for longer than is waited for it."""
+    if not is_remote(storage.uri):
+        return (OSError,)
+    from botocore.exceptions import BotoCoreError
+
+    return OSError, BotoCoreError
+
+
 def endpoint(storage: StorageConfig) -> str | None:
     """Address of the S3 server, None for AWS. Raises ConfigError where it holds a password."""
     found = storage.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

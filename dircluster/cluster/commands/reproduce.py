@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli, torchrun
-from dircluster.config import ConfigError, flatten, to_dict, with_values
+from dircluster.config import ConfigError, flatten, named_line, to_dict, with_values
 from dircluster.reproduction.exhibits import LABELS, Exhibit
 from dircluster.reproduction.tables import NAMES, exhibits
 
@@ -50,7 +50,10 @@ def _reproduce(job: cli.ReproduceJob) -> int:
         made = Reproduction(asked, terminal)
         if not job.dry_run:
             storage.check(with_absolute_paths(job.run))
-        code = made.run()
+        try:
+            code = made.run()
+        except storage.troubles(made.config.storage) as error:
+            raise ConfigError(f"the reproduction stopped ({named_line(error)}); the same command goes on") from error
     for name, error in made.failed.items():
         cli.say_error(f"{name} failed: {error}")
     return code

@@ -19,14 +19,14 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-from dircluster.cluster.storage import copy, open_path, temporary_folder
+from dircluster.cluster.storage import copy, open_path, temporary_folder, troubles
 from dircluster.cluster.tracking import place
 from dircluster.cluster.tracking.accuracies import SHA_TAG, flags_of, judged_on, log_accuracies, versions_with
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, champion_of, crown, evidence_of, note
 from dircluster.cluster.tracking.jobs import JobRecord, default_uri
 from dircluster.cluster.tracking.packaging import pack
 from dircluster.cluster.tracking.sqlite_record import file_of
-from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.config import ConfigError, RunConfig, first_line, named_line
 from dircluster.evaluation.results import headline
 from dircluster.training import checkpoint
 
@@ -211,6 +211,9 @@ def reachable(uri: str, config: RunConfig) -> str:
         return uri
     folder = fetch(uri, default_uri(config))
     kept = open_path(config.storage.uri, config.storage) / "given" / str(checkpoint.digest(folder))[:12]
-    if not checkpoint.is_sound(kept):
-        copy(folder, kept)
+    try:
+        if not checkpoint.is_sound(kept):
+            copy(folder, kept)
+    except troubles(config.storage) as error:
+        raise ConfigError(f"{uri} cannot be kept in storage.uri {config.storage.uri!r}: {named_line(error)}") from error
     return str(kept)

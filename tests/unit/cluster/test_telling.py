@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,13 @@ from typing import Any
 import pytest
 
 from dircluster import cli
-from dircluster.cluster.commands import evaluate
+from dircluster.cluster.commands import evaluate, reproduce
 from dircluster.cluster.commands.train import Launch
-from dircluster.config import ConfigError
+from dircluster.cluster.reproducing.reproduction import Reproduction
+from dircluster.cluster.tracking import registry
+from dircluster.config import ConfigError, with_values
 from dircluster.evaluation import export, html_report
+from dircluster.presets import preset
 
 
 class Terminal:
@@ -86,3 +91,39 @@ def test_a_summary_does_not_take_the_place_of_an_exports_claim(
     words = ["digits", "--defense", "zoo:digits-at", "--export", f"{tmp_path}/out.pt", "--summary"]
     assert evaluate.main([*words, f"{tmp_path}/out.json"]) == 2
     assert "out.json is where --export writes its claim: give it another name" in capsys.readouterr().err
+
+
+def no_room(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "target", "what"),
+    [
+        (evaluate.main, "digits --defense zoo:digits-at --launcher local", (evaluate._Judging, "run"), "evaluation"),
+        (reproduce.main, "table3 digits_smoke --launcher local", (Reproduction, "run"), "reproduction"),
+    ],
+)
+def test_a_disk_that_is_full_by_then_is_one_line(
+    main: Callable[[list[str]], int],
+    words: str,
+    target: tuple[Any, str],
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(*target, no_room)
+    assert main([*words.split(), "--storage.uri", str(tmp_path)]) == 2
+    line = f"error: the {what} stopped (OSError: [Errno 28] No space left on device); the same command goes on\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_registered_target_that_there_is_no_room_for_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "fetch", lambda *_: tmp_path)
+    monkeypatch.setattr(registry, "copy", no_room)
+    run = with_values(preset("digits_smoke"), {"storage.uri": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"^models:/dir-x@champion cannot be kept in storage.uri .*No space left"):
+        registry.reachable("models:/dir-x@champion", run)
