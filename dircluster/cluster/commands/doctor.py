@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dircluster import cli, torchrun
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, real_path
+from dircluster.files import check_file
 
 if TYPE_CHECKING:
     from dircluster.doctor.findings import Finding
@@ -41,6 +44,10 @@ def _examine(job: cli.DoctorJob) -> int:
     torchrun.check_alone("the doctor is one process and starts others itself")
     if job.summary is not None and job.summary.suffix == ".html":
         raise ConfigError(f"--summary {job.summary} is the JSON file, the page lies beside it: give it another suffix")
+    page = _page_of(job)
+    if page is not None:
+        with _as_one_line(page):
+            check_file(real_path(page))
     began, version = time.monotonic(), commit()
     with local_workers(job.run.scaling) as parallel, Terminal() as terminal:
         machine = Machine(job.run, parallel)
@@ -57,7 +64,7 @@ def _examine(job: cli.DoctorJob) -> int:
         verdict = _verdict(found) if not signal else f"Stopped by signal {signal} after {len(found)} lines"
         terminal.say(f"{verdict} ({taken:.0f} s)")
         facts = {"preset": job.run.name, "device": device_name(machine.device), "commit": version}
-    _keep(job, found, facts, verdict, taken)
+    _keep(job, page, found, facts, verdict, taken)
     if signal:
         return 128 + signal
     return int(any(finding.status == "fail" for finding in found))
@@ -83,12 +90,34 @@ def _row(status: str, name: str, figure: str, bound: str, seconds: str, note: st
     return f"{status:7}  {name:34}  {figure:>18}  {bound:>10}  {seconds:>7}  {note}".rstrip()
 
 
-def _keep(job: cli.DoctorJob, found: Sequence[Finding], facts: dict[str, str], verdict: str, seconds: float) -> None:
+def _page_of(job: cli.DoctorJob) -> Path | None:
+    """The page beside --summary; None without one, or where it is a pipe or a device: beside those lies nothing."""
+    if job.summary is None or Path("/dev") in job.summary.absolute().parents:
+        return None
+    return job.summary.with_suffix(".html")
+
+
+@contextlib.contextmanager
+def _as_one_line(page: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{page}, the page beside --summary, cannot be written: {error.strerror}") from error
+
+
+def _keep(
+    job: cli.DoctorJob,
+    page: Path | None,
+    found: Sequence[Finding],
+    facts: dict[str, str],
+    verdict: str,
+    seconds: float,
+) -> None:
     """The findings where --summary says, and as a page beside it."""
     from dircluster.doctor.page import to_html
-    from dircluster.files import write_whole
 
     rows = [finding.to_plain() for finding in found]
     cli.write_summary(job, {**facts, "verdict": verdict, "seconds": round(seconds, 1), "findings": rows})
-    if job.summary is not None:
-        write_whole(job.summary.with_suffix(".html"), to_html(found, facts, verdict).encode())
+    if page is not None:
+        with _as_one_line(page):
+            page.write_bytes(to_html(found, facts, verdict).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_the_exit_code_is_that_of_failures(
     assert capsys.readouterr().out.splitlines()[-1].startswith(verdict)
 
 
+@pytest.mark.parametrize("page", ["", "full"])
+def test_the_page_beside_the_summary(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkup, "checks", lambda *given: [Check("all", lambda: [seen("a")], 9)])
+    words = ["digits_smoke", "--scaling.threads", "1", "--summary"]
+    assert doctor.main([*words, "/dev/null"]) == 0  # beside a device lies no page
+    assert not Path("/dev/null.html").exists()
+    if page:
+        (tmp_path / "s.html").symlink_to(f"/dev/{page}")
+    assert doctor.main([*words, str(tmp_path / "s.json")]) == (2 if page else 0)
+    line = f"error: {tmp_path}/s.html, the page beside --summary, cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == (line if page else "")
+    assert json.loads((tmp_path / "s.json").read_text())["findings"]
+    if not page:
+        assert (tmp_path / "s.html").read_text().startswith("<!")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -86,6 +105,7 @@ def test_the_exit_code_is_that_of_failures(
         (["--seconds", "1e300"], "--seconds must be positive and at most 1e+09, got 1e+300"),
         (["--summary", "nowhere/s.json"], "its folder does not exist"),
         (["--summary", "s.html"], "give it another suffix"),
+        (["--summary", "folder.json"], "folder.html, the page beside --summary, cannot be written: it is a folder"),
         (["--masking.ratio", "50"], "did you mean 0.5?"),
     ],
 )
@@ -93,6 +113,7 @@ def test_bad_input_is_one_line_and_exit_2(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("folder.html").mkdir()
     assert doctor.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
