@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from dircluster import torchrun
-from dircluster.config import ConfigError, StorageConfig, refuse_secret, without_secrets
+from dircluster.config import ConfigError, RunConfig, StorageConfig, refuse_secret, without_secrets
 from dircluster.printing import say
 
 
@@ -98,15 +98,22 @@ def _job_spec(facts: Mapping[str, Any], given: argparse.Namespace) -> tuple[Any,
         config = run_from_plain(settings)
         if given.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=given.data))
-        if defense.startswith("models:/"):
-            from dircluster.cluster.tracking.registry import reachable
-
-            defense = reachable(defense, config)
-        surrogate, plain = str(facts.get("surrogate_uri") or ""), run_to_plain(config)
-        spec = JobSpec(plain, defense, os.getcwd(), surrogate, given.trust_code)
+        surrogate = str(facts.get("surrogate_uri") or "")
+        defense, surrogate = (_fetched(uri, config) for uri in (defense, surrogate))
+        spec = JobSpec(run_to_plain(config), defense, os.getcwd(), surrogate, given.trust_code)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the settings of the report cannot be read: {error}") from error
     return config, spec
+
+
+def _fetched(uri: str, config: RunConfig) -> str:
+    """``uri``; where it names a registered model, a folder of this process: storage of the report may be others'."""
+    if not uri.startswith("models:/"):
+        return uri
+    from dircluster.cluster.tracking.jobs import default_uri
+    from dircluster.cluster.tracking.registry import fetch
+
+    return str(fetch(uri, default_uri(config)))
 
 
 def _check_same(here: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from torch import nn
 
 from dircluster.cluster.commands import replay as command
-from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.cluster.tracking import registry
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, with_values
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.replay import Comparison, choose, is_same_code, read_rows, row_answers, spec_of
@@ -18,6 +20,7 @@ from dircluster.evaluation.results import Result, name_of
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.suites import SUITES, suite
 from dircluster.evaluation.victim import VictimModel
+from dircluster.presets import preset, run_to_plain
 
 BALL = AttackSpec("pgd", "fixed", epsilon=0.1, steps=20, step_size=0.01)
 TABLE = [BALL, dataclasses.replace(BALL, randomness="none", on="target", judged="target")]
@@ -55,6 +58,19 @@ def test_a_row_is_named_or_numbered() -> None:
     for wrong in ("0", "3", "-1", "pgd20", ""):
         with pytest.raises(ConfigError, match="there are 1 dir/natural/fixed, 2 dir/pgd20/fixed"):
             choose(rows, wrong)
+
+
+def test_registered_models_are_fetched_into_no_storage_of_the_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "fetch", lambda uri, store: tmp_path / f"fetched from {store}" / uri[-1])
+    run = with_values(preset("digits"), {"storage.uri": "/nowhere/runs", "tracking.uri": "http://registry"})
+    facts = {"settings": run_to_plain(run), "defense": "models:/dir-digits/1", "surrogate_uri": "models:/target/2"}
+    given = argparse.Namespace(defense=None, data=None, trust_code=False)
+    _, spec = command._job_spec(facts, given)
+    folder = f"{tmp_path}/fetched from http:/registry"
+    assert (spec.defense, spec.surrogate) == (f"{folder}/1", f"{folder}/2")
+    assert not Path("/nowhere").exists()
 
 
 def test_its_attack_is_that_of_the_plan() -> None:
