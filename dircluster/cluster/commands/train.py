@@ -80,17 +80,20 @@ class Launch:
             manner = "starting again beside what is stored" if job.fresh else "reusing and resuming what is stored"
             title = f"{job.run.name}, seed {job.run.seed}" + (f", {changed}" if changed else "")
             terminal.say(f"{title}: {manner} in {job.run.storage.uri}")
-            status, aside = "FAILED", ThreadPoolExecutor(1)
+            status, busy, aside = "FAILED", False, ThreadPoolExecutor(1)
             try:
                 outcome = self._train(terminal, aside)
-                status = outcome["status"]
+                status, busy = outcome["status"], bool(outcome.get("busy"))
             finally:
                 aside.shutdown(cancel_futures=True)  # what has begun ends, and only that
                 self.held.close()
                 if self.record is not None:
-                    from dircluster.cluster.tracking.jobs import finish_job
+                    from dircluster.cluster.tracking.jobs import finish_job, hand_back
 
-                    finish_job(self.record, status)
+                    if busy:  # perhaps with the very same job: its run is this one
+                        hand_back(self.record)
+                    else:
+                        finish_job(self.record, status)
             if self.first:
                 try:
                     self._tell(outcome, terminal)

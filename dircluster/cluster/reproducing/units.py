@@ -100,7 +100,9 @@ class Units:
                     from dircluster.cluster.runtime import driver
 
                     ended = driver.train(run, owner, False, lambda: record, self.terminal, lambda outcome: None)
-                if not ended.get("busy") or self.terminal.stop_signal():
+                if ended.get("busy") and (signal := self.terminal.stop_signal()):
+                    ended = {"status": "KILLED", "signal": signal}
+                if not ended.get("busy"):
                     status = ended["status"]
                     return ended
                 time.sleep(WAIT)

@@ -147,7 +147,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
             time.sleep(WAIT)
             outcome = Job(run, owner, False, post, task.until).follow(lambda: record)
-        status = outcome["status"]
+        status = "KILLED" if outcome.get("busy") else outcome["status"]  # it was stopped while it waited
     finally:
         held.close()
         if record is not None:

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ class JobRecord:
     patience: float
     owner: str = ""
     """The process that the job is, see owners."""
+    before: str = ""
+    """Whose the run was while it was RUNNING, as far as is known; empty where nobody worked on it."""
 
 
 def open_job(
@@ -115,7 +118,7 @@ def open_job(
     tags = {**_mlflow_tags(tags), **tags, JOB_TAG: job, OWNER_TAG: owner}
     if child is not None:
         tags[SWEEP_TAG if child.shared else MLFLOW_PARENT_RUN_ID] = child.sweep
-    params, name = flatten(config.identity), f"{config.name}-seed{config.seed}"
+    params, name, before = flatten(config.identity), f"{config.name}-seed{config.seed}", ""
     if sweep is not None:
         params = {**{n: v for n, v in params.items() if n not in sweep["varied"]}, **sweep}
         last = config.seed + sweep["seeds"] - 1
@@ -128,7 +131,9 @@ def open_job(
         close_abandoned(client, [experiment])
         run_id = "" if fresh else _known(client, experiment, config, sweep, child)
         if run_id:
-            if BEAT_TAG in client.get_run(run_id).data.tags:  # of a process before this one
+            known = client.get_run(run_id)
+            before = known.data.tags.get(OWNER_TAG, "") if known.info.status == "RUNNING" else ""
+            if BEAT_TAG in known.data.tags:  # of a process before this one
                 client.delete_tag(run_id, BEAT_TAG)
             for tag, value in tags.items():
                 client.set_tag(run_id, tag, value)
@@ -139,7 +144,7 @@ def open_job(
         log_params(client, run_id, params)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {uri!r} cannot be used: {first_line(error)}") from error
-    return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience, owner)
+    return JobRecord(uri, experiment, run_id, storage_name(config), config.tracking.patience, owner, before)
 
 
 def _mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
@@ -285,6 +290,17 @@ def finish_job(job: JobRecord, status: str) -> None:
     """Mark the parent run FINISHED, FAILED or KILLED, as far as the server answers."""
     with contextlib.suppress(Exception):
         MlflowClient(job.uri).set_terminated(job.run_id, status)
+
+
+def hand_back(job: JobRecord) -> None:
+    """Leave a run to the job whose it was, beside which this one could not be; where it was nobody's it FAILED."""
+    if not job.before:
+        finish_job(job, "FAILED")
+        return
+    with contextlib.suppress(Exception):
+        client = MlflowClient(job.uri)
+        client.set_tag(job.run_id, OWNER_TAG, job.before)
+        client.set_tag(job.run_id, BEAT_TAG, f"{time.time():.0f}")  # who is seen by these alone gives the next one
 
 
 def describe_run(job: JobRecord, text: str) -> None:

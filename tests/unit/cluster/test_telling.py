@@ -15,7 +15,7 @@ from dircluster import cli
 from dircluster.cluster.commands import evaluate, reproduce
 from dircluster.cluster.commands.train import Launch
 from dircluster.cluster.reproducing.reproduction import Reproduction
-from dircluster.cluster.tracking import registry
+from dircluster.cluster.tracking import jobs, registry
 from dircluster.config import ConfigError, with_values
 from dircluster.evaluation import export, html_report
 from dircluster.presets import preset
@@ -67,6 +67,21 @@ def test_why_a_run_ended_is_told_where_its_summary_cannot_be_written(
     said = capsys.readouterr()
     assert "--summary /dev/full cannot be written: No space left on device" in said.out
     assert said.err == line
+
+
+@pytest.mark.parametrize(("busy", "ends"), [(True, ["left"]), (False, ["FAILED"])])
+def test_the_record_of_another_job_stays_its_own(
+    busy: bool, ends: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(jobs, "finish_job", lambda record, status: ended.append(status))
+    monkeypatch.setattr(jobs, "hand_back", lambda record: ended.append("left"))
+    outcome = {"status": "FAILED", "error": "another job is training it", "exit": 2, "busy": busy}
+    monkeypatch.setattr(Launch, "_train", lambda *_: outcome)
+    launch = Launch(cli.parse(cli.TrainJob, ["digits_smoke", "--storage.uri", str(tmp_path), "--launcher", "local"]))
+    launch.record = SimpleNamespace(uri="http://server", run_id="1")
+    assert launch.run() == 2
+    assert ended == ends
 
 
 def test_an_evaluation_whose_export_fails_has_told_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

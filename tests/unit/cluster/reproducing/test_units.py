@@ -118,6 +118,21 @@ def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, m
     assert ended == [status]
 
 
+def test_a_training_that_is_stopped_while_another_job_trains_has_not_failed(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Listening()
+
+    def busy(*_: Any) -> dict[str, Any]:
+        terminal.signal = 15
+        return {"status": "FAILED", "error": "another job is training it", "exit": 2, "busy": True}
+
+    monkeypatch.setattr("dircluster.cluster.runtime.local.train", busy)
+    made: Any = object.__new__(units.Units)
+    made.terminal, made.launcher, made.record = terminal, "local", None
+    assert made._trained(SimpleNamespace(run=run, name="dir, seed 0")) == 15
+
+
 def test_of_a_training_whose_claim_is_kept_nothing_is_left(tmp_path: Path) -> None:
     given = {"storage.uri": str(tmp_path)}
     plan = make_plan([exhibits("cifar10")["ratio"]], "digits_smoke", given, (0, 1), ("identity",), key_of)

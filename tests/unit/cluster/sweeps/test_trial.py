@@ -130,6 +130,17 @@ def test_what_was_found_before_is_not_trained(cluster: Cluster, plan: Plan, post
     assert cluster.ran == []
 
 
+def test_a_trial_that_is_stopped_while_it_waits_was_killed(
+    cluster: Cluster, plan: Plan, post: Post, channel: WorkerChannel, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_open_record", lambda *_: SimpleNamespace(uri="sqlite://", run_id=""))
+    cluster.outcomes = {0: [BUSY, BUSY, BUSY]}
+    clock.after(WAIT, lambda: channel.collect(15))
+    with pytest.raises(Stopped):
+        train_task(plan, TASK, post)
+    assert [status for _, status in cluster.records] == ["KILLED"]
+
+
 def test_a_stage_that_another_trial_trains_is_waited_for(
     cluster: Cluster, plan: Plan, post: Post, clock: Clock
 ) -> None:

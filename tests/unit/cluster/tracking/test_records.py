@@ -19,7 +19,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from dircluster.cluster.tracking import owners
+from dircluster.cluster.tracking import jobs, owners
 from dircluster.cluster.tracking.jobs import (
     FOLDER_TAG,
     JobRecord,
@@ -27,6 +27,7 @@ from dircluster.cluster.tracking.jobs import (
     default_uri,
     experiment_of,
     finish_job,
+    hand_back,
     log_files,
     open_job,
     record_evaluation,
@@ -122,6 +123,26 @@ def test_a_job_that_goes_on_has_not_the_signs_of_life_of_the_process_before_it(
                 break
             time.sleep(0.01)
     assert time.time() - float(client.get_run(record.run_id).data.tags[BEAT_TAG]) < DEAD
+
+
+def test_a_run_that_another_job_works_on_is_left_to_it(
+    smoke: DirRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(smoke.storage.uri).mkdir()
+    with monkeypatch.context() as another:
+        another.setattr(jobs, "this_process", lambda: f"{ELSEWHERE}1")
+        first = open_job(smoke, {})
+    second = open_job(smoke, {})
+    client = MlflowClient(second.uri)
+    assert (second.run_id, second.before) == (first.run_id, first.owner)
+    hand_back(second)
+    run = client.get_run(first.run_id)
+    assert (run.info.status, run.data.tags[OWNER_TAG]) == ("RUNNING", first.owner)
+    finish_job(first, "FINISHED")
+    again = open_job(smoke, {})
+    assert again.before == ""
+    hand_back(again)
+    assert client.get_run(first.run_id).info.status == "FAILED"
 
 
 def test_an_evaluation_whose_report_cannot_be_recorded_has_failed(smoke: DirRun) -> None:
