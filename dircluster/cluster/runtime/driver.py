@@ -73,11 +73,14 @@ def train(
 
 
 def join_cluster(config: RunConfig, terminal: Terminal) -> None:
-    """Join or start a cluster that is large enough and runs this version. Raises ConfigError where there is none."""
+    """Join or start a cluster that is large enough and runs this version. Raises ConfigError where there is none.
+
+    Whoever is asked to stop meanwhile is not told what the cluster lacks: look whether the terminal heard a signal.
+    """
     _start_ray(config)
     terminal.listen()
     nodes.must_suffice(config.scaling, terminal)
-    if os.environ.get("RAY_ADDRESS"):
+    if not terminal.stop_signal() and os.environ.get("RAY_ADDRESS"):
         nodes.must_run_this_version()
 
 

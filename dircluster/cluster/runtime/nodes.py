@@ -20,17 +20,25 @@ PATIENCE = 60.0
 
 
 def must_suffice(scaling: ScalingConfig, terminal: Terminal) -> None:
-    """Raise ConfigError unless the cluster has what ``scaling`` needs, or gets it within ``scaling.wait`` seconds."""
-    kind, deadline = "GPU" if scaling.device == "gpu" else "CPU", time.monotonic() + scaling.wait
-    if scaling.wait and ray.cluster_resources().get(kind, 0) < scaling.least:
+    """Raise ConfigError unless the cluster has what ``scaling`` needs, or gets it within ``scaling.wait`` seconds.
+
+    It returns at once, whatever there is, where the person asks to stop.
+    """
+    kind = "GPU" if scaling.device == "gpu" else "CPU"
+    asks = scaling.wait > 0 and ray.cluster_resources().get(kind, 0) < scaling.least
+    if asks:
         request_resources(bundles=[{kind: 1}] * scaling.least)
-    while True:
-        found = ray.cluster_resources().get(kind, 0)
-        if found >= scaling.least:
-            if scaling.wait:
-                request_resources(bundles=[])  # from here on Ray Train asks for itself
-            return
-        if time.monotonic() >= deadline or terminal.stop_signal():
+    try:
+        _wait(scaling, kind, terminal)
+    finally:
+        if asks:
+            request_resources(bundles=[])  # it would outlive this job; from here on Ray Train asks for itself
+
+
+def _wait(scaling: ScalingConfig, kind: str, terminal: Terminal) -> None:
+    deadline = time.monotonic() + scaling.wait
+    while (found := ray.cluster_resources().get(kind, 0)) < scaling.least and not terminal.stop_signal():
+        if time.monotonic() >= deadline:
             raise ConfigError(
                 f"scaling.workers {scaling.workers} need as many {kind}s, but the cluster has {found:g};"
                 " ask for fewer, or give an autoscaler time with --scaling.wait SECONDS"

@@ -60,6 +60,8 @@ def work(
     """
     try:
         join_cluster(config, terminal)
+        if signal := terminal.stop_signal():
+            return signal
         gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
         on_gpu = config.scaling.device == "gpu" or (config.scaling.device == "auto" and gpus > 0)
         there = gpus if on_gpu else cpus

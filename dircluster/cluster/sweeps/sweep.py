@@ -64,10 +64,7 @@ class Sweep:
         signal, status, whole = 0, "FAILED", False
         try:
             join_cluster(self.config, self.terminal)
-            self.plan = self._plan()
-            trials = f"{self._expected()} trials, {self.plan.at_once} at a time"
-            self.terminal.say(f"sweep {self.space.name} of {self.config.name}: {trials}")
-            signal = self._prepare() or self._train()
+            signal = self.terminal.stop_signal() or self._work()
             failed = any(trial.status == "FAILED" for trial in self.trials.values())
             if not signal:
                 self._tell()
@@ -86,6 +83,13 @@ class Sweep:
             self.terminal.say("stopped; what is finished is kept, and the same command goes on")
             return 128 + signal
         return 1 if failed else 0
+
+    def _work(self) -> int:
+        """Plan and train; -> the signal that stopped it, or 0."""
+        self.plan = self._plan()
+        trials = f"{self._expected()} trials, {self.plan.at_once} at a time"
+        self.terminal.say(f"sweep {self.space.name} of {self.config.name}: {trials}")
+        return self._prepare() or self._train()
 
     def _plan(self) -> Plan:
         scaling, found, wanted = self.config.scaling, ray.cluster_resources(), self.job.max_concurrent

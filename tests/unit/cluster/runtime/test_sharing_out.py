@@ -142,6 +142,17 @@ def test_a_cluster_that_is_too_small_is_refused_at_once(
     assert (clock.now, asked) == (began, [])
 
 
+def test_who_stops_waiting_for_a_cluster_is_not_told_what_it_lacks(
+    sizes: deque[float], asked: list[int], terminal: Terminal, clock: Clock
+) -> None:
+    sizes.append(1.0)
+    clock.after(3.0, lambda: setattr(terminal, "signal", 2))
+    began = clock.now
+    suffice(ScalingConfig(workers=4, wait=60.0), terminal)
+    assert clock.now - began == 3.0
+    assert asked == [4, 0]
+
+
 def test_a_cluster_that_grows_is_waited_for(
     sizes: deque[float], asked: list[int], terminal: Terminal, clock: Clock
 ) -> None:
@@ -152,15 +163,13 @@ def test_a_cluster_that_grows_is_waited_for(
     assert asked == [4, 0]  # what was asked for is taken back: Ray Train asks for itself
 
 
-@pytest.mark.parametrize(("signal", "waited"), [(0, 60.0), (2, 0.0)])
-def test_a_cluster_that_does_not_grow(
-    sizes: deque[float], asked: list[int], terminal: Terminal, clock: Clock, signal: int, waited: float
-) -> None:
+def test_a_cluster_that_does_not_grow(sizes: deque[float], asked: list[int], terminal: Terminal, clock: Clock) -> None:
     sizes.append(1.0)
-    terminal.signal, began = signal, clock.now
+    began = clock.now
     with pytest.raises(ConfigError, match="the cluster has 1"):
         suffice(ScalingConfig(workers=4, wait=60.0), terminal)
-    assert clock.now - began == waited
+    assert clock.now - began == 60.0
+    assert asked == [4, 0]  # else nodes would come, and stay, for nobody
 
 
 class Second:

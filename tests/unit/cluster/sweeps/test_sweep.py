@@ -43,6 +43,14 @@ def test_what_was_trained_before_is_shown_and_kept(sweep: Sweep) -> None:
     assert {file.name for file in sweep.notes.folder.iterdir()} == {"best.txt", "best.yaml", "figure.png", "table.json"}
 
 
+def test_a_sweep_that_is_stopped_while_ray_starts_records_nothing(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "join_cluster", lambda config, terminal: setattr(terminal, "signal", 2))
+    assert sweep.run() == 130
+    assert sweep.tracker is None
+
+
 def test_a_sweep_whose_table_cannot_be_kept_has_not_finished(sweep: Sweep) -> None:
     sweep.notes.folder.parent.write_text("a file where the folder of all sweeps should be")
     with pytest.raises(ConfigError, match=r"the sweep stopped .*; the same command goes on"):
