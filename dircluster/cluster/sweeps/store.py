@@ -59,12 +59,13 @@ class Notes(Store):
         super().__init__(folder / f"{config.name}-{space}-{key}")
 
     def points(self) -> list[Settings]:
-        """Those that a search began, in order."""
+        """Those that a search began, in order, each once."""
         found = (self.get(f"points/{file.stem}") for file in sorted((self.folder / "points").glob("*.json")))
-        return [point for point in found if point]
+        return list({digest(point): point for point in found if point}.values())
 
     def add_point(self, number: int, settings: Settings) -> None:
-        self.put(f"points/{number:06d}", settings)
+        """Keep the ``number``-th point. Another driver of this sweep may have another of that number."""
+        self.put(f"points/{number:06d}-{digest(dict(settings))[:12]}", settings)
 
     def stopped(self, settings: Settings, seed: int) -> Trial | None:
         """A trial that ASHA stopped, or None."""

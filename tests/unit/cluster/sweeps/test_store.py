@@ -97,6 +97,14 @@ def test_notes_of_a_search_are_found_again_in_order(run: RunConfig) -> None:
     assert Notes(run, "mine", "another").points() == []
 
 
+def test_two_drivers_of_one_search_keep_the_points_of_both(run: RunConfig) -> None:
+    first, second = Notes(run, "mine", "key"), Notes(run, "mine", "key")
+    for notes, alphas in ((first, (2.0, 1.0)), (second, (2.0, 3.0))):
+        for number, alpha in enumerate(alphas):
+            notes.add_point(number, {"dir.alpha": alpha})
+    assert sorted(point["dir.alpha"] for point in first.points()) == [1.0, 2.0, 3.0]
+
+
 def test_a_failure_is_found_by_the_call_of_tune_that_it_belongs_to(run: RunConfig, tmp_path: Path) -> None:
     failed = Trial({"dir.alpha": 1.0}, 2, "FAILED", error="loss is not finite")
     Failures(run, "one").add(failed)
