@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dircluster.config import ConfigError, RunConfig, digest, with_values
+from dircluster.config import ConfigError, RunConfig, digest, to_dict, with_values
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
@@ -73,23 +73,34 @@ def costs(
     *,
     judged_too: bool = True,
 ) -> list[Cost]:
-    """What each training and transfer of the plan takes; a stage that several share counts for the first.
+    """What each training and transfer of the plan takes; a stage that several share, and rows of a bare target, count
+    for the first.
 
     ``known`` are paces by preset: without them nothing is in seconds, and a stage that cannot be counted is no error:
     its training tells. ``stored`` are the keys of finished stages, ``over`` those of what is judged already.
     Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
     made, seen, met = list[Cost](), set[str](), dict[str, Work]()
-    judged: dict[str, float] = {}
+    judged: dict[str, tuple[float, float]] = {}
+    targets = set[str]()
+    """Whose rows, those of the bare target, are judged by then: all defenses over it share them."""
 
-    def judging(run: RunConfig, training: Training) -> float:
+    def judging(run: RunConfig, training: Training, target: Training, *, is_over: bool) -> float:
+        """What is left to judge of ``training`` in front of the target of ``target``."""
         if known is None or not judged_too:
+            return 0.0
+        bare = digest([_target_key(target), to_dict(run.evaluation), run.seed])
+        is_shared = bare in targets
+        targets.add(bare)
+        if is_over:
             return 0.0
         same = digest({**run.identity, "seed": 0})
         if same not in judged:
             train, _, test = sizes(run)
-            judged[same] = judging_seconds(run, known[training.preset], train, test)
-        return judged[same]
+            whole, shared = (judging_seconds(run, known[training.preset], train, test, each) for each in (False, True))
+            judged[same] = whole, shared
+        whole, shared = judged[same]
+        return whole - shared if is_shared else whole
 
     def counted(run: RunConfig, stage: Stage) -> Work:
         same = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
@@ -118,14 +129,20 @@ def costs(
             if known is not None:
                 seconds += seconds_of(counted(run, stage), run, stage.name, known[training.preset])
         trained, there, shared = (tuple(names[word]) for word in ("trained", "stored", "shared"))
-        suite, time = run.evaluation.suite, 0.0 if training.key in over else judging(run, training)
+        suite, time = run.evaluation.suite, judging(run, training, training, is_over=training.key in over)
         made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, time))
     for transfer in plan.transfers.values():
         training = plan.trainings[transfer.purifier]
         run = with_values(as_launched(training.run, launcher), {"evaluation.suite": transfer.suite})
-        time = 0.0 if transfer.key in over else judging(run, training)
+        time = judging(run, training, plan.trainings[transfer.target], is_over=transfer.key in over)
         made.append(Cost(transfer.kind, (transfer.seed,), transfer.suite, judging=time))
     return made
+
+
+def _target_key(training: Training) -> str:
+    """What decides the classifier that a training deploys: the key of the last stage that trains it."""
+    found = [stage for stage in stages_of(training.run) if stage.epochs and "classifier" in stage.optimizers]
+    return training.stages[found[-1].name] if found else training.key
 
 
 def by_kind(found: Sequence[Cost]) -> list[Cost]:

@@ -112,14 +112,14 @@ def gradient_operations(module: nn.Module, images: Tensor) -> int:
 
 
 @cache
-def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS) -> float:
-    """Operations that the suite takes for an image.
+def evaluation_operations(config: RunConfig, survivors: float = SURVIVORS, bare: bool = False) -> float:
+    """Operations that the suite takes for an image, or those of its rows of the ``bare`` target alone.
 
     ``survivors`` is the share of images that is taken to survive attacks which leave out those that they have fooled.
     Each attack runs for one step and for two on the meta device: what a step takes follows, however many there are.
     Those that look into values cannot run there: what they take is known.
     """
-    return followed(config, lambda run: _counted(run, survivors))
+    return followed(config, lambda run: _counted(run, survivors, bare))
 
 
 def _autoattack(spec: AttackSpec, classes: int, survivors: float) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def followed(config: RunConfig, counted: Callable[[RunConfig], float]) -> float:
     return few + (more - few) * (often - FEW)
 
 
-def _counted(config: RunConfig, survivors: float) -> float:
+def _counted(config: RunConfig, survivors: float, bare: bool) -> float:
     """As :func:`evaluation_operations`, all of it counted."""
     networks = meta_networks(config)
     victim = VictimModel(find_defense(config.defense).defended(config, networks), config.defense)
@@ -180,6 +180,8 @@ def _counted(config: RunConfig, survivors: float) -> float:
             runner.model(IMAGES)(images)
 
     for spec in plan(victim, config.attack, replace(settings, verdict=False)).specs:
+        if bare and not spec.bare:
+            continue
         attack = find_attack(spec.attack)
         if attack.gradients is not None:
             total += attack.gradients(spec, config.data.classes, survivors) * operations(gradient, spec)

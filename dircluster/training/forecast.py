@@ -182,12 +182,12 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
     return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory + held, 0)]
 
 
-def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int) -> float:
-    """What the suite will take on so many test images.
+def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int, bare: bool = False) -> float:
+    """What the suite will take on so many test images, or its rows of the ``bare`` target alone.
 
     Raises ConfigError where the calibration knows no evaluation.
     """
-    operations = evaluation_operations(config, surviving(config, train))
+    operations = evaluation_operations(config, surviving(config, train), bare)
     images = min(test, config.evaluation.images or test)
     pace = _pace_of(found, EVALUATION)
     return operations * images / (pace.operations_per_second * config.scaling.most)

@@ -165,7 +165,9 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(stage.name)
         return Work(stage.name, 60.0)
 
-    def judging(run: RunConfig, *_: Any) -> float:
+    def judging(run: RunConfig, pace: Any, train: int, test: int, bare: bool) -> float:
+        if bare:
+            return 10.0
         asked.append(run.defense + " judged")
         return 30.0
 
@@ -177,7 +179,7 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [cost.trained for cost in found[::2]] == [("target", "hgd", "hgd_a"), ("pretrain", "dir")]
     assert [cost.operations for cost in found] == [180.0, 180.0, 120.0, 120.0]
     assert [cost.seconds for cost in found] == [180.0, 180.0, 120.0, 120.0]
-    assert [cost.judging for cost in found] == [30.0] * 4
+    assert [cost.judging for cost in found] == [30.0, 30.0, 20.0, 20.0]  # the target's rows are those of the first
     stages = ["dir", "hgd", "hgd_a", "pretrain", "target"]
     assert sorted(asked) == sorted([*stages, "dir judged", "hgd_a judged"])  # seeds cost the same
     asked.clear()
@@ -194,7 +196,7 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = by_kind(found)
     assert [(cost.kind, cost.seeds, cost.operations, cost.judging) for cost in seeds] == [
         ("hgd_a", (0, 1), 360.0, 60.0),
-        ("dir", (0, 1), 240.0, 60.0),
+        ("dir", (0, 1), 240.0, 40.0),
     ]
 
 
@@ -213,9 +215,9 @@ def test_what_is_stored_costs_nothing() -> None:
 def test_a_transfer_costs_its_judging(monkeypatch: pytest.MonkeyPatch) -> None:
     suites: list[str] = []
 
-    def judging(run: RunConfig, *_: Any) -> float:
+    def judging(run: RunConfig, pace: Any, train: int, test: int, bare: bool) -> float:
         suites.append(run.evaluation.suite)
-        return 30.0
+        return 10.0 if bare else 30.0
 
     monkeypatch.setattr("dircluster.reproduction.costs.stage_work", lambda run, stage, *_: Work(stage.name, 60.0))
     monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", judging)
