@@ -137,7 +137,10 @@ def load_module(job_spec: JobSpec, config: RunConfig) -> nn.Module:
             search_folder(job_spec.path)
         if is_remote(job_spec.defense):
             check_bucket(job_spec.defense, storage)
-        defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
+        try:
+            defense = load_defense_folder(open_path(job_spec.defense, storage), trust_code=job_spec.trust_code)
+        except OSError as error:
+            raise ConfigError(f"--defense {job_spec.defense} cannot be read: {error.strerror or error}") from error
     found, wanted = defense.image_shape, (data.channels, data.height, data.width)
     if found is not None and found != wanted:
         raise ConfigError(

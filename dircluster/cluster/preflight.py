@@ -214,7 +214,7 @@ def _try_target(config: RunConfig, away: bool) -> None:
 
 def _is_address(uri: str) -> bool:
     """Whether ``uri`` begins with a scheme, and names no path on this machine."""
-    return ADDRESS.match(uri) is not None and not uri.startswith("file://") and not Path(uri).exists()
+    return ADDRESS.match(uri) is not None and not uri.startswith("file://") and not os.path.exists(uri)
 
 
 def check_model(name: str, uri: str, config: RunConfig, away: bool) -> None:
@@ -229,7 +229,7 @@ def check_model(name: str, uri: str, config: RunConfig, away: bool) -> None:
     elif uri.startswith("timm:"):
         _check_timm(uri)
     elif name == "--defense" and ":" in uri and not uri.startswith(("file:", "runs:")) and "://" not in uri:
-        if "/" not in uri and ".py:" not in uri and not Path(uri).exists():
+        if "/" not in uri and ".py:" not in uri and not os.path.exists(uri):
             check_code(name, uri, os.getcwd())
     elif _is_address(uri):
         if not uri.startswith("models:/"):
@@ -289,8 +289,13 @@ def _check_file(name: str, path: Path, away: bool) -> None:
             raise ConfigError(f"{name} {str(path)!r} is not a sound safetensors file: {first_line(error)}") from error
     elif path.is_file() and path.stat().st_size == 0:
         raise ConfigError(f"{name} {str(path)!r} is empty")
-    elif path.is_dir() and not any(path.iterdir()):
-        raise ConfigError(f"{name} {str(path)!r} is an empty folder")
+    elif path.is_dir():
+        try:
+            first = next(path.iterdir(), None)
+        except OSError as error:
+            raise ConfigError(f"{name} {str(path)!r} cannot be read: {error.strerror}") from error
+        if first is None:
+            raise ConfigError(f"{name} {str(path)!r} is an empty folder")
 
 
 def _begins(path: Path, start: bytes) -> bool:

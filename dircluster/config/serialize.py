@@ -21,7 +21,9 @@ def local_path(uri: str) -> Path:
     path = as_path(uri)
     require("://" not in path, f"{uri!r} is not on this machine: the core alone reads folders and files")
     with _leading_somewhere(path):
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        found.exists()
+        return found
 
 
 def as_path(uri: str) -> str:
@@ -30,17 +32,20 @@ def as_path(uri: str) -> str:
 
 
 def real_path(path: Path) -> Path:
-    """``path`` from the root, links followed. Raises ConfigError where one leads back to itself."""
+    """``path`` from the root, links followed. Raises ConfigError where one leads back to itself, or nobody may look."""
     with _leading_somewhere(path):
-        return path.resolve()
+        found = path.resolve()
+        found.exists()
+        return found
 
 
 @contextlib.contextmanager
 def _leading_somewhere(path: str | Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # pathlib's, of links and of homes
-        raise ConfigError(f"{str(path)!r} leads nowhere: {first_line(error)}") from error
+    except (RuntimeError, OSError) as error:  # pathlib's, of links and of homes; of names too long, folders of others
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise ConfigError(f"{str(path)!r} leads nowhere: {reason}") from error
 
 
 WHOLE = ("warmup_epochs",)

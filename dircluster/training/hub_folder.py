@@ -47,9 +47,9 @@ def check(folder: Path) -> None:
         raise ConfigError(f"--export {folder}: the folder that it would lie in does not exist")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--export {folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise ConfigError(f"--export {folder} holds other files: name a new folder")
     try:
+        if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
+            raise ConfigError(f"--export {folder} holds other files: name a new folder")
         check_writable(folder if folder.is_dir() else real_path(folder).parent)
     except OSError as error:
         raise ConfigError(f"--export {folder} cannot be written: {error.strerror}") from error
@@ -69,7 +69,8 @@ def write(checkpoint_folder: Path, folder: Path, card: str) -> None:
         folder.mkdir(exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it there is no export
         (folder / WEIGHTS).write_bytes(blob)
-        (folder / CARD).write_text(FRONT.format(defense=facts.get("name", UNNAMED)) + card, encoding="utf-8")
+        front = FRONT.format(defense=facts.get("name", UNNAMED))
+        (folder / CARD).write_bytes((front + card).encode(errors="backslashreplace"))  # a path may hold any bytes
         (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         with contextlib.suppress(OSError):  # what is left of it would look like somebody's own files

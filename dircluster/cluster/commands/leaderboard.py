@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, real_path
 from dircluster.printing import say
 
 USAGE = "usage: leaderboard.py [FOLDER_OF_CLAIMS [FOLDER_TO_WRITE_INTO]], which are docs/claims and docs"
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(USAGE)
         claims = Path(argv[0]) if argv else Path("docs/claims")
         docs = Path(argv[1]) if len(argv) > 1 else Path("docs")
-        if not docs.is_dir():
+        if not real_path(docs).is_dir():
             raise ConfigError(f"there is no folder {docs} to write into")
         try:
             for file in write_leaderboard(claims, docs):

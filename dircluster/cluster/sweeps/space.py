@@ -16,6 +16,7 @@ from dircluster.config import (
     digest,
     flatten,
     named_line,
+    real_path,
     short,
     to_dict,
     with_values,
@@ -52,7 +53,7 @@ def load_space(path: Path) -> Space:
     """The space in a Python file: ``GRID``, a list of points or lists of values whose product they are, ``SEARCH``,
     ranges (low, high), (low, high, "log") or lists of values, or both. Raises ConfigError where it holds none.
     """
-    if not path.is_file():
+    if not real_path(path).is_file():
         raise ConfigError(f"--space {path} does not exist")
     try:
         found = runpy.run_path(str(path))

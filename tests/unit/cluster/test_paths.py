@@ -11,11 +11,17 @@ from typing import Any
 import pytest
 
 from dircluster import cli
-from dircluster.cluster.commands import evaluate, train
+from dircluster.cluster import preflight
+from dircluster.cluster.commands import evaluate, leaderboard, replay, train, tune
 from dircluster.cluster.commands.train import Launch
+from dircluster.cluster.loading import JobSpec, load_module
 from dircluster.cluster.paths import absolute, with_absolute_paths
-from dircluster.config import ConfigError, with_values
+from dircluster.config import ConfigError, RunConfig, with_values
 from dircluster.presets import preset
+from dircluster.training import hub_folder
+from tests.jobs import ROOT
+
+CLAIM = ROOT / "docs" / "claims" / "digits-at.json"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/runs", "models:/dir-digits@champion", "zoo:digits-at", "timm:test_vit"])
@@ -64,6 +70,51 @@ def test_so_is_what_a_command_is_given(
     assert main([*words.split(), "--launcher", "local"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"error: .*(leads nowhere|does not exist).*", line)
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (train.main, "digits_smoke --launcher local --target.uri LONG"),
+        (train.main, "digits_smoke --launcher local --export LONG"),
+        (evaluate.main, "digits --launcher local --defense LONG"),
+        (evaluate.main, "digits --launcher local --defense LONG:make"),
+        (tune.main, "digits_smoke --space LONG"),
+        (replay.main, f"{CLAIM} 1 --defense LONG"),
+        (leaderboard.main, f"{CLAIM.parent} LONG"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(
+    main: Callable[[list[str]], int],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.replace("LONG", 300 * "a").split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "leads nowhere: File name too long" in line or "there is no module" in line
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda folder, run: preflight.check_model("target.uri", str(folder), run, away=False),
+        lambda folder, run: hub_folder.check(folder),
+        lambda folder, run: load_module(JobSpec({}, str(folder), ""), run),
+    ],
+)
+def test_a_folder_that_another_user_keeps_closed_is_one_line(
+    work: Callable[[Path, RunConfig], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    monkeypatch.setattr(hub_folder, "is_one", closed)
+    with pytest.raises(ConfigError, match=r"^(target.uri|--export|--defense) .* cannot be \w+: Permission denied$"):
+        work(tmp_path, preset("digits"))
 
 
 def test_one_folder_is_one_run_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
