@@ -43,6 +43,8 @@ def _replay(given: argparse.Namespace) -> int:
     from dircluster.evaluation.results import name_of
 
     for name, uri in {"the report's address": given.report, "--data": given.data, "--defense": given.defense}.items():
+        if uri is not None and not uri.strip():  # as of a shell's variable that is not set
+            raise ConfigError(f"{name} is empty: give a value, or leave it out")
         refuse_secret(name, uri or "")
         if is_remote(uri or ""):
             check_bucket(uri, StorageConfig(), name=name)

@@ -60,7 +60,7 @@ def load_space(path: Path) -> Space:
     except ANY_ERROR as error:
         raise ConfigError(f"--space {path}: {named_line(error)}") from error
     grid, ranges = found.get("GRID", []), found.get("SEARCH", {})
-    if not grid and not ranges:
+    if all(isinstance(given, Sequence | Mapping) and not given for given in (grid, ranges)):
         raise ConfigError(f"--space {path} has neither GRID nor SEARCH")
     if isinstance(grid, Mapping):
         bare = next((name for name, values in grid.items() if not isinstance(values, list) or not values), None)

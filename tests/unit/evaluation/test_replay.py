@@ -73,6 +73,12 @@ def test_registered_models_are_fetched_into_no_storage_of_the_reports(
     assert not Path("/nowhere").exists()
 
 
+@pytest.mark.parametrize("flag", ["--data", "--defense"])
+def test_a_place_that_is_empty_is_not_that_of_the_report(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["nowhere.json", "1", flag, " "]) == 2
+    assert capsys.readouterr().err == f"error: {flag} is empty: give a value, or leave it out\n"
+
+
 def test_its_attack_is_that_of_the_plan() -> None:
     assert spec_of(ROW, TABLE, "dir") == BALL
     bare = {"defense": "none", "randomness": "none", "protocol": "deterministic"}
