@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 
-from dircluster.config import RunConfig, refuse_secret
+from dircluster.config import ConfigError, RunConfig, refuse_secret
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -17,8 +18,10 @@ def from_environment() -> str:
 def named(config: RunConfig) -> str:
     """The address that ``tracking.uri`` or the environment names; empty where neither does.
 
-    Raises ConfigError where it holds a password.
+    Raises ConfigError where it holds a password, or is a database in the memory of one process.
     """
     uri = config.tracking.uri or from_environment()
     refuse_secret(VARIABLE, uri)
+    if re.fullmatch(r"sqlite(\+\w+)?:/*(:memory:)?(\?.*)?", uri):
+        raise ConfigError(f"tracking.uri {uri!r} names no file: give sqlite:///FOLDER/mlflow.db")
     return uri

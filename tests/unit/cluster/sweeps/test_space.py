@@ -49,7 +49,7 @@ def test_spaces_of_the_paper_are_those_of_the_paper() -> None:
         ("GRID = {'dir.alpha': 2}", "GRID gives no list of values for dir.alpha"),
         ("GRID = [1, 2]", "GRID must be a list of points"),
         ("import numpy\nGRID = numpy.arange(3)", "GRID must be a list of points"),
-        ("import numpy\nSEARCH = numpy.arange(3)", "SEARCH must give .low, high."),
+        ("import numpy\nSEARCH = numpy.arange(3)", "SEARCH must give (low, high)"),
         ("SEARCH = {'dir.alpha': (5, 0)}", "SEARCH must give (low, high)"),
         ("GRID = [{'dir.alpha': 0}, {'masking.ratio': 0.3}]", "every point of GRID must give the same settings"),
         ("GRID = {1: [2]}", "names of settings must be texts"),

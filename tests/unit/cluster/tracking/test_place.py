@@ -29,3 +29,11 @@ def test_a_password_in_the_environment_is_refused_and_not_shown(monkeypatch: pyt
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI must not hold a user or password") as refused:
         place.named(preset("digits"))
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite+pysqlite:///?mode=ro"])
+def test_a_database_that_ends_with_its_process_is_no_record(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"names no file: give sqlite:///FOLDER/mlflow.db"):
+        place.named(with_values(preset("digits"), {"tracking.uri": uri}))
+    for file in ("sqlite:///mlflow.db", "sqlite:////tmp/mlflow.db?timeout=5"):
+        assert place.named(with_values(preset("digits"), {"tracking.uri": file})) == file
