@@ -68,7 +68,11 @@ def asked_of(job: cli.ReproduceJob) -> Asked:
 
 
 def _only(job: cli.ReproduceJob) -> tuple[str, ...]:
-    return tuple(word.strip() for word in job.only.split(",") if word.strip())
+    """The systems of --only; none where it is not given. Raises ConfigError where it names none."""
+    found = tuple(word.strip() for word in job.only.split(",") if word.strip())
+    if job.only and not found:
+        raise ConfigError(f"--only {job.only} names no system: give some, or leave it out")
+    return found
 
 
 def _given(job: cli.ReproduceJob) -> dict[str, Any]:

@@ -27,6 +27,11 @@ def test_its_settings_name_the_suite(words: tuple[str, ...], suite: str, capsys:
     assert yaml.safe_load(capsys.readouterr().out)["evaluation"]["suite"] == suite
 
 
+def test_an_only_of_commas_alone_is_not_all_systems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["table1", "digits_smoke", "--only", ",", "--print-config"]) == 2
+    assert capsys.readouterr().err == "error: --only , names no system: give some, or leave it out\n"
+
+
 def asked(*words: str) -> Asked:
     return reproduce.asked_of(reproduce.settled(cli.parse(cli.ReproduceJob, [*words[1:], "--what", words[0]])))
 
