@@ -54,8 +54,8 @@ def _reproduce(job: cli.ReproduceJob) -> int:
             code = made.run()
         except storage.troubles(made.config.storage) as error:
             raise ConfigError(f"the reproduction stopped ({named_line(error)}); the same command goes on") from error
-    for name, error in made.failed.items():
-        cli.say_error(f"{name} failed: {error}")
+    for name, reason in made.failed.items():
+        cli.say_error(f"{name} failed: {reason}")
     return code
 
 

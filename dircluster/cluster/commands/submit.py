@@ -106,7 +106,7 @@ def _run(command: list[str]) -> int:
     except OSError as error:
         raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
     started.append(process)
-    for number in tuple(heard):
-        process.send_signal(number)
+    for early in tuple(heard):
+        process.send_signal(early)
     code = process.wait()
     return code if code >= 0 else 128 - code
