@@ -84,6 +84,9 @@ class Launch:
             try:
                 outcome = self._train(terminal, aside)
                 status, busy = outcome["status"], bool(outcome.get("busy"))
+            except SystemExit:  # asked twice to stop
+                status = "KILLED"
+                raise
             finally:
                 aside.shutdown(cancel_futures=True)  # what has begun ends, and only that
                 self.held.close()

@@ -122,6 +122,9 @@ class Reproduction:
             if not signal:
                 self._tell(units, time.monotonic() - began)
             status = "KILLED" if signal else "FAILED" if self.failed else "FINISHED"
+        except SystemExit:  # asked twice to stop
+            status = "KILLED"
+            raise
         finally:
             self.held.close()
             if self.record is not None:

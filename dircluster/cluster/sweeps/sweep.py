@@ -73,6 +73,9 @@ class Sweep:
         except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
             reason = first_line(error)
             raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
+        except SystemExit:  # asked twice to stop
+            status = "KILLED"
+            raise
         finally:
             ray.shutdown()
             self.held.close()

@@ -84,6 +84,21 @@ def test_the_record_of_another_job_stays_its_own(
     assert ended == ends
 
 
+def test_a_run_that_is_asked_twice_to_stop_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    def leave(*_: Any) -> dict[str, Any]:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(jobs, "finish_job", lambda record, status: ended.append(status))
+    monkeypatch.setattr(Launch, "_train", leave)
+    launch = Launch(cli.parse(cli.TrainJob, ["digits_smoke", "--storage.uri", str(tmp_path), "--launcher", "local"]))
+    launch.record = SimpleNamespace(uri="http://server", run_id="1")
+    with pytest.raises(SystemExit):
+        launch.run()
+    assert ended == ["KILLED"]
+
+
 def test_an_evaluation_whose_export_fails_has_told_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html_report, "write_report", lambda *_: [])
     monkeypatch.setattr(export, "exported", lambda *_: {})

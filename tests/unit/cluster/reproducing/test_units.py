@@ -88,8 +88,13 @@ def test_why_there_is_no_claim_is_said_as_other_reasons_are(tmp_path: Path, run:
     assert made.terminal.last.startswith(f"no claim of dir, seed 0: {tmp_path / 'gone'} holds no committed checkpoint")
 
 
-@pytest.mark.parametrize(("fails", "status"), [(True, "FAILED"), (False, "FINISHED")])
-def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(OSError("storage is full"), "FAILED"), (SystemExit(130), "KILLED"), (None, "FINISHED")],
+)
+def test_a_record_is_finished_once_the_page_is_there(
+    error: BaseException | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended: list[str] = []
 
     class Done:
@@ -100,8 +105,8 @@ def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, m
             return 0
 
     def tell(*_: Any) -> None:
-        if fails:
-            raise OSError("storage is full")
+        if error is not None:
+            raise error
 
     monkeypatch.setattr("dircluster.cluster.reproducing.reproduction.Units", Done)
     monkeypatch.setattr("dircluster.cluster.tracking.jobs.finish_job", lambda record, status: ended.append(status))
@@ -110,8 +115,8 @@ def test_a_record_is_finished_once_the_page_is_there(fails: bool, status: str, m
     made.terminal, made.tags, made.record, made.failed = None, {}, object(), {}
     made.held = contextlib.ExitStack()
     made._costed, made._show, made._open_record, made._tell = list, lambda found: None, lambda: None, tell
-    if fails:
-        with pytest.raises(OSError, match="full"):
+    if error is not None:
+        with pytest.raises(type(error), match=r"full|130"):
             made.run()
     else:
         assert made.run() == 0

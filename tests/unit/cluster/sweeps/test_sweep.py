@@ -51,6 +51,16 @@ def test_a_sweep_that_is_stopped_while_ray_starts_records_nothing(
     assert sweep.tracker is None
 
 
+def test_a_sweep_that_is_asked_twice_to_stop_was_killed(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave() -> int:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(sweep, "_train", leave)
+    with pytest.raises(SystemExit):
+        sweep.run()
+    assert status_of(sweep) == "KILLED"
+
+
 def test_a_sweep_whose_table_cannot_be_kept_has_not_finished(sweep: Sweep) -> None:
     sweep.notes.folder.parent.write_text("a file where the folder of all sweeps should be")
     with pytest.raises(ConfigError, match=r"the sweep stopped .*; the same command goes on"):
