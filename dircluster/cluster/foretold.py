@@ -38,7 +38,8 @@ def kept(config: RunConfig, launcher: str) -> Foretold | None:
     file = _file(config, launcher)
     try:
         found = {} if file is None else json.loads(file.read_text())
-        rows = [{**row, "seconds": float(row["seconds"])} for row in found["rows"]]
+        whole = ("name", "memory", "stored")  # what the run's summary reads: an earlier version may have kept less
+        rows = [{**row, "seconds": float(row["seconds"]), **{key: row[key] for key in whole}} for row in found["rows"]]
         return Foretold(str(found["device"]), rows)
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -34,7 +34,11 @@ def test_the_same_settings_find_it_whatever_the_seed(run: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"rows": []}', '{"device": "a", "rows": [{"name": "dir"}]}', '{"device": "a", "rows": 1}']
+    "text",
+    [
+        *("", "{", "[1]", '{"rows": []}', '{"device": "a", "rows": [{"name": "dir"}]}', '{"device": "a", "rows": 1}'),
+        '{"device": "a", "rows": [{"name": "dir", "seconds": 1}]}',
+    ],
 )
 def test_what_is_no_forecast_is_none(run: RunConfig, text: str) -> None:
     foretold.keep(MADE, run, "ray")
