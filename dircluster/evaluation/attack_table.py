@@ -242,7 +242,9 @@ class Attack:
     ``run``, is another.
     """
     together: bool = True
-    """Whether it passes all images of a shard together: a purifier's known draws are then each image's own."""
+    """Whether it passes all images of a shard together: a purifier's known draws are then each image's own. One that
+    an image ``leaves`` does not.
+    """
     past_purifier: bool = False
     """Whether its images are made for the bare classifier, and judged by it."""
     own_gradient: bool = True
@@ -425,7 +427,7 @@ ATTACKS: dict[str, Attack] = {
         gradients=lambda spec, classes, survivors: survivors * spec.restarts * (spec.steps + 1),
     ),
     "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False, leaves=_leaves),
-    "square": Attack(_square, counts="queries of Square", code=(square,), leaves=_leaves),
+    "square": Attack(_square, counts="queries of Square", code=(square,), together=False, leaves=_leaves),
     "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),
     "restored": Attack(
         _restored,

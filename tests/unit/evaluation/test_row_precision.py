@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dircluster import evaluate
 from dircluster.config import DataConfig, EvaluationConfig
 from dircluster.defenses.table import DEFENSES, find_defense
-from dircluster.evaluation.attack_table import AttackSpec
+from dircluster.evaluation.attack_table import ATTACKS, Attack, AttackSpec
 from dircluster.evaluation.evaluation import crafting
 from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.results import Result
@@ -87,6 +87,20 @@ def test_an_image_that_only_rounding_gets_wrong_is_attacked_on(attack: str, step
         settings = dataclasses.replace(QUICK, batch_size=8, precision=precision)
         *_, row = evaluate(module, images, labels, settings=settings, attacks=[spec]).rows
         assert (row.attack, row.crafting, row.correct) == (attack, precision, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attack", [name for name, each in ATTACKS.items() if each.leaves is not Attack.leaves])
+def test_an_attack_that_images_leave_knows_the_draws_of_those_that_stay(attack: str, precision: Any) -> None:
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    run = preset("digits_smoke")
+    defense = find_defense(run.defense).defended(run, Networks(run, ALONE))
+    with torch.no_grad():
+        labels = defense.fixed(0)(images).argmax(dim=1)
+    spec = AttackSpec(attack, "fixed", epsilon=0.2, steps=20)
+    settings = dataclasses.replace(QUICK, batch_size=8, precision=precision)
+    *_, row = evaluate(defense, images, labels, settings=settings, attacks=[spec]).rows
+    assert (row.attack, row.randomness, row.total) == (attack, "fixed", 8)
 
 
 def test_shards_of_either_kind_are_both_named_and_those_of_before_were_fp32() -> None:
