@@ -181,7 +181,7 @@ def vni_fgsm(
     reached, momentum, variance = images.detach(), torch.zeros_like(images), torch.zeros_like(images)
     near = threat.unclipped(beta)
     for _ in range(steps):
-        gradient = both(reached + decay * step_size * momentum)[1]
+        gradient = both(reached + decay * step_size * threat.ahead(momentum))[1]
         momentum = decay * momentum + _unit(gradient + variance)
         around = torch.zeros_like(images)
         for _ in range(samples):

@@ -27,6 +27,9 @@ class Threat(Protocol):
     def direction(self, gradient: Tensor) -> Tensor:
         """The unit step that raises a loss of this gradient most; zero where the gradient is."""
 
+    def ahead(self, momentum: Tensor) -> Tensor:
+        """How far a momentum of gradients, each divided by its mean absolute value, carries: about a unit step each."""
+
     def unclipped(self, scale: float = 1.0) -> Threat:
         """The ball of ``scale`` times the radius, not cut with the pixel range: for what need not be an image."""
 
@@ -50,6 +53,10 @@ class LInf:
     def direction(self, gradient: Tensor) -> Tensor:
         """The gradient's sign."""
         return gradient.sign()
+
+    def ahead(self, momentum: Tensor) -> Tensor:
+        """The momentum: pixels of such a gradient move by one on average, as by its sign."""
+        return momentum
 
     def unclipped(self, scale: float = 1.0) -> LInf:
         """The ball of ``scale`` times the radius, not cut with the pixel range."""
@@ -82,6 +89,10 @@ class L2:
         peak = gradient.abs().flatten(1).amax(dim=1).view(-1, *[1] * (gradient.ndim - 1))
         found = gradient / torch.where((peak > 0) & (peak < 1e-12), peak, 1.0)
         return found / _norm(found).clamp_min(1e-12)
+
+    def ahead(self, momentum: Tensor) -> Tensor:
+        """The momentum over the root of the number of pixels, which is about the length of such a gradient."""
+        return momentum / momentum[0].numel() ** 0.5
 
     def unclipped(self, scale: float = 1.0) -> L2:
         """The ball of ``scale`` times the radius, not cut with the pixel range."""

@@ -85,6 +85,22 @@ def test_the_neighbors_of_vni_fgsm_lie_in_a_ball_of_the_same_norm(threat: LInf |
         torch.testing.assert_close(neighbors.flatten(1).norm(dim=1), torch.full((len(IMAGES),), 2.25).double())
 
 
+@pytest.mark.parametrize("threat", [LInf(0.1), L2(1.5)], ids=["linf", "l2"])
+def test_vni_fgsm_looks_ahead_by_about_a_step_for_each_that_it_has_made(threat: LInf | L2) -> None:
+    asked: list[Tensor] = []
+
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(images)
+        return torch.zeros(len(images)), NORMAL
+
+    vni_fgsm(both, IMAGES, threat, 3, 0.01, lambda: UNIFORM, samples=1)
+    unit = threat.direction(NORMAL).flatten(1).norm(dim=1)
+    for made, ahead in enumerate(asked[::2]):
+        reached = threat.project(IMAGES + made * 0.01 * threat.direction(NORMAL), IMAGES)
+        length = (ahead - reached).flatten(1).norm(dim=1)
+        torch.testing.assert_close(length, made * 0.01 * unit, rtol=0.35, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beta", [1.5, 0.7])
 def test_linf_neighbors_are_to_the_bit_the_published_ones(dtype: Any, beta: float) -> None:
