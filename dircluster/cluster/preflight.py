@@ -2,8 +2,8 @@
 
 What lies on this machine is looked at; of what lies in object storage it is asked whether it exists. Paths that only
 the nodes of a cluster may have are left to its workers. PyTorch is imported, for a second or two more, where a target
-is given, or made by other code than this package's, where sizes may be more than there is memory for, where steps are
-to be captured or compiled, and where GPUs are asked for.
+is given, or made by other code than this package's, where sizes may be more than there is memory for, where images
+pass one by one, where steps are to be captured or compiled, and where GPUs are asked for.
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
         _check_sizes(config, away)
     if reads:
         if trains:
+            if config.training.fewest == 1:
+                from dircluster.training.export import check_statistics
+
+                check_statistics(config)
             if not away:
                 _check_switches(config)
             _try_target(config, away)

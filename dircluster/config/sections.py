@@ -399,6 +399,11 @@ class TrainingConfig:
         )
 
     @property
+    def fewest(self) -> int:
+        """Images of the smallest micro-batch where one worker has the whole batch."""
+        return self.batch_size // math.ceil(self.batch_size / (self.microbatch or self.batch_size))
+
+    @property
     def compiles(self) -> bool:
         """Whether blocks are compiled."""
         return self.compile == "on"

@@ -20,6 +20,7 @@ from dircluster.defenses.table import DEFENSES, UNNAMED, find_defense
 from dircluster.models import classifiers, weight_files, weights
 from dircluster.models.modules import TooLargeError, at_most, plain_torch
 from dircluster.training import checkpoint, hub_folder
+from dircluster.training.stages import trained_stages
 from dircluster.zoo import find, folder_of, is_shipped
 
 MOST_TENSORS = 10_000
@@ -136,6 +137,36 @@ def check_sizes(config: RunConfig, numbers: int) -> None:
                 f"the {name} that the settings describe has more than {numbers:,} numbers or {MOST_TENSORS:,} tensors,"
                 " which there is no place for: give smaller sizes, see --model and --data.classes"
             )
+
+
+def check_statistics(config: RunConfig) -> None:
+    """Raise ConfigError where a network that is trained would normalize a single number: a micro-batch of one image
+    whose map has a single pixel.
+
+    Targets that are made by somebody else's code are not asked.
+    """
+    if config.training.fewest > 1 or config.scaling.least > 1:  # several workers normalize over the global batch
+        return
+    data = config.data
+    for stage in trained_stages(config):
+        for name in stage.optimizers if stage.epochs else ():
+            if name == "classifier" and config.target.architecture not in ARCHITECTURES:
+                continue
+            with torch.device("meta"):
+                network = find_defense(config.defense).build(config, name).train()
+                normalized = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+                try:
+                    if normalized:
+                        network(torch.zeros(1, data.channels, data.height, data.width))
+                except ValueError as error:
+                    if "more than 1 value per channel" in str(error):
+                        raise ConfigError(
+                            f"training.microbatch {config.training.microbatch or config.training.batch_size} lets one"
+                            f" image of {config.training.batch_size} pass alone, whose maps of a single pixel the"
+                            f" {name} cannot normalize: let two or more pass"
+                        ) from error
+                except Exception:  # of what takes no images, or more than these: nothing is said of it
+                    continue
 
 
 def check_made(config: RunConfig) -> None:

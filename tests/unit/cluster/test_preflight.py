@@ -30,11 +30,11 @@ from dircluster.presets import preset
 from tests.pictures import png
 
 
-def run_of(words: str = "") -> RunConfig:
-    """digits_smoke with settings: ``data.uri PATH target.uri PATH``."""
+def run_of(words: str = "", name: str = "digits_smoke") -> RunConfig:
+    """A preset with settings: ``data.uri PATH target.uri PATH``."""
     names = words.split()
     values = [int(word) if word.isdigit() else word for word in names[1::2]]
-    return with_absolute_paths(with_values(preset("digits_smoke"), dict(zip(names[::2], values, strict=True))))
+    return with_absolute_paths(with_values(preset(name), dict(zip(names[::2], values, strict=True))))
 
 
 def check(words: str = "") -> None:
@@ -195,6 +195,23 @@ def test_networks_that_cannot_be_are_refused_before_anything_starts(words: str, 
     with pytest.raises(ConfigError, match=message) as refusal:
         check(words)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "network"),
+    [
+        ("digits_apegan_smoke", "training.microbatch 1", "discriminator"),
+        ("digits_apegan_smoke", "training.microbatch 2 training.batch_size 5", "discriminator"),
+        ("digits_smoke", "training.microbatch 1 target.architecture resnet18", "classifier"),
+    ],
+)
+def test_an_image_alone_whose_maps_of_one_pixel_cannot_be_normalized(name: str, words: str, network: str) -> None:
+    with pytest.raises(ConfigError, match=f"^training.microbatch . lets one image .* the {network} cannot") as refusal:
+        preflight.check(run_of(words, name))
+    assert "\n" not in str(refusal.value)
+    preflight.check(run_of(words, name), trains=False)
+    preflight.check(run_of("training.microbatch 1"))
+    preflight.check(run_of("training.microbatch 2", name))
 
 
 def test_switches_that_this_machine_cannot_fulfil_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
