@@ -62,13 +62,18 @@ def write_leaderboard(claims: Path, docs: Path) -> list[Path]:
 
 
 def by_threat(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
-    """Claims of the same data and ball under one title, those that keep most first."""
+    """Claims of the same data and ball under one title, those that keep most first.
+
+    Data of somebody's own has no name but its fingerprint.
+    """
     tables: dict[str, list[Claim]] = {}
     for claim in claims:
         norm, epsilon = claim.threat
         steps = round(255 * epsilon, 6)  # of a pixel of eight bits
         radius = f"{steps:.0f}/255" if norm == "linf" and steps == round(steps) else f"{epsilon:.4g}"
-        title = f"{claim.plain['dataset']}, {NORMS[norm]}, ε = {radius}"
+        dataset = str(claim.plain["dataset"])
+        data = f"{dataset} {claim.facts['data'][:8]}" if dataset == "custom" else dataset
+        title = f"{data}, {NORMS[norm]}, ε = {radius}"
         tables.setdefault(title, []).append(claim)
     return {title: sorted(each, key=lambda c: (-_accuracy(c.strongest()), c.name)) for title, each in tables.items()}
 

@@ -200,6 +200,15 @@ def test_a_radius_is_of_pixels_where_the_ball_is_one_of_pixels(
     assert list(by_threat([Claim("mine", made)])) == [f"digits, {radius}"]
 
 
+def test_claims_of_different_data_of_somebodys_own_share_no_table(claim: dict[str, Any]) -> None:
+    made = [json.loads(json.dumps(claim)) | {"dataset": "custom"} for _ in range(3)]
+    for each, data in zip(made, ("a" * 64, "b" * 64, "a" * 64), strict=True):
+        each["facts"]["data"] = data
+    tables = by_threat([Claim(str(number), each) for number, each in enumerate(made)])
+    assert [[found.name for found in table] for table in tables.values()] == [["0", "2"], ["1"]]
+    assert next(iter(tables)).startswith("custom aaaaaaaa, ")
+
+
 def test_the_page_sorts() -> None:
     if (program := shutil.which("node")) is None:
         pytest.skip("the page's script is not run: there is no node")
