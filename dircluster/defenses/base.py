@@ -211,7 +211,7 @@ class Defended(nn.Module):
         images = self._taken(images)
         if images.shape[0] == 0:
             return images
-        restored: Tensor = self.purifier(_cast(images, self.purifier), _moved(self.draw(images.shape[0]), images))
+        restored: Tensor = self.purifier(cast(images, self.purifier), _moved(self.draw(images.shape[0]), images))
         return restored
 
     def logits(self, images: Tensor, draws: Tensor | None, *, bypassed: bool = False) -> Tensor:
@@ -219,7 +219,7 @@ class Defended(nn.Module):
 
         (N, C, H, W), (N, ...) -> (N, classes). ``bypassed``: the identity is the purifier's backward pass (BPDA).
         """
-        count, images = self.purifier.replicates, _cast(images, self.purifier)
+        count, images = self.purifier.replicates, cast(images, self.purifier)
         if count is not None:
             assert draws is not None
             images, draws = images.repeat_interleave(count, dim=0), draws.flatten(0, 1).unsqueeze(1)
@@ -229,7 +229,7 @@ class Defended(nn.Module):
             purified = straight_through(images, purified)
         else:
             purified = self.purifier(images, draws)
-        logits: Tensor = self.classifier(_cast(purified, self.classifier))
+        logits: Tensor = self.classifier(cast(purified, self.classifier))
         return logits if count is None else logits.view(-1, count, logits.shape[1]).mean(dim=1)
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -292,7 +292,7 @@ def _moved(draws: Tensor | None, images: Tensor) -> Tensor | None:
     return None if draws is None else draws.to(images.device)
 
 
-def _cast(images: Tensor, module: nn.Module) -> Tensor:
+def cast(images: Tensor, module: nn.Module) -> Tensor:
     """``images`` in the dtype of the module's weights; within autocast, which casts by itself, as they are."""
     kind = images.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

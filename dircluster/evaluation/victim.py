@@ -14,11 +14,11 @@ from dircluster import rng
 from dircluster.attacks.expectation import straight_through
 from dircluster.attacks.gradient import Model
 from dircluster.config import ConfigError
-from dircluster.defenses.base import AdaptiveAttack, Defended, unwrapped
+from dircluster.defenses.base import AdaptiveAttack, Defended, cast, unwrapped
 from dircluster.evaluation.adapter import Adapted
 from dircluster.evaluation.streams import OwnStreams, steady
 from dircluster.evaluation.watch import Unwatched, Watch
-from dircluster.models.modules import device_of
+from dircluster.models.modules import device_of, parts_of
 
 Part = Callable[[Tensor, Tensor | None], Tensor]
 """Images (N, C, H, W), what a purifier draws (N, ...) or None -> what is asked of the defense."""
@@ -38,6 +38,24 @@ class Masked(Protocol):
 
     def pixel_masks(self, kept: Tensor) -> Tensor:
         """Masks (K, N, n) as images of ones and zeros, (K, N, 1, H, W)."""
+
+
+class Cast(nn.Module):
+    """A classifier whose weights are not float32: (N, C, H, W) in any dtype -> (N, classes) in that of its weights."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @staticmethod
+    def over(classifier: nn.Module) -> nn.Module:
+        """``classifier`` as it takes float32: itself where that is what it computes in."""
+        whole = {part.dtype for part in parts_of(classifier) if part.is_floating_point()} <= {torch.float32}
+        return classifier if whole else Cast(classifier)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(cast(images, self.inner))
+        return logits
 
 
 class VictimModel:
@@ -70,7 +88,7 @@ class VictimModel:
         self.target: Model | None = None
         """The classifier behind the purifier."""
         if callable(classifier) and callable(restore):
-            self.target = classifier if isinstance(module, Defended) else self._part(classifier)
+            self.target = Cast.over(classifier) if isinstance(module, Defended) else self._part(classifier)
         self.surrogate = None if surrogate is None else _adapted(surrogate, "the surrogate")
         self.source: Model | None = self.target if self.surrogate is None else steady(self.surrogate)
         """What an attacker without access crafts on: ``surrogate``, or the purifier's own classifier."""
@@ -153,7 +171,10 @@ class VictimModel:
     def logits_under(self, images: Tensor, kept: Tensor) -> Tensor:
         """Logits through given masks: (N, C, H, W), (K, N, n) -> (N, classes)."""
         defense, masked = self._defense, self._masked
-        return self.watch.over(lambda x: defense.classifier(masked.restore_each(x, kept).mean(dim=0)))(images)
+        target = Cast.over(defense.classifier)
+        return self.watch.over(lambda x: target(masked.restore_each(cast(x, defense.purifier), kept).mean(dim=0)))(
+            images
+        )
 
     def pixel_masks(self, kept: Tensor) -> Tensor:
         """Masks (K, N, n) as images of ones and zeros, (K, N, 1, H, W)."""
@@ -206,7 +227,9 @@ class VictimModel:
         module: Any = self.module
         if isinstance(module, Adapted):
             return module.answer(module.inner.restore, images)  # type: ignore[attr-defined]
-        restored: Tensor = module.restore(images) if draws is None else module.purifier(images, draws)
+        if draws is None:
+            return module.restore(images)  # type: ignore[no-any-return]
+        restored: Tensor = module.purifier(cast(images, module.purifier), draws)
         return restored
 
     def _runner(self, randomness: str, seed: int, known_images: int = 1) -> Runner:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dircluster import evaluate, load_defense
 from dircluster.config import ConfigError, EvaluationConfig
+from dircluster.defenses.base import Defended
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.session import EvaluationReport
 
@@ -181,6 +182,15 @@ def test_a_loaded_defense_of_another_dtype_is_judged(dtype: torch.dtype) -> None
     assert [row.attack for row in found.rows] == [row.attack for row in whole.rows]
     most = 1.5 / 12 if dtype == torch.float64 else 3.5 / 12
     assert all(abs(one.accuracy - two.accuracy) < most for one, two in zip(found.rows, whole.rows, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_defense_of_another_dtype_over_a_classifier_that_does_not_cast_is_judged(dtype: torch.dtype) -> None:
+    purifier = load_defense("zoo:digits-dir").purifier
+    defense = Defended(purifier, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))).to(dtype)
+    few = EvaluationConfig(steps=1, queries=2, eot=1, draws=1, resubmissions=1, votes=1)
+    found = evaluate(defense, torch.rand(4, 1, 8, 8), torch.arange(4), "paper", settings=few)
+    assert {"natural", "masked1", "restored1-from-natural"} <= {row.attack for row in found.rows}
 
 
 @pytest.mark.parametrize(
