@@ -181,11 +181,14 @@ class VictimModel:
         return self._masked.pixel_masks(kept)
 
     def views(self, images: Tensor, seed: int) -> list[Tensor]:
-        """What the purifier sees of images (N, C, H, W) under the fixed draws of ``seed``, a picture of each view."""
+        """What the purifier sees of images (N, C, H, W) under the fixed draw of ``seed``, the one that ``model`` and
+        ``restorer`` have for all of them: a picture of each view.
+        """
         if not isinstance(self.module, Defended):
             return []
-        drawn = self._draws("fixed", seed, len(images))[1] if self.drawn else None
-        return list(self.module.purifier.visible(images, drawn))
+        drawn = self._draws("fixed", seed, 1)[1] if self.drawn else None
+        rows = None if drawn is None else drawn.expand(len(images), *drawn.shape[1:])
+        return list(self.module.purifier.visible(images, rows))
 
     @property
     def passes(self) -> int:

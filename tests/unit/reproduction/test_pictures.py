@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from dircluster.config import ConfigError
 from dircluster.data.split import Split
-from dircluster.defenses.base import Defended
+from dircluster.defenses.base import Defended, Purifier
 from dircluster.defenses.table import find_defense
+from dircluster.evaluation.figures import restoration
+from dircluster.evaluation.victim import VictimModel
 from dircluster.presets import preset
 from dircluster.reproduction.cells import Cell, Found
 from dircluster.reproduction.pictures import PICTURES, Scene, swept
@@ -39,6 +42,27 @@ def scene() -> Scene:
 @pytest.mark.parametrize("name", ["noise", "restored", "gallery"])
 def test_figures_are_drawn(scene: Scene, name: str) -> None:
     assert PICTURES[name](scene).png.startswith(PNG)
+
+
+class Half(Purifier):
+    """Keeps a random half of the pixels, and shows it."""
+
+    def draw(self, generator: torch.Generator, images: int) -> Tensor:
+        return torch.rand((images, 1, 8, 8), generator=generator) < 0.5
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        assert draws is not None
+        return images * draws
+
+    def visible(self, images: Tensor, draws: Tensor | None) -> list[Tensor]:
+        return [self(images, draws)]
+
+
+def test_what_is_shown_of_masked_images_is_what_their_restoration_saw(scene: Scene) -> None:
+    images, labels = scene.images(4)
+    victim = VictimModel(Defended(Half(), scene.defenses["dir"].classifier), "half")
+    rows, _ = restoration(victim, images, labels, scene.attack, 1, 0)
+    assert torch.equal(rows["view 1"], rows["restored"])
 
 
 def test_curves_are_numbers_too(scene: Scene) -> None:
