@@ -143,7 +143,8 @@ class AttackSpec:
 
     def unattacked(self, kind: ControlKind) -> AttackSpec:
         """Images as they are, or with random noise of the radius, judged alike."""
-        draws = self.draws + self.steps * self.eot if self.protocol == "wor" else self.draws
+        tried = self.restarts * self.steps * self.eot if self.protocol == "wor" else 0
+        draws = self.draws + tried
         label = {"plain": f"mean-of-{self.average}", "wor": f"wor{self.eot}", "mv": f"mv{self.average}"}[self.protocol]
         return replace(
             self,

@@ -145,6 +145,9 @@ def test_a_control_tries_as_often() -> None:
     control = wor.control("natural")
     assert control is not None
     assert (control.attack, control.draws) == ("natural", (wor.steps + 1) * wor.eot)
+    twice = replace(wor, restarts=2).control("natural")
+    assert twice is not None
+    assert twice.draws == (2 * wor.steps + 1) * wor.eot
 
 
 def test_lucky_draws_do_not_outlive_a_radius_of_1() -> None:
