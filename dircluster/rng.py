@@ -106,6 +106,9 @@ class ImageStream(Stream):
 
     images: tuple[int, ...] = ()
 
+    def narrow(self, start: int, stop: int) -> ImageStream:
+        return replace(self, rows=slice(0, stop - start), images=self.images[start:stop])
+
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         drawn = [torch.rand(shape, generator=one, dtype=torch.float64) for one in self._generators(purpose)]
         return placed(torch.stack(drawn).float(), self.device)

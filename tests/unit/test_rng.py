@@ -39,6 +39,7 @@ def test_an_images_draw_does_not_depend_on_its_neighbors() -> None:
     many, one = (rng.ImageStream(0, 0, 0, len(i), slice(0, len(i)), CPU, images=tuple(i)) for i in (range(10), [7]))
     for kind in (lambda s: s.uniform("u", (3,)), lambda s: s.normal("n", (3,)), lambda s: s.sample("p", permuted)):
         assert torch.equal(kind(one)[0], kind(many)[7])
+        assert torch.equal(kind(many.narrow(5, 8)), kind(many)[5:8])
         assert not torch.equal(kind(many)[6], kind(many)[7])
     assert many.sample("p", lambda generator, images: None) is None
 
