@@ -132,10 +132,14 @@ class Defended(nn.Module):
         return self._view(_seed(seed), draws)
 
     def averaged(self, draws: int) -> Defended:
-        """A view whose logits are means over so many draws; they are fixed where this module's are."""
+        """A view whose logits are means over so many draws; they are fixed where this module's are.
+
+        Where this one draws from a seed, the view goes on from where it has got to; else from a stream of its own.
+        """
         view = self._view(self._seed, draws)
-        view._generator.set_state(self._generator.get_state())
-        view._seeded = self._seeded
+        if self._seeded:
+            view._generator.set_state(self._generator.get_state())
+            view._seeded = True
         return view
 
     def _view(self, seed: int | None, draws: int) -> Defended:

@@ -96,6 +96,14 @@ def test_logits_are_averaged_over_draws(defense: Defended) -> None:
     torch.testing.assert_close(averaged, separate)
 
 
+def test_averaging_views_of_an_unseeded_defense_draw_each_their_own(defense: Defended) -> None:
+    defense = defense.fresh()
+    first, second = (defense.averaged(2)(IMAGES) for _ in range(2))
+    assert not torch.equal(first, second)
+    seeded = defense.fresh(seed=2)
+    assert torch.equal(seeded.averaged(2)(IMAGES), seeded.averaged(2)(IMAGES))
+
+
 def test_views_share_weights_and_change_nothing(defense: Defended) -> None:
     defense = defense.fresh(seed=3)
     same = defense.fresh(seed=3)
