@@ -242,6 +242,8 @@ class Attack:
     """What else runs it, an ``ascend`` of your own too: a stored result is void once the module of one of these, or of
     ``run``, is another.
     """
+    unread: tuple[str, ...] = ()
+    """Fields of a spec that it does not read: who gives one of them asks for another attack."""
     together: bool = True
     """Whether it passes all images of a shard together: a purifier's known draws are then each image's own. One that
     an image ``leaves`` does not.
@@ -328,6 +330,7 @@ def _masked(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Ten
         masks,
         victim.pixel_masks,
         setting.uniform("start", images),
+        LOSSES[spec.loss],
     )
     return found, []
 
@@ -413,6 +416,7 @@ ATTACKS: dict[str, Attack] = {
     "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED, own_gradient=False),
     "malt": Attack(
         _malt,
+        unread=("restarts", "loss"),
         counts="steps of APGD a class",
         code=(malt,),
         together=False,
@@ -421,17 +425,33 @@ ATTACKS: dict[str, Attack] = {
     ),
     "pma": Attack(
         _pma,
+        unread=("loss",),
         counts="steps of APGD",
         code=(ascents,),
         together=False,
         leaves=_leaves,
         gradients=lambda spec, classes, survivors: survivors * spec.restarts * (spec.steps + 1),
     ),
-    "autoattack": Attack(_autoattack, counts="queries of Square", code=(autoattack,), together=False, leaves=_leaves),
-    "square": Attack(_square, counts="queries of Square", code=(square,), together=False, leaves=_leaves),
-    "masked": Attack(_masked, needs=frozenset({"masks"}), code=(masked_attack,)),
+    "autoattack": Attack(
+        _autoattack,
+        unread=("restarts", "loss"),
+        counts="queries of Square",
+        code=(autoattack,),
+        together=False,
+        leaves=_leaves,
+    ),
+    "square": Attack(
+        _square,
+        unread=("restarts", "loss"),
+        counts="queries of Square",
+        code=(square,),
+        together=False,
+        leaves=_leaves,
+    ),
+    "masked": Attack(_masked, unread=("restarts", "eot", "average"), needs=frozenset({"masks"}), code=(masked_attack,)),
     "restored": Attack(
         _restored,
+        unread=("restarts", "eot", "average", "loss"),
         needs=frozenset({"purifier"}),
         code=(restored_attack, projected_ascent),
         past_purifier=True,

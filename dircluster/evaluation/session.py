@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dircluster.attacks.threat import BALLS
-from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, digest
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, digest, require
 from dircluster.defenses.base import Defended, unwrapped
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.adapter import Adapted, buffers_kept, default_place, undisturbed, without_inference
@@ -81,6 +81,12 @@ def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimMod
         if lacking:
             raise ConfigError(
                 f"attack {spec.name} needs {', '.join(sorted(lacking))}, which {victim.name} does not have"
+            )
+        for name in find_attack(spec.attack).unread:
+            usual = getattr(AttackSpec(spec.attack), name)
+            require(
+                getattr(spec, name) == usual,
+                f"attack {spec.name} does not read {name}: leave it {usual}, got {getattr(spec, name)}",
             )
         if (spec.bare and victim.target is None) or (spec.on == "target" and victim.source is None):
             raise ConfigError(f"attack {spec.name} needs a target to craft on: give a purifier, or a surrogate")

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 import dircluster
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
+from dircluster.defenses.table import find_defense
 from dircluster.evaluation.attack_table import ATTACKS, Attack, AttackSetting, AttackSpec, attack_of
+from dircluster.evaluation.gradient_masking import check_specs
 from dircluster.evaluation.suites import SUITES, how, suite
+from dircluster.evaluation.victim import VictimModel
+from dircluster.presets import preset
+from dircluster.training.stages import Networks
+from tests.conftest import ALONE
 
 FEW = EvaluationConfig(images=12, batch_size=8, steps=2)
 
@@ -87,6 +93,27 @@ def test_what_no_attack_can_have_is_refused_when_its_spec_is_made(given: dict[st
         AttackSpec("pgd", **given)
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_no_suite_gives_an_attack_what_it_does_not_read(name: Any) -> None:
+    for randomized in (False, True):
+        kind = {"randomized": randomized, "purifies": True, "transfers": True, "masked": randomized}
+        planned = suite(name, AttackConfig(), EvaluationConfig(restarts=3), **kind)
+        verdict = check_specs(AttackConfig(), EvaluationConfig(), randomized=randomized, transfers=True)
+        for spec in (*planned, *verdict.values()):
+            usual = AttackSpec(spec.attack)
+            assert all(getattr(spec, field) == getattr(usual, field) for field in ATTACKS[spec.attack].unread)
+
+
+def test_the_attack_of_eq_8_climbs_the_loss_of_its_spec() -> None:
+    run, images = preset("digits_smoke"), torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    victim = VictimModel(find_defense(run.defense).defended(run, Networks(run, ALONE)), "dir")
+    labels, found = torch.arange(4), []
+    for loss in ("ce", "margin"):
+        spec = AttackSpec("masked", "fixed", epsilon=0.3, steps=3, step_size=0.1, loss=loss)
+        found.append(ATTACKS["masked"].run(AttackSetting(victim, spec, 0, 0, 256), images, labels)[0])
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -95,6 +122,8 @@ def test_what_no_attack_can_have_is_refused_when_its_spec_is_made(given: dict[st
         (AttackSpec("bpda"), "attack bpda needs purifier"),
         (AttackSpec("pgd", on="target", steps=2), "attack transfer-pgd2 needs a target"),
         (AttackSpec("pgd", randomness="fresh", steps=2), "randomness fresh, but defense needs none"),
+        (AttackSpec("malt", steps=2, restarts=2), "attack malt does not read restarts: leave it 1, got 2"),
+        (AttackSpec("square", steps=2, loss="margin"), "attack square does not read loss: leave it ce, got margin"),
     ],
 )
 def test_an_attack_that_a_module_cannot_meet(
