@@ -53,7 +53,7 @@ def write_report(
     printed = config.printed if _as_trained(config, victim) else {}
     plain = report.to_plain()
     for row in plain["rows"]:
-        row["published"] = published_beside(printed, row["defense"], row["attack"])
+        row["published"] = printed.get(row["defense"], {}).get(without_draws(row["attack"]))
     drawn, measured = _figures(report, victim, test, config, natural_target, say)
     judged = report.evaluation.images
     images = image_table(report, test.labels[:judged], numbers or range(judged), facts["data"])
@@ -108,10 +108,9 @@ def write_report(
     return paths
 
 
-def published_beside(printed: Mapping[str, Mapping[str, float]], defense: str, attack: str) -> float | None:
-    """The number of ``printed`` for a row: for its attack with as many EOT draws, or for whatever number of them."""
-    own = printed.get(defense, {})
-    return own.get(attack, own.get(attack.split("-eot")[0]))
+def without_draws(attack: str) -> str:
+    """A row's attack as a preset's printed numbers name it: the paper does not say how many draws it averages over."""
+    return attack.split("-eot")[0]
 
 
 def _as_trained(config: RunConfig, victim: VictimModel) -> bool:

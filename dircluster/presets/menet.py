@@ -116,7 +116,7 @@ class MenetRun(RunConfig):
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
         shown = PRINTED.get(self.data.name, {}).get(self.target.objective)
-        return {"menet": {"bpda40-eot20": shown}} if shown is not None and attacked_as_in_table_1(self) else {}
+        return {"menet": {"bpda40": shown}} if shown is not None and attacked_as_in_table_1(self) else {}
 
 
 PRINTED = {"cifar10": {"natural": 15.26, "at": 32.10}}

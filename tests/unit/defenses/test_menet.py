@@ -140,8 +140,8 @@ def test_the_presets_settings() -> None:
     assert (attacked.target.epochs, attacked.target.optimizer.milestones) == (100, (50, 75))
     assert (attacked.attack.steps, attacked.attack.step, attacked.training.batch_size) == (7, 2 / 255, 256)
     assert (natural.printed, attacked.printed) == (
-        {"menet": {"bpda40-eot20": 15.26}},
-        {"menet": {"bpda40-eot20": 32.10}},
+        {"menet": {"bpda40": 15.26}},
+        {"menet": {"bpda40": 32.10}},
     )
     assert not replace(natural, attack=AttackConfig(epsilon=4 / 255)).printed
     for run, keep in ((natural, "last"), (attacked, "best")):

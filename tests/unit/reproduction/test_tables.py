@@ -64,9 +64,9 @@ def test_the_note_on_the_times_of_table_4_has_the_ratios_that_are_counted() -> N
 
 def test_the_presets_print_the_same() -> None:
     for name, (defense, attack) in {
-        "menet": ("menet", "bpda40-eot20"),
-        "menet_a": ("menet", "bpda40-eot20"),
-        "ebm": ("ebm", "bpda40-eot2"),
+        "menet": ("menet", "bpda40"),
+        "menet_a": ("menet", "bpda40"),
+        "ebm": ("ebm", "bpda40"),
     }.items():
         assert preset(f"cifar10_{name}").printed[defense][attack] == TABLE_3[name]
     assert preset("cifar10").printed["dir"]["bpda40"] == TABLE_3["dir"]
