@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,7 +93,7 @@ class L2:
 
     def ahead(self, momentum: Tensor) -> Tensor:
         """The momentum over the root of the number of pixels, which is about the length of such a gradient."""
-        return momentum / momentum[0].numel() ** 0.5
+        return momentum / math.sqrt(momentum[0].numel())
 
     def unclipped(self, scale: float = 1.0) -> L2:
         """The ball of ``scale`` times the radius, not cut with the pixel range."""
