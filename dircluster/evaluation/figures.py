@@ -68,17 +68,24 @@ def restoration(
 
 
 def embedding(restored: Tensor, seed: int) -> Tensor | None:
-    """UMAP of restored images (Figure 5): (N, C, H, W) -> (N, 2); None where umap-learn is not installed."""
+    """UMAP of restored images (Figure 5): (N, C, H, W) -> (N, 2); None where umap-learn is not installed.
+
+    PyTorch has as many threads afterwards as before: numba, which UMAP is written in, takes all cores for both.
+    """
+    threads = torch.get_num_threads()
     try:
         from umap import UMAP
     except ImportError:
         return None
     import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        flat = restored.flatten(1).cpu().numpy()
-        return torch.as_tensor(UMAP(random_state=seed, n_neighbors=min(15, len(flat) - 1)).fit_transform(flat))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flat = restored.flatten(1).cpu().numpy()
+            return torch.as_tensor(UMAP(random_state=seed, n_neighbors=min(15, len(flat) - 1)).fit_transform(flat))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def drawing(draw: Callable[[Any], None], width: float, height: float, columns: int = 1) -> bytes:

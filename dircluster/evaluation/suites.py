@@ -177,6 +177,8 @@ def how(row: Mapping[str, Any], columns: bool = False) -> str:
         found = attack_of(row["attack"])
         counted = f"steps of {row['step_size']:.3g}" if row["step_size"] else found.counts if found else "steps"
         parts.append(f"{ball}, {row['steps']} {counted}" if row["steps"] else ball)
+        if found and found.past_purifier:
+            parts.append("around the restored image, another threat")
     named = row.get("protocol", "")
     wor, mv = named.startswith("Wor"), named.startswith("MV")
     if row["restarts"] > 1:

@@ -48,6 +48,8 @@ def test_names_of_the_table() -> None:
 def test_a_row_says_what_its_steps_count() -> None:
     row = {"epsilon": 0.1, "norm": "linf", "restarts": 1, "eot": 1, "average": 1, "draws": 1, "randomness": "none"}
     assert how(row | {"attack": "square", "steps": 9, "step_size": 0.0}) == "eps 0.1, 9 queries of Square"
+    restored = how(row | {"attack": "restored9-from-natural", "steps": 9, "step_size": 0.02})
+    assert restored == "eps 0.1, 9 steps of 0.02; around the restored image, another threat"
     assert how(row | {"attack": "l2-pgd9", "steps": 9, "step_size": 0.02}) == "eps 0.1, 9 steps of 0.02"
 
 

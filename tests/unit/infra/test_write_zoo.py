@@ -36,8 +36,8 @@ def test_no_card_names_a_target_that_it_does_not_know(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("name", "preset", "own"),
     [
-        ("dir-alpha0", "cifar10_small", "--dir.alpha 0 --training.precision bf16"),
-        ("finetune", "cifar10_small_finetune", "--target.uri zoo:cifar10-small-at --training.precision bf16"),
+        ("dir-alpha0", "cifar10_small", f"--dir.alpha 0 --training.precision bf16 --target.uri {AT}"),
+        ("finetune", "cifar10_small_finetune", f"--target.uri {AT} --training.precision bf16"),
     ],
 )
 def test_a_card_describes_the_run_that_was_trained(name: str, preset: str, own: str) -> None:

@@ -89,6 +89,21 @@ def test_curves_are_numbers_too(scene: Scene) -> None:
     assert "n = 16, 95 % intervals of ±" in drawn.reading
 
 
+def test_an_embedding_leaves_the_threads_as_they_were() -> None:
+    pytest.importorskip("umap", reason="umap-learn is not installed")
+    from dircluster.evaluation.figures import embedding
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        points = embedding(torch.rand(20, 1, 4, 4), 0)
+        assert points is not None
+        assert points.shape == (20, 2)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_embedding_is_points_too(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dircluster.evaluation.figures.embedding", lambda features, seed: features[:, :2])
     data = PICTURES["embedded"](scene).data
