@@ -26,12 +26,14 @@ def is_first() -> bool:
 
 
 TURN = 2.0
-"""Seconds that a process with an error waits for the first of its machine to tell its own."""
+"""Seconds that a process with an error waits for the first of its machine to print its own."""
 
 
 def await_turn() -> None:
-    """Before an error is told, which all processes of a group have as a rule: once the first one has failed, torchrun
-    ends the others while they wait here, and one line is all that is said. Who has it alone tells it after that.
+    """Wait before an error is printed, in all processes of a machine but the first, which as a rule has the same one.
+
+    torchrun ends the others once the first has failed, so that one line is printed. A process that alone has an error
+    prints it after the wait.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(TURN)

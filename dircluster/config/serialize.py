@@ -22,7 +22,7 @@ def local_path(uri: str) -> Path:
     require("://" not in path, f"{uri!r} is not on this machine: the core alone reads folders and files")
     with _leading_somewhere(path):
         found = Path(path).expanduser()
-        found.exists()
+        found.exists()  # raises where the system cannot look
         return found
 
 
@@ -35,7 +35,7 @@ def real_path(path: Path) -> Path:
     """``path`` from the root, links followed. Raises ConfigError where one leads back to itself, or nobody may look."""
     with _leading_somewhere(path):
         found = path.resolve()
-        found.exists()
+        found.exists()  # raises where the system cannot look
         return found
 
 

@@ -165,7 +165,7 @@ def check_statistics(config: RunConfig) -> None:
                             f" image of {config.training.batch_size} pass alone, whose maps of a single pixel the"
                             f" {name} cannot normalize: let two or more pass"
                         ) from error
-                except Exception:  # of what takes no images, or more than these: nothing is said of it
+                except Exception:  # it takes other inputs than images: not checked
                     continue
 
 

@@ -87,14 +87,14 @@ def _looked_at(folder: Path, careless: bool) -> list[Path]:
 def _run(command: list[str]) -> int:
     """-> the exit code of ``command``. Ctrl-C reaches it from the terminal; other ends are passed on to it.
 
-    What this process ignores, as under nohup, the command ignores too, and what it hears the command hears.
+    What this process ignores, as under nohup, the command ignores too; signals that come are sent on to it.
     Raises ConfigError where there is no such command.
     """
     started: list[subprocess.Popen[bytes]] = []
-    heard: list[int] = []
+    received: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
-        heard.append(number)
+        received.append(number)
         for process in started:
             process.send_signal(number)
 
@@ -106,7 +106,7 @@ def _run(command: list[str]) -> int:
     except OSError as error:
         raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
     started.append(process)
-    for early in tuple(heard):
+    for early in tuple(received):
         process.send_signal(early)
     code = process.wait()
     return code if code >= 0 else 128 - code

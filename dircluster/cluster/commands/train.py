@@ -103,7 +103,7 @@ class Launch:
                 except ConfigError as error:
                     if status == "FINISHED":
                         raise
-                    terminal.say(str(error))  # by what the run ended is told below
+                    terminal.say(str(error))  # the error that the run ended by follows
         if status == "FINISHED":
             return 0
         if status == "KILLED":

@@ -75,7 +75,7 @@ def train(
 def join_cluster(config: RunConfig, terminal: Terminal) -> None:
     """Join or start a cluster that is large enough and runs this version. Raises ConfigError where there is none.
 
-    Whoever is asked to stop meanwhile is not told what the cluster lacks: look whether the terminal heard a signal.
+    After a signal it returns without looking whether the cluster is large enough: the caller asks the terminal.
     """
     _start_ray(config)
     terminal.listen()
