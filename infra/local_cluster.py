@@ -349,13 +349,18 @@ def _status(url: str) -> int:
         return 0
 
 
+HANDED_OUT = 32_000
+"""Linux hands out ports from 32768 up, others from 49152: a port free now may be a connection's end a moment later."""
+
+
 def _free_ports(count: int, offsets: tuple[int, ...] = (0,), but: Collection[int] = ()) -> list[int]:
-    """Ports in 20000 to 32000 (below those that systems and Ray hand out) that are free at every offset, and none of
-    ``but``, which are promised to somebody. None is another one at an offset.
+    """Ports from 20000 up that are free at every offset, and none of ``but``, which are promised to somebody.
+
+    Each lies below those that the system hands out to connections, at every offset. None is another one at an offset.
     """
     found, promised = list[int](), set(but)
     while len(found) < count:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(20_000, HANDED_OUT - max(offsets))
         taken = {port + offset for offset in offsets}
         if not taken & promised and all(map(_is_free, taken)):
             found.append(port)

@@ -64,7 +64,7 @@ def autoattack(
     from pyautoattack import AutoAttack
 
     def attacked(candidates: Tensor) -> Tensor:
-        logits = model(candidates)
+        logits = model(candidates).float()  # the library's projections take float32 alone
         return logits + 0 * candidates.flatten(1).sum(dim=1, keepdim=True)  # an absent gradient is zero, not an error
 
     with torch.no_grad():

@@ -72,6 +72,11 @@ def test_autoattack_is_the_originals_image_by_image(theirs: Tensor) -> None:
     assert 0 < int(broken.sum()) < len(IMAGES)  # else the next tests show nothing
 
 
+def test_autoattack_takes_double_logits_as_single_ones(theirs: Tensor) -> None:
+    found, _ = autoattack(lambda x: model(x).double(), IMAGES, LABELS, THREAT, "standard", 5, len(IMAGES), queries=20)
+    assert torch.equal(found, theirs)
+
+
 def test_malt_breaks_what_autoattack_does(theirs: Tensor) -> None:
     found = malt(model, IMAGES, LABELS, THREAT, 30, 0)
     assert (found - IMAGES).abs().max() <= THREAT.epsilon + 1e-6
