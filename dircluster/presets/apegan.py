@@ -138,8 +138,8 @@ def cifar10_apegan() -> ApeganRun:
 def cifar10_small_apegan() -> ApeganRun:
     """APE-GAN on CIFAR-10 for two CPU cores: over the target of ``cifar10_small``, the published networks.
 
-    ``python jobs/train.py cifar10_small_apegan``: an hour on two cores with AMX. 60.2 % natural and 21.4 % under MALT,
-    of 60.2 and 31.4 of the target alone (``zoo:cifar10-small-apegan``, first 1,000 test images).
+    ``python jobs/train.py cifar10_small_apegan``: an hour on two cores with AMX. 60.2 % natural and 20.9 % under MALT,
+    of 60.2 and 31.3 of the target alone (``zoo:cifar10-small-apegan``, first 1,000 test images).
     """
     return base.cifar10_small(ApeganRun, name="cifar10_small_apegan", apegan=ApeganConfig(epochs=10))
 

@@ -63,7 +63,7 @@ def cifar10_small_finetune() -> FinetuneRun:
     """The target of ``cifar10_small`` trained on for about what ``cifar10_small_hgd`` costs.
 
     ``python jobs/train.py cifar10_small_finetune``: three quarters of an hour on two cores with AMX. 61.0 %
-    natural and 31.1 % under MALT, of 60.2 and 31.4 before (``zoo:cifar10-small-finetune``, first 1,000 test images).
+    natural and 30.8 % under MALT, of 60.2 and 31.3 before (``zoo:cifar10-small-finetune``, first 1,000 test images).
     """
     return base.cifar10_small(FinetuneRun, name="cifar10_small_finetune", finetune=FinetuneConfig(epochs=15))
 

@@ -140,8 +140,8 @@ def cifar10_hgd() -> HgdRun:
 def cifar10_small_hgd() -> HgdRun:
     """HGD on CIFAR-10 for two CPU cores: over the target of ``cifar10_small``, a quarter of the published channels.
 
-    ``python jobs/train.py cifar10_small_hgd``: about an hour on two cores with AMX. 60.1 % natural and 31.7 % under
-    MALT, of 60.2 and 31.4 of the target alone (``zoo:cifar10-small-hgd``, first 1,000 test images).
+    ``python jobs/train.py cifar10_small_hgd``: about an hour on two cores with AMX. 60.1 % natural and 31.3 % under
+    MALT, of 60.2 and 31.3 of the target alone (``zoo:cifar10-small-hgd``, first 1,000 test images).
     """
     return base.cifar10_small(
         HgdRun,

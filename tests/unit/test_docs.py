@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from dircluster.presets import PRESETS
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "infra" / "README.md"])
 COLUMNS = 100
@@ -234,6 +236,24 @@ def test_the_table_of_the_small_systems_is_that_of_their_claims() -> None:
             told = f"{100 * row['accuracy']:.1f} ({low:.1f}-{high:.1f})"
             gain = f", {100 * (row['accuracy'] - bare['accuracy']):+.1f}".replace("+0.0", "0.0") if bare else ""
             assert cell.translate({0x2212: "-", 0x2013: "-", ord("*"): None}) in {told, told + gain}, (words, system)
+
+
+def test_the_small_presets_say_what_the_claims_do() -> None:
+    one, of = r"(\d\d\.\d)", r",?(?: of (\d\d\.\d) and (\d\d\.\d))?"
+    form = rf"{one} % natural and {one} % under MALT{of} .*?``zoo:cifar10-small-(\w+)``"
+    presets = [name for name in PRESETS if name.startswith("cifar10_small") and not name.endswith("smoke")]
+    bare = [f"{100 * small_rows('at')['none', attack, 'none']['accuracy']:.1f}" for attack in ("natural", "malt")]
+    assert len(presets) > 5
+    for name in presets:
+        found = re.search(form, " ".join((PRESETS[name].__doc__ or "").split()))
+        assert found, name
+        *said, system = found.groups()
+        rows = [row for row in small_rows(system).values() if row["attack"] in ("natural", "malt")]
+        its = {row["attack"]: row for row in rows if row["defense"] != "none" and row["randomness"] != "fresh"}
+        if its:
+            assert said == [f"{100 * its[attack]['accuracy']:.1f}" for attack in ("natural", "malt")] + bare, name
+        else:
+            assert said == [*bare, None, None], name
 
 
 def small_rows(name: str) -> dict[tuple[str, str, str], Any]:
