@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from types import ModuleType
 from typing import Any
 
 from dircluster.cluster.storage import endpoint, is_remote
@@ -42,9 +43,34 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def with_reachable_target(config: RunConfig) -> RunConfig:
     """``config`` with a registered target fetched into a folder that workers can read."""
-    target = config.target
-    if target.uri is None or not target.uri.startswith("models:/"):
-        return config
-    from dircluster.cluster.tracking.registry import reachable
+    uri = None if config.target.uri is None else reachable(config.target.uri, config)
+    return dataclasses.replace(config, target=dataclasses.replace(config.target, uri=uri))
 
-    return dataclasses.replace(config, target=dataclasses.replace(target, uri=reachable(target.uri, config)))
+
+def reachable(uri: str, config: RunConfig) -> str:
+    """``uri``; where it names a registered model, the folder in ``config.storage`` that it is fetched into for all.
+
+    Raises ConfigError where it is not to be had.
+    """
+    return str(_registry(uri).reachable(uri, config)) if uri.startswith("models:/") else uri
+
+
+def fetched(uri: str, config: RunConfig) -> str:
+    """``uri``; where it names a registered model, a folder of this process, out of storage.
+
+    Raises ConfigError where it is not to be had.
+    """
+    if not uri.startswith("models:/"):
+        return uri
+    registry = _registry(uri)
+    from dircluster.cluster.tracking.jobs import default_uri
+
+    return str(registry.fetch(uri, default_uri(config)))
+
+
+def _registry(uri: str) -> ModuleType:
+    try:
+        from dircluster.cluster.tracking import registry
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{uri} cannot be fetched: {error.name} is not installed") from error
+    return registry

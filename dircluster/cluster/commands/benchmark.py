@@ -33,6 +33,7 @@ def _benchmark(job: cli.BenchmarkJob) -> int:
 
 def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
     from dircluster.cluster.loading import load_data
+    from dircluster.cluster.paths import fetched
     from dircluster.cluster.storage import opener
     from dircluster.data.split import Split
     from dircluster.defenses.table import variants_of
@@ -56,7 +57,9 @@ def _measure(job: cli.BenchmarkJob) -> dict[str, Any]:
             return _compare(job, variants, train, parallel)
         networks = stages.Networks(config, parallel)
         if config.target.uri:
-            networks["classifier"].load_state_dict(load_target(config, opener(config.storage)).state_dict())
+            target = dataclasses.replace(config.target, uri=fetched(config.target.uri, config))
+            given = load_target(dataclasses.replace(config, target=target), opener(config.storage))
+            networks["classifier"].load_state_dict(given.state_dict())
         stage = stages.stages_of(config)[-1]
         measured = time_phases(stage, stage.recipe(networks), train, config, parallel, job.steps)
         defense = networks.defense.defended(config, networks).eval()

@@ -151,14 +151,10 @@ class _Judging:
 
     def _reachable(self, uri: str) -> str:
         from dircluster.cluster.loading import FACTORY
-        from dircluster.cluster.runtime import local
+        from dircluster.cluster.paths import reachable
         from dircluster.cluster.storage import is_remote
 
         if uri.startswith("models:/"):
-            if not local.has_mlflow():
-                raise ConfigError(f"{uri} is fetched with MLflow, which is not installed")
-            from dircluster.cluster.tracking.registry import reachable
-
             return reachable(uri, self.config)
         given = is_remote(uri) or zoo.is_shipped(uri) or uri.startswith("timm:")
         if uri in ("", "none") or given or FACTORY.fullmatch(uri):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from dircluster import torchrun
-from dircluster.config import ConfigError, RunConfig, StorageConfig, refuse_secret, without_secrets
+from dircluster.config import ConfigError, StorageConfig, refuse_secret, without_secrets
 from dircluster.printing import say
 
 
@@ -89,6 +89,7 @@ def _replay(given: argparse.Namespace) -> int:
 def _job_spec(facts: Mapping[str, Any], given: argparse.Namespace) -> tuple[Any, Any]:
     """The run of a report, and what is judged in it. Raises ConfigError where it names code that is not trusted."""
     from dircluster.cluster.loading import FACTORY, JobSpec
+    from dircluster.cluster.paths import fetched
     from dircluster.presets import RUNS, run_from_plain, run_to_plain
     from dircluster.zoo import is_shipped
 
@@ -101,21 +102,13 @@ def _job_spec(facts: Mapping[str, Any], given: argparse.Namespace) -> tuple[Any,
         if given.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=given.data))
         surrogate = str(facts.get("surrogate_uri") or "")
-        defense, surrogate = (_fetched(uri, config) for uri in (defense, surrogate))
+        defense, surrogate = (
+            fetched(uri, config) for uri in (defense, surrogate)
+        )  # storage of the report may be others'
         spec = JobSpec(run_to_plain(config), defense, os.getcwd(), surrogate, given.trust_code)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the settings of the report cannot be read: {error}") from error
     return config, spec
-
-
-def _fetched(uri: str, config: RunConfig) -> str:
-    """``uri``; where it names a registered model, a folder of this process: storage of the report may be others'."""
-    if not uri.startswith("models:/"):
-        return uri
-    from dircluster.cluster.tracking.jobs import default_uri
-    from dircluster.cluster.tracking.registry import fetch
-
-    return str(fetch(uri, default_uri(config)))
 
 
 def _check_same(here: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

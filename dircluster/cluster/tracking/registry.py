@@ -203,12 +203,10 @@ def find_champion(names: list[str], dataset: str, threat: str, tracking_uri: str
 
 
 def reachable(uri: str, config: RunConfig) -> str:
-    """``uri``; where it names a registered model, the folder in ``config.storage`` that it is fetched into for all.
+    """The folder in ``config.storage`` that the registered model ``uri`` is fetched into for all.
 
     Raises ConfigError where it is not to be had.
     """
-    if not uri.startswith("models:/"):
-        return uri
     folder = fetch(uri, default_uri(config))
     kept = open_path(config.storage.uri, config.storage) / "given" / str(checkpoint.digest(folder))[:12]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 
 from dircluster import cli
-from dircluster.cluster import preflight
+from dircluster.cluster import preflight, tracking
 from dircluster.cluster.commands import evaluate, leaderboard, replay, train, tune
 from dircluster.cluster.commands.train import Launch
 from dircluster.cluster.loading import JobSpec, load_module
-from dircluster.cluster.paths import absolute, with_absolute_paths
+from dircluster.cluster.paths import absolute, fetched, reachable, with_absolute_paths, with_reachable_target
 from dircluster.config import ConfigError, RunConfig, with_values
 from dircluster.presets import preset
 from dircluster.training import hub_folder
@@ -140,3 +141,16 @@ def test_the_command_that_judges_a_run_can_be_typed_as_it_is_printed(tmp_path: P
     launch._tell({"status": "FINISHED", "results": [], "checkpoint": folder}, Terminal())
     line = next(line for line in said if line.startswith("judge it"))
     assert shlex.split(line)[-2:] == ["--defense", folder]
+
+
+@pytest.mark.parametrize("ask", [reachable, fetched, lambda uri, run: with_reachable_target(run)])
+def test_a_registered_model_without_mlflow_is_one_line(
+    ask: Callable[[str, RunConfig], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.delitem(sys.modules, "dircluster.cluster.tracking.registry", raising=False)
+    monkeypatch.delattr(tracking, "registry", raising=False)
+    run = with_values(preset("digits_smoke"), {"target.uri": "models:/dir-digits@champion"})
+    with pytest.raises(ConfigError, match=r"^models:/dir-digits@champion cannot be fetched: mlflow is not installed$"):
+        ask("models:/dir-digits@champion", run)
+    assert ask("runs", preset("digits_smoke")) in ("runs", preset("digits_smoke"))
