@@ -5,9 +5,11 @@ Both draw from PyTorch's own stream, which is seeded here and put back. The mode
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dircluster import rng
@@ -79,6 +81,10 @@ def autoattack(
         targets = min(9, classes - 1)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = targets
         attack.attacks_to_run = _possible(attack.attacks_to_run, classes, warned)
+        height, width = images.shape[2:]
+        if _room(height, width, threat) != (height, width):
+            attack.attacks_to_run.remove("square")
+            warned.append(f"left out in L2 on images of {width} x {height}, where its tiles do not fit: square")
         found, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
     if len(images) < ENOUGH:
         warned = [line for line in warned if not line.startswith("Square Attack has decreased")]
@@ -118,16 +124,23 @@ def square(
 ) -> Tensor:
     """Random search without gradients, its margin averaged over ``draws`` passes.
 
-    (N, C, H, W), (N,) -> (N, C, H, W), each image's of the lowest margin that was found.
+    (N, C, H, W), (N,) -> (N, C, H, W), each image's of the lowest margin that was found. An image on which the
+    library's tiles do not fit is given an edge that the model never sees.
     """
     from pyautoattack.square import SquareAttack
+
+    height, width = images.shape[2:]
+    high, wide = _room(height, width, threat)
+
+    def seen(padded: Tensor) -> Tensor:
+        return padded[..., :height, :width]
 
     def margin(logits: Tensor, some: Tensor) -> Tensor:
         found = surely(margin_loss(logits.float(), some), logits, some)
         return found.nan_to_num(posinf=1.0)  # the library computes with it
 
     def averaged(some: Tensor) -> Objective:
-        return expected_values(model, some, draws, margin, most_rows)
+        return expected_values(lambda padded: model(seen(padded)), some, draws, margin, most_rows)
 
     class Averaged(SquareAttack):  # type: ignore[misc,no-any-unimported]
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +151,27 @@ def square(
         attack: Any = Averaged(
             model, norm=_norm(threat), n_queries=queries, eps=threat.epsilon, seed=seed, device=images.device
         )
-        attack.init_hyperparam(images)
-        found: Tensor = attack.attack_single_run(images, labels)[1]
-    return found.detach()
+        padded = F.pad(images, (0, wide - width, 0, high - height))
+        attack.init_hyperparam(padded)
+        found: Tensor = attack.attack_single_run(padded, labels)[1]
+    return seen(found).detach()
+
+
+def _room(height: int, width: int, threat: LInf | L2) -> tuple[int, int]:
+    """The size from (height, width) up on which Square starts: in L2 on a square, from tiles of a fifth of its side, of
+    which none may end beyond the edge.
+    """
+    if isinstance(threat, LInf):
+        return height, width
+
+    def fits(side: int) -> bool:
+        tile = side // 5
+        return tile == 1 or (tile > 1 and (side - 5 * tile) // 2 + side // tile * tile <= side)
+
+    if height == width and fits(height):
+        return height, width
+    side = next(side for side in itertools.count(max(height, width)) if fits(side))
+    return side, side
 
 
 def _norm(threat: LInf | L2) -> str:

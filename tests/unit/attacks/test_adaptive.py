@@ -176,6 +176,31 @@ def test_square_averages_its_margin_over_draws() -> None:
     assert averaged(found[0]).sum() > averaged(IMAGES).sum()
 
 
+@pytest.mark.parametrize("threat", [LInf(0.1), L2(0.5)], ids=["linf", "l2"])
+@pytest.mark.parametrize("shape", [(12, 12), (13, 13), (4, 4), (20, 10), (10, 20)], ids=str)
+def test_square_takes_images_of_any_size(shape: tuple[int, int], threat: LInf | L2) -> None:
+    """In L2 the library's tiles reach beyond the edge where a side has 4, 12, 14, 18, 19 or 24 pixels."""
+    images = torch.rand(6, 1, *shape)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1], 10))
+    labels = linear(images).argmax(dim=1)
+    found = square(linear, images, labels, threat, 40, 1, 0)
+    assert found.shape == images.shape
+    moved = (found - images).flatten(1)
+    length = moved.abs().max() if isinstance(threat, LInf) else moved.norm(dim=1).max()
+    assert length <= threat.epsilon * (1 + 1e-5)
+    assert margin_loss(linear(found), labels).mean() > margin_loss(linear(images), labels).mean()
+
+
+@pytest.mark.long
+def test_autoattack_leaves_square_out_where_it_does_not_fit() -> None:
+    images, linear = torch.rand(1, 1, 12, 12), nn.Sequential(nn.Flatten(), nn.Linear(144, 2))
+    labels = linear(images).argmax(dim=1)
+    _, warned = autoattack(linear, images, labels, L2(1e-4), "standard", 0, queries=5)
+    assert warned[1:] == ["left out in L2 on images of 12 x 12, where its tiles do not fit: square"]
+    _, warned = autoattack(linear, images, labels, LInf(1e-4), "standard", 0, queries=5)
+    assert warned == ["left out with 2 classes: apgd-t"]
+
+
 @pytest.mark.long
 def test_autoattack_speaks_and_leaves_the_global_stream_alone() -> None:
     state = torch.get_rng_state()
