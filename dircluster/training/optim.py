@@ -44,6 +44,8 @@ def restore_optimizer(
     """The inverse of :func:`optimizer_tensors`.
 
     The count of steps is whole on every worker: beside its parameter where a fused kernel reads it, else on the CPU.
+    What goes with the weights lies in memory as they do, such as channels last: fused kernels take both number by
+    number.
     """
     fused = {parameter for group in optimizer.param_groups if group["fused"] for parameter in group["params"]}
     optimizer.state.clear()
@@ -54,4 +56,6 @@ def restore_optimizer(
             value = value.to(parameter.device if parameter in fused else "cpu")
         else:
             value = shard_like(value, parameter)
+            if value.stride() != parameter.stride():
+                value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][kind] = value

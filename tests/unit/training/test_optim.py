@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dircluster import rng
 from dircluster.config import OptimizerConfig, TrainingConfig
 from dircluster.presets.dir import DirRun
 from dircluster.training.checkpoint import read, write
@@ -76,6 +77,31 @@ def test_resumed_and_uninterrupted_end_in_the_same_bits(name: str, fused: bool, 
     train(resumed, again, range(3, 6))
     for n, value in whole.items():
         assert torch.equal(value, resumed[n])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_state_lies_in_memory_as_its_weight_does(name: str, fused: bool, tmp_path: Path) -> None:
+    """Fused kernels take both number by number, and files hold them row by row: a GPU's target has channels last."""
+
+    def trained(weight: Tensor, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.empty_like(weight).copy_(torch.randn(4, 3, 2, 2, generator=rng.generator(0, "g", step)))
+            optimizer.step()
+
+    def weight(values: Tensor) -> Tensor:
+        return values.clone().to(memory_format=torch.channels_last).requires_grad_(True)
+
+    whole, begun = (weight(torch.ones(4, 3, 2, 2)) for _ in range(2))
+    trained(whole, make_optimizer([whole], KNOBS[name], fused), range(4))
+    optimizer = make_optimizer([begun], KNOBS[name], fused)
+    trained(begun, optimizer, range(2))
+    write(tmp_path / "c", {"o": optimizer_tensors(optimizer, {begun: "a"})}, {}, "key")
+    resumed = weight(begun.detach())
+    again = make_optimizer([resumed], KNOBS[name], fused)
+    restore_optimizer(again, {"a": resumed}, read(tmp_path / "c").tensors["o"])
+    trained(resumed, again, range(2, 4))
+    assert torch.equal(resumed, whole)
 
 
 @pytest.mark.parametrize(("fused", "place"), [(False, "cpu"), (True, "meta")])
