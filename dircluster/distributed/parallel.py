@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -135,15 +136,28 @@ class Parallel:
         return module if self.world == 1 else normalize_globally(module, self.device)
 
 
+def gathered_half(layer: nn.Module) -> bool:
+    """Whether a layer can be gathered in bf16: its statistics stay in fp32, and those with weights of bf16 are refused
+    in a normalization.
+    """
+    return not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in layer.modules())
+
+
 def _shard(module: nn.Module, half: bool, device: torch.device) -> None:
-    """FSDP2 over all workers, in place. With ``half`` layers are gathered in bf16; what is around them stays whole."""
+    """FSDP2 over all workers, in place. With ``half`` layers are gathered in bf16 where they can be; what is around
+    them stays whole. Weights are brought row by row into memory, which FSDP asks for.
+    """
     from timm.models.vision_transformer import Block as TimmBlock  # a target's; nothing else needs the seconds it takes
 
     alone = (*SHARDED_ALONE, TimmBlock)
     whole = MixedPrecisionPolicy()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else whole
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # by itself it is of GPUs where there are some
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for part in [*(m for m in module.modules() if isinstance(m, alone)), module]:
-        sharded = fully_shard(part, mp_policy=whole if part is module else policy)
+        sharded = fully_shard(
+            part, mesh=mesh, mp_policy=policy if part is not module and gathered_half(part) else whole
+        )
         scatter_gradients(sharded, device)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)

@@ -20,7 +20,7 @@ from dircluster.defenses.base import Purifier
 from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage, architecture
 from dircluster.defenses.table import find_defense
-from dircluster.distributed.parallel import SHARDED_ALONE
+from dircluster.distributed.parallel import SHARDED_ALONE, gathered_half
 from dircluster.evaluation.attack_runner import AttackRunner, judge
 from dircluster.evaluation.attack_table import AttackSpec, find_attack
 from dircluster.evaluation.session import plan
@@ -52,7 +52,7 @@ def exchanged(config: RunConfig, stage: Stage, workers: int, half: bool = False)
 
     ddp: the mean of the gradients, reduced in parts and gathered. fsdp: weights for every pass of crafting and update,
     those of blocks again for its backward half, and the gradients reduced in parts. A gathered weight takes four bytes,
-    that of a block two where it is computed in ``half`` the precision; a gradient takes four. Passes are those of
+    that of a block two where it is gathered in ``half`` the precision; a gradient takes four. Passes are those of
     ``stage.passes``: what passes through a target that learns together with a denoiser besides is not counted.
     """
     if workers == 1:
@@ -66,7 +66,8 @@ def exchanged(config: RunConfig, stage: Stage, workers: int, half: bool = False)
     passes = stage.passes * pieces(config.training.batch_size, workers, config.training.microbatch)
     parts = [part for network in trained for part in network.modules() if isinstance(part, SHARDED_ALONE)]
     blocks = sum(map(_parameters, parts))
-    gathered = passes * (2 * (2 if half else 4) * blocks + 4 * (parameters - blocks))
+    sent = sum((2 if half and gathered_half(part) else 4) * _parameters(part) for part in parts)
+    gathered = passes * (2 * sent + 4 * (parameters - blocks))
     return (gathered + weights) * (workers - 1) // workers
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from dircluster.config import ConfigError, error_from_plain, error_to_plain
 from dircluster.distributed.deterministic import PairwiseSum, _pairwise, keeps_statistics_apart, normalize_globally
-from dircluster.distributed.parallel import Parallel, gather_full
+from dircluster.distributed.parallel import Parallel, _shard, gather_full
+from dircluster.models.classifiers import BasicBlock
 from dircluster.training.checkpoint import CheckpointError, DamagedError
 from dircluster.training.locks import TakenOverError
 from dircluster.training.step import pieces
@@ -147,6 +148,26 @@ def test_buffers_travel_only_where_workers_may_differ_in_them() -> None:
     assert not keeps_statistics_apart(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)))
     assert keeps_statistics_apart(nn.Sequential(together, nn.BatchNorm1d(2)))  # each worker's are of its share
     assert keeps_statistics_apart(nn.utils.spectral_norm(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_target_that_lies_in_memory_as_on_a_gpu_is_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Its channels lie last, in bf16 its statistics stay in fp32, and workers on CPUs may stand beside GPUs."""
+    images = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    target = nn.Sequential(BasicBlock(3, 8, 2)).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    expected = target(images).detach()
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        _shard(target, half, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            torch.testing.assert_close(target(images).float(), expected, atol=0.02 if half else 1e-6, rtol=0)
+            target.train()(images).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert {p.device_mesh.device_type for p in target.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("how", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])
