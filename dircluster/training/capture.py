@@ -53,10 +53,24 @@ class GraphRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of ``work``. Autograd's thread launches some of it, and others may use the GPU meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
-            work()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError:
+            self._leave(here)
+            raise
         return graph.replay
+
+    def _leave(self, here: torch.cuda.Stream) -> None:
+        """Go on after a broken recording. PyTorch 2.11 leaves its stream the current one, and the device's random
+        stream in a state of recording, in which drawing from it (dropout) raises: it gets a state of its own.
+        """
+        torch.cuda.set_stream(here)
+        drawn = torch.cuda.default_generators[self.device.index or 0]
+        sound = torch.Generator(self.device)
+        sound.set_state(drawn.get_state())
+        drawn.graphsafe_set_state(sound)
 
 
 class CaptureError(RuntimeError):

@@ -5,8 +5,9 @@ There is no CUDA graph on a CPU: the recorder here does the recorded work again,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dircluster.defenses.recipe import Batch
 from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
-from dircluster.training.capture import WARM_UP, CapturedStep, captured_step
+from dircluster.training.capture import WARM_UP, CapturedStep, GraphRecorder, captured_step
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoTracker, Quiet
 from dircluster.training.run import Run
@@ -275,6 +276,47 @@ def test_a_step_that_drops_gradients_is_not_recorded(whole: DirRun, tmp_path: Pa
         made.step(step)
     with pytest.raises(ConfigError, match="dir cannot be captured: it drops gradients"):
         made.step(WARM_UP)
+
+
+def test_a_broken_recording_leaves_the_streams_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: what PyTorch's own context does when it ends a broken recording is played."""
+
+    class Drawn:
+        """A GPU's stream of random numbers."""
+
+        state = "recording"
+
+        def get_state(self) -> str:
+            return "7 draws"
+
+        def set_state(self, state: str) -> None:
+            self.state = state
+
+        def graphsafe_set_state(self, other: Drawn) -> None:
+            self.state = other.state
+
+    current, drawn = ["default"], Drawn()
+
+    @contextlib.contextmanager
+    def graph(made: Any, stream: str, capture_error_mode: str) -> Iterator[None]:
+        current[0] = stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, value in {
+        "Stream": lambda device: "side",
+        "CUDAGraph": lambda: None,
+        "current_stream": lambda device: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+        "graph": graph,
+        "default_generators": (None, drawn),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "Generator", lambda device: Drawn())
+    recorder = GraphRecorder(torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match="previous error"):
+        recorder.record(lambda: None)
+    assert (current, drawn.state) == (["default"], "7 draws")
 
 
 def test_a_cpu_is_refused_before_data_is_read(whole: DirRun) -> None:
