@@ -60,10 +60,12 @@ def several(machine: Machine, budget: float) -> Iterator[Finding]:
 
 
 def losses(config: RunConfig, strategy: Any, parallel: Parallel) -> list[float]:
-    """Of some steps of the run's last stage in fp32, over all of the group."""
+    """Of some steps of the run's last stage in fp32, over all of the group: without a mean of weights, which no loss
+    depends on and which fsdp does not keep.
+    """
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, strategy=strategy))
     split = pictures(config.data, STEPS * config.training.batch_size)
-    with true_fp32(), stepper(config, stages_of(config)[-1].name, split, parallel) as made:
+    with true_fp32(), stepper(config, stages_of(config)[-1].name, split, parallel, ema=None) as made:
         return [made.step(step)[0]["loss"] for step in range(STEPS)]
 
 

@@ -93,9 +93,9 @@ def pictures(data: DataConfig, count: int) -> Split:
 
 
 @contextmanager
-def stepper(config: RunConfig, stage: str, split: Split, parallel: Parallel) -> Iterator[Stepper]:
-    """The steps of a stage over ``split`` from initial weights."""
-    wanted = find_stage(config, stage)
+def stepper(config: RunConfig, stage: str, split: Split, parallel: Parallel, **changes: Any) -> Iterator[Stepper]:
+    """The steps of a stage, with ``changes`` to it, over ``split`` from initial weights."""
+    wanted = dataclasses.replace(find_stage(config, stage), **changes)
     made = stage_stepper(wanted, wanted.recipe(Networks(config, parallel)), config, split, parallel)
     try:
         yield made

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dircluster.config import ConfigError, RunConfig
+from dircluster.config import ConfigError, RunConfig, named_line
 from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_least, at_most, largest, skipped
@@ -139,6 +139,9 @@ def steps(machine: Machine) -> Iterator[Finding]:
                 other, _, there = _steps(plain(config, **{name: "on"}), machine, count)
             except ConfigError as error:  # such as a recipe whose steps differ
                 yield skipped(f"{word} steps", str(error))
+                continue
+            except Exception as error:  # of a compiler, say: the other kind may still be sound
+                yield Finding(f"{word} steps", "fail", note=named_line(error))
                 continue
             apart = largest(abs(a - b) / abs(a) for a, b in zip(losses, other, strict=True))
             yield at_most(f"losses of {word} steps, apart", apart, APART["losses"], note=_shown(other))

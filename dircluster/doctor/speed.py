@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dircluster.config import first_line
+from dircluster.config import first_line, named_line
 from dircluster.doctor.findings import Finding, at_least, brief, seen, skipped
 from dircluster.doctor.machine import Machine, stepper
 from dircluster.models.precision import autocast
@@ -50,9 +50,11 @@ def stages(machine: Machine, budget: float) -> Iterator[Finding]:
             try:
                 seconds, crafting, memory = _timed(machine, stage.name, size, warm, timed)
             except RuntimeError as error:
-                if not any(text in str(error) for text in OUT_OF_MEMORY):
-                    raise
-                yield Finding(name, "warn" if size == own else "ok", note=f"out of memory: {first_line(error)[:80]}")
+                if any(text in str(error) for text in OUT_OF_MEMORY):
+                    note = f"out of memory: {first_line(error)[:80]}"
+                    yield Finding(name, "warn" if size == own else "ok", note=note)
+                else:  # other stages may still be sound
+                    yield Finding(name, "fail", note=named_line(error))
                 continue
             finally:
                 gc.collect()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dircluster.config import ConfigError, with_values
 from dircluster.defenses.base import Purifier
 from dircluster.distributed.launch import WorkerError
+from dircluster.distributed.parallel import Parallel
 from dircluster.doctor import devices, rates, runs, speed
 from dircluster.doctor.findings import Finding
 from dircluster.doctor.machine import Machine, pictures, plain
@@ -50,6 +53,17 @@ def test_compiled_steps_that_are_off_fail(machine: Machine, monkeypatch: pytest.
             module.register_full_backward_pre_hook(lambda module, gradients: tuple(-one for one in gradients))
 
     assert failed(compiled(machine, monkeypatch, off)) >= {"moves of compiled steps, apart"}
+
+
+def test_a_compiler_that_fails_is_a_failure_and_captured_steps_come_next(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(module: nn.Module) -> None:
+        raise RuntimeError("fatal error: Python.h: No such file or directory")
+
+    found = {finding.name: finding for finding in compiled(machine, monkeypatch, fails)}
+    assert (found["compiled steps"].status, found["captured steps"].status) == ("fail", "skipped")
+    assert found["compiled steps"].note == "RuntimeError: fatal error: Python.h: No such file or directory"
 
 
 def test_steps_that_do_nothing_fail(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +110,8 @@ def test_out_of_memory_is_a_line(machine: Machine, monkeypatch: pytest.MonkeyPat
     def small(machine: Machine, stage: str, size: int, *given: int) -> Any:
         if size == 16:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if stage == "pretrain":
+            raise RuntimeError("no kernel image is available")
         return whole(machine, stage, size, *given)
 
     monkeypatch.setattr(speed, "_timed", small)
@@ -104,6 +120,7 @@ def test_out_of_memory_is_a_line(machine: Machine, monkeypatch: pytest.MonkeyPat
     assert found["dir, batch 16"].status == "warn"
     assert found["dir, batch 16"].note.startswith("out of memory: CUDA out of memory.")
     assert found["dir, batch 4"].status == "ok"
+    assert found["pretrain, batch 4"].status == "fail"  # and what comes after it is looked at
 
 
 def test_the_kernels_are_the_ten_longest(machine: Machine) -> None:
@@ -129,6 +146,18 @@ def test_two_processes_train_as_one(machine: Machine, monkeypatch: pytest.Monkey
     group |= {"ddp": true, "fsdp": [1.01 * loss for loss in true]}
     monkeypatch.setattr(devices, "on_local_workers", lambda *given, within: group)
     assert failed(devices.several(machine, 500)) == {"losses by fsdp, apart"}
+
+
+def test_a_stage_that_keeps_a_mean_of_its_weights_is_looked_at_under_both_strategies(
+    machine: Machine, tmp_path: Path
+) -> None:
+    config = with_values(plain(machine.config, batch_size=8, microbatch=None), {"dir.ema": 0.9})
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for strategy in ("ddp", "fsdp"):  # it sees the first of two shares
+            assert len(devices.losses(config, strategy, Parallel(0, 2, torch.device("cpu")))) == devices.STEPS
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture
