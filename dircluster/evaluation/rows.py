@@ -43,7 +43,11 @@ def gradient(victim: VictimModel, images: Tensor, rows: int) -> None:
 
 
 def peak(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes of a GPU that ``work`` takes at most, besides those that are in use."""
+    """Bytes of a GPU that ``work`` takes at most, besides those that are in use.
+
+    It is done once before: in their first pass libraries try kernels, some of which take more memory than all of it.
+    """
+    work()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()

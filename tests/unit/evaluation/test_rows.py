@@ -15,7 +15,7 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import MaskedPurifier
 from dircluster.evaluation.evaluation import Evaluation
 from dircluster.evaluation.provenance import facts_of
-from dircluster.evaluation.rows import FEW, MOST_ROWS, doubled, fitting_rows, gradient
+from dircluster.evaluation.rows import FEW, MOST_ROWS, doubled, fitting_rows, gradient, peak
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.classifiers import build
@@ -46,6 +46,22 @@ def test_rows_are_doubled_while_half_of_the_memory_holds_them(
     a_row: int, alike: int, available: int, rows: int
 ) -> None:
     assert doubled(lambda count: alike + count * a_row, available) == rows
+
+
+def test_what_libraries_try_in_a_first_pass_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, done = [0], list[int]()
+    for name, value in {
+        "reset_peak_memory_stats": lambda device: held.__setitem__(0, 5),
+        "memory_allocated": lambda device: 5,
+        "max_memory_allocated": lambda device: held[0],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def work() -> None:
+        held[0] = max(held[0], 15 if done else 9 * GIB)
+        done.append(1)
+
+    assert peak(work, torch.device("cuda")) == 10
 
 
 def test_asking_what_a_row_takes_changes_nothing(defense: Defended, digits: tuple[Tensor, Tensor]) -> None:
