@@ -391,8 +391,9 @@ class TrainingConfig:
             self.microbatch is None or self.microbatch > 0,
             f"training.microbatch must be positive, got {self.microbatch}",
         )
-        words = ("auto", "on", "off")  # of a config made in Python: it may be a truth value
-        require(self.compile in words, f"training.compile must be auto, on or off, got {self.compile}")
+        for name in ("compile", "fused", "draws_ahead", "capture"):
+            value = getattr(self, name)  # of a config made in Python: it may be a truth value
+            require(value in ("auto", "on", "off"), f"training.{name} must be auto, on or off, got {value}")
         require(
             self.select_steps is None or self.select_steps > 0,
             f"training.select_steps must be positive, got {self.select_steps}",

@@ -149,8 +149,13 @@ def test_a_switch_of_three_words_has_the_keys_that_it_had_of_two() -> None:
         run = with_values(earlier("digits"), {"training.compile": word})
         assert stage_key(run, find_stage(run, "dir"), INPUTS) == wanted
         assert run.identity["training"]["compile"] is (word == "on")
-    with pytest.raises(ConfigError, match=r"training.compile must be auto, on or off, got True"):
-        replace(preset("digits").training, compile=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["compile", "fused", "draws_ahead", "capture"])
+def test_a_switch_of_three_words_is_no_truth_value(name: str) -> None:
+    values: dict[str, Any] = {name: True}
+    with pytest.raises(ConfigError, match=rf"training\.{name} must be auto, on or off, got True"):
+        replace(preset("digits").training, **values)
 
 
 @pytest.mark.parametrize("name", PRESETS)
