@@ -100,7 +100,6 @@ class Trainer(Stepper):
         self.parallel.first_does(close)
 
     def _train(self) -> None:
-        window, since = 0, time.monotonic()
         start = self._resume()
         if self._selects_after(start) and (self.best is None or self.best["last"]["step"] != start):
             self._judge_or_save(start)
@@ -108,6 +107,7 @@ class Trainer(Stepper):
                 self._picture(start)
             if start == self.steps:
                 self._save(start, judged=True)
+        window, since = 0, time.monotonic()
         for step in range(start, self.steps):
             done = step + 1
             reading, signal = self._step_or_save(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -234,6 +235,33 @@ def test_a_picture_is_drawn_although_a_signal_ended_the_selection_before_it(smok
     second.run()
     assert second.begun_at == second.steps
     assert drawn.steps == [second.steps]
+
+
+def test_the_speed_of_steps_does_not_count_what_a_resumed_run_makes_up_for(
+    smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shown(Quiet):
+        def __init__(self) -> None:
+            self.speeds: list[float] = []
+
+        def show(self, status: Status) -> None:
+            self.speeds.append(status.images_per_second)
+
+    console, now = Shown(), [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    def resume() -> int:
+        now[0] += 1000.0
+        return 0
+
+    made = make_trainer(with_values(smoke, {"tracking.log_every": 1}), tmp_path, console=console)
+    monkeypatch.setattr(made, "_resume", resume)
+    monkeypatch.setattr("dircluster.training.trainer.time", SimpleNamespace(monotonic=clock))
+    made.run()
+    assert min(console.speeds) > smoke.training.batch_size / 100
 
 
 @pytest.mark.parametrize("microbatch", [None, 5])
