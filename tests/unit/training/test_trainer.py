@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from dircluster.presets import preset
 from dircluster.training import checkpoint
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
+from dircluster.training.memory import resting
 from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
 from dircluster.training.run import Run
 from dircluster.training.step import NonFiniteLoss
@@ -262,6 +264,18 @@ def test_the_speed_of_steps_does_not_count_what_a_resumed_run_makes_up_for(
     monkeypatch.setattr("dircluster.training.trainer.time", SimpleNamespace(monotonic=clock))
     made.run()
     assert min(console.speeds) > smoke.training.batch_size / 100
+
+
+def test_a_stage_leaves_nothing_on_a_gpu(smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its images there, and the next one would find both."""
+    for name in ("reset_peak_memory_stats", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    made = make_trainer(smoke, tmp_path)
+    made.step(0)
+    left = weakref.ref(made.loader)
+    del made
+    resting(torch.device("cuda"))
+    assert left() is None
 
 
 @pytest.mark.parametrize("microbatch", [None, 5])
