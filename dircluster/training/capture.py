@@ -6,9 +6,10 @@ must launch the same work each time. Clipping and the optimizers' updates stay o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,20 +54,24 @@ class GraphRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of ``work``. Autograd's thread launches some of it, and others may use the GPU meanwhile."""
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        here = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self.side, capture_error_mode="thread_local"):
                 work()
         except RuntimeError:
-            self._leave(here)
+            self._leave(here, pool)
             raise
         return graph.replay
 
-    def _leave(self, here: torch.cuda.Stream) -> None:
-        """Go on after a broken recording. PyTorch 2.11 leaves its stream the current one, and the device's random
-        stream in a state of recording, in which drawing from it (dropout) raises: it gets a state of its own.
+    def _leave(self, here: torch.cuda.Stream, pool: Any) -> None:
+        """Go on after a broken recording. PyTorch 2.11 leaves its stream the current one, and its memory being
+        recorded, so that nothing is freed which two streams have used. It leaves the device's random stream in a state
+        of recording too, in which drawing from it (dropout) raises: it gets a state of its own.
         """
         torch.cuda.set_stream(here)
+        with contextlib.suppress(RuntimeError):  # later ones have done so
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, pool)
         drawn = torch.cuda.default_generators[self.device.index or 0]
         sound = torch.Generator(self.device)
         sound.set_state(drawn.get_state())

@@ -295,11 +295,12 @@ def test_a_broken_recording_leaves_the_streams_as_they_were(monkeypatch: pytest.
         def graphsafe_set_state(self, other: Drawn) -> None:
             self.state = other.state
 
-    current, drawn = ["default"], Drawn()
+    current, drawn, pools = ["default"], Drawn(), set[str]()
 
     @contextlib.contextmanager
-    def graph(made: Any, stream: str, capture_error_mode: str) -> Iterator[None]:
+    def graph(made: Any, pool: str, stream: str, capture_error_mode: str) -> Iterator[None]:
         current[0] = stream
+        pools.add(pool)
         yield
         raise RuntimeError("operation failed due to a previous error during capture")
 
@@ -309,14 +310,16 @@ def test_a_broken_recording_leaves_the_streams_as_they_were(monkeypatch: pytest.
         "current_stream": lambda device: current[0],
         "set_stream": lambda stream: current.__setitem__(0, stream),
         "graph": graph,
+        "graph_pool_handle": lambda: "a pool",
         "default_generators": (None, drawn),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "Generator", lambda device: Drawn())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: pools.remove(pool), raising=False)
     recorder = GraphRecorder(torch.device("cuda", 1))
     with pytest.raises(RuntimeError, match="previous error"):
         recorder.record(lambda: None)
-    assert (current, drawn.state) == (["default"], "7 draws")
+    assert (current, drawn.state, pools) == (["default"], "7 draws", set())
 
 
 def test_a_cpu_is_refused_before_data_is_read(whole: DirRun) -> None:
