@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dircluster.config import RunConfig, digest, first_line, flatten, local_path
+from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path
 from dircluster.data.layout import data_cache
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
@@ -256,7 +257,8 @@ class Run:
         )
         status = "FAILED"
         try:
-            best = trainer.run()
+            with self._within_memory("--training.microbatch"):
+                best = trainer.run()
             self.resumed += [stage.name] if trainer.begun_at else []
             state = {"stage": stage.name, "best": best, **facts}
             tensors = {name: gather_full(networks[name].state_dict(), parallel.first) for name in stage.modules}
@@ -275,6 +277,19 @@ class Run:
             raise
         finally:
             record.end(status)
+
+    @contextlib.contextmanager
+    def _within_memory(self, setting: str) -> Iterator[None]:
+        """Raise ConfigError where a GPU's memory does not hold what ``setting`` makes smaller.
+
+        Where there are several workers, what ends one has to end them all: it is no error of their settings to them.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.parallel.world > 1:
+                raise
+            raise ConfigError(f"{first_line(error)[:80]}...: use a smaller {setting}") from error
 
     def _begin_version(self, stage_folder: StageFolder) -> None:
         """Record the code before its first checkpoint; where storage is away, the end of the stage does."""
@@ -345,7 +360,8 @@ class Run:
         if left:
             say(f"evaluation: suite {settings.suite} on {len(test)} test images")
             resting(parallel.device)
-            with interruptible(defense.classifier, self.console), uncompiled(config.training.compiles):
+            listening = interruptible(defense.classifier, self.console)
+            with self._within_memory("--evaluation.rows"), listening, uncompiled(config.training.compiles):
                 run(evaluation, batch, on_shard, shares(evaluation, parallel.world)[parallel.rank].__contains__)
             if signal := evaluation.wait(self.console.stop_signal):  # no collective: another worker may take long
                 raise Interrupted(signal)

@@ -26,6 +26,7 @@ from dircluster.training.memory import resting
 from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
 from dircluster.training.run import Run
 from dircluster.training.step import NonFiniteLoss
+from dircluster.training.trainer import Trainer
 from tests.conftest import ALONE
 from tests.unit.training.conftest import BATCH_NORMED, Hears, StopAfter, elsewhere, make_trainer, run, weights
 
@@ -264,6 +265,15 @@ def test_the_speed_of_steps_does_not_count_what_a_resumed_run_makes_up_for(
     monkeypatch.setattr("dircluster.training.trainer.time", SimpleNamespace(monotonic=clock))
     made.run()
     assert min(console.speeds) > smoke.training.batch_size / 100
+
+
+def test_a_gpu_that_is_too_small_is_one_line(smoke: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24")
+
+    monkeypatch.setattr(Trainer, "run", full)
+    with pytest.raises(ConfigError, match=r"^CUDA out of memory\. Tried .*: use a smaller --training.microbatch$"):
+        run(smoke)
 
 
 def test_a_stage_leaves_nothing_on_a_gpu(smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
