@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dircluster.config import ConfigError, ScalingConfig, error_from_plain, error_to_plain, named_line
+from dircluster.config import ConfigError, RunConfig, ScalingConfig, error_from_plain, error_to_plain, named_line
 from dircluster.distributed.parallel import Parallel
+
+MARGIN = 60.0
+"""Seconds by which workers wait longer for each other than one of them may wait for storage."""
 
 
 class WorkerError(ConfigError):
@@ -47,6 +50,11 @@ def choose_kernels(device: torch.device) -> None:
 def set_threads(scaling: ScalingConfig, workers_here: int) -> None:
     """Share this machine's cores among the workers on it."""
     torch.set_num_threads(scaling.threads or max(1, (os.cpu_count() or 1) // workers_here))
+
+
+def most_wait(run: RunConfig) -> float:
+    """Seconds that the workers of a run wait for each other: storage may keep the first of them at a stage's end."""
+    return max(run.scaling.stall, run.storage.patience + MARGIN)
 
 
 @contextmanager

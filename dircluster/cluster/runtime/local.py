@@ -10,7 +10,7 @@ from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.storage import opener
 from dircluster.cluster.version import commit
 from dircluster.config import ConfigError, RunConfig, named_line
-from dircluster.distributed.launch import local_workers
+from dircluster.distributed.launch import local_workers, most_wait
 from dircluster.training.protocols import NoTracker, Tracker
 from dircluster.training.run import Run
 
@@ -30,7 +30,7 @@ def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Termin
         tracker = recorder = MlflowTracker(job, terminal.say)
 
     def execute() -> dict[str, Any]:
-        with local_workers(config.scaling) as parallel:
+        with local_workers(config.scaling, timeout=most_wait(config)) as parallel:
             open_path = opener(config.storage)
             run = Run(
                 config, parallel, tracker, terminal, owner=owner, fresh=fresh, version=commit(), open_path=open_path

@@ -13,7 +13,7 @@ from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, RemoteCons
 from dircluster.cluster.storage import opener, to_environment
 from dircluster.cluster.version import commit
 from dircluster.config import RunConfig
-from dircluster.distributed.launch import local_workers
+from dircluster.distributed.launch import local_workers, most_wait
 from dircluster.presets import run_from_plain
 from dircluster.training.interrupt import waiting
 from dircluster.training.protocols import Console, NoTracker, Quiet, Tracker
@@ -27,7 +27,8 @@ def work(config: dict[str, Any], owner: str, fresh: bool, until: str, channel: A
     """
     run_config: RunConfig = run_from_plain(config)
     to_environment(run_config.storage)
-    with local_workers(run_config.scaling, timeout=max(60.0, 2 * run_config.scaling.stall)) as parallel:
+    timeout = max(60.0, 2 * run_config.scaling.stall, most_wait(run_config))
+    with local_workers(run_config.scaling, timeout=timeout) as parallel:
         node = ray.get_runtime_context().get_node_id()
         ray.get(channel.enter.remote(parallel.rank, parallel.world, node, os.getpid()))
         console: Console = Quiet()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dircluster.cluster.runtime import nodes, ray_evaluate, ray_worker
+from dircluster.cluster.runtime import local, nodes, ray_evaluate, ray_worker
 from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, WorkerChannel
-from dircluster.config import ConfigError, ScalingConfig, error_to_plain
+from dircluster.config import ConfigError, ScalingConfig, error_to_plain, with_values
 from dircluster.presets import preset, run_to_plain
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.step import NonFiniteLoss
@@ -195,6 +195,27 @@ def worker(
     monkeypatch.setattr(ray_worker, "local_workers", lambda *_, **__: nullcontext(second))
     config = run_to_plain(preset("digits_smoke"))
     return lambda channel: ray_worker.work(config, "owner", False, "", Actor(channel))
+
+
+@pytest.mark.parametrize("launcher", [local, ray_worker])
+def test_workers_wait_for_each_other_longer_than_the_first_for_storage(
+    launcher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a stage: else they end by an error of their own while it still tries."""
+    asked: list[float] = []
+
+    def workers(scaling: ScalingConfig, timeout: float) -> None:
+        asked.append(timeout)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(launcher, "local_workers", workers)
+    run = with_values(preset("digits_smoke"), {"storage.patience": 3600.0})
+    if launcher is local:
+        assert local.train(run, "", False, None, Terminal())["error"] == "enough"  # type: ignore[arg-type]
+    else:
+        with pytest.raises(ConfigError, match="enough"):
+            ray_worker.work(run_to_plain(run), "", False, "", None)
+    assert asked[0] > 3600
 
 
 def test_an_error_of_another_worker_becomes_the_outcome(worker: Callable[..., None], clock: Clock) -> None:
