@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dircluster.config import ConfigError, DataConfig
+from dircluster.cores import cores
 from dircluster.data.picture import Blob, check_shape, pixels
 
 
@@ -19,7 +19,7 @@ def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
 
     Raises ConfigError where one cannot be read, or sizes differ or are others than ``config`` says.
     """
-    given, threads = list(blobs), os.cpu_count() or 1
+    given, threads = list(blobs), cores()
     size = max(1, min(256, len(given) // (4 * threads)))  # a task costs Python as much as a small image does
     parts = [given[start : start + size] for start in range(0, len(given), size)]
     with ThreadPoolExecutor(threads) as pool:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dircluster.config import ConfigError, RunConfig, ScalingConfig, error_from_plain, error_to_plain, named_line
+from dircluster.cores import cores
 from dircluster.distributed.parallel import Parallel
 
 MARGIN = 60.0
@@ -49,7 +50,7 @@ def choose_kernels(device: torch.device) -> None:
 
 def set_threads(scaling: ScalingConfig, workers_here: int) -> None:
     """Share this machine's cores among the workers on it."""
-    torch.set_num_threads(scaling.threads or max(1, (os.cpu_count() or 1) // workers_here))
+    torch.set_num_threads(scaling.threads or max(1, cores() // workers_here))
 
 
 def most_wait(run: RunConfig) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dircluster.config import ConfigError, RunConfig
+from dircluster.cores import cores
 from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_most, largest, seen, skipped
@@ -31,7 +31,7 @@ def several(machine: Machine, budget: float) -> Iterator[Finding]:
     if workers == 1:
         yield skipped("several devices", "there is one GPU")
         return
-    if not machine.gpu and (os.cpu_count() or 1) < workers:
+    if not machine.gpu and cores() < workers:
         yield skipped("several devices", "there are neither GPUs nor two CPUs")
         return
     size = workers * (16 if machine.gpu else 4)

@@ -22,6 +22,7 @@ import torch
 from dircluster import torchrun
 from dircluster.attacks.apgd import SURVIVORS
 from dircluster.config import ConfigError, RunConfig
+from dircluster.cores import cores
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Recipe
@@ -116,13 +117,13 @@ def as_launched(config: RunConfig, launcher: str) -> RunConfig:
 
     Of a cluster that is joined nothing is known: it gives the most workers, each the cores that one process has here.
     """
-    scaling, cores = config.scaling, os.cpu_count() or 1
+    scaling, here = config.scaling, cores()
     workers, threads = scaling.most, scaling.threads
     if launcher == "local":
         workers = torchrun.size()
     elif not os.environ.get("RAY_ADDRESS"):
-        workers = scaling.workers_on(cores, torch.cuda.device_count())
-        threads = threads or max(1, cores // workers)
+        workers = scaling.workers_on(here, torch.cuda.device_count())
+        threads = threads or max(1, here // workers)
     return replace(config, scaling=replace(scaling, workers=workers, threads=threads))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dircluster.cores import cores
 from dircluster.defenses.table import find_defense
 from dircluster.presets import preset
 from tests.conftest import Trained
@@ -241,11 +241,11 @@ def test_bad_input_is_one_line_and_exit_2(train: Train, trained: Trained, tmp_pa
 
 
 def test_dry_run_tells_and_makes_nothing_but_its_forecast(train: Train, tmp_path: Path) -> None:
-    cores, workers = min(os.cpu_count() or 1, 64), ("--scaling.workers", "1:64", "--scaling.device", "cpu")
+    most, workers = min(cores(), 64), ("--scaling.workers", "1:64", "--scaling.device", "cpu")
     done = train("digits", "--dry-run", *workers, here=True)
     assert done.code == 0, done.err
-    assert f"launcher ray, {cores} worker(s)" in done.out
-    assert f"{(os.cpu_count() or 1) // cores} threads" in done.out  # each worker's
+    assert f"launcher ray, {most} worker(s)" in done.out
+    assert f"{cores() // most} threads" in done.out  # each worker's
     assert "87,172 parameters, 0.004 GFLOP an image" in done.out
     assert "foretold from" in done.out
     (made,) = (file for file in (tmp_path / "runs").rglob("*") if file.is_file())

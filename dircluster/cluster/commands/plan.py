@@ -20,6 +20,7 @@ from dircluster.cluster.runtime.local import has_mlflow
 from dircluster.cluster.storage import opener
 from dircluster.cluster.tracking import place
 from dircluster.config import ConfigError, RunConfig
+from dircluster.cores import cores
 from dircluster.data.layout import split_sizes
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import local_workers, on_local_workers
@@ -137,7 +138,7 @@ def _together(job: cli.TrainJob, config: RunConfig) -> int:
     scaling, gpus = config.scaling, torch.cuda.device_count()
     if job.launcher == "local":
         return scaling.most
-    devices = os.cpu_count() or 1 if scaling.device == "cpu" or not gpus else gpus
+    devices = cores() if scaling.device == "cpu" or not gpus else gpus
     return scaling.most if not os.environ.get("RAY_ADDRESS") and scaling.most <= devices else 1
 
 

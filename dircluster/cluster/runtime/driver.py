@@ -17,6 +17,7 @@ import ray
 from dircluster.cluster import storage
 from dircluster.cluster.runtime import nodes
 from dircluster.config import ConfigError, RunConfig, first_line
+from dircluster.cores import cores
 
 if TYPE_CHECKING:
     from dircluster.cluster.console import Terminal
@@ -86,10 +87,10 @@ def join_cluster(config: RunConfig, terminal: Terminal) -> None:
 
 def _start_ray(config: RunConfig) -> None:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine. Raises ConfigError."""
-    address, cores = os.environ.get("RAY_ADDRESS"), os.cpu_count() or 1
+    address, here = os.environ.get("RAY_ADDRESS"), cores()
     own: dict[str, Any] = {
         "address": "local",
-        "num_cpus": cores if config.scaling.device == "gpu" else max(cores, config.scaling.least),
+        "num_cpus": here if config.scaling.device == "gpu" else max(here, config.scaling.least),
         "include_dashboard": False,
         "object_store_memory": 100_000_000,
     }

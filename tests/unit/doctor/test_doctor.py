@@ -29,7 +29,7 @@ def test_it_examines_a_small_run_in_seconds(tmp_path: Path, monkeypatch: pytest.
         raise RuntimeError("the driver is gone")
 
     monkeypatch.setattr(numerics, "agreement", broken)
-    monkeypatch.setattr(devices.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(devices, "cores", lambda: 1)
     found = run_job("doctor", "digits_smoke", "--seconds", "2400", "--scaling.threads", "1", folder=tmp_path)
     assert (found.code, found.err) == (1, "")
     rows = {row["name"]: row for row in found.summary["findings"]}

@@ -163,7 +163,7 @@ def test_a_stage_that_keeps_a_mean_of_its_weights_is_looked_at_under_both_strate
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as a group needs, whatever this machine has."""
-    monkeypatch.setattr(devices.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
 
 
 @pytest.mark.usefixtures("two_cores")
