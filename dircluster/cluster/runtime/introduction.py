@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import ray
@@ -16,6 +17,9 @@ from ray.train.backend import Backend, BackendConfig
 
 if TYPE_CHECKING:
     from ray.train._internal.base_worker_group import BaseWorkerGroup
+
+_HELD: list[socket.socket] = []
+"""What keeps the port of a meeting from connections: this process imports torch for seconds before it listens there."""
 
 
 class Introduction(BackendConfig):
@@ -36,11 +40,17 @@ class _Introducing(Backend):
 
 
 def _meeting_point() -> tuple[str, int]:
-    """Where the others find this worker: its node's address, and a port that is free."""
+    """Where the others find this worker: its node's address, and a port that nobody else is given until it ends."""
     address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
-        free.bind(("", 0))
-        return address, int(free.getsockname()[1])
+    free = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as who listens there does, so that both may have it
+    free.bind(("", 0))
+    port = int(free.getsockname()[1])
+    if sys.platform == "linux":  # elsewhere one of them alone may have it
+        _HELD.append(free)
+    else:
+        free.close()
+    return address, port
 
 
 def _introduce(address: str, port: int) -> None:
