@@ -26,7 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Cluster:
         self.folder, self.nodes, self.cpus = folder.resolve(), nodes, cpus
         self.s3_scheme = "http"
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._held: list[socket.socket] = []
         self.facts = self._facts()
 
     def _facts(self) -> dict[str, Any]:
@@ -56,8 +57,9 @@ class Cluster:
             facts: dict[str, Any] = json.loads(file.read_text())
             return facts
         third = random.randrange(11, 250)
-        s3 = _free_ports(5, offsets=(0, 10_000))
-        mlflow, head, dashboard, client = _free_ports(4, but=_with_offsets(s3))
+        s3 = free_ports(5, offset=OFFSET)
+        self._held = [_hold(taken) for port in s3 for taken in (port, port + OFFSET)]
+        mlflow, head, dashboard, client = free_ports(4)
         facts = {
             "mark": secrets.token_hex(8),
             "s3": s3,
@@ -165,13 +167,13 @@ class Cluster:
     def _wait_for_bucket(self) -> None:
         """The gateway answers a moment before its bucket is there."""
         import boto3
-        from botocore.exceptions import ClientError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         keys = {"aws_access_key_id": self.facts["key"], "aws_secret_access_key": self.facts["secret"]}
         client = boto3.client("s3", endpoint_url=self.s3_url, region_name="us-east-1", **keys)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
-            with contextlib.suppress(ClientError):
+            with contextlib.suppress(ClientError, BotoCoreError):
                 client.head_bucket(Bucket=BUCKET)
                 return
             time.sleep(0.1)
@@ -207,8 +209,7 @@ class Cluster:
     def _ray(self, part: str) -> subprocess.Popen[bytes]:
         head, facts = part == "head", self.facts
         number = 0 if head else int(part.removeprefix("node"))
-        promised = [*_with_offsets(facts["s3"]), *(facts[name] for name in ("mlflow", "ray", "dashboard", "client"))]
-        agent, metrics = _free_ports(2, but=promised)
+        agent, metrics = free_ports(2, but=[facts[name] for name in ("mlflow", "ray", "dashboard", "client")])
         temporary = Path(facts["temporary"]) / part
         temporary.mkdir(parents=True, exist_ok=True)
         command = [str(Path(sys.executable).parent / "ray"), "start"]
@@ -351,26 +352,35 @@ def _status(url: str) -> int:
 
 HANDED_OUT = 32_000
 """Linux hands out ports from 32768 up, others from 49152: a port free now may be a connection's end a moment later."""
+OFFSET = 10_000
+"""SeaweedFS takes each port, and for its own calls one so far above it."""
+FIRST = 20_000
+"""Ray's workers take those below it."""
 
 
-def _free_ports(count: int, offsets: tuple[int, ...] = (0,), but: Collection[int] = ()) -> list[int]:
-    """Ports from 20000 up that are free at every offset, and none of ``but``, which are promised to somebody.
+def free_ports(count: int, offset: int = 0, but: Collection[int] = ()) -> list[int]:
+    """Ports that are free, and none of ``but``, which are promised to somebody; with ``offset`` each so far above too.
 
-    Each lies below those that the system hands out to connections, at every offset. None is another one at an offset.
+    All lie below those that the system hands out to connections. With OFFSET they are such as others are not given, so
+    that two clusters that begin at once take each other's SeaweedFS no port.
     """
+    first, end = (FIRST, HANDED_OUT - offset) if offset else (HANDED_OUT - OFFSET, FIRST + OFFSET)
     found, promised = list[int](), set(but)
     while len(found) < count:
-        port = random.randrange(20_000, HANDED_OUT - max(offsets))
-        taken = {port + offset for offset in offsets}
+        port = random.randrange(first, end)
+        taken = {port, port + offset}
         if not taken & promised and all(map(_is_free, taken)):
             found.append(port)
             promised |= taken
     return found
 
 
-def _with_offsets(ports: Iterable[int]) -> list[int]:
-    """What SeaweedFS takes: each port, and one for its own calls 10,000 above it."""
-    return [taken for port in ports for taken in (port, port + 10_000)]
+def _hold(port: int) -> socket.socket:
+    """Keep others from finding the port free until this process ends; who listens with SO_REUSEADDR may have it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", port))
+    return held
 
 
 def _is_free(port: int) -> bool:

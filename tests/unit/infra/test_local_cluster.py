@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,22 @@ def test_no_two_parts_are_promised_one_port(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(local_cluster.random, "randrange", randrange)
     monkeypatch.setattr(local_cluster, "_is_free", lambda port: True)
-    assert local_cluster._free_ports(2, offsets=(0, 10_000), but=(30_000, 30_500)) == [21_000, 21_999]
+    assert local_cluster.free_ports(2, offset=10_000, but=(30_000, 30_500)) == [21_000, 21_999]
     assert all(port + 10_000 < 32_768 for port in highest)  # from there up the system gives them to connections
+
+
+def test_ports_of_object_storage_are_given_to_no_other_part_and_to_no_other_cluster(tmp_path: Path) -> None:
+    made = local_cluster.Cluster(tmp_path)
+    try:
+        storage = [taken for port in made.facts["s3"] for taken in (port, port + 10_000)]
+        assert not any(map(local_cluster._is_free, storage))
+        for port in storage:
+            socket.create_server(("127.0.0.1", port)).close()  # as SeaweedFS listens there
+        others = local_cluster.free_ports(1000)
+        assert min(others) >= 22_000
+        assert max(others) < 30_000
+    finally:
+        made.down()
 
 
 def test_ports_are_below_those_of_this_system() -> None:
