@@ -88,7 +88,7 @@ class Job:
 
     @property
     def said(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="replace")  # a character may be half written
 
     def end(self, seconds: float) -> int:
         """Wait for its exit code; what takes longer than ``seconds`` fails the test."""
@@ -132,7 +132,7 @@ class Job:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of its Ray Train workers."""
-        return [p for p in self.cluster.processes() if "RayTrainWorker" in " ".join(_command(p))]
+        return [p for p in self.cluster.processes() if "RayTrainWorker" in " ".join(command_of(p))]
 
     def wait_for_workers(self, number: int, seconds: float = 240.0, gone: Sequence[psutil.Process] = ()) -> None:
         """Until so many workers are at work, none of them one of ``gone``."""
@@ -180,7 +180,8 @@ class Job:
         assert found == list(range(20, steps + 1, 20))  # one in five epochs
 
 
-def _command(process: psutil.Process) -> list[str]:
+def command_of(process: psutil.Process) -> list[str]:
+    """The words that it was started by; none where it has ended meanwhile."""
     try:
         return process.cmdline()
     except psutil.Error:

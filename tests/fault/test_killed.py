@@ -98,7 +98,7 @@ def announce_the_end_of(node: str, cluster: Cluster) -> None:
     environment = os.environ | cluster.environment() | {"RAY_ADDRESS": cluster.gcs}
 
     def said(*words: str) -> str:
-        done = subprocess.run([ray, *words], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([ray, *words], env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -159,11 +159,11 @@ def test_a_stopped_worker_is_an_error_with_all_stacks(job: Make) -> None:
     began = time.monotonic()
     stopped.suspend()
     try:
-        assert run.end(90) == 1, run.said[-3000:]
+        assert run.end(300) == 1, run.said[-3000:]
     finally:
         if stopped.is_running():
             stopped.kill()
-    assert time.monotonic() - began < 15 + 45
+    assert time.monotonic() - began < 15 + 120
     assert "no worker made progress for 15 s (scaling.stall)" in run.said
     for rank in (0, 1):
         assert re.search(rf"worker {rank}: .*?(Thread \d+|no stack)", run.said, re.DOTALL), run.said[-3000:]

@@ -70,7 +70,7 @@ class Train:
 
     @property
     def said(self) -> str:
-        return self.log.read_text()
+        return self.log.read_text(errors="replace")  # a character may be half written
 
     def waits_for(self, text: str, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
@@ -235,7 +235,7 @@ def test_one_job_holds_a_stage_in_object_storage(bucket: Path, monkeypatch: pyte
         pass
     (bucket / "lease.json").write_text(json.dumps({"owner": "dead", "beat": 7}))
     with stage_lock(bucket, "third", said.append):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while json.loads((bucket / "lease.json").read_text())["owner"] != "third":
             assert time.monotonic() < deadline
         (bucket / "lease.json").write_text(json.dumps({"owner": "thief", "beat": 1}))
@@ -263,7 +263,7 @@ def test_storage_that_cannot_be_used_is_one_line_within_seconds(
     words = [word for name, value in settings.items() for word in (f"--storage.{name}", value)]
     began = time.monotonic()
     assert train.run(*words) == 2, train.said
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     (line,) = train.said.strip().splitlines()
     assert line.startswith("error: storage.")
     assert message in line
@@ -281,7 +281,7 @@ def test_a_report_in_object_storage_is_read_or_is_one_line_within_seconds(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     began = time.monotonic()
     assert replay.main([str(report), "1"]) == 2
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     errors += capsys.readouterr().err.splitlines()
     for part, line in zip(("no/such/row", "absent.json does not exist", "does not answer"), errors, strict=True):
         assert part in line

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from dircluster.cluster.storage import open_path
 from dircluster.config import StorageConfig
 from infra.local_cluster import Cluster
-from tests.fault.conftest import Job, weights_in
+from tests.fault.conftest import Job, command_of, weights_in
 
 Make = Callable[..., Any]
 SPACE = """
@@ -31,7 +31,7 @@ GRID = [
 
 def actors(cluster: Cluster) -> list[psutil.Process]:
     """The processes of trials at work."""
-    return [p for p in cluster.processes() if p.cmdline()[:1] and p.cmdline()[0].startswith("ray::ImplicitFunc")]
+    return [p for p in cluster.processes() if " ".join(command_of(p)).startswith("ray::ImplicitFunc")]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path, tr
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(list((place / "there").glob("evaluations/*/*/shard-*.json"))) < 5:
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -73,7 +73,7 @@ def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path, tr
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {f: f.stat().st_mtime_ns for f in (place / "there").glob("evaluations/*/*/shard-*.json")}
-    assert 5 <= len(kept) < 50
+    assert 5 <= len(kept) < len(list((place / "here").glob("evaluations/*/*/shard-*.json")))
     found = judge(place, *words, *there[:2], "--launcher", "local")  # one worker goes on with what two have begun
     assert {f: f.stat().st_mtime_ns for f in kept} == kept  # not redone
     assert "shards are finished already" in found["said"]

@@ -91,7 +91,7 @@ def test_workers_compute_the_bits_of_one_replicated_or_sharded(train: Train, tmp
 def test_a_sharded_model_crafts_without_gathering_gradients(root: Path) -> None:
     script = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script += [str(root / "tests/integration/sharded_step.py")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment())
+    done = subprocess.run(script, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["while crafting"] == 0
@@ -165,9 +165,9 @@ def test_a_signal_commits_a_checkpoint_and_the_same_command_resumes(
     time.sleep(1)
     began = time.monotonic()
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == code, out
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
     assert "resume with: python jobs/train.py digits_smoke" in out
     resumed = train(*words)
     assert resumed.code == 0, resumed.err

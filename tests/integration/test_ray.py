@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,9 +98,9 @@ def test_signals_on_ray_commit_and_the_same_command_continues_the_record(
                 break
         began = time.monotonic()
         os.kill(process.pid, number)
-        out, _ = process.communicate(timeout=90)
+        out, _ = process.communicate(timeout=300)
         assert process.returncode == code, out
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 120
         assert "resume with: python jobs/train.py digits_smoke" in out
         _, parent, children = record(tmp_path)
         assert parent.info.status == "KILLED"
@@ -123,16 +121,9 @@ def test_more_gpus_than_there_are_is_one_line(train: Train, script: str) -> None
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_and_comes_back_misses_nothing(mlflow_server: Any, root: Path, tmp_path: Path) -> None:
-    words = ["digits_smoke", "--launcher", "local", "--dir.epochs", "150", "--tracking.uri", mlflow_server.uri]
-    process = subprocess.Popen(
-        [sys.executable, str(root / "jobs" / "train.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert process.stdout is not None
+def test_a_server_that_goes_and_comes_back_misses_nothing(mlflow_server: Any, start: Any) -> None:
+    words = ("digits_smoke", "--launcher", "local", "--dir.epochs", "150", "--tracking.uri", mlflow_server.uri)
+    process = start(*words)
     for line in process.stdout:
         if line.startswith("dir  "):
             break

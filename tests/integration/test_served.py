@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 import torch
 
 from dircluster import load_defense
+from infra.local_cluster import free_ports
 from tests.conftest import Trained
 from tests.jobs import environment, run_job
 
@@ -38,9 +38,7 @@ def test_a_registered_defense_is_served_by_its_own_code(trained: Trained, tmp_pa
     broken = tmp_path / "path" / "dircluster"  # what Python finds instead of this package
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('the code of the model is not used')\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/dir-digits_smoke@candidate"]
     command += ["--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
     settings = {
@@ -55,7 +53,7 @@ def test_a_registered_defense_is_served_by_its_own_code(trained: Trained, tmp_pa
             command, stdout=out, stderr=out, cwd=tmp_path, env=environment() | settings, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 240
         while True:
             try:
                 urllib.request.urlopen(f"{url}/ping", timeout=5).close()

@@ -84,7 +84,7 @@ def test_a_search_of_several_seeds_is_stopped_and_goes_on(train: Train, start: S
         if "2 of 6 trials" in line:
             break
     os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 130, out
     assert out.endswith("stopped; what is finished is kept, and the same command goes on\n")
     first = results(tmp_path)
