@@ -25,16 +25,18 @@ from dircluster.presets import preset
 from dircluster.presets.dir import DirRun
 from dircluster.rng import Stream
 from infra.local_cluster import Cluster
-from tests.jobs import RAY, ROOT, Outcome, run_job
+from tests.jobs import FOREIGN, RAY, ROOT, Outcome, run_job
 
 torch.set_num_threads(1)
+for foreign in FOREIGN:  # a person's cluster and server are not those of tests that ask in this process
+    os.environ.pop(foreign, None)
 ALONE = Parallel(0, 1, torch.device("cpu"))
 """One worker, on the CPU."""
 CLUSTER = tuple(f"tests/fault/test_{name}.py" for name in ("killed", "submitted", "sweep"))
 """Files whose tests share one cluster: a second one would cost half a minute and two gigabytes."""
 
 
-def wait_until(holds: Callable[[], Any], seconds: float = 20) -> None:
+def wait_until(holds: Callable[[], Any], seconds: float = 60) -> None:
     """Until something holds that another thread does."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -61,6 +63,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def seeded() -> None:
     """Weights and images that a test draws without a seed of its own are the same ones every time."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_make_collect_report() -> None:
+    """So are those that a module of tests draws while it is imported."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """And those of a fixture that several tests share, whichever of them comes first."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

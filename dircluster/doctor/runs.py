@@ -30,7 +30,7 @@ from dircluster.training.stages import Networks, stages_of
 
 SMOKE = "digits_smoke"
 """The preset that is killed and resumed: target, pre-training and DIR in a few steps each."""
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds that a step has to be committed in."""
 STEPS = 6
 """Steps that are compared: a captured one is replayed after three."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.tracking import MlflowClient
+from mlflow.tracking import MlflowClient, fluent
 from mlflow.types import Schema, TensorSpec
 
 import dircluster.cluster.tracking.evaluator  # noqa: F401 - registers, where the package is not installed
@@ -24,14 +24,17 @@ CONFIG = {"images": 16, "steps": 2, "epsilon": 0.05, "verdict": False}
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[str]:
-    before, uri = os.environ.get("MLFLOW_TRACKING_URI"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")  # MLflow leaves both to the processes that it starts
+    before, experiment = {name: os.environ.get(name) for name in names}, fluent._active_experiment_id
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
     mlflow.create_experiment("rank", artifact_location=str(tmp_path / "artifacts"))
     mlflow.set_experiment("rank")
     yield uri
-    mlflow.set_tracking_uri(before or "")
-    if before is None:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    mlflow.set_tracking_uri(before["MLFLOW_TRACKING_URI"] or "")
+    fluent._active_experiment_id = experiment
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def test_logged_models_rank_by_robust_accuracy(store: str, caplog: pytest.LogCaptureFixture) -> None:

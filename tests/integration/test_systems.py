@@ -145,8 +145,7 @@ def must_answer(defense: Defended, name: str, draws: bool) -> None:
         answers = defense.fixed(0) if draws else defense
         together, alone = answers(images), torch.cat([answers(image[None]) for image in images])
         assert torch.equal(defense(images), defense(images)) != draws
-    close = 1e-4 if draws else None
-    torch.testing.assert_close(together, alone, atol=close, rtol=close)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)  # kernels add up one image in another order
 
 
 def must_be_recorded(client: MlflowClient, name: str, rows: list[dict[str, Any]]) -> None:

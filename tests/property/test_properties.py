@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dircluster import rng
@@ -20,7 +20,8 @@ from dircluster.models.masking import complementary_masks, random_permutations
 from dircluster.presets.dir import DirRun, MaskingConfig
 from dircluster.training import checkpoint
 
-settings.register_profile("busy", deadline=None)  # an example takes as long as others leave it
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Examples take as long as others leave them, and so does drawing them."""
 settings.load_profile("busy")
 
 

@@ -74,7 +74,7 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(root: Path) -> None:
     )
     os.close(reader)
     os.close(writer)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, b"went on")
 
 

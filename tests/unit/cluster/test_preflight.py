@@ -254,8 +254,9 @@ def test_paths_that_the_nodes_of_a_cluster_may_have_are_theirs_to_judge(
 
 
 @pytest.fixture
-def head() -> Iterator[Callable[..., int]]:
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """A gRPC server that knows one of Ray's calls, with its request: -> its port."""
+    monkeypatch.setattr(preflight, "ANSWER", 60.0)  # on a machine however busy
     servers: list[grpc.Server] = []
 
     def serve(call: tuple[str, bytes], code: grpc.StatusCode = grpc.StatusCode.OK) -> int:
@@ -382,10 +383,12 @@ def test_workers_are_told_the_endpoint_that_this_process_knows_from_its_environm
 
 
 def test_a_named_set_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]  # closed at once: nothing listens there
-    monkeypatch.setitem(preflight.DOWNLOADS, "svhn", ("test_32x32.mat", f"http://127.0.0.1:{port}/test_32x32.mat"))
-    with pytest.raises(ConfigError, match=r"torchvision could not fetch svhn: .*; give --data.uri PATH instead"):
-        preflight.check_download("svhn", tmp_path / "data")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # nobody listens there, and nobody else can
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/test_32x32.mat"
+        monkeypatch.setitem(preflight.DOWNLOADS, "svhn", ("test_32x32.mat", url))
+        with pytest.raises(ConfigError, match=r"torchvision could not fetch svhn: .*; give --data.uri PATH instead"):
+            preflight.check_download("svhn", tmp_path / "data")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test_32x32.mat").touch()
     preflight.check_download("svhn", tmp_path / "data")

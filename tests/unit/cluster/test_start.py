@@ -93,11 +93,11 @@ class Ray:
 
     def train(self, config: Any, owner: str, fresh: bool, record: Any, terminal: Any, on_outcome: Any) -> Any:
         self.asked.append("start")
-        assert self.opened.wait(30), "the record is opened while Ray starts"
+        assert self.opened.wait(60), "the record is opened while Ray starts"
         record()
         outcome = {"status": "FINISHED"}
         on_outcome(outcome)
-        assert self.registered.wait(30), "the model is registered while Ray ends"
+        assert self.registered.wait(60), "the model is registered while Ray ends"
         return outcome
 
 

@@ -26,12 +26,13 @@ def commit_of(package: Path) -> str:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_a_package_in_the_environment_of_another_project_has_not_its_commit(root: Path, tmp_path: Path) -> None:
     def git(*words: str) -> str:
-        own = ["-c", "user.name=n", "-c", "user.email=e@localhost"]
+        own = ["-c", "user.name=n", "-c", "user.email=e@localhost", "-c", "commit.gpgsign=false"]
         done = subprocess.run(["git", *own, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     package = tmp_path / "environment"
-    shutil.copytree(root / "dircluster", package / "dircluster", ignore=shutil.ignore_patterns("*.safetensors"))
+    ignored = shutil.ignore_patterns("*.safetensors", "__pycache__")
+    shutil.copytree(root / "dircluster", package / "dircluster", ignore=ignored)
     (tmp_path / ".gitignore").write_text("environment\n")
     git("init")
     git("add", ".")

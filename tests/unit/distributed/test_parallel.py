@@ -137,9 +137,13 @@ def test_two_processes_share_what_the_first_one_finds(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE)
         for rank in (0, 1)
     ]
-    for process in begun:
-        out, _ = process.communicate(timeout=120)
-        assert out.decode().splitlines() == ["{'a': [1, 2.5, None], 'b': '\u00e4'}", "['x']", "restored busy"]
+    try:
+        for process in begun:
+            out, _ = process.communicate(timeout=300)
+            assert out.decode().splitlines() == ["{'a': [1, 2.5, None], 'b': '\u00e4'}", "['x']", "restored busy"]
+    finally:
+        for process in begun:  # the other one may wait for ever
+            process.kill()
 
 
 def test_buffers_travel_only_where_workers_may_differ_in_them() -> None:

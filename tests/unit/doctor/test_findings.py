@@ -32,7 +32,7 @@ def hanging() -> Iterator[Finding]:
 
 
 def test_what_raises_or_hangs_is_one_line_and_the_others_go_on() -> None:
-    checks = [Check("broken", broken, 9), Check("hanging", hanging, 0.2), Check("sound", sound, 9)]
+    checks = [Check("broken", broken, 9), Check("hanging", hanging, 1), Check("sound", sound, 9)]
     told: list[Finding] = []
     found = examine(checks, 30, told.append)
     assert told == found
@@ -45,12 +45,12 @@ def test_what_raises_or_hangs_is_one_line_and_the_others_go_on() -> None:
         ("rate", "ok"),
     ]
     assert found[1].note == "RuntimeError: CUDA error: an illegal memory access"
-    assert found[3].note.startswith("out of time after 0 s")
-    assert 0.19 < found[3].seconds < 30  # a check of a minute, on a machine however busy
+    assert found[3].note.startswith("out of time after 1 s")
+    assert 0.99 < found[2].seconds + found[3].seconds < 30  # a check of a minute, on a machine however busy
 
 
 def test_once_the_time_is_up_the_rest_is_skipped_with_a_reason() -> None:
-    found = examine([Check("first", hanging, 60), Check("last", sound, 9)], 1.2, lambda finding: None)
+    found = examine([Check("first", hanging, 60), Check("last", sound, 9)], 3, lambda finding: None)
     assert [(finding.name, finding.status) for finding in found] == [
         ("this", "skipped"),
         ("first", "warn"),
@@ -76,11 +76,11 @@ def test_what_is_no_number_fails_and_can_be_written(figure: float) -> None:
 def test_an_alarm_that_was_set_before_still_comes() -> None:
     rung = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
-    others = signal.setitimer(signal.ITIMER_REAL, 60)
+    others = signal.setitimer(signal.ITIMER_REAL, 600)
     try:
         with pytest.raises(OutOfTime), time_limit(0.1):
             time.sleep(5)
-        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] < 60
+        assert 500 < signal.getitimer(signal.ITIMER_REAL)[0] < 600
         signal.raise_signal(signal.SIGALRM)
         assert rung == [signal.SIGALRM]
     finally:

@@ -84,7 +84,7 @@ def clicked(page: Path, script: str, folder: Path) -> Any:
     tail = f"<script>document.title = JSON.stringify((() => {{ {script} }})())</script>"
     copy.write_text(page.read_text() + tail)
     words = [CHROMIUM, *BROWSER, f"--user-data-dir={folder / 'profile'}", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
     title = done.stdout.partition("<title>")[2].partition("</title>")[0]
     return json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
@@ -228,7 +228,7 @@ def test_ten_thousand_images_are_computed_at_once() -> None:
         console.log(JSON.stringify([(process.cpuUsage().user - began) / 1e6, JSON.stringify(table).length]))"""
     )
     assert size < 5e6
-    assert seconds < 3  # of computing: less than one where nothing else runs
+    assert seconds < 10  # of computing: less than one where nothing else runs, minutes if each image met all others
 
 
 def test_classes_beyond_two_signs_have_three() -> None:

@@ -228,10 +228,16 @@ def test_published_weights_without_a_network_are_refused_at_once(
 ) -> None:
     monkeypatch.setattr(elsewhere, "answers", lambda url: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    began = time.monotonic()
+    asked: list[str] = []
+
+    def nowhere(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_AGAIN, "no name can be looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     with pytest.raises(ConfigError, match=r"^timm:resnet18 could not be made: huggingface.co does not answer and"):
         build("timm:resnet18", COLOR, pretrained=True)
-    assert time.monotonic() - began < 5
+    assert asked == []  # at once: each name would be asked for several times, with pauses
 
 
 def test_whether_a_server_answers() -> None:
@@ -242,7 +248,7 @@ def test_whether_a_server_answers() -> None:
         listening.listen()
         began = time.monotonic()
         assert not elsewhere.answers(f"http://127.0.0.1:{port}")  # somebody does, and says nothing
-        assert time.monotonic() - began < 2 * elsewhere.PATIENCE
+        assert time.monotonic() - began < elsewhere.PATIENCE + 30
 
 
 def test_an_unknown_timm_model_is_named() -> None:

@@ -97,7 +97,7 @@ def test_the_next_batch_is_made_while_this_step_runs_and_on_another_thread() -> 
 
     batches = Batches(make, 3, CPU, ahead=True)
     batches(0)
-    assert second.wait(10)
+    assert second.wait(60)
     batches.settle()
     assert made == [(0, "batches_0"), (1, "batches_0")]
     batches.close()

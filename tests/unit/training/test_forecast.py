@@ -379,6 +379,7 @@ def test_memory_grows_with_the_images_that_pass_together(
     most: int | None, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed: list[int] = []
+    monkeypatch.setattr(module, "_timed", lambda step, images, parallel: step(images) or 1e-9)
     monkeypatch.setattr(module, "resting", lambda device: 900)
     monkeypatch.setattr(module, "peak", lambda device: 1000 + 10 * passed[-1])
     assert module._pace(passed.append, 1e6, 32, ALONE, 0.001, most).memory == memory

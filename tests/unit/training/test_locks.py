@@ -44,7 +44,7 @@ def test_of_two_jobs_that_are_given_one_target_the_second_writes_over_nothing(
     def slow(folder: Path, *given: Any) -> str:
         written.append(folder)
         begun.set()
-        assert go.wait(20)
+        assert go.wait(60)
         return write(folder, *given)
 
     def keep() -> None:
@@ -54,7 +54,7 @@ def test_of_two_jobs_that_are_given_one_target_the_second_writes_over_nothing(
     monkeypatch.setattr(module, "KEEPS_SOON", 0.02)
     first = threading.Thread(target=keep)
     first.start()
-    assert begun.wait(20)
+    assert begun.wait(60)
     threading.Timer(0.3, go.set).start()
     keep()
     first.join()

@@ -42,7 +42,6 @@ def leave_and_fail(channel: WorkerChannel, terminal: Terminal) -> None:
 @pytest.fixture
 def follow(clock: Clock, terminal: Terminal, no_ray: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Follow:
     no_ray(ray_train)
-    monkeypatch.setattr(ray_train, "time", clock)
 
     def run(*fits: Fit) -> tuple[dict[str, Any], int]:
         job, channel, left = Job.__new__(Job), WorkerChannel(clock), list(fits)
@@ -51,6 +50,12 @@ def follow(clock: Clock, terminal: Terminal, no_ray: Callable[..., None], monkey
         job.trainer = SimpleNamespace(fit=lambda: left.pop(0)(channel, terminal))  # type: ignore[assignment]
         job.watch = Watch(job.scaling, job.terminal, lambda _: {}, lambda _: None, lambda: 1.0, clock)
         job.fitting = job._thread()
+
+        def sleep(seconds: float) -> None:
+            job.fitting.join()  # its thread knows no clock: the driver's would run out before it begins
+            clock.sleep(seconds)
+
+        monkeypatch.setattr(ray_train, "time", SimpleNamespace(sleep=sleep))
         return job.follow(lambda: None), len(fits) - len(left)
 
     return run

@@ -38,6 +38,7 @@ from dircluster.cluster.tracking.sqlite_record import MOVED_TAG, opening
 from dircluster.cluster.tracking.tracker import MlflowTracker, is_full
 from dircluster.config import ConfigError, with_values
 from dircluster.presets.dir import DirRun
+from tests.conftest import wait_until
 
 ELSEWHERE = "another-boot/pid:[1] 7 1234"
 
@@ -46,13 +47,14 @@ def test_a_process_is_known_by_its_start_and_by_its_signs_of_life() -> None:
     place, pid, start = this_process().split(" ")
     assert not is_gone(this_process(), "", 0.0)
     assert is_gone(f"{place} {pid} {int(start) - 1}", "", 0.0)  # another one of that number
-    other = subprocess.Popen(["sleep", "60"])
-    owner = f"{place} {other.pid} {_start(other.pid)}"
-    assert not is_gone(owner, "", 0.0)
-    other.kill()
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is left for somebody to wait for
-    assert is_gone(owner, "", 0.0)
-    other.wait()
+    with subprocess.Popen(["sleep", "600"]) as other:
+        try:
+            owner = f"{place} {other.pid} {_start(other.pid)}"
+            assert not is_gone(owner, "", 0.0)
+        finally:
+            other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is left for somebody to wait for
+        assert is_gone(owner, "", 0.0)
     assert is_gone(owner, "", 0.0)
     assert not is_gone(ELSEWHERE, "", 1e9)  # nothing is known of it
     assert not is_gone(ELSEWHERE, "1000", 1000 + DEAD - 1)
@@ -118,10 +120,7 @@ def test_a_job_that_goes_on_has_not_the_signs_of_life_of_the_process_before_it(
     monkeypatch.setattr(owners, "_place", lambda: "another-machine")
     assert close_abandoned(client, [record.experiment_id]) == []
     with owners.beating(record.uri, record.run_id):
-        for _ in range(1000):
-            if BEAT_TAG in client.get_run(record.run_id).data.tags:
-                break
-            time.sleep(0.01)
+        wait_until(lambda: BEAT_TAG in client.get_run(record.run_id).data.tags)
     assert time.time() - float(client.get_run(record.run_id).data.tags[BEAT_TAG]) < DEAD
 
 
@@ -283,13 +282,13 @@ def test_a_full_disk_is_known_and_not_waited_for(error: Exception | None, full: 
 
 
 BEGIN = """
-import dataclasses, sys, time
+import dataclasses, sys
 from dircluster.presets import preset
 from dircluster.cluster.tracking.jobs import open_job
 run = preset("digits_smoke")
 run = dataclasses.replace(run, seed=int(sys.argv[2]), storage=dataclasses.replace(run.storage, uri=sys.argv[1]))
-while time.time() < float(sys.argv[3]):
-    time.sleep(0.001)
+print("ready", flush=True)
+sys.stdin.readline()
 print(open_job(run, {"dircluster.commit": 40 * "a"}).run_id)
 """
 
@@ -301,11 +300,17 @@ def test_two_jobs_begin_at_once_are_gone_and_are_found_again_where_their_folder_
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     words = [sys.executable, "-c", BEGIN, str(old)]
-    both = [
-        subprocess.Popen([*words, seed, str(time.time() + 4)], stdout=subprocess.PIPE, cwd=root, text=True)
-        for seed in ("0", "1")
-    ]
-    runs = [process.communicate(timeout=100)[0].strip() for process in both]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*words, seed], cwd=root, **pipes) for seed in ("0", "1")]
+    try:
+        assert [process.stdout.readline() for process in both] == ["ready\n", "ready\n"]
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        runs = [process.communicate(timeout=300)[0].strip() for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0]
     assert len(set(runs)) == 2
     shutil.move(old, new)

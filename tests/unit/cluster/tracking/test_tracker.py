@@ -28,7 +28,7 @@ def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
         if down:
             raise down.pop(0)
 
-    tracker = MlflowTracker(JobRecord(f"sqlite:///{tmp_path / 'mlflow.db'}", "0", "run", "runs", 20.0), lines.append)
+    tracker = MlflowTracker(JobRecord(f"sqlite:///{tmp_path / 'mlflow.db'}", "0", "run", "runs", 120.0), lines.append)
     tracker.queue.put(record)
     tracker.queue.put(lambda: got.append(1))
     tracker.close()
@@ -44,7 +44,7 @@ def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(uri:
     client = MlflowClient(uri)
     experiment = client.create_experiment("pictures", artifact_location=str(tmp_path / "artifacts"))
     parent = client.create_run(experiment).info.run_id
-    job = JobRecord(uri, experiment, parent, "runs", 20.0)
+    job = JobRecord(uri, experiment, parent, "runs", 120.0)
     pixels = np.zeros((4, 4, 3), np.uint8)
 
     def recorded(*steps: int) -> str:
@@ -71,7 +71,7 @@ def test_results_of_other_files_under_the_same_settings_replace_those_on_record(
     run = client.create_run(experiment).info.run_id
     row = {"defense": "dir", "attack": "none", "randomness": "fresh"}
     for accuracy in (0.5, 0.5, 0.25):
-        tracker = MlflowTracker(JobRecord(uri, experiment, run, "runs", 20.0), print)
+        tracker = MlflowTracker(JobRecord(uri, experiment, run, "runs", 120.0), print)
         tracker.results([{**row, "accuracy": accuracy}], tmp_path)
         tracker.close()
     (name,) = client.get_run(run).data.metrics
@@ -83,7 +83,7 @@ def test_a_stage_that_is_reused_keeps_the_time_at_which_it_finished(tmp_path: Pa
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = MlflowClient(uri)
     experiment = client.create_experiment("stages", artifact_location=str(tmp_path / "artifacts"))
-    job = JobRecord(uri, experiment, client.create_run(experiment).info.run_id, "runs", 20.0)
+    job = JobRecord(uri, experiment, client.create_run(experiment).info.run_id, "runs", 120.0)
 
     def ended(*new: int) -> Any:
         """What is on record once a job has sent what was late, a point of step 1, and trained ``new`` steps."""
