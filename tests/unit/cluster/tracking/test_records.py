@@ -301,7 +301,7 @@ def test_two_jobs_begin_at_once_are_gone_and_are_found_again_where_their_folder_
     old.mkdir()
     words = [sys.executable, "-c", BEGIN, str(old)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*words, seed], cwd=root, **pipes) for seed in ("0", "1")]
+    both: list[Any] = [subprocess.Popen([*words, seed], cwd=root, **pipes) for seed in ("0", "1")]
     try:
         assert [process.stdout.readline() for process in both] == ["ready\n", "ready\n"]
         for process in both:
