@@ -45,11 +45,13 @@ def _reproduce(job: cli.ReproduceJob) -> int:
     from dircluster.cluster.reproducing.units import Listening
 
     asked = asked_of(job)
-    preflight.check(with_absolute_paths(asked.job.run), on_ray=job.launcher == "ray")
+    config = with_absolute_paths(asked.job.run)
+    storage.to_environment(config.storage)
+    preflight.check(config, on_ray=job.launcher == "ray")
     with Listening() as terminal:
         made = Reproduction(asked, terminal)
         if not job.dry_run:
-            storage.check(with_absolute_paths(job.run))
+            storage.check(config)
         try:
             code = made.run()
         except storage.troubles(made.config.storage) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dircluster import cli
 from dircluster.cluster.commands import reproduce
 from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
 from dircluster.cluster.reproducing.units import Listening
+from dircluster.config import ConfigError
 from dircluster.reproduction.plan import Plan
 from dircluster.training.forecast import Calibration, Pace
 
@@ -97,3 +99,18 @@ def test_a_budget_that_is_kept_tells_what_is_left(monkeypatch: pytest.MonkeyPatc
     made.store.put("factor", {"factor": 1.0})  # of code that kept no paces
     made._costed()
     assert timed == ["once", "once"]
+
+
+def test_what_speaks_s3_by_itself_finds_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's artifacts, as with train, evaluate and tune."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("planted")
+
+    for name in ("AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("dircluster.cluster.preflight.check", refuse)
+    words = ["table1", "digits_smoke", "--only", "identity", "--storage.endpoint", "http://127.0.0.1:9"]
+    assert reproduce.main(words) == 2
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == os.environ["MLFLOW_S3_ENDPOINT_URL"] == "http://127.0.0.1:9"
