@@ -105,11 +105,16 @@ def _check_switches(config: RunConfig) -> None:
     check_switches(config, Parallel(0, scaling.least, device))
 
 
+def is_here(name: str, cache: Path) -> bool:
+    """Whether a named set comes with a package, or has been fetched into ``cache``."""
+    return name not in DOWNLOADS or (cache / DOWNLOADS[name][0]).exists()
+
+
 def check_download(name: str, cache: Path) -> None:
     """Raise ConfigError where a named set is not in ``cache`` yet and the server that has it does not answer."""
-    folder, url = DOWNLOADS.get(name, ("", ""))
-    if not url or (cache / folder).exists():
+    if is_here(name, cache):
         return
+    _, url = DOWNLOADS[name]
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER).close()
     except OSError as error:

@@ -47,7 +47,7 @@ def _reproduce(job: cli.ReproduceJob) -> int:
     asked = asked_of(job)
     config = with_absolute_paths(asked.job.run)
     storage.to_environment(config.storage)
-    preflight.check(config, on_ray=job.launcher == "ray")
+    preflight.check(config, on_ray=job.launcher == "ray", download=not job.dry_run)
     with Listening() as terminal:
         made = Reproduction(asked, terminal)
         if not job.dry_run:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dircluster import cli
+from dircluster.cluster import preflight
 from dircluster.cluster.paths import with_absolute_paths
 from dircluster.cluster.plain_store import Store
 from dircluster.cluster.reproducing.result import Result
@@ -20,7 +21,7 @@ from dircluster.cluster.storage import open_path, opener
 from dircluster.cluster.sweeps.store import key_of
 from dircluster.cluster.version import commit
 from dircluster.config import ConfigError, RunConfig, digest, named_line
-from dircluster.data.layout import split_sizes
+from dircluster.data.layout import data_cache, split_sizes
 from dircluster.distributed.launch import local_workers
 from dircluster.reproduction.costs import TIMED, Cost, by_kind, calibrated, costs, factor_for
 from dircluster.reproduction.exhibits import Exhibit, Settings
@@ -186,6 +187,10 @@ class Reproduction:
 
     def _stored(self) -> tuple[set[str], set[str]]:
         """Keys of finished stages, and, where it is foretold what judging takes, of what is judged."""
+        data = self.config.data
+        if self.job.dry_run and data.uri is None and not preflight.is_here(data.name, data_cache(self.config.storage)):
+            self.terminal.say(f"what is stored is not looked at: it goes by the images of {data.name}, not fetched yet")
+            return set(), set()
         try:
             found = find_stored(self.plan, self.config)
             judged = judged_units(self.plan, found, judged_trainings(self.plan)) if self.timed else set()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dircluster import cli
+from dircluster.cluster import preflight
 from dircluster.cluster.commands import reproduce
 from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
 from dircluster.cluster.reproducing.units import Listening
@@ -114,3 +115,17 @@ def test_what_speaks_s3_by_itself_finds_the_server(monkeypatch: pytest.MonkeyPat
     words = ["table1", "digits_smoke", "--only", "identity", "--storage.endpoint", "http://127.0.0.1:9"]
     assert reproduce.main(words) == 2
     assert os.environ["AWS_ENDPOINT_URL_S3"] == os.environ["MLFLOW_S3_ENDPOINT_URL"] == "http://127.0.0.1:9"
+
+
+def test_a_dry_run_fetches_no_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not where stages of other data lie in storage either."""
+    (tmp_path / "target-0123" / "final").mkdir(parents=True)
+    monkeypatch.setitem(preflight.DOWNLOADS, "cifar10", ("cifar-10-batches-py", "http://127.0.0.1:9/none"))
+    monkeypatch.setattr(f"{MODULE}.calibrated", lambda plan, *_: {})
+    monkeypatch.setattr(f"{MODULE}.Reproduction._costs", lambda *_, **__: [])
+    words = ["table1", "cifar10", "--only", "identity", "--dry-run", "--launcher", "local"]
+    assert reproduce.main([*words, "--storage.uri", str(tmp_path)]) == 0
+    assert "it goes by the images of cifar10, not fetched yet" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["target-0123"]
