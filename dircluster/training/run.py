@@ -38,12 +38,9 @@ from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.memory import peak, resting
 from dircluster.training.protocols import Console, StageRecord, Tracker
 from dircluster.training.retry import retry
-from dircluster.training.stage_folder import StageFolder, find_stage_folder
+from dircluster.training.stage_folder import StageFolder, find_stage_folder, keep_once
 from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
-
-KEEPS_SOON = 0.5
-"""Seconds between two looks whether another job has kept the target that both were given."""
 
 
 class Run:
@@ -173,17 +170,11 @@ class Run:
         weights = given.classifier.state_dict()
         key = digest({"target": architecture(self.config), "weights": {k: _fingerprint(v) for k, v in weights.items()}})
         stage_folder = find_stage_folder(self.storage, "target", key)
-        deadline = time.monotonic() + self.config.storage.patience
-        while not checkpoint.is_sound(stage_folder.final, key):
-            try:
-                with stage_lock(stage_folder.folder, self.owner, self.console.say) as check:
-                    if not checkpoint.is_sound(stage_folder.final, key):  # whose reader would lose it meanwhile
-                        check()
-                        checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
-            except TakenOverError:  # another job keeps the same weights
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(KEEPS_SOON)
+
+        def write() -> None:
+            checkpoint.write(stage_folder.final, {"classifier": weights}, {"stage": "target"}, key)
+
+        keep_once(stage_folder, write, self.owner, self.console.say, self.config.storage.patience)
         return key, str(stage_folder.folder), given.sha256, given.notes
 
     def _stage(

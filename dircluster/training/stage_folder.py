@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dircluster.files import write_whole
 from dircluster.training import checkpoint
+from dircluster.training.locks import TakenOverError, stage_lock
 
 TOKEN = "started-by"
 """File that names the job which started a stage from nothing."""
@@ -17,6 +20,8 @@ result, whose digest is that of weights and facts alone: the same weights are th
 """
 UNKNOWN = "unknown"
 """The version of what was trained before versions were recorded."""
+KEEPS_SOON = 0.5
+"""Seconds between two looks whether another job has kept what both were given."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,23 @@ def find_stage_folder(storage: Path, name: str, key: str, token: str | None = No
         stage_folder.folder.mkdir(parents=True)
         (stage_folder.folder / TOKEN).write_text(token)
     return stage_folder
+
+
+def keep_once(
+    stage_folder: StageFolder, write: Callable[[], None], owner: str, say: Callable[[str], None], patience: float
+) -> None:
+    """Let ``write`` commit the result of a stage that nobody trains, unless it lies there sound.
+
+    Of jobs that come at once one does, and the others wait for it, for up to ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not checkpoint.is_sound(stage_folder.final, stage_folder.key):
+        try:
+            with stage_lock(stage_folder.folder, owner, say) as check:
+                if not checkpoint.is_sound(stage_folder.final, stage_folder.key):  # or its reader would lose it
+                    check()
+                    write()
+        except TakenOverError:  # another job keeps the same
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(KEEPS_SOON)

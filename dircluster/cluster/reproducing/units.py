@@ -148,7 +148,9 @@ class Units:
         run = with_absolute_paths(self.plan.run_of(transfer))
         try:
             places = [open_path(each.checkpoint, run.storage) for each in (purifier, target)]
-            folder = str(transferred(open_path(run.storage.uri, run.storage), *places).absolute())
+            storage, owner = open_path(run.storage.uri, run.storage), uuid.uuid4().hex
+            made = transferred(storage, *places, owner, self.terminal.say, run.storage.patience)
+            folder = str(made.absolute())
             claim = self._claim(run, folder)
         except Exception as error:  # whatever a system raises is its own
             return Outcome(error=reason_of(error))

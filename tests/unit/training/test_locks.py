@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dircluster.config import ConfigError, with_values
 from dircluster.presets.dir import DirRun
-from dircluster.training import checkpoint, stages
+from dircluster.training import checkpoint, stage_folder, stages
 from dircluster.training import run as module
 from dircluster.training.locks import TakenOverError, stage_lock
 from dircluster.training.protocols import NoTracker, Quiet
@@ -51,7 +51,7 @@ def test_of_two_jobs_that_are_given_one_target_the_second_writes_over_nothing(
         found.append(module.Run(config, ALONE, NoTracker(), Quiet())._keep_given_target())
 
     monkeypatch.setattr(checkpoint, "write", slow)
-    monkeypatch.setattr(module, "KEEPS_SOON", 0.02)
+    monkeypatch.setattr(stage_folder, "KEEPS_SOON", 0.02)
     first = threading.Thread(target=keep)
     first.start()
     assert begun.wait(60)

@@ -71,7 +71,7 @@ def test_a_transfer_is_judged_once_its_own_shards_are_there(trained: Trained, tm
     purifier, target = stages[moved.purifier], next(storage.glob("target-*/final"))  # its own, as if it were another
     found = Stored({moved.purifier: purifier, moved.target: target}, find_stored(plan, run).data)
     assert moved.key not in judged_units(plan, found)
-    folder = str(transferred(storage, purifier, target))
+    folder = str(transferred(storage, purifier, target, "me", print, 1.0))
     assert moved.key not in judged_units(plan, found)
     job = EvaluationJob(JobSpec(run_to_plain(run), folder, str(tmp_path)), torch.device("cpu"))
     assert job.work_here(job.open_indices(), Terminal()) == 0
