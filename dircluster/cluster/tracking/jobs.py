@@ -271,17 +271,18 @@ def record_evaluation(
 
 
 def record_rows(job: JobRecord, config: RunConfig, fingerprint: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The accuracies of ``rows`` on the data of that ``fingerprint`` in a run that has none yet.
+    """The accuracies of ``rows`` on the data of that ``fingerprint`` in a run: those that it does not show already.
 
     Raises ConfigError where the tracking server does not answer.
     """
     try:
         client = MlflowClient(job.uri)
-        if client.get_run(job.run_id).data.metrics:
-            return
-        dataset = judged_on(config.data, fingerprint, rows)
-        client.log_inputs(job.run_id, [DatasetInput(dataset, [])])
-        log_accuracies(client, job.run_id, accuracies(rows, config.attack.norm), dataset)
+        shown, values = client.get_run(job.run_id).data.metrics, accuracies(rows, config.attack.norm)
+        new = {name: value for name, value in values.items() if shown.get(name) != value}
+        if new:
+            dataset = judged_on(config.data, fingerprint, rows)
+            client.log_inputs(job.run_id, [DatasetInput(dataset, [])])
+            log_accuracies(client, job.run_id, new, dataset)
     except Exception as error:  # MLflow raises what its transport raises
         raise ConfigError(f"tracking.uri {job.uri!r} cannot be used: {first_line(error)}") from error
 

@@ -31,6 +31,7 @@ from dircluster.cluster.tracking.jobs import (
     log_files,
     open_job,
     record_evaluation,
+    record_rows,
     search_runs,
 )
 from dircluster.cluster.tracking.owners import BEAT_TAG, DEAD, OWNER_TAG, _start, close_abandoned, is_gone, this_process
@@ -155,6 +156,23 @@ def test_an_evaluation_whose_report_cannot_be_recorded_has_failed(smoke: DirRun)
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert run.info.status == "FAILED"
     assert run.data.tags[OWNER_TAG] == this_process()
+
+
+def test_a_run_shows_what_rows_say_now(smoke: DirRun) -> None:
+    """Attacks of other code may leave less; what has not changed is no second point."""
+    row = {"defense": "dir", "attack": "natural", "randomness": "fresh", "accuracy": 0.5, "total": 16, "epsilon": 0.0}
+    attacked = {**row, "attack": "pgd20", "epsilon": 0.1, "norm": "linf", "average": 1, "interval": [0.1, 0.6]}
+    Path(smoke.storage.uri).mkdir()
+    record = open_job(smoke, {})
+    for left in (0.375, 0.25, 0.25):
+        record_rows(record, smoke, "0", [row, {**attacked, "accuracy": left}])
+    client = MlflowClient(record.uri)
+
+    def history(name: str) -> list[float]:
+        return [point.value for point in client.get_metric_history(record.run_id, name)]
+
+    assert history("robust_accuracy") == history("test/dir/pgd20/fresh") == [0.375, 0.25]
+    assert history("natural_accuracy") == [0.5]
 
 
 def written(folder: Path, said: str) -> Path:
