@@ -101,7 +101,9 @@ class Reproduction:
         self.plan = asked.plan(1.0)
         words = {"what": self.job.what, "only": asked.only, "seeds": asked.seeds, "budget": self.job.budget}
         done = [self.plan.run_of(unit).identity for unit in self.plan.all]
-        name = f"{self.config.name}-{self.job.what}-{digest([words, done])[:12]}"
+        self.key = digest([words, done])[:12]
+        """What tells this reproduction from others."""
+        name = f"{self.config.name}-{self.job.what}-{self.key}"
         self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
         self.timed = False
         """Whether the plan is shown with minutes."""
@@ -233,7 +235,7 @@ class Reproduction:
         from dircluster.cluster.tracking.owners import beating
 
         made = {"space": f"reproduce-{self.job.what}", "varied": [], "seeds": self.job.seeds}
-        made |= {"only": ",".join(self.asked.only), "factor": self.plan.factor}
+        made |= {"only": ",".join(self.asked.only), "factor": self.plan.factor, "key": self.key}
         self.record = open_job(self.config, self.tags, sweep=made)
         self.held.enter_context(beating(self.record.uri, self.record.run_id))
         self.terminal.say(f"MLflow    run {self.record.run_id}")

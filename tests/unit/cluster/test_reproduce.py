@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from dircluster.cluster import preflight
 from dircluster.cluster.commands import reproduce
 from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
 from dircluster.cluster.reproducing.units import Listening
-from dircluster.config import ConfigError
+from dircluster.config import ConfigError, RunConfig
+from dircluster.presets import preset
 from dircluster.reproduction.plan import Plan
 from dircluster.training.forecast import Calibration, Pace
 
@@ -65,6 +67,25 @@ def test_what_the_preset_has_too_is_given_to_systems_that_differ() -> None:
     assert "--attack.steps 5" in given.command()
     assert "--attack.steps" not in usual.command()
     assert "suite" not in given.command()
+
+
+def test_a_run_in_mlflow_is_of_one_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DIR's preset has the settings that are given: nothing but the plan tells the two reproductions apart."""
+    begun: list[Any] = []
+
+    def open_job(config: RunConfig, tags: Any, *, sweep: dict[str, Any]) -> SimpleNamespace:
+        begun.append((config.identity, sweep))
+        return SimpleNamespace(uri="sqlite:///none", run_id="1")
+
+    monkeypatch.setattr("dircluster.cluster.tracking.jobs.open_job", open_job)
+    words = ("table3", "digits", "--only", "menet_a", "--storage.uri", str(tmp_path))
+    steps = str(preset("digits").attack.steps)
+    for given in ((), ("--attack.steps", steps), ()):
+        with Listening() as terminal:
+            Reproduction(asked(*words, *given), terminal)._open_record()
+    assert begun[0] == begun[2]
+    assert begun[0][0] == begun[1][0]
+    assert begun[0][1] != begun[1][1]
 
 
 def test_a_budget_that_is_kept_tells_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
