@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from dircluster.config import ConfigError, RunConfig, digest, to_dict, with_values
+from dircluster.config import ConfigError, RunConfig, digest, named_line, to_dict, with_values
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
 from dircluster.reproduction.plan import Plan, Training
@@ -52,15 +53,33 @@ class Cost:
 
 
 def calibrated(plan: Plan, parallel: Parallel, budget: float, launcher: str) -> dict[str, Calibration]:
-    """What this machine is seen to do, by preset: ``budget`` seconds for each stage."""
+    """What this machine is seen to do, by preset: ``budget`` seconds for each stage.
+
+    Raises ConfigError where a system cannot be timed.
+    """
     longest: dict[str, Training] = {}
     for training in plan.trainings.values():
         found = longest.setdefault(training.preset, training)
         if len(training.stages) > len(found.stages):
             longest[training.preset] = training
-    return {
-        name: calibrate(as_launched(training.run, launcher), parallel, budget) for name, training in longest.items()
-    }
+    made = dict[str, Calibration]()
+    for name, training in longest.items():
+        with _needed(training):
+            made[name] = calibrate(as_launched(training.run, launcher), parallel, budget)
+    return made
+
+
+@contextmanager
+def _needed(training: Training) -> Iterator[None]:
+    """What a plan in minutes needs of a training: whatever its system raises becomes a ConfigError that names it."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{training.name} cannot be foretold ({named_line(error)}): leave {training.system.name} out by --only"
+        ) from error
 
 
 def costs(
@@ -77,8 +96,8 @@ def costs(
     for the first.
 
     ``known`` are paces by preset: without them nothing is in seconds, and a stage that cannot be counted is no error:
-    its training tells. ``stored`` are the keys of finished stages, ``over`` those of what is judged already.
-    Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
+    its training tells. With them it is a ConfigError. ``stored`` are the keys of finished stages, ``over`` those of
+    what is judged already. Counting what judging takes costs seconds a system: without ``judged_too`` it is left out.
     """
     made, seen, met = list[Cost](), set[str](), dict[str, Work]()
     judged: dict[str, tuple[float, float]] = {}
@@ -97,18 +116,21 @@ def costs(
         same = digest({**run.identity, "seed": 0})
         if same not in judged:
             train, _, test = sizes(run)
-            whole, shared = (judging_seconds(run, known[training.preset], train, test, each) for each in (False, True))
+            with _needed(training):
+                pace = known[training.preset]
+                whole, shared = (judging_seconds(run, pace, train, test, each) for each in (False, True))
             judged[same] = whole, shared
         whole, shared = judged[same]
         return whole - shared if is_shared else whole
 
-    def counted(run: RunConfig, stage: Stage) -> Work:
+    def counted(training: Training, run: RunConfig, stage: Stage) -> Work:
         same = digest([stage.name, {**stage_settings(run, stage), "seed": 0}])  # seeds cost the same
         if same not in met:
             train, held_out, _ = sizes(run)
             try:
-                met[same] = stage_work(run, stage, train, held_out)
-            except Exception:  # whatever a system raises is its own
+                with _needed(training):
+                    met[same] = stage_work(run, stage, train, held_out)
+            except ConfigError:
                 if known is not None:
                     raise
                 met[same] = Work(stage.name, math.nan)
@@ -125,9 +147,10 @@ def costs(
             if key in stored or key in seen:
                 continue
             seen.add(key)
-            operations += counted(run, stage).total
+            work = counted(training, run, stage)
+            operations += work.total
             if known is not None:
-                seconds += seconds_of(counted(run, stage), run, stage.name, known[training.preset])
+                seconds += seconds_of(work, run, stage.name, known[training.preset])
         trained, there, shared = (tuple(names[word]) for word in ("trained", "stored", "shared"))
         suite, time = run.evaluation.suite, judging(run, training, training, is_over=training.key in over)
         made.append(Cost(training.kind, (training.seed,), suite, trained, there, shared, operations, seconds, time))

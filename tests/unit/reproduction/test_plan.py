@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from dircluster.cluster.sweeps.store import key_of
 from dircluster.config import ConfigError, RunConfig
 from dircluster.defenses.stage import Stage
 from dircluster.presets import preset
-from dircluster.reproduction.costs import Cost, by_kind, costs, factor_for
+from dircluster.reproduction.costs import Cost, by_kind, calibrated, costs, factor_for
 from dircluster.reproduction.exhibits import LABELS, ONE_WORKER
 from dircluster.reproduction.plan import Plan, make_plan, preset_of, shortened
 from dircluster.reproduction.tables import NAMES, exhibits
 from dircluster.training.costs import recipe_on_meta, step_operations
 from dircluster.training.forecast import Calibration, Pace, Work
 from dircluster.training.stages import stages_of
+from tests.conftest import ALONE
 
 
 def planned(
@@ -198,6 +200,27 @@ def test_a_shared_stage_costs_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hgd_a", (0, 1), 360.0, 60.0),
         ("dir", (0, 1), 240.0, 40.0),
     ]
+
+
+def test_a_system_that_cannot_be_timed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan in minutes needs it, such as one that this GPU has no memory for; a plan without shows it as unknown."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("planted\nand more of it")
+
+    plan, line = planned("fig6b", family="digits_smoke", only="hgd_a"), r"^hgd_a, seed 0 cannot be foretold"
+    line += r" \(RuntimeError: planted\): leave hgd_a out by --only$"
+    monkeypatch.setattr("dircluster.reproduction.costs.calibrate", fail)
+    with pytest.raises(ConfigError, match=line):
+        calibrated(plan, ALONE, 1.0, "local")
+    monkeypatch.setattr("dircluster.reproduction.costs.judging_seconds", fail)
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_work", lambda run, stage, *_: Work(stage.name, 60.0))
+    with pytest.raises(ConfigError, match=line):
+        costs(plan, lambda run: SIZES, "local", pace(plan))
+    monkeypatch.setattr("dircluster.reproduction.costs.stage_work", fail)
+    with pytest.raises(ConfigError, match=line):
+        costs(plan, lambda run: SIZES, "local", pace(plan))
+    assert math.isnan(costs(plan, lambda run: SIZES, "local")[0].operations)
 
 
 def test_what_is_stored_costs_nothing() -> None:
