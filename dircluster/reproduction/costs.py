@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dircluster.config import ConfigError, RunConfig, digest, named_line, to_dict, with_values
 from dircluster.defenses.stage import Stage
@@ -50,6 +51,10 @@ class Cost:
     """Of training; 0 where no pace is known, as of judging."""
     judging: float = 0.0
     """Seconds of the suite."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "operations": None if math.isnan(self.operations) else self.operations}
 
 
 def calibrated(plan: Plan, parallel: Parallel, budget: float, launcher: str) -> dict[str, Calibration]:

@@ -113,8 +113,10 @@ class Reproduction:
     def run(self) -> int:
         """Plan, train, judge, show; -> exit code. A system that fails leaves the others alone."""
         began, status = time.monotonic(), "FAILED"
-        self._show(self._costed())
+        found = self._costed()
+        self._show(found)
         if self.job.dry_run:
+            cli.write_summary(self.job, {"factor": self.plan.factor, "plan": [cost.to_plain() for cost in found]})
             return 0
         self._open_record()
         try:

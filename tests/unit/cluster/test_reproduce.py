@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from dircluster.cluster.reproducing.reproduction import Asked, Reproduction
 from dircluster.cluster.reproducing.units import Listening
 from dircluster.config import ConfigError, RunConfig
 from dircluster.presets import preset
+from dircluster.reproduction.costs import Cost
 from dircluster.reproduction.plan import Plan
 from dircluster.training.forecast import Calibration, Pace
 
@@ -138,15 +141,19 @@ def test_what_speaks_s3_by_itself_finds_the_server(monkeypatch: pytest.MonkeyPat
     assert os.environ["AWS_ENDPOINT_URL_S3"] == os.environ["MLFLOW_S3_ENDPOINT_URL"] == "http://127.0.0.1:9"
 
 
-def test_a_dry_run_fetches_no_images(
+def test_a_dry_run_writes_its_plan_and_fetches_no_images(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not where stages of other data lie in storage either."""
-    (tmp_path / "target-0123" / "final").mkdir(parents=True)
+    (tmp_path / "runs" / "target-0123" / "final").mkdir(parents=True)
     monkeypatch.setitem(preflight.DOWNLOADS, "cifar10", ("cifar-10-batches-py", "http://127.0.0.1:9/none"))
     monkeypatch.setattr(f"{MODULE}.calibrated", lambda plan, *_: {})
-    monkeypatch.setattr(f"{MODULE}.Reproduction._costs", lambda *_, **__: [])
-    words = ["table1", "cifar10", "--only", "identity", "--dry-run", "--launcher", "local"]
-    assert reproduce.main([*words, "--storage.uri", str(tmp_path)]) == 0
+    planned = Cost("identity", (0,), "paper", ("target",), operations=math.nan)
+    monkeypatch.setattr(f"{MODULE}.Reproduction._costs", lambda *_, **__: [planned])
+    summary, storage = tmp_path / "plan.json", tmp_path / "runs"
+    words = ["table1", "cifar10", "--only", "identity", "--dry-run", "--launcher", "local", "--summary", str(summary)]
+    assert reproduce.main([*words, "--storage.uri", str(storage)]) == 0
     assert "it goes by the images of cifar10, not fetched yet" in capsys.readouterr().out
-    assert [file.name for file in tmp_path.iterdir()] == ["target-0123"]
+    assert [file.name for file in storage.iterdir()] == ["target-0123"]
+    (row,) = json.loads(summary.read_text())["plan"]
+    assert (row["kind"], row["seeds"], row["trained"], row["operations"]) == ("identity", [0], ["target"], None)
