@@ -279,3 +279,14 @@ def test_a_job_with_a_space_of_its_own_takes_no_other(capsys: pytest.CaptureFixt
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == "error: --space is alpha.py here, got mine.py: leave it out, or use jobs/tune.py"
     assert tune.main(["digits_smoke", "--print-config"], alpha) == 0
+
+
+@pytest.mark.parametrize("flag", ["--search", "--asha"])
+def test_what_has_no_held_out_accuracy_is_not_chosen_by_it(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("GRID = {'ebm.data_noise': [0.01]}\nSEARCH = {'ebm.data_noise': (0.01, 0.1)}\n")
+    assert tune.main(["digits_ebm_smoke", "--space", "mine.py", flag]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {flag} chooses by robust accuracy on held-out images, and the last stage of ebm ")

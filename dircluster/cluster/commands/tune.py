@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dircluster import cli
-from dircluster.cluster.sweeps.space import Settings, corners, fitted, load_space, mapped
+from dircluster.cluster.sweeps.space import Settings, Space, corners, fitted, load_space, mapped
 from dircluster.config import ConfigError, RunConfig, flatten, to_dict, with_values
 
 
@@ -32,6 +32,8 @@ def _tune(job: cli.TuneJob) -> int:
         raise ConfigError("--points says how many points a search chooses: add --search, or leave it out")
     space, job = load_space(job.space), cli.with_fewest_workers(job)
     space = fitted(space, job.run, job.search)
+    if job.search or job.asha:
+        _check_chosen_by(space, job)
 
     from dircluster.cluster import preflight, storage
     from dircluster.cluster.console import Terminal
@@ -54,3 +56,22 @@ def _tune(job: cli.TuneJob) -> int:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught
 
         return Sweep(job, reachable(job.run), mapped(space, held), terminal).run()
+
+
+def _check_chosen_by(space: Space, job: cli.TuneJob) -> None:
+    """Raise ConfigError where no point is trained with what a search or ASHA chooses by."""
+    from dircluster.training.costs import recipe_on_meta
+    from dircluster.training.stages import stages_of
+
+    for settings in corners(space.ranges) or space.points:
+        run = with_values(job.run, settings)
+        try:
+            if recipe_on_meta(run, stages_of(run)[-1].name).deployed() is not None:
+                return
+        except Exception:  # its training says why
+            return
+    flag, instead = ("--search", "train the points of a GRID") if job.search else ("--asha", "leave it out")
+    raise ConfigError(
+        f"{flag} chooses by robust accuracy on held-out images, and the last stage of {job.run.defense} has none here:"
+        f" {instead}"
+    )

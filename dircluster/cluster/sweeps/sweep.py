@@ -244,11 +244,14 @@ class Sweep:
     def _tell(self) -> None:
         points, rows, command = self._by_point(), self._lines(), ""
         files: dict[str, bytes] = {}
-        if (winner := best(points)) is not None:
+        if any(point.spread("robust") is not None for point in points):
+            files["figure.png"] = figure(points)
+        if (winner := best(points)) is None:
+            self.terminal.say("best      none: nothing that has finished has a robust accuracy on held-out images")
+        else:
             run = with_values(self.job.run, winner.settings)
             command = cli.command(cli.TrainJob(self.job.preset, run, defense=self.job.defense))
-            files = {"figure.png": figure(points), "best.yaml": cli.to_yaml(run).encode()}
-            files["best.txt"] = f"{command}\n".encode()
+            files |= {"best.yaml": cli.to_yaml(run).encode(), "best.txt": f"{command}\n".encode()}
             self.terminal.say(f"best      {settings_text(winner.settings)} (by held-out robust accuracy): {command}")
         kept = {"table.json": json.dumps(rows, indent=1).encode(), **files}
         self.notes.add_files(kept)

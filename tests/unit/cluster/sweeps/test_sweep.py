@@ -43,6 +43,17 @@ def test_what_was_trained_before_is_shown_and_kept(sweep: Sweep) -> None:
     assert {file.name for file in sweep.notes.folder.iterdir()} == {"best.txt", "best.yaml", "figure.png", "table.json"}
 
 
+def test_a_sweep_without_held_out_accuracies_has_a_figure_and_no_best(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of EBM, whose stage judges nothing while it trains."""
+    (point,) = sweep.points
+    store(with_values(sweep.config, point), Trial(point, 0, "FINISHED", None, 0.75, 0.25))
+    assert sweep.run() == 0
+    assert {file.name for file in sweep.notes.folder.iterdir()} == {"figure.png", "table.json"}
+    assert "best      none: " in capsys.readouterr().out
+
+
 def test_a_sweep_that_is_stopped_while_ray_starts_records_nothing(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
