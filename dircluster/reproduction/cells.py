@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dircluster.evaluation.marks import in_words
 from dircluster.evaluation.results import name_of, worst_attacked
 from dircluster.evaluation.statistics import wilson_interval
 from dircluster.evaluation.suites import how
@@ -35,7 +36,7 @@ class Found:
     attack: str = ""
     """As rows of results call it, with what the attacker knows."""
     how: str = ""
-    """Its settings, all that differ over the seeds."""
+    """Its settings, all that differ over the seeds, and why a row of them is marked."""
     marked: bool = False
     """Whether a seed's row is marked: its accuracy is no evidence."""
 
@@ -205,10 +206,15 @@ def _found(seeds: Rows) -> Found | None:
     names = (f"{row['attack']}, {row['randomness']}".removesuffix(", none") for row in rows)
     values = tuple(row["accuracy"] for row in rows)
     marked = any(row.get("marks") for row in rows)
-    settings = (how(row, columns=True) for row in rows)
+    settings = ("; ".join(part for part in (how(row, columns=True), _marks(row)) if part) for row in rows)
     return Found(
         values, rows[0]["total"], " / ".join(dict.fromkeys(names)), " / ".join(dict.fromkeys(settings)), marked
     )
+
+
+def _marks(row: Row) -> str:
+    """Why a row's accuracy is no evidence; empty where it is not marked."""
+    return f"marked: {in_words(row['marks'])}" if row.get("marks") else ""
 
 
 def _gain(rows: Rows, under: Rows) -> float | None:

@@ -45,6 +45,7 @@ READING = (
     " EOT. Votes, averaged logits, Wor.Rob and restored images do not count: they are other defenses or threats.",
     "Over None: points above the bare target under the same attack, of the strongest under the strongest of each, ours"
     " and the paper's; ours over the seeds at which both ended.",
+    "A number with ! is no evidence: its attack was weak, or the defense has collapsed; the column how says by what.",
 )
 REPLAYS = (
     "A number again, from the weights that it is of: the commands under each table of the HTML page, or the cell's"

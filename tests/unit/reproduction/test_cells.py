@@ -152,6 +152,20 @@ def test_seeds_of_which_no_two_ended_have_no_gain(plan: Plan) -> None:
     assert low.gain is None
 
 
+def test_a_mark_says_why_where_it_stands(plan: Plan) -> None:
+    """A sign alone tells nobody what it is that makes an accuracy no evidence."""
+    there = outcomes(plan)
+    for training in plan.trainings.values():
+        if training.system.name == "identity":
+            marks = [{"kind": "constant", "share": 1.0, "seen_in": ""}] if training.seed == 1 else []
+            there[training.key] = Outcome((row("pgd20", 0.10, marks=marks),))
+    section = Section(plan.exhibits[0], cells_of(plan, plan.exhibits[0], there, "linf", comparable=True))
+    assert section.grid[0][2] == "10.0 ± 0.0 ! (paper 45.72)"
+    said = section.evidence[1]["how"]
+    assert said.startswith("eps 0.1, 20 steps of 0.01 / eps 0.1, 20 steps of 0.01; marked: ")
+    assert "one class for all natural images: 100.0 %" in said
+
+
 def test_what_cannot_be_timed_is_a_failed_cell(plan: Plan) -> None:
     exhibit = replace(plan.exhibits[0], columns=("pgd20", "training time"))
     there = {key: replace(end, untimed={"training time": "no time"}) for key, end in outcomes(plan).items()}
