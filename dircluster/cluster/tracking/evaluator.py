@@ -85,7 +85,7 @@ class DirclusterEvaluator(ModelEvaluator):
         shape = own.get("shape") or _shape_of(model)
         try:
             flat = np.asarray(dataset.features_data, dtype=np.float32)
-            labels = torch.as_tensor(np.asarray(dataset.labels_data, dtype=np.int64))
+            labels = torch.from_numpy(whole_labels(dataset.labels_data))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"images and labels must be numbers: {first_line(error)}") from error
         if shape is None or math.prod(shape) != flat.shape[1]:
@@ -147,6 +147,19 @@ def read_settings(given: Mapping[str, Any]) -> tuple[AttackConfig, EvaluationCon
     attack = AttackConfig(**{name: given[name] for name in THREAT if name in given})
     settings = EvaluationConfig(**{name: given[name] for name in fields if name in given})
     return attack, settings, {name: given[name] for name in OWN if name in given}
+
+
+def whole_labels(given: Any) -> Any:
+    """Labels of MLflow's data, which may be whole numbers in a column of decimal ones, as a NumPy array of int64.
+
+    Raises ConfigError for others, and what NumPy raises for what is no number.
+    """
+    import numpy as np
+
+    found = np.asarray(given, dtype=np.float64)
+    if not np.array_equal(found, np.trunc(found)) or not np.isfinite(found).all():
+        raise ConfigError("labels must be whole numbers: give the numbers of classes, from 0")
+    return found.astype(np.int64)
 
 
 def module_of(model: Any) -> Any:

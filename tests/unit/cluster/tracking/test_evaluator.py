@@ -27,3 +27,13 @@ def test_a_seed_or_shape_that_is_none_is_named(wrong: dict[str, object]) -> None
     with pytest.raises(ConfigError, match=name):
         read_settings(wrong)
     assert read_settings({"seed": 3, "shape": [1, 8, 8]})[2] == {"seed": 3, "shape": [1, 8, 8]}
+
+
+@pytest.mark.parametrize("wrong", [[0.0, 1.7], [0.0, float("nan")], [0.0, float("inf")]])
+def test_labels_that_are_no_whole_numbers_are_not_rounded(wrong: list[float]) -> None:
+    from dircluster.cluster.tracking.evaluator import whole_labels
+    from dircluster.config import ConfigError
+
+    with pytest.raises(ConfigError, match="labels must be whole numbers"):
+        whole_labels(wrong)
+    assert whole_labels([3.0, 0.0]).tolist() == whole_labels([3, 0]).tolist() == [3, 0]
