@@ -59,9 +59,7 @@ def judged_units(plan: Plan, stored: Stored, known: Collection[str] = ()) -> set
     for unit in plan.all:
         if unit.key in found or (final := _defense_of(unit, plan, stored)) is None:
             continue
-        run = with_absolute_paths(plan.run_of(unit))
-        if isinstance(unit, Training):
-            run = with_values(run, {"evaluation.verdict": False})  # as trainings judge
+        run = with_values(with_absolute_paths(plan.run_of(unit)), {"evaluation.verdict": False})  # as units are judged
         if _is_judged(run, final, stored.data):
             found.add(unit.key)
     return found

@@ -162,7 +162,7 @@ class Units:
     def _claimed(self, training: Training, run: RunConfig, kept: Store, name: str, done: Outcome) -> Outcome | int:
         """The outcome of a training with its claim, kept; without, with a line that says why, where there is none."""
         try:
-            claim = self._claim(with_values(run, {"evaluation.verdict": False}), done.checkpoint)  # as trainings judge
+            claim = self._claim(run, done.checkpoint)
         except Exception as error:  # its numbers stand without one
             self.terminal.say(f"no claim of {training.name}: {reason_of(error)}")
             claim = None
@@ -174,11 +174,12 @@ class Units:
 
     def _claim(self, run: RunConfig, folder: str) -> dict[str, Any] | int:
         """The suite's rows of a finished defense with their evidence, as jobs/evaluate.py finds them; or the signal
-        that stopped it. What is judged already is not judged again.
+        that stopped it. What is judged already is not judged again, and no verdict is asked, as in trainings.
         """
         from dircluster.cluster.runtime.evaluation_job import EvaluationJob
         from dircluster.distributed.launch import local_workers
 
+        run = with_values(run, {"evaluation.verdict": False})
         on_ray, spec = self.launcher == "ray", JobSpec(run_to_plain(run), folder, os.getcwd(), trust_code=True)
         scaling = replace(run.scaling, threads=run.scaling.threads or 1)
         if on_ray:  # the workers have devices of their own

@@ -22,6 +22,7 @@ from dircluster.reproduction.cells import Outcome
 from dircluster.reproduction.plan import make_plan
 from dircluster.reproduction.tables import exhibits
 from dircluster.training import checkpoint
+from tests.conftest import ALONE
 
 
 @pytest.fixture
@@ -86,6 +87,23 @@ def test_why_there_is_no_claim_is_said_as_other_reasons_are(tmp_path: Path, run:
     ended = made._claimed(training, run, Store(tmp_path / "outcomes"), "one", Outcome((), str(tmp_path / "gone")))
     assert ended.claim is None
     assert made.terminal.last.startswith(f"no claim of dir, seed 0: {tmp_path / 'gone'} holds no committed checkpoint")
+
+
+def test_whatever_is_judged_no_verdict_is_asked(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of transfers alone: no page shows it."""
+    asked: list[bool] = []
+
+    def refuse(spec: Any, device: Any) -> None:
+        asked.append(spec.config["run"]["evaluation"]["verdict"])
+        raise OSError("planted")
+
+    monkeypatch.setattr("dircluster.cluster.runtime.evaluation_job.EvaluationJob", refuse)
+    monkeypatch.setattr("dircluster.distributed.launch.local_workers", lambda scaling: contextlib.nullcontext(ALONE))
+    made: Any = object.__new__(units.Units)
+    made.terminal, made.launcher = Listening(), "local"
+    with pytest.raises(OSError, match="planted"):
+        made._claim(with_values(run, {"evaluation.verdict": True}), "there")
+    assert asked == [False]
 
 
 @pytest.mark.parametrize(
