@@ -104,7 +104,8 @@ class Reproduction:
         self.key = digest([words, done])[:12]
         """What tells this reproduction from others."""
         name = f"{self.config.name}-{self.job.what}-{self.key}"
-        self.store = Store(open_path(self.config.storage.uri, self.config.storage) / "reproductions" / name)
+        folder = open_path(self.config.storage.uri, self.config.storage) / "reproductions"
+        self.store, self.budgets = Store(folder / name), Store(folder / "budgets")
         self.timed = False
         """Whether the plan is shown with minutes."""
         self.failed: dict[str, str] = {}
@@ -145,8 +146,10 @@ class Reproduction:
         """Fit the plan to the budget; -> what is left of it, in seconds too where steps are timed, or were for it."""
         self.terminal.say("counting what each system takes")
         budget, paces = self.job.budget, None
-        kept = self.store.get("factor") if budget is not None else None
-        if kept is not None:  # a command that goes on must not choose another
+        trained = [dict(training.stages) for training in self.plan.trainings.values()]
+        budgeted = digest([budget, trained])[:24]
+        kept = (self.store.get("factor") or self.budgets.get(budgeted)) if budget is not None else None
+        if kept is not None:  # what goes on, or judges the same trainings otherwise, must not choose another
             self.plan = self.asked.plan(kept["factor"])
             paces = None if self.job.dry_run else self._paces(kept)
         if paces is not None:
@@ -161,7 +164,7 @@ class Reproduction:
             self.plan = self.asked.plan(factor)
             if not self.job.dry_run:
                 plain = {name: to_plain(pace) for name, pace in paces.items()}
-                self.store.put("factor", {"factor": factor, "paces": plain})
+                self.budgets.put(budgeted, {"factor": factor, "paces": plain})
         self.timed = paces is not None
         stored, judged = self._stored()
         return self._costs(paces, stored, judged)

@@ -126,6 +126,24 @@ def test_a_budget_that_is_kept_tells_what_is_left(monkeypatch: pytest.MonkeyPatc
     assert timed == ["once", "once"]
 
 
+def test_a_budget_that_is_judged_otherwise_trains_nothing_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Timed twice a machine has two paces, of which each would choose schedules of its own."""
+    factors = iter((0.5, 0.25))
+    monkeypatch.setattr(f"{MODULE}.calibrated", lambda plan, *_: {"digits_identity_smoke": Calibration("here", {})})
+    monkeypatch.setattr(f"{MODULE}.local_workers", lambda scaling: nullcontext())
+    monkeypatch.setattr(f"{MODULE}.factor_for", lambda minutes, found: next(factors))
+    monkeypatch.setattr(f"{MODULE}.Reproduction._costs", lambda *_, **__: [])
+    words = ("ratio", "digits_smoke", "--only", "identity", "--launcher", "local", "--storage.uri", str(tmp_path))
+    found = []
+    for more in (("--budget", "2"), ("--budget", "2", "--evaluation.images", "8"), ("--budget", "1")):
+        made = Reproduction(asked(*words, *more), Listening())
+        made._costed()
+        found.append(made.plan.factor)
+    assert found == [0.5, 0.5, 0.25]
+
+
 def test_what_speaks_s3_by_itself_finds_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow's artifacts, as with train, evaluate and tune."""
 
