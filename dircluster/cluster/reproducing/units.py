@@ -147,9 +147,9 @@ class Units:
             return Outcome(error=purifier.error or target.error)
         run = with_absolute_paths(self.plan.run_of(transfer))
         try:
-            places = [open_path(each.checkpoint, run.storage) for each in (purifier, target)]
+            one, other = (open_path(each.checkpoint, run.storage) for each in (purifier, target))
             storage, owner = open_path(run.storage.uri, run.storage), uuid.uuid4().hex
-            made = transferred(storage, *places, owner, self.terminal.say, run.storage.patience)
+            made = transferred(storage, one, other, owner, self.terminal.say, run.storage.patience)
             folder = str(made.absolute())
             claim = self._claim(run, folder)
         except Exception as error:  # whatever a system raises is its own
