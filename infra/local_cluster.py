@@ -27,6 +27,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +347,7 @@ def _status(url: str) -> int:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except (OSError, HTTPException):  # of a server that is just beginning
         return 0
 
 
