@@ -102,9 +102,8 @@ def _job_spec(facts: Mapping[str, Any], given: argparse.Namespace) -> tuple[Any,
         if given.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=given.data))
         surrogate = str(facts.get("surrogate_uri") or "")
-        defense, surrogate = (
-            fetched(uri, config) for uri in (defense, surrogate)
-        )  # storage of the report may be others'
+        # out of storage: the report's may be somebody else's
+        defense, surrogate = (fetched(uri, config) for uri in (defense, surrogate))
         spec = JobSpec(run_to_plain(config), defense, os.getcwd(), surrogate, given.trust_code)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the settings of the report cannot be read: {error}") from error
