@@ -58,12 +58,15 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / COMMIT).unlink(missing_ok=True)
-        blobs = {f"{name}.safetensors": dump_tensors(storable(group)) for name, group in tensors.items()}
-        blobs["state.json"] = json.dumps(state, indent=1, sort_keys=True).encode()
         listed = {}
-        for name, blob in blobs.items():
+
+        def put(name: str, blob: bytes) -> None:
             (folder / name).write_bytes(blob)
             listed[name] = {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+
+        for name, group in tensors.items():  # one after the other: no more than one of them lies in memory twice
+            put(f"{name}.safetensors", dump_tensors(storable(group)))
+        put("state.json", json.dumps(state, indent=1, sort_keys=True).encode())
         manifest = json.dumps({"config": key, "files": listed}, indent=1, sort_keys=True).encode()
         (folder / MANIFEST).write_bytes(manifest)
         sha = hashlib.sha256(manifest).hexdigest()

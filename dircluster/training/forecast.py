@@ -176,9 +176,9 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
     held = images * data.channels * data.height * data.width
     for stage in stages.trained_stages(config):
         seconds = stage_seconds(config, stage, found, train, held_out)
-        made.append(
-            Forecast(stage.name, seconds, _pace_of(found, stage.name).memory + held, _stored(config, stage, train))
-        )
+        memory = _pace_of(found, stage.name).memory + held
+        memory += _sizes(config, stage).on_its_way if found.on_cpu else 0
+        made.append(Forecast(stage.name, seconds, memory, _stored(config, stage, train)))
     judging = judging_seconds(config, found, train, test)
     return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory + held, 0)]
 
@@ -361,20 +361,49 @@ def _picture_bytes(config: RunConfig) -> int:
     return to_pixels(torch.zeros(ROWS, PICTURED, data.channels, data.height, data.width)).size
 
 
-def _stored(config: RunConfig, stage: Stage, train: int) -> int:
-    """Bytes of a finished stage: its result, the newest checkpoints and the best weights that they name.
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of what a stage keeps."""
 
-    A picture lies beside, and in each checkpoint, as long as MLflow has not taken it: counted as if it never had.
-    """
+    result: int
+    trained: int
+    """The weights that it trains."""
+    moments: tuple[int, ...]
+    """Of each optimizer."""
+    mean: int
+    """The running mean of the weights, 0 where there is none; so of the others."""
+    best: int
+    unsent: int
+    """A picture that MLflow has not taken: it lies beside, and in each checkpoint; counted as if none ever were."""
+
+    @property
+    def checkpoint(self) -> int:
+        return self.trained + sum(self.moments) + self.mean + self.unsent
+
+    @property
+    def on_its_way(self) -> int:
+        """Of a save in memory: copies of all of it and of the best weights, and one group twice more as it is made into
+        a file."""
+        return self.checkpoint + self.best + 2 * max((self.trained, *self.moments))
+
+
+def _sizes(config: RunConfig, stage: Stage) -> _Sizes:
     networks = meta_networks(config)
     size = {name: sum(4 * t.numel() for t in networks[name].state_dict().values()) for name in networks}
-    result = sum(size[name] for name in stage.modules)
     trained = sum(size[name] for name in stage.optimizers)
-    moments = sum(size[name] * (1 if knobs.name == "sgd" else 2) for name, knobs in stage.optimizers.items())
-    mean = trained if stage.ema is not None else 0
-    best = trained if stage.keep == "best" else 0
-    steps = stage.epochs * (train // config.training.batch_size)
-    checkpoints = min(Checkpoints.KEEP, -(-steps // config.storage.checkpoint_every))
     drawn = config.tracking.enabled and isinstance(recipe_on_meta(config, stage.name).deployed(), Defended)
-    unsent = _picture_bytes(config) if drawn else 0
-    return int(result + checkpoints * (trained + moments + mean + unsent) + best + unsent)
+    return _Sizes(
+        result=sum(size[name] for name in stage.modules),
+        trained=trained,
+        moments=tuple(size[name] * (1 if knobs.name == "sgd" else 2) for name, knobs in stage.optimizers.items()),
+        mean=trained if stage.ema is not None else 0,
+        best=trained if stage.keep == "best" else 0,
+        unsent=_picture_bytes(config) if drawn else 0,
+    )
+
+
+def _stored(config: RunConfig, stage: Stage, train: int) -> int:
+    """Bytes of a finished stage: its result, the newest checkpoints and the best weights that they name."""
+    sizes, steps = _sizes(config, stage), stage.epochs * (train // config.training.batch_size)
+    checkpoints = min(Checkpoints.KEEP, -(-steps // config.storage.checkpoint_every))
+    return sizes.result + checkpoints * sizes.checkpoint + sizes.best + sizes.unsent

@@ -148,6 +148,8 @@ def _calibrate(parallel: Parallel, config: RunConfig, launcher: str) -> dict[str
         importlib.import_module("dircluster.cluster.runtime.ray_train")
     if config.tracking.enabled and parallel.first and (launcher == "ray" or has_mlflow()):
         importlib.import_module("dircluster.cluster.tracking.tracker")
+        if (place.named(config) or "sqlite").startswith("sqlite"):
+            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     return to_plain(calibrate(config, parallel))
 
 

@@ -207,6 +207,8 @@ def test_bytes_are_those_that_stay(smoke: DirRun, every: int) -> None:
         real = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         found = module._stored(run, stage, train)
         assert found == pytest.approx(real, rel=0.15)  # headers, and no best in the first epochs
+        saved = sum(file.stat().st_size for file in max(folder.glob("step-*")).glob("*.safetensors"))
+        assert module._sizes(run, stage).checkpoint == pytest.approx(saved, rel=0.15)
 
 
 def test_pictures_that_wait_for_mlflow_are_bytes_too(smoke: DirRun) -> None:
@@ -220,14 +222,26 @@ def test_pictures_that_wait_for_mlflow_are_bytes_too(smoke: DirRun) -> None:
 def test_images_lie_in_the_memory_of_a_process_but_for_those_that_are_streamed(smoke: DirRun) -> None:
     paces = {name: Pace(1e9, 16, 1000) for name in ("target", "pretrain", "dir", EVALUATION)}
 
-    def memory(run: DirRun, device: str) -> set[int]:
-        return {one.memory for one in forecast(run, Calibration(device, paces), 90, 10, 40)}
+    def memory(run: DirRun, device: str) -> dict[str, int]:
+        return {one.name: one.memory for one in forecast(run, Calibration(device, paces), 90, 10, 40)}
 
-    assert memory(smoke, device_name(torch.device("cpu"))) == {1000 + 140 * 64}
-    assert memory(smoke, "a card") == {1000}
-    assert memory(
+    saves = {stage.name: module._sizes(smoke, stage).on_its_way for stage in stages.stages_of(smoke)}
+    held = memory(smoke, device_name(torch.device("cpu")))
+    assert held == {name: 1000 + 140 * 64 + saves.get(name, 0) for name in paces}
+    assert set(memory(smoke, "a card").values()) == {1000}
+    streamed = memory(
         with_values(smoke, {"data.uri": "images", "data.stream": True, "data.limit": None}), "CPU, 1 threads"
-    ) == {1000 + 50 * 64}  # held-out and test images
+    )
+    assert streamed[EVALUATION] == 1000 + 50 * 64  # held-out and test images
+
+
+def test_a_save_on_its_way_lies_in_the_memory_of_a_process(smoke: DirRun) -> None:
+    target = stages.stages_of(smoke)[0]
+    one = meta_networks(smoke)["classifier"].state_dict().values()
+    weights = sum(4 * tensor.numel() for tensor in one)
+    moments = weights * (1 if target.optimizers["classifier"].name == "sgd" else 2)
+    copied = weights + moments + (weights if target.ema is not None else 0) + (weights if target.keep == "best" else 0)
+    assert module._sizes(smoke, target).on_its_way == copied + 2 * max(weights, moments)
 
 
 def test_a_machine_is_calibrated_and_its_summary_read(smoke: DirRun, tmp_path: Path) -> None:
