@@ -66,6 +66,8 @@ class Pace:
     """That were passed together."""
     memory: int
     """Peak bytes on the device (of the process on a CPU), carried over to the whole batch."""
+    once: float = 0.0
+    """Seconds that the first step takes more than the next ones: libraries are loaded, algorithms chosen."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,14 @@ def forecast(config: RunConfig, found: Calibration, train: int, held_out: int, t
     images = held_out + test + (0 if data.stream else train) if found.on_cpu else 0
     held = images * data.channels * data.height * data.width
     for stage in stages.trained_stages(config):
-        seconds = stage_seconds(config, stage, found, train, held_out)
-        memory = _pace_of(found, stage.name).memory + held
+        pace = _pace_of(found, stage.name)
+        seconds = stage_seconds(config, stage, found, train, held_out) + pace.once
+        memory = pace.memory + held
         memory += _sizes(config, stage).on_its_way if found.on_cpu else 0
         made.append(Forecast(stage.name, seconds, memory, _stored(config, stage, train)))
-    judging = judging_seconds(config, found, train, test)
-    return [*made, Forecast(EVALUATION, judging, _pace_of(found, EVALUATION).memory + held, 0)]
+    pace = _pace_of(found, EVALUATION)
+    judging = judging_seconds(config, found, train, test) + pace.once
+    return [*made, Forecast(EVALUATION, judging, pace.memory + held, 0)]
 
 
 def judging_seconds(config: RunConfig, found: Calibration, train: int, test: int, bare: bool = False) -> float:
@@ -241,10 +245,15 @@ def to_plain(found: Calibration) -> dict[str, Any]:
 def from_plain(plain: Mapping[str, Any]) -> Calibration:
     """The inverse of :func:`to_plain`. Raises ValueError, LookupError and others where it is none."""
     paces = {
-        name: Pace(float(pace["operations_per_second"]), int(pace["images"]), int(pace["memory"]))
+        name: Pace(
+            float(pace["operations_per_second"]), int(pace["images"]), int(pace["memory"]), float(pace.get("once", 0))
+        )
         for name, pace in plain["paces"].items()
     }
-    if not all(0 < pace.operations_per_second < math.inf and pace.images > 0 for pace in paces.values()):
+    if not all(
+        0 < pace.operations_per_second < math.inf and pace.images > 0 and 0 <= pace.once < math.inf
+        for pace in paces.values()
+    ):
         raise ValueError("a pace that is none")
     return Calibration(str(plain["device"]), paces)
 
@@ -278,18 +287,19 @@ def _pace(
 
     Seconds grow with images by a part alone, so that sizes are timed until two of them tell by which. Each is done
     twice: the first time, after which memory is read, allocates and chooses algorithms, which in bf16 takes longer than
-    a step. What takes LONG budgets is not done again. What the first worker measures counts for all of them. Memory is
-    that of ``most`` images where a pass may have more than ``full``.
+    a step: what it takes more counts once. What takes LONG budgets is not done again. What the first worker measures
+    counts for all of them. Memory is that of ``most`` images where a pass may have more than ``full``.
     """
     device, images = parallel.device, min(full, 2)
-    seconds, peaks = dict[int, float](), dict[int, float]()
+    seconds, peaks, once = dict[int, float](), dict[int, float](), 0.0
     while True:
         before = resting(device)
-        seconds[images] = _timed(step, images, parallel)
-        long = seconds[images] > LONG * budget
+        seconds[images] = first = _timed(step, images, parallel)
+        long = first > LONG * budget
         peaks[images] = peak(device)
         if not long:
             seconds[images] = _timed(step, images, parallel)
+            once = max(once, first - seconds[images])
         longer = min(full, 4 * images)
         grows = len(seconds) > 1 and seconds[images] > seconds[max(size for size in seconds if size < images)]
         if images == full or long or (grows and _carried_over(seconds, 0, longer) > budget):
@@ -300,7 +310,7 @@ def _pace(
         tries.append(_timed(step, images, parallel))
     seconds[images] = mean(tries)
     memory = int(_carried_over(peaks, before, most or full))
-    return Pace(per_image * full / _carried_over(seconds, 0, full), images, memory)
+    return Pace(per_image * full / _carried_over(seconds, 0, full), images, memory, once)
 
 
 def _carried_over(found: Mapping[int, float], before: float, full: int) -> float:

@@ -196,6 +196,20 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
         forecast(smoke, Calibration("card", {"target": paces["target"]}), *sizes)
 
 
+def test_what_a_stage_takes_once_is_part_of_its_forecast_but_not_of_an_epoch(smoke: DirRun) -> None:
+    names = ("target", "pretrain", "dir", EVALUATION)
+    without, found = (Calibration("card", {name: Pace(1e9, 16, 7, once) for name in names}) for once in (0.0, 5.0))
+    more, less = (forecast(smoke, one, 90, 10, 40) for one in (found, without))
+    assert all(one.seconds == pytest.approx(before.seconds + 5) for one, before in zip(more, less, strict=True))
+    target = stages.stages_of(smoke)[0]
+    assert module.stage_seconds(smoke, target, found, 90, 10) == module.stage_seconds(smoke, target, without, 90, 10)
+    plain = to_plain(found)
+    assert from_plain(plain) == found
+    for pace in plain["paces"].values():
+        del pace["once"]
+    assert from_plain(plain) == without  # a summary of before it was measured
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("every", [2, 1000])
 def test_bytes_are_those_that_stay(smoke: DirRun, every: int) -> None:
@@ -399,7 +413,7 @@ def test_memory_grows_with_the_images_that_pass_together(
     assert module._pace(passed.append, 1e6, 32, ALONE, 0.001, most).memory == memory
 
 
-def test_the_first_time_of_a_size_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_time_of_a_size_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def timed(step: object, images: int, parallel: Parallel) -> float:
@@ -409,6 +423,7 @@ def test_the_first_time_of_a_size_does_not_count(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_timed", timed)
     found = module._pace(lambda images: None, 1e6, 128, ALONE, budget=2.0)
     assert found.operations_per_second == pytest.approx(128e6 / 33)
+    assert found.once == 20 - 1.5
     assert asked == [2, 2, 8, 8]
 
 
