@@ -8,6 +8,7 @@ from dircluster.config import RunConfig, is_own_code
 from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.evaluation.results import images_of, n_of
 from dircluster.evaluation.suites import how
+from dircluster.evaluation.versions import each_once
 
 CARD = """# {name}: a {defense} defense
 
@@ -64,8 +65,7 @@ def _target(config: RunConfig, given: dict[str, Any] | None) -> str:
 
 def _code(outcome: dict[str, Any], commit: str) -> str:
     """The versions of the code that trained the stages, and where they are not ``commit`` alone, that it judged."""
-    trained = (versions or ["unknown"] for versions in outcome.get("trained_by", {}).values())
-    found = list(dict.fromkeys(version for versions in trained for version in versions))
+    found = each_once(outcome.get("trained_by", {}))
     return commit if found in ([], [commit]) else f"{', '.join(found)}; judged by {commit}"
 
 

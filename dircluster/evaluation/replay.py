@@ -91,11 +91,6 @@ def row_answers(spec: AttackSpec) -> int:
     return 1 if past or spec.randomness != "fresh" or spec.protocol == "wor" else spec.draws
 
 
-def is_same_code(here: str, there: object) -> bool:
-    """Whether two versions of the code are one. With a + they have changes that no commit holds, and never are."""
-    return here == there and not here.endswith("+")
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A row and what came of it again."""

@@ -6,12 +6,13 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dircluster.config import digest, short
 from dircluster.evaluation.figures import drawing
 from dircluster.evaluation.results import own_rows, strongest
+from dircluster.evaluation.versions import UNKNOWN, short_version
 
 KINDS: tuple[Literal["natural", "robust"], ...] = ("natural", "robust")
 PAPER = "paper (PGD-20)"
@@ -40,6 +41,8 @@ class Trial:
     error: str = ""
     marked: bool = False
     """Whether the row that leaves least is marked: its accuracy is no evidence."""
+    versions: list[str] = field(default_factory=list)
+    """Of the code that trained and judged it; empty where none was recorded."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class Point:
         if not values:
             return None
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+    @property
+    def versions(self) -> list[str]:
+        """Of the code that its finished trials come from, each once."""
+        finished = (trial.versions or (UNKNOWN,) for trial in self.trials if trial.status == "FINISHED")
+        return list(dict.fromkeys(version for versions in finished for version in versions))
 
 
 def accuracies(rows: Iterable[Mapping[str, Any]], defense: str, norm: str) -> tuple[float, float, bool] | None:
@@ -100,8 +109,12 @@ def best(points: Sequence[Point]) -> Point | None:
 def table(
     points: Sequence[Point], published: Callable[[Mapping[str, Any]], tuple[float, float] | None]
 ) -> list[dict[str, str]]:
-    """A line a point, as text by column; the paper's numbers, natural and under PGD-20, where it prints some."""
+    """A line a point, as text by column; the paper's numbers, natural and under PGD-20, where it prints some.
+
+    Where the trials come from more than one version of the code, a column says from which: it may be what differs.
+    """
     lines, winner = [], best(points)
+    mixed = len({version for point in points for version in point.versions}) > 1
     for point in points:
         line = {name: short(value) for name, value in point.settings.items()}
         for column, name in (("held-out", "held_out"), ("natural", "natural"), ("robust", "robust")):
@@ -114,6 +127,8 @@ def table(
         others = [f"{count[status]} {status.lower()}" for status in ("STOPPED", "FAILED") if count[status]]
         line["seeds"] = ", ".join([str(count["FINISHED"]), *others])
         line["seconds"] = f"{sum(trial.seconds for trial in point.trials):.0f}"
+        if mixed:
+            line["code"] = ", ".join(map(short_version, point.versions))
         line["best"] = "best" if point is winner else ""
         lines.append(line)
     silent = not any(line[PAPER] for line in lines)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dircluster.evaluation.versions import UNKNOWN, short_version
 from dircluster.reproduction.cells import Outcome
 from dircluster.reproduction.plan import Plan, Training
-from dircluster.training.stage_folder import UNKNOWN
-
-SHORT = 9
-"""Digits of a commit on the page."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +28,10 @@ class Versions:
 
     def to_texts(self) -> dict[str, str]:
         """For the page: one version where all stages have that one."""
-        by_stage = {stage: ", ".join(map(shortened, versions)) for stage, versions in self.trained_by.items()}
+        by_stage = {stage: ", ".join(map(short_version, versions)) for stage, versions in self.trained_by.items()}
         texts = set(by_stage.values())
         each = texts if len(texts) == 1 else [f"{stage}: {text}" for stage, text in by_stage.items()]
-        return {"system": self.system, "trained by": "; ".join(each), "judged by": shortened(self.judged_by)}
+        return {"system": self.system, "trained by": "; ".join(each), "judged by": short_version(self.judged_by)}
 
 
 def versions_of(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[Versions]:
@@ -57,12 +53,6 @@ def several(found: Sequence[Versions]) -> str:
     if len(there) < 2:
         return ""
     return (
-        f"What is shown comes from more than one version of the code ({', '.join(map(shortened, there))}): the table at"
-        " the end says which trained and which judged what."
+        f"What is shown comes from more than one version of the code ({', '.join(map(short_version, there))}): the"
+        " table at the end says which trained and which judged what."
     )
-
-
-def shortened(version: str) -> str:
-    """A commit in few digits, with the + of changes that it does not hold; another version as it is."""
-    commit = re.fullmatch(r"([0-9a-f]{40})(\+?)", version)
-    return f"{commit[1][:SHORT]}{commit[2]}" if commit else version

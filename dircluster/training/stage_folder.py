@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dircluster.evaluation.versions import UNKNOWN
 from dircluster.files import write_whole
 from dircluster.training import checkpoint
 from dircluster.training.locks import TakenOverError, stage_lock
@@ -18,8 +19,6 @@ TRAINED_BY = "trained-by"
 """File that names the versions of the code that trained a stage, a line each, in their order. It lies beside the
 result, whose digest is that of weights and facts alone: the same weights are the same stage, whatever made them.
 """
-UNKNOWN = "unknown"
-"""The version of what was trained before versions were recorded."""
 KEEPS_SOON = 0.5
 """Seconds between two looks whether another job has kept what both were given."""
 

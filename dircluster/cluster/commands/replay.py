@@ -57,8 +57,9 @@ def _replay(given: argparse.Namespace) -> int:
     from dircluster.distributed.launch import local_workers
     from dircluster.evaluation.evaluation import run
     from dircluster.evaluation.provenance import machine
-    from dircluster.evaluation.replay import Comparison, is_same_code, spec_of
+    from dircluster.evaluation.replay import Comparison, spec_of
     from dircluster.evaluation.store import MemoryStore
+    from dircluster.evaluation.versions import is_same_code
 
     here = commit()
     say(f"row      {name_of(row)}: {_accuracy(row)}")

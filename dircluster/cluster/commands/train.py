@@ -96,7 +96,7 @@ class Launch:
                     if busy:  # perhaps with the very same job: its run is this one
                         hand_back(self.record)
                     else:
-                        finish_job(self.record, status)
+                        finish_job(self.record, status, terminal.say)
             if self.first:
                 try:
                     self._tell(outcome, terminal)

@@ -136,7 +136,7 @@ class Reproduction:
             if self.record is not None:
                 from dircluster.cluster.tracking.jobs import finish_job
 
-                finish_job(self.record, status)
+                finish_job(self.record, status, self.terminal.say)
         if signal:
             self.terminal.say(f"stopped; what is finished is kept, and this goes on: {self.asked.command()}")
             return 128 + signal

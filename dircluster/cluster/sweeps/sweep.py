@@ -81,7 +81,7 @@ class Sweep:
             self.held.close()
             if self.tracker is not None:
                 self.tracker.close(hurry=not whole)
-                finish_job(self.tracker.job, status)
+                finish_job(self.tracker.job, status, self.terminal.say)
         if signal:
             self.terminal.say("stopped; what is finished is kept, and the same command goes on")
             return 128 + signal

@@ -25,6 +25,7 @@ from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_
 from dircluster.cluster.tracking.owners import beating
 from dircluster.config import ConfigError, RunConfig, first_line, flatten, with_values
 from dircluster.evaluation.sweep_table import Trial, accuracies
+from dircluster.evaluation.versions import UNKNOWN, each_once
 from dircluster.presets import run_from_plain
 from dircluster.training.retry import retry
 from dircluster.training.stages import find_stage, stage_settings, stages_of
@@ -172,6 +173,7 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
         time.monotonic() - began,
         outcome.get("checkpoint", ""),
         marked=marked,
+        versions=each_once(outcome.get("trained_by", {}) | {"judged": [plan.tags.get("dircluster.commit", UNKNOWN)]}),
     )
     store(run, trial, task.until)
     return trial

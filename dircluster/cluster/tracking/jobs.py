@@ -11,7 +11,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -287,10 +287,15 @@ def record_rows(job: JobRecord, config: RunConfig, fingerprint: str, rows: Seque
         raise ConfigError(f"tracking.uri {job.uri!r} cannot be used: {first_line(error)}") from error
 
 
-def finish_job(job: JobRecord, status: str) -> None:
-    """Mark the parent run FINISHED, FAILED or KILLED, as far as the server answers."""
-    with contextlib.suppress(Exception):
+def finish_job(job: JobRecord, status: str, say: Callable[[str], None] = lambda line: None) -> None:
+    """Mark the parent run FINISHED, FAILED or KILLED; where the server does not answer, ``say`` so: it waited before.
+
+    Whoever looks for runs without a process would call it KILLED later.
+    """
+    try:
         MlflowClient(job.uri).set_terminated(job.run_id, status)
+    except Exception as error:  # whatever MLflow and the network raise
+        say(f"MLflow still has run {job.run_id} as RUNNING, which is {status}: {first_line(error)}")
 
 
 def hand_back(job: JobRecord) -> None:

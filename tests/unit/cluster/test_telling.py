@@ -74,7 +74,7 @@ def test_the_record_of_another_job_stays_its_own(
     busy: bool, ends: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
-    monkeypatch.setattr(jobs, "finish_job", lambda record, status: ended.append(status))
+    monkeypatch.setattr(jobs, "finish_job", lambda record, status, say: ended.append(status))
     monkeypatch.setattr(jobs, "hand_back", lambda record: ended.append("left"))
     outcome = {"status": "FAILED", "error": "another job is training it", "exit": 2, "busy": busy}
     monkeypatch.setattr(Launch, "_train", lambda *_: outcome)
@@ -90,7 +90,7 @@ def test_a_run_that_is_asked_twice_to_stop_was_killed(tmp_path: Path, monkeypatc
     def leave(*_: Any) -> dict[str, Any]:
         raise SystemExit(130)
 
-    monkeypatch.setattr(jobs, "finish_job", lambda record, status: ended.append(status))
+    monkeypatch.setattr(jobs, "finish_job", lambda record, status, say: ended.append(status))
     monkeypatch.setattr(Launch, "_train", leave)
     launch = Launch(cli.parse(cli.TrainJob, ["digits_smoke", "--storage.uri", str(tmp_path), "--launcher", "local"]))
     launch.record = SimpleNamespace(uri="http://server", run_id="1")

@@ -15,7 +15,7 @@ from dircluster.cluster.tracking import registry
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, with_values
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import Evaluation
-from dircluster.evaluation.replay import Comparison, choose, is_same_code, read_rows, row_answers, spec_of
+from dircluster.evaluation.replay import Comparison, choose, read_rows, row_answers, spec_of
 from dircluster.evaluation.results import Result, name_of
 from dircluster.evaluation.store import MemoryStore
 from dircluster.evaluation.suites import SUITES, suite
@@ -111,14 +111,6 @@ def test_its_attack_is_that_of_the_plan() -> None:
 )
 def test_when_it_holds(changes: dict[str, object], code: bool, machine: bool, holds: bool) -> None:
     assert Comparison(ROW | changes, RESULT, code, machine).holds == holds
-
-
-@pytest.mark.parametrize(
-    ("here", "there", "same"),
-    [("abc", "abc", True), ("abc", "abd", False), ("abc+", "abc+", False), ("abc+", "abc", False)],
-)
-def test_changes_that_no_commit_holds_are_never_the_same_code(here: str, there: str, same: bool) -> None:
-    assert is_same_code(here, there) == same
 
 
 @pytest.mark.parametrize(

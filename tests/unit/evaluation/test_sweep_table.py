@@ -122,3 +122,17 @@ def test_every_kind_of_sweep_has_a_figure(settings: list[dict[str, Any]]) -> Non
     assert len(colors) > 20
     with pytest.raises(ValueError, match="no trial has finished"):
         figure(by_point([Trial(settings[0], 0, "FAILED")]))
+
+
+def test_a_column_says_which_code_trials_come_from_where_it_is_not_one() -> None:
+    new, old = "b" * 40, "a" * 40
+    trials = [trial(0.0, 0, 0.9, 0.5, versions=[new]), trial(2.0, 0, 0.6, 0.8, versions=[old, new])]
+    same = [trial(0.0, 0, 0.9, 0.5, versions=[new]), trial(2.0, 0, 0.6, 0.8, versions=[new])]
+    before = [trial(0.0, 0, 0.9, 0.5, versions=[new]), trial(2.0, 0, 0.6, 0.8), Trial({"dir.alpha": 5.0}, 0, "FAILED")]
+
+    def codes(found: list[Trial]) -> list[str | None]:
+        return [line.get("code") for line in table(by_point(found), lambda settings: None)]
+
+    assert codes(trials) == ["b" * 9, f"{'a' * 9}, {'b' * 9}"]
+    assert codes(same) == [None, None]
+    assert codes(before) == ["b" * 9, "unknown", ""]

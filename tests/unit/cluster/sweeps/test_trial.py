@@ -115,6 +115,15 @@ def test_a_trial_is_trained_and_stored(cluster: Cluster, plan: Plan, post: Post)
     assert not found.marked
 
 
+def test_a_trial_names_the_versions_of_the_code_behind_it(cluster: Cluster, plan: Plan, post: Post) -> None:
+    cluster.outcomes = {0: [DONE | {"trained_by": {"target": ["a"], "pretrain": [], "dir": ["b"]}}]}
+    found = train_task(replace(plan, tags={"dircluster.commit": "c"}), TASK, post)
+    assert found.versions == ["a", "unknown", "b", "c"]
+    kept = result_of(plan.run_of(TASK))
+    assert kept is not None
+    assert kept.versions == found.versions
+
+
 def test_a_trial_whose_strongest_row_is_marked_says_so(cluster: Cluster, plan: Plan, post: Post) -> None:
     marks = [{"kind": "slope", "share": 0.5}]
     for number, row in enumerate(ROWS):

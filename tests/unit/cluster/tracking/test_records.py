@@ -125,6 +125,17 @@ def test_a_job_that_goes_on_has_not_the_signs_of_life_of_the_process_before_it(
     assert time.time() - float(client.get_run(record.run_id).data.tags[BEAT_TAG]) < DEAD
 
 
+def test_a_run_whose_end_mlflow_cannot_be_told_is_named(smoke: DirRun) -> None:
+    Path(smoke.storage.uri).mkdir()
+    record, said = open_job(smoke, {}), list[str]()
+    finish_job(dataclasses.replace(record, uri="sqlite:////dev/null/record.db"), "FINISHED", said.append)
+    (line,) = said
+    assert line.startswith(f"MLflow still has run {record.run_id} as RUNNING, which is FINISHED: ")
+    finish_job(record, "FINISHED", said.append)
+    assert said == [line]
+    assert MlflowClient(record.uri).get_run(record.run_id).info.status == "FINISHED"
+
+
 def test_a_run_that_another_job_works_on_is_left_to_it(
     smoke: DirRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
