@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ BLOCKS = (Block, BasicBlock, PreActBlock, Unit)
 GRAPHS = 64
 """Most graphs of one kind of block: a ResNet-18 has seven shapes of them, each under attack, in training and judged,
 and another batch size is another graph. Past the limit of 8 that PyTorch has, blocks would run eager, silently."""
+OFF = "use --training.compile off"
 
 
 def compile_blocks(network: nn.Module, backend: Any = "inductor") -> nn.Module:
@@ -33,12 +38,20 @@ def compile_blocks(network: nn.Module, backend: Any = "inductor") -> nn.Module:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError where blocks on ``device`` cannot be compiled: a CPU needs a C++ compiler, a GPU Triton."""
+    """Raise ConfigError where blocks on ``device`` cannot be compiled: a CPU needs a C++ compiler, a GPU Triton, and
+    that a C compiler and Python's headers, by which it builds what launches its kernels.
+    """
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise ConfigError("training.compile needs Triton on a GPU, which is missing; use --training.compile off")
+            raise ConfigError(f"training.compile needs Triton on a GPU, which is missing; {OFF}")
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            raise ConfigError(f"training.compile needs a C compiler on a GPU (gcc or clang), and none is found; {OFF}")
+        scheme = "posix_prefix" if os.name == "posix" else sysconfig.get_default_scheme()  # as Triton looks for it
+        header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+        if not header.exists():
+            raise ConfigError(f"training.compile needs Python's headers on a GPU ({header} is missing); {OFF}")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -46,9 +59,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ConfigError(
-            "training.compile needs a C++ compiler on a CPU, and none is found; use --training.compile off"
-        ) from error
+        raise ConfigError(f"training.compile needs a C++ compiler on a CPU, and none is found; {OFF}") from error
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[Any]:

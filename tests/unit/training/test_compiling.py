@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,26 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(ConfigError, match=r"training.compile needs a C\+\+ compiler"):
         compiling.check_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("triton", "compiler", "headers", "lacks"),
+    [
+        (True, "gcc", True, ""),
+        (True, "clang", True, ""),
+        (False, "gcc", True, "Triton on a GPU"),
+        (True, "", True, "a C compiler on a GPU"),
+        (True, "gcc", False, "Python's headers on a GPU"),
+    ],
+)
+def test_triton_needs_what_it_builds_with(
+    triton: bool, compiler: str, headers: bool, lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    for name in filter(None, [compiler, "Python.h" if headers else ""]):
+        (tmp_path / name).touch(mode=0o755)
+    with pytest.raises(ConfigError, match=f"training.compile needs {lacks}.*compile off") if lacks else nullcontext():
+        compiling.check_compiler(torch.device("cuda"))
