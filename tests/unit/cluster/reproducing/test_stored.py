@@ -55,8 +55,8 @@ def test_what_other_code_judged_by_the_same_attacks_is_judged(trained: Trained, 
     assert len(there) == 1
     assert judged_units(plan, found) == set(there)  # no outcome of a reproduction is kept
     assert judged_units(plan, found, ["another"]) == {*there, "another"}
-    shard = next(storage.glob("evaluations/*/malt-*/*.json"))
-    shard.write_text(shard.read_text().replace('"code": "', '"code": "other'))
+    for shard in storage.glob("evaluations/*/malt-*/*.json"):  # other tests may have judged it otherwise too
+        shard.write_text(shard.read_text().replace('"code": "', '"code": "other'))
     assert judged_units(plan, found) == set()
 
 

@@ -127,10 +127,10 @@ def test_a_record_is_finished_once_the_page_is_there(
             raise error
 
     monkeypatch.setattr("dircluster.cluster.reproducing.reproduction.Units", Done)
-    monkeypatch.setattr("dircluster.cluster.tracking.jobs.finish_job", lambda record, status: ended.append(status))
+    monkeypatch.setattr("dircluster.cluster.tracking.jobs.finish_job", lambda record, status, say: ended.append(status))
     made: Any = object.__new__(Reproduction)
     made.job, made.plan = SimpleNamespace(dry_run=False, launcher="local"), SimpleNamespace(all=[])
-    made.terminal, made.tags, made.record, made.failed = None, {}, object(), {}
+    made.terminal, made.tags, made.record, made.failed = SimpleNamespace(say=print), {}, object(), {}
     made.held = contextlib.ExitStack()
     made._costed, made._show, made._open_record, made._tell = list, lambda found: None, lambda: None, tell
     if error is not None:
