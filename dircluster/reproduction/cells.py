@@ -143,7 +143,8 @@ def cells_of(
         below = [] if bare is None else [outcomes[unit.key] for unit in plan.units(exhibit, bare)]
         columns = []
         for column in (*exhibit.columns, STRONGEST):
-            rows, under = _rows(ended, column, norm), _rows(below, column, norm)
+            rows = _rows(ended, column, norm)
+            under = _met(ended, below, norm) if column == STRONGEST else _rows(below, column, norm)
             found = _measured(ended, column) if column in MEASURED else _found(rows)
             printed, at_bare = line.printed.get(column), bare.printed.get(column) if bare else None
             scale = 1 if column in MEASURED else 100
@@ -190,6 +191,23 @@ def _rows(ended: Sequence[Outcome], column: str, norm: str) -> list[Row | None]:
     if column in MEASURED:
         return [None] * len(ended)
     return [worst_attacked(each.rows, norm) if column == STRONGEST else row_of(each.rows, column) for each in ended]
+
+
+def _met(ended: Sequence[Outcome], below: Sequence[Outcome], norm: str) -> list[Row | None]:
+    """What leaves the bare target least at each seed, of the attacks that the line met too.
+
+    Exhibits share their bare targets, and of their suites the longest judges these: to be compared with what a line of
+    a shorter one met, that would be too little.
+    """
+
+    def kind(row: Row) -> str:
+        return re.sub(r"-eot\d+$", "", row["attack"])
+
+    made = []
+    for line, bare in zip(ended, below, strict=False):
+        kinds = {kind(row) for row in line.rows if row["defense"] != "none"}
+        made.append(worst_attacked([row for row in bare.rows if kind(row) in kinds], norm))
+    return made
 
 
 def _measured(ended: Sequence[Outcome], column: str) -> Found | None:

@@ -43,8 +43,8 @@ READING = (
     " that of the mean as a share of n test images, which are the same for all seeds.",
     "Strongest: the attack that leaves the defense least, of all in its suite, transfers too, draws known or fresh with"
     " EOT. Votes, averaged logits, Wor.Rob and restored images do not count: they are other defenses or threats.",
-    "Over None: points above the bare target under the same attack, of the strongest under the strongest of each, ours"
-    " and the paper's; ours over the seeds at which both ended.",
+    "Over None: points above the bare target under the same attack, of the strongest under the strongest that both met,"
+    " ours and the paper's; ours over the seeds at which both ended.",
     "A number with ! is no evidence: its attack was weak, or the defense has collapsed; the column how says by what.",
 )
 REPLAYS = (

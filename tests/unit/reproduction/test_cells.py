@@ -128,6 +128,17 @@ def test_one_seed_of_another_attack_is_enough_for_no_difference(plan: Plan) -> N
     assert pgd.found.how == "eps 0.1, 20 steps of 0.01 / eps 0.1, 5 steps of 0.01"  # of all seeds
 
 
+def test_the_strongest_is_compared_with_what_the_bare_target_met_too(plan: Plan) -> None:
+    ended = outcomes(plan)
+    longer = [row("natural", 0.8), row("pgd20", 0.5), row("bpda200-eot1", 0.45), row("autoattack-standard", 0.3)]
+    bare = {unit.key for unit in plan.units(plan.exhibits[0], plan.exhibits[0].lines[0])}
+    ended |= {key: Outcome(tuple(longer)) for key in bare}
+    none, *_, high = cells_of(plan, plan.exhibits[0], ended, "linf", comparable=True)
+    assert none[2].found is not None
+    assert none[2].found.mean == 0.3
+    assert high[2].gain == pytest.approx(40.0 - 45.0)  # BPDA, by whatever EOT; of ratio 0.7 there is no AutoAttack
+
+
 def test_seeds_that_failed_are_told_and_gains_are_over_pairs(plan: Plan) -> None:
     """Ratio 0.3 ended at seed 0 alone, where the bare target has 40 %, not the 42 of both seeds."""
     cells = cells_of(plan, plan.exhibits[0], outcomes(plan), "linf", comparable=True)
