@@ -64,7 +64,7 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
             (folder / name).write_bytes(blob)
             listed[name] = {"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
-        for name, group in tensors.items():  # one after the other: no more than one of them lies in memory twice
+        for name, group in tensors.items():  # one after the other: of one alone the bytes lie in memory too
             put(f"{name}.safetensors", dump_tensors(storable(group)))
         put("state.json", json.dumps(state, indent=1, sort_keys=True).encode())
         manifest = json.dumps({"config": key, "files": listed}, indent=1, sort_keys=True).encode()
