@@ -468,3 +468,9 @@ def command(job: TrainJob | TuneJob, script: str = "train") -> str:
         if (value := getattr(job, name, None)) != getattr(type(job), name, None):
             words += as_words(name, value)
     return shlex.join(words)
+
+
+def continued(command: str, job: Job) -> str:
+    """``command`` with the files that ``job`` was asked to write and has not, as it was stopped."""
+    words = [as_words(name, file) for name in ("export", "summary") if (file := getattr(job, name, None)) is not None]
+    return " ".join([command, *map(shlex.join, words)])

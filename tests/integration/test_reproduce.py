@@ -226,6 +226,7 @@ def test_what_it_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (("table9",), "there is no table or figure 'table9'; there are table1, table2, "),
         ((), "say first what to reproduce; there are table1"),
+        (("table1", "--what", "table2"), "the first word says table1, and --what table2: give one of them"),
         (
             ("table1", "cifar100"),
             "not all systems have a preset like cifar100: give digits, ",

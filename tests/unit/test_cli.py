@@ -421,6 +421,17 @@ def test_the_command_that_goes_on_with_a_sweep_is_that_sweep_s() -> None:
     assert dataclasses.replace(again, given=job.given) == job
 
 
+def test_the_command_that_resumes_writes_the_files_that_were_asked_for() -> None:
+    job = parse("digits", "--summary", "my outcome.json", "--export", "out")
+    found = cli.continued(cli.command(job), job)
+    assert found == "python jobs/train.py digits --export out --summary 'my outcome.json'"
+    assert parse(*shlex.split(found)[2:]) == job
+    plain = parse("digits", "--seed", "3")
+    assert cli.continued(cli.command(plain), plain) == "python jobs/train.py digits --seed 3"
+    reproduction = cli.parse(cli.ReproduceJob, ["digits", "--what", "table1", "--summary", "out.json"])
+    assert cli.continued("again", reproduction) == "again --summary out.json"
+
+
 def test_the_command_that_judges_trusts_a_target_of_ones_own() -> None:
     own = parse("digits", "--target.architecture", "ours:make")
     judge = "python jobs/evaluate.py digits"

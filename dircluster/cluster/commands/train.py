@@ -218,7 +218,8 @@ class Launch:
             terminal.say(f"judge it  {command(self.job, 'evaluate')} --defense {shlex.quote(outcome['checkpoint'])}")
             terminal.say(f"took      {seconds:.0f} s")
         if outcome["status"] == "KILLED":
-            terminal.say(f"stopped by signal {outcome['signal']}; resume with: {command(self.job)}")
+            again = cli.continued(command(self.job), self.job)
+            terminal.say(f"stopped by signal {outcome['signal']}; resume with: {again}")
         cli.write_summary(self.job, self._summary(outcome, seconds))
         if outcome["status"] == "FINISHED":
             self._export(outcome, terminal)

@@ -138,7 +138,8 @@ class Reproduction:
 
                 finish_job(self.record, status, self.terminal.say)
         if signal:
-            self.terminal.say(f"stopped; what is finished is kept, and this goes on: {self.asked.command()}")
+            again = cli.continued(self.asked.command(), self.job)
+            self.terminal.say(f"stopped; what is finished is kept, and this goes on: {again}")
             return 128 + signal
         return 1 if self.failed else 0
 
