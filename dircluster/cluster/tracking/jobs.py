@@ -223,11 +223,11 @@ class Refused(Exception):
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Raise Refused where MLflow says that trying again is useless."""
+    """Raise Refused where MLflow says that trying again is useless, also where ``open_job`` put it into words."""
     try:
         yield
-    except MlflowException as error:
-        if error.error_code in PERMANENT:
+    except (MlflowException, ConfigError) as error:
+        if getattr(error.__cause__ if isinstance(error, ConfigError) else error, "error_code", "") in PERMANENT:
             raise Refused(str(error)) from error
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from dircluster.cluster.tracking.jobs import JobRecord, Refused
+from dircluster.cluster.tracking.jobs import Child, JobRecord, Refused, open_job
 from dircluster.cluster.tracking.tracker import MlflowTracker, newest_picture
+from dircluster.evaluation.sweep_table import Trial
+from dircluster.presets import preset
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,24 @@ def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
         "MLflow refused a record: parameter changed",
         "MLflow answers again",
     ]
+
+
+def test_a_trial_that_mlflow_will_never_take_does_not_block_the_ones_after_it(uri: str, tmp_path: Path) -> None:
+    usual = preset("digits_smoke")
+    tracking = replace(usual.tracking, uri=uri, experiment="trials")
+    run = replace(usual, storage=replace(usual.storage, uri=str(tmp_path / "runs")), tracking=tracking)
+    sweep = open_job(run, {}, sweep={"space": "some", "varied": ["dir.alpha"], "seeds": 1})
+    MlflowClient(uri).delete_experiment(sweep.experiment_id)
+    lines: list[str] = []
+    got: list[int] = []
+    tracker = MlflowTracker(replace(sweep, patience=20.0), lines.append)
+    tracker.trial(run, {}, Child(sweep.run_id, "alpha 1", {"dir.alpha": 1.0}), Trial({}, 0, "FINISHED"))
+    tracker.queue.put(lambda: got.append(1))
+    tracker.close()
+    assert got == [1]
+    (line,) = lines
+    assert line.startswith("MLflow refused a record: tracking.uri ")
+    assert line.endswith("Current state is deleted.")
 
 
 def test_a_picture_that_was_stored_before_its_worker_died_is_not_sent_again(uri: str, tmp_path: Path) -> None:
