@@ -311,7 +311,7 @@ def execute(
     work: Callable[[AnyJob], int],
     settled: Callable[[AnyJob], AnyJob] = lambda job: job,
 ) -> int:
-    """Parse, check and do ``work``; -> exit code. A ConfigError becomes one line on stderr and code 2.
+    """Parse, check and do ``work``; -> exit code. A ConfigError becomes one line on stderr, and code 2 or its own.
 
     ``settled`` gives a job the settings that follow from the rest of it, before they are printed or used.
     """
@@ -329,7 +329,7 @@ def execute(
         return work(job)
     except ConfigError as error:
         say_error(str(error))
-        return 2
+        return error.exit_code
 
 
 def say_error(line: str) -> None:

@@ -22,7 +22,8 @@ def outcome_of(execute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Interrupted as stop:
         return {"status": "KILLED", "signal": stop.signal}
     except ConfigError as error:
-        return {"status": "FAILED", "error": str(error), "exit": 2, "busy": isinstance(error, TakenOverError)}
+        busy = isinstance(error, TakenOverError)
+        return {"status": "FAILED", "error": str(error), "exit": error.exit_code, "busy": busy}
     except NonFiniteLoss as error:
         return {"status": "FAILED", "error": str(error), "exit": 1}
 

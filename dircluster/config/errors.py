@@ -13,8 +13,21 @@ class ConfigError(ValueError):
     What would break the line, or cannot be shown, as a path may hold, is escaped.
     """
 
+    exit_code = 2
+    """Of a command that ends on it."""
+
     def __init__(self, message: str) -> None:
         super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+
+
+class StoppedError(ConfigError):
+    """Work that was under way and has lost what it needs, a cluster or storage: the same command goes on."""
+
+    exit_code = 1
+
+    @classmethod
+    def of(cls, what: str, reason: str) -> StoppedError:
+        return cls(f"the {what} stopped ({reason}); the same command goes on")
 
 
 ANY_ERROR = (Exception, SystemExit)

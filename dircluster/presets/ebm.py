@@ -136,7 +136,7 @@ def digits_ebm() -> EbmRun:
 
     ``python jobs/train.py digits_ebm``: minutes on two CPU cores. A small energy, 600 updates of 20 Langevin steps, 50
     steps to purify, five chains a prediction; noise grows with the radius of the attack, five times that of CIFAR-10.
-    It is judged on 100 test images.
+    It is judged on 100 test images; what came stands in docs/results.md.
     """
     run = base.digits(
         EbmRun,

@@ -127,7 +127,7 @@ that is kept, nor the draws, images and step size; by ``target.objective``."""
 def digits_menet() -> MenetRun:
     """ME-Net on scikit-learn's 8x8 digits: USVT keeps 6 of 8 singular values, natural training.
 
-    ``python jobs/train.py digits_menet``: a minute on two CPU cores.
+    ``python jobs/train.py digits_menet``: a minute on two CPU cores. Measured in docs/results.md.
     """
     return base.digits(MenetRun, name="digits_menet", target=_of_digits("natural", epochs=60))
 
@@ -135,7 +135,7 @@ def digits_menet() -> MenetRun:
 def digits_menet_a() -> MenetRun:
     """ME-Net-A on digits: as ``digits_menet``, trained on PGD-7 through new masks at each step, by BPDA.
 
-    ``python jobs/train.py digits_menet_a``: minutes on two CPU cores.
+    ``python jobs/train.py digits_menet_a``: minutes on two CPU cores. Measured in docs/results.md.
     """
     run = digits_menet()
     target = _of_digits("at", epochs=100)

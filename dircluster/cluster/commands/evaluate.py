@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli, torchrun, zoo
-from dircluster.config import ConfigError, RunConfig, first_line, local_path, named_line, real_path, refuse_secret
+from dircluster.config import (
+    ConfigError,
+    RunConfig,
+    StoppedError,
+    first_line,
+    local_path,
+    named_line,
+    real_path,
+    refuse_secret,
+)
 from dircluster.presets import run_to_plain
 
 if TYPE_CHECKING:
@@ -74,7 +83,7 @@ def _judge(job: cli.EvaluateJob) -> int:
         try:
             signal = _Judging(job, config, terminal, first, other).run()
         except storage.troubles(config.storage) as error:
-            raise ConfigError(f"the evaluation stopped ({named_line(error)}); the same command goes on") from error
+            raise StoppedError.of("evaluation", named_line(error)) from error
         if signal:
             terminal.say("stopped; what is finished is kept, and the same command goes on")
     return 128 + signal if signal else 0

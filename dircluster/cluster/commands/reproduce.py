@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dircluster import cli, torchrun
-from dircluster.config import ConfigError, flatten, named_line, to_dict, with_values
+from dircluster.config import ConfigError, StoppedError, flatten, named_line, to_dict, with_values
 from dircluster.reproduction.exhibits import LABELS, Exhibit
 from dircluster.reproduction.tables import NAMES, exhibits
 
@@ -62,7 +62,7 @@ def _reproduce(job: cli.ReproduceJob) -> int:
         try:
             code = made.run()
         except storage.troubles(made.config.storage) as error:
-            raise ConfigError(f"the reproduction stopped ({named_line(error)}); the same command goes on") from error
+            raise StoppedError.of("reproduction", named_line(error)) from error
     for name, reason in made.failed.items():
         cli.say_error(f"{name} failed: {reason}")
     return code

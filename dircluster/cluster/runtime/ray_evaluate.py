@@ -13,7 +13,7 @@ from dircluster.cluster.console import Terminal
 from dircluster.cluster.loading import JobSpec
 from dircluster.cluster.runtime.driver import join_cluster
 from dircluster.cluster.runtime.evaluation_job import EvaluationJob
-from dircluster.config import ConfigError, RunConfig, error_from_plain, error_to_plain, first_line
+from dircluster.config import ConfigError, RunConfig, StoppedError, error_from_plain, error_to_plain, first_line
 
 RETRIES = 4
 """Times that a worker which died is started again, and its shard with it."""
@@ -79,10 +79,7 @@ def work(
         return _share_out(actors, indices, terminal, on_done)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
-        line = first_line(cause)
-        raise ConfigError(
-            f"the evaluation stopped ({type(cause).__name__}: {line}); the same command goes on"
-        ) from error
+        raise StoppedError.of("evaluation", f"{type(cause).__name__}: {first_line(cause)}") from error
     finally:
         ray.shutdown()
 

@@ -27,7 +27,7 @@ from dircluster.cluster.tracking.jobs import finish_job, open_job
 from dircluster.cluster.tracking.owners import beating
 from dircluster.cluster.tracking.tracker import MlflowTracker
 from dircluster.cluster.version import commit
-from dircluster.config import ConfigError, RunConfig, digest, first_line, with_values
+from dircluster.config import ConfigError, RunConfig, StoppedError, digest, first_line, with_values
 from dircluster.evaluation.sweep_table import Point, Trial, best, by_point, figure, table
 from dircluster.presets import run_to_plain
 from dircluster.training.stages import stages_of
@@ -60,7 +60,7 @@ class Sweep:
         self.notes = Notes(config, space.name, self.key)
 
     def run(self) -> int:
-        """Train, show, keep; -> exit code. Raises ConfigError before anything was started."""
+        """Train, show, keep; -> exit code. Raises ConfigError before anything was started, StoppedError after."""
         signal, status, whole = 0, "FAILED", False
         try:
             join_cluster(self.config, self.terminal)
@@ -71,8 +71,7 @@ class Sweep:
                 whole = True
             status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
         except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
-            reason = first_line(error)
-            raise ConfigError(f"the sweep stopped ({reason}); the same command goes on") from error
+            raise StoppedError.of("sweep", first_line(error)) from error
         except SystemExit:  # asked twice to stop
             status = "KILLED"
             raise

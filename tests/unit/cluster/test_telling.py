@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_by_then_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(*target, no_room)
-    assert main([*words.split(), "--storage.uri", str(tmp_path)]) == 2
+    assert main([*words.split(), "--storage.uri", str(tmp_path)]) == 1
     line = f"error: the {what} stopped (OSError: [Errno 28] No space left on device); the same command goes on\n"
     assert capsys.readouterr().err == line
 

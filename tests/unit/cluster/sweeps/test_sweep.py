@@ -14,7 +14,7 @@ from dircluster.cluster.sweeps import sweep as sweeps
 from dircluster.cluster.sweeps.space import Space
 from dircluster.cluster.sweeps.store import store
 from dircluster.cluster.sweeps.sweep import Sweep
-from dircluster.config import ConfigError, with_values
+from dircluster.config import StoppedError, with_values
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.presets.dir import DirRun
 
@@ -74,6 +74,7 @@ def test_a_sweep_that_is_asked_twice_to_stop_was_killed(sweep: Sweep, monkeypatc
 
 def test_a_sweep_whose_table_cannot_be_kept_has_not_finished(sweep: Sweep) -> None:
     sweep.notes.folder.parent.write_text("a file where the folder of all sweeps should be")
-    with pytest.raises(ConfigError, match=r"the sweep stopped .*; the same command goes on"):
+    with pytest.raises(StoppedError, match=r"the sweep stopped .*; the same command goes on") as stopped:
         sweep.run()
+    assert stopped.value.exit_code == 1
     assert status_of(sweep) == "FAILED"
