@@ -161,6 +161,7 @@ class Result:
         return [self._section(exhibit) for exhibit in self.plan.exhibits]
 
     def _section(self, exhibit: Exhibit) -> Section:
+        exhibit = replace(exhibit, notes=(*exhibit.notes, *self._judged_longer(exhibit)))
         norm, again = self.config.attack.norm, self.commands[exhibit.name]
         cells = cells_of(self.plan, exhibit, self.outcomes, norm, self.comparable, again)
         if not exhibit.picture:
@@ -172,6 +173,21 @@ class Result:
         except Exception as error:  # a picture that fails must not cost the numbers
             left_out = reason_of(error)
             return Section(exhibit, cells, left_out=left_out)
+
+    def _judged_longer(self, exhibit: Exhibit) -> list[str]:
+        """Which lines another exhibit had judged by a longer suite than this one asks for: they met more."""
+        by_suite: dict[str, list[str]] = {}
+        for line in exhibit.lines:
+            suite = self.plan.run_of(self.plan.units(exhibit, line)[0]).evaluation.suite
+            by_suite.setdefault(suite, []).append(line.label)
+        longer = by_suite.get("paper", []) if "quick" in by_suite else []
+        if not longer:
+            return []
+        return [
+            f"Judged by suite paper, as another table asks for it: {'; '.join(longer)}; the other lines by quick. The"
+            " strongest of these is of fewer attacks, and of MALT in 20 steps a class where paper has 30: over None"
+            " compares what both met, MALT by its name."
+        ]
 
     def _scene(self, exhibit: Exhibit) -> Scene:
         """What the figure is drawn from: the first seed's defenses."""

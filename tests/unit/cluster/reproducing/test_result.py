@@ -70,6 +70,16 @@ def test_a_line_that_cannot_be_timed_hides_no_other(timed: list[RunConfig]) -> N
     assert found["JATP, our reconstruction", "ms an epoch"] == (2000.0, "")
 
 
+def test_lines_that_another_table_had_judged_longer_are_named() -> None:
+    both = [exhibits("cifar10")[name] for name in ("table1", "ratio")]
+    first, second = made(make_plan(both, "digits", {}, (0,), ("identity", "dir"), key_of), "digits").sections
+    assert not any("Judged by suite paper" in note for note in first.exhibit.notes)
+    *_, note = second.exhibit.notes
+    assert note.startswith("Judged by suite paper, as another table asks for it: None; ratio 0.5; the other lines by ")
+    alone = made(planned("ratio", "digits", ("identity", "dir")), "digits").sections[0].exhibit
+    assert alone.notes == exhibits("cifar10")["ratio"].notes
+
+
 def test_what_is_timed_is_made_again_by_timing_it(timed: list[RunConfig]) -> None:
     (section,) = made(planned("table4", "digits"), "digits").sections
     for line in section.cells:
