@@ -78,13 +78,15 @@ def averaged_logits(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))
 
 
-def voting(model: Model, votes: int) -> Model:
-    """The averaged probabilities of ``votes`` passes side by side, as logits: what an attack on their majority follows.
+def voting(model: Model, votes: int, apart: bool = False) -> Model:
+    """The averaged probabilities of ``votes`` passes, as logits: what an attack on their majority follows.
 
-    The model draws again for every row.
+    Side by side the model draws again for every row; ``apart``, one after another, for every pass.
     """
 
     def voted(images: Tensor) -> Tensor:
+        if apart:
+            return averaged_logits(torch.stack([model(images) for _ in range(votes)]))
         return averaged_logits(model(images.repeat(votes, 1, 1, 1)).view(votes, len(images), -1))
 
     return voted

@@ -43,7 +43,7 @@ def choose_device(scaling: ScalingConfig, local_rank: int, workers_here: int) ->
 
 
 def choose_kernels(device: torch.device) -> None:
-    """Let convolutions on a GPU use the kernels that are fastest for their shapes, of which a run has few."""
+    """Let convolutions on a GPU use the kernels that are fastest for their shapes, of which a training has few."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
 

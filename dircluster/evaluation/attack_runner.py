@@ -38,13 +38,14 @@ class AttackRunner(AttackSetting):
         """Whether an image that a pass gets wrong is attacked no more."""
         return find_attack(self.spec.attack).leaves(self)
 
-    def wrong(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Which images (N, C, H, W) what is attacked gets wrong, or nearly, in the precision of the surroundings.
+    def wrong(self, images: Tensor, labels: Tensor, nearly: float = 0.0) -> Tensor:
+        """Which images (N, C, H, W) what is attacked gets wrong, in the precision of the surroundings; -> (N,) bool.
 
-        -> (N,) bool; the true class may share the highest logit.
+        The true class may share the highest logit, or lead by ``nearly`` times the spread of an image's logits.
         """
         with torch.no_grad():
-            return ~(margin_loss(self.model(len(images))(images).float(), labels) < 0)
+            logits = self.model(len(images))(images).float()
+            return ~(margin_loss(logits, labels) < -nearly * (logits.amax(dim=1) - logits.amin(dim=1)))
 
 
 def judge(

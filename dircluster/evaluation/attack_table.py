@@ -190,7 +190,7 @@ class AttackSetting:
             assert source is not None
             return source
         if spec.protocol == "mv":
-            return voting(self.victim.model(spec.randomness, self.draw_seed(purpose)), spec.average)
+            return voting(self.victim.model(spec.randomness, self.draw_seed(purpose)), spec.average, self.victim.apart)
         return self.victim.model(
             spec.randomness, self.draw_seed(purpose), spec.average, known_images(spec, images), self.most_rows
         )
@@ -198,7 +198,7 @@ class AttackSetting:
     def value_and_grad(self, model: Model, labels: Tensor) -> ValueAndGrad:
         """Loss and gradient of the spec, averaged over its EOT draws."""
         loss, eot, votes = LOSSES[self.spec.loss], self.spec.eot, self.spec.average
-        if self.spec.protocol == "mv":
+        if self.spec.protocol == "mv" and not self.victim.apart:
             most = max(1, self.most_rows // votes)
             both = in_parts(lambda some: expected(model, some, eot, loss, 1), labels, most)
         else:
@@ -252,6 +252,12 @@ class Attack:
     """Whether its images are made for the bare classifier, and judged by it."""
     own_gradient: bool = True
     """Whether the gradient that it follows is the judged model's, as it comes back."""
+    in_part: bool = False
+    """Whether it passes some images of a shard alone and does not tell which, whatever draws them."""
+    in_ball: bool = True
+    """Whether all images that it passes lie in the ball, so that what a pass breaks counts under protocol wor."""
+    one_step: bool = False
+    """Whether it makes one step, of the radius, whatever is asked."""
     leaves: Callable[[AttackSetting], bool] = lambda setting: False
     """Whether an image that a pass gets wrong is attacked no more. Where that was bf16's rounding alone, it is attacked
     again in fp32.
@@ -409,10 +415,10 @@ ATTACKS: dict[str, Attack] = {
     "natural": Attack(_natural),
     **{name: Attack(_natural, code=(probe,)) for name, probe in PROBES.items()},  # nobody is attacked
     "noise": Attack(_noise, code=(LInf,)),
-    "fgsm": Attack(first_order(_one_step), code=FOLLOWED),
+    "fgsm": Attack(first_order(_one_step), unread=("restarts",), code=FOLLOWED, one_step=True),
     "pgd": Attack(first_order(_pgd), labeled=True, code=FOLLOWED),
-    "mifgsm": Attack(first_order(_momentum), labeled=True, code=FOLLOWED),
-    "vnifgsm": Attack(first_order(_neighbors), labeled=True, code=FOLLOWED),
+    "mifgsm": Attack(first_order(_momentum), unread=("restarts",), labeled=True, code=FOLLOWED),
+    "vnifgsm": Attack(first_order(_neighbors), unread=("restarts",), labeled=True, code=FOLLOWED, in_ball=False),
     "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED, own_gradient=False),
     "malt": Attack(
         _malt,
@@ -438,6 +444,7 @@ ATTACKS: dict[str, Attack] = {
         counts="queries of Square",
         code=(autoattack,),
         together=False,
+        in_part=True,
         leaves=_leaves,
     ),
     "square": Attack(
@@ -446,6 +453,7 @@ ATTACKS: dict[str, Attack] = {
         counts="queries of Square",
         code=(square,),
         together=False,
+        in_part=True,
         leaves=_leaves,
     ),
     "masked": Attack(_masked, unread=("restarts", "eot", "average"), needs=frozenset({"masks"}), code=(masked_attack,)),

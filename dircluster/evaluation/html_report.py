@@ -114,9 +114,9 @@ def without_draws(attack: str) -> str:
 
 
 def _as_trained(config: RunConfig, victim: VictimModel) -> bool:
-    """Whether the victim's networks are those that ``config`` says, as far as it is known."""
+    """Whether the victim's networks are those that ``config`` says: of one that knows no settings nothing is known."""
     settings = victim.module.settings if isinstance(victim.module, Defended) else {}
-    return settings.items() <= to_dict(config).items()
+    return bool(settings) and settings.items() <= to_dict(config).items()
 
 
 def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int = 1) -> dict[str, Any]:

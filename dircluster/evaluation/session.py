@@ -31,7 +31,8 @@ from dircluster.evaluation.store import FolderStore, MemoryStore, ResultStore, S
 from dircluster.evaluation.suites import known_suite
 from dircluster.evaluation.suites import suite as specs_of
 from dircluster.evaluation.victim import VictimModel
-from dircluster.models.modules import device_of, parts_of, to_bytes, unfinished
+from dircluster.models.modules import device_of, parts_of, to_bytes, under_attack, unfinished
+from dircluster.models.precision import exact
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,30 @@ def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimMod
                 getattr(spec, name) == usual,
                 f"attack {spec.name} does not read {name}: leave it {usual}, got {getattr(spec, name)}",
             )
+        _check_fits(spec, victim)
         if (spec.bare and victim.target is None) or (spec.on == "target" and victim.source is None):
             raise ConfigError(f"attack {spec.name} needs a target to craft on: give a purifier, or a surrogate")
         if not spec.bare and victim.randomized != (spec.randomness != "none"):
             forms = "fixed or fresh" if victim.randomized else "none"
             raise ConfigError(f"attack {spec.name} has randomness {spec.randomness}, but {victim.name} needs {forms}")
     return dataclasses.replace(planned, table=list(dict.fromkeys([*planned.table, *attacks])))
+
+
+def _check_fits(spec: AttackSpec, victim: VictimModel) -> None:
+    """Raise ConfigError where a row would not be what it says, or would be judged under other draws than it met."""
+    found, known = find_attack(spec.attack), spec.randomness == "fixed" and spec.on == "defense"
+    require(not known or spec.eot == 1, f"attack {spec.name} knows the draw: eot must be 1, got {spec.eot}")
+    require(
+        not (known and found.in_part and not victim.drawn),
+        f"attack {spec.name} passes some images alone, which then meet other draws of {victim.name} than they are"
+        " judged under: take randomness fresh, or malt",
+    )
+    require(
+        found.in_ball or spec.protocol != "wor",
+        f"attack {spec.name} looks outside the ball, and protocol wor counts every pass: take pgd",
+    )
+    one = spec.steps <= 1 and spec.step_size in (0, spec.epsilon)
+    require(one or not found.one_step, f"attack {spec.name} makes one step, of epsilon: leave steps and step_size")
 
 
 def evaluation_of(
@@ -270,12 +289,13 @@ def evaluate(
         if other is not None and parts_of(other) and device_of(other) != device:
             other = copy.deepcopy(other).to(device)  # the caller's stays where it is
         victim = VictimModel(judged, name, other)
+        facts = None if store is None else _facts(victim, pixels, classes, seed, chosen)
         kept: ResultStore = MemoryStore()
-        if store is not None:
-            kept = StorePart(store, digest(_facts(victim, pixels, classes, seed, chosen))[:12])
         with buffers_kept(*victim.modules), torch.autocast(device.type, enabled=False):
             meet(victim, pixels[:8].to(device), int(classes.max()))
             victim.notes[:0] = notes
+            if store is not None:
+                kept = StorePart(store, digest([facts, *_answers(victim, pixels[:8].to(device))])[:12])
             planned = with_attacks(plan(victim, attack, chosen), attacks, victim)
             evaluation = evaluation_of(planned, victim, len(pixels), seed, chosen, kept)
             run(evaluation, lambda a, b: (pixels[a:b].to(device), classes[a:b].to(device)), on_shard)
@@ -290,6 +310,18 @@ def _facts(
     data = hashlib.sha256(to_bytes(images) + to_bytes(labels)).hexdigest()
     other = None if victim.surrogate is None else module_digest(victim.surrogate)
     return facts_of(module_digest(victim.module), data, len(images), seed, settings, other)
+
+
+def _answers(victim: VictimModel, images: Tensor) -> list[Any]:
+    """What somebody's modules say of ``images`` (N, C, H, W), coarsely: functions, and what is no weight, tell nothing
+    else of themselves. Nothing of what is this package's.
+    """
+    models = [] if isinstance(victim.module, Defended) else [victim.model("fixed" if victim.randomized else "none", 0)]
+    models += [] if victim.surrogate is None else [victim.source]  # type: ignore[list-item]
+    with torch.no_grad(), under_attack(*victim.modules), exact(images.device):
+        found = [model(images).double().cpu() for model in models]
+    spread = [(logits.amax() - logits.amin()).clamp_min(1e-30) for logits in found]
+    return [(64 * logits / each).round().int().tolist() for logits, each in zip(found, spread, strict=True)]
 
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:

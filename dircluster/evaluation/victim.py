@@ -96,6 +96,11 @@ class VictimModel:
         self.randomized = self.drawn
 
     @property
+    def apart(self) -> bool:
+        """Whether draws of an image pass one after another: somebody's module may draw once for a whole pass."""
+        return self.randomized and not self.drawn
+
+    @property
     def offers(self) -> frozenset[str]:
         """What attacks may need, see attack_table.Attack."""
         has = (("purifier", self.target is not None), ("masks", self.masked))
@@ -120,9 +125,9 @@ class VictimModel:
             return self.watch.over(lambda batch: run(self._logits, batch))
 
         def averaged(batch: Tensor) -> Tensor:
-            at_once = (
-                draws if most_rows is None or not self.drawn else max(1, min(draws, most_rows // max(1, len(batch))))
-            )
+            at_once = draws
+            if most_rows is not None and self.randomized:
+                at_once = max(1, min(draws, most_rows // max(1, len(batch))))
             total = torch.zeros((), device=batch.device)
             for first in range(0, draws, at_once):
                 total = total + run(self._summed(min(at_once, draws - first)), batch)

@@ -46,6 +46,20 @@ def autocast(precision: Precision, device: torch.device, *still: nn.Module) -> I
 
 
 @contextmanager
+def many_shapes() -> Iterator[None]:
+    """Inside, no kernels are tried out on a GPU: that pays for the few shapes of a training, and at each step of an
+    attack which images leave there is another.
+    """
+    library: Any = torch.backends.cudnn
+    found = library.benchmark
+    library.benchmark = False
+    try:
+        yield
+    finally:
+        library.benchmark = found
+
+
+@contextmanager
 def half_weights(*networks: nn.Module) -> Iterator[None]:
     """Inside, layers of ``networks`` that autocast would cast hold bf16 twins of their weights; their own afterwards.
 

@@ -28,11 +28,11 @@ from dircluster.defenses.base import Defended
 from dircluster.defenses.recipe import Recipe
 from dircluster.defenses.stage import Stage
 from dircluster.distributed.parallel import Parallel
-from dircluster.evaluation.evaluation import crafting
+from dircluster.evaluation.evaluation import crafted_in, crafting
 from dircluster.evaluation.pictures import to_pixels
+from dircluster.evaluation.rows import FEW, fitting_rows
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import under_attack
-from dircluster.models.precision import autocast
 from dircluster.training import stages
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.costs import (
@@ -115,18 +115,22 @@ class Forecast:
 
 
 def as_launched(config: RunConfig, launcher: str) -> RunConfig:
-    """``config`` with the workers and threads that it has when it is launched from here, by ``ray`` or ``local``ly.
+    """``config`` with the workers, threads and device that it has when it is launched from here, by ``ray`` or
+    ``local``ly.
 
     Of a cluster that is joined nothing is known: it gives the most workers, each the cores that one process has here.
     """
     scaling, here = config.scaling, cores()
-    workers, threads = scaling.most, scaling.threads
+    workers, threads, device = scaling.most, scaling.threads, scaling.device
     if launcher == "local":
         workers = torchrun.size()
     elif not os.environ.get("RAY_ADDRESS"):
-        workers = scaling.workers_on(here, torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        workers = scaling.workers_on(here, gpus)
         threads = threads or max(1, here // workers)
-    return replace(config, scaling=replace(scaling, workers=workers, threads=threads))
+        if device == "auto" and gpus < scaling.least:  # for fewer GPUs than workers Ray takes CPUs
+            device = "cpu"
+    return replace(config, scaling=replace(scaling, workers=workers, threads=threads, device=device))
 
 
 def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Calibration:
@@ -162,8 +166,10 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
 
     per_image = followed(config, passed)
     judged = config.evaluation
+    some = _random(config, FEW).pixels(slice(FEW)).to(parallel.device)
+    usual = judged.rows or fitting_rows(VictimModel(defense.fresh(), config.defense), some)
     rows = min(judged.usual_rows, judged.batch_size, judged.images or judged.batch_size)
-    most = min(judged.usual_rows, config.data.classes * rows)  # MALT tries several classes of an image together
+    most = min(usual, config.data.classes * rows)  # MALT tries several classes of an image together
     paces[EVALUATION] = _pace(lambda n: _gradient(defense, config, n), per_image, rows, parallel, budget, most)
     return Calibration(device_name(parallel.device), paces)
 
@@ -338,7 +344,7 @@ def _gradient(defense: Defended, config: RunConfig, images: int) -> None:
     device = next(defense.parameters()).device
     asked = _random(config, images).pixels(slice(images)).to(device).requires_grad_(True)
     precision = crafting(config.evaluation.precision, VictimModel(defense.fresh(), config.defense), device)
-    with under_attack(defense), autocast(precision, device, defense):
+    with under_attack(defense), crafted_in(precision, device, defense):
         torch.autograd.grad(defense(asked).sum(), asked)
 
 

@@ -7,12 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dircluster.config import OptimizerConfig, TrainingConfig
+from dircluster.config import ConfigError, OptimizerConfig, TrainingConfig
 from dircluster.distributed.parallel import shard_like
 
 
-def is_fused(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether an update of weights on ``device`` is one kernel: where asked for, and by itself on a GPU."""
+def is_fused(training: TrainingConfig, device: torch.device, knobs: OptimizerConfig, sharded: bool) -> bool:
+    """Whether an update of weights on ``device`` is one kernel: where asked for, and by itself on a GPU.
+
+    That of SGD takes no weights that lie in shards (FSDP2). Raises ConfigError where it is asked for there.
+    """
+    if sharded and knobs.name == "sgd":
+        if training.fused == "on":
+            raise ConfigError("training.fused must be auto or off for SGD with parallel.strategy fsdp, got on")
+        return False
     return training.fused == "on" or (training.fused == "auto" and device.type == "cuda")
 
 

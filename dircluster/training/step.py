@@ -86,9 +86,10 @@ class Stepper:
         self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         self.pending.parameters = list(self.parameters.values())
         self.still = [child for name, child in recipe.named_children() if name not in recipe.trained]
-        fused = is_fused(config.training, parallel.device)
-        self.optimizers = {n: make_optimizer(self._of(n), knobs, fused) for n, knobs in stage.optimizers.items()}
-        self.guards = fused and parallel.world == 1
+        sharded = parallel.world > 1 and config.parallel.strategy == "fsdp"
+        fused = {n: is_fused(config.training, parallel.device, knobs, sharded) for n, knobs in stage.optimizers.items()}
+        self.optimizers = {n: make_optimizer(self._of(n), knobs, fused[n]) for n, knobs in stage.optimizers.items()}
+        self.guards = all(fused.values()) and parallel.world == 1
         """Whether a fused optimizer itself leaves weights alone where a loss is not finite: nobody waits to read it."""
         ahead = is_ahead(config.training, parallel.device)
         self.batches = Batches(self._make_batches, self.steps, parallel.device, ahead)

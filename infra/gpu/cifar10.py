@@ -429,17 +429,6 @@ def judge(machine: Machine, h: nn.Module, g: MaskedPurifier, test: Split) -> dic
     count = 32 if machine.rehearse else 1000
     defense = Defended(g, h, "dir").eval()
 
-    def mixed(module: nn.Module) -> None:
-        inner = module.forward
-
-        def forward(*inputs: Tensor) -> Tensor:
-            with machine.autocast(torch.is_grad_enabled()):
-                return inner(*inputs)
-
-        module.forward = forward  # type: ignore[method-assign]
-
-    mixed(g)
-    mixed(h)
     tf32(False)
     if machine.gpu:
         torch.cuda.empty_cache()

@@ -79,7 +79,8 @@ def _replay(given: argparse.Namespace) -> int:
         job.evaluation.specs = [spec]
         job.evaluation.store = job.evaluation.bare_store = MemoryStore()  # what is stored is not asked
         run(job.evaluation, job.batch)
-    found = Comparison(row, job.evaluation.result(spec, job.name), same_code, kind == facts["machine"])
+    same = same_code and kind == facts["machine"] and parallel.device.type == "cpu"
+    found = Comparison(row, job.evaluation.result(spec, job.name), same)
     images = {True: "the same to the bit", False: "others", None: "the row does not know its own"}[found.same_images]
     say(f"again    {_accuracy(dataclasses.asdict(found.again))}")
     say(f"images   {images} (SHA-256 {found.again.sha256[:12]})")

@@ -15,7 +15,6 @@ from dircluster.cluster.storage import open_path
 from dircluster.config import ConfigError, RunConfig, digest
 from dircluster.data.split import Split
 from dircluster.defenses.base import Defended
-from dircluster.distributed.launch import choose_kernels
 from dircluster.evaluation.claims import claim_of
 from dircluster.evaluation.html_report import robustbench_entry
 from dircluster.evaluation.meeting import meet
@@ -38,7 +37,6 @@ class EvaluationJob:
     def __init__(self, job_spec: JobSpec, device: torch.device) -> None:
         self.config: RunConfig = run_from_plain(job_spec.config)
         self.device, self.settings = device, self.config.evaluation
-        choose_kernels(device)
         module = load_module(job_spec, self.config).to(device)
         if isinstance(module, Defended) and channels_last(self.settings.precision, device):
             module.classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

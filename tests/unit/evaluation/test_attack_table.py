@@ -126,6 +126,9 @@ def test_the_attack_of_eq_8_climbs_the_loss_of_its_spec() -> None:
         (AttackSpec("pgd", randomness="fresh", steps=2), "randomness fresh, but defense needs none"),
         (AttackSpec("malt", steps=2, restarts=2), "attack malt does not read restarts: leave it 1, got 2"),
         (AttackSpec("square", steps=2, loss="margin"), "attack square does not read loss: leave it ce, got margin"),
+        (AttackSpec("vnifgsm", steps=2, restarts=2), "attack vnifgsm2 does not read restarts: leave it 1, got 2"),
+        (AttackSpec("fgsm", epsilon=0.2, steps=20, step_size=0.2), "attack fgsm makes one step, of epsilon"),
+        (AttackSpec("fgsm", epsilon=0.2, steps=1, step_size=0.1), "attack fgsm makes one step, of epsilon"),
     ],
 )
 def test_an_attack_that_a_module_cannot_meet(

@@ -49,6 +49,62 @@ def by_name(found: EvaluationReport) -> dict[str, Result]:
     return {f"{row.protocol} {row.attack}": row for row in found.rows}
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AttackSpec("square", "fixed", epsilon=EPSILON, steps=2), "attack square passes some images alone, which then"),
+        (AttackSpec("autoattack", "fixed", epsilon=EPSILON, steps=2), "attack autoattack passes some images alone"),
+        (AttackSpec("pgd", "fixed", epsilon=EPSILON, steps=2, eot=2), "pgd2 knows the draw: eot must be 1, got 2"),
+        (
+            AttackSpec("vnifgsm", "fresh", epsilon=EPSILON, steps=2, protocol="wor"),
+            "attack vnifgsm2 looks outside the ball, and protocol wor counts every pass",
+        ),
+    ],
+)
+def test_a_row_that_would_be_judged_by_other_draws_or_images_than_its_own_is_refused(
+    spec: AttackSpec, message: str, at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=replace(SETTINGS, images=8), attacks=[spec])
+
+
+class Shifts(nn.Module):
+    """A module that draws once for a whole pass: where copies of an image pass together, one draw is all of them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.sizes: set[int] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.add(len(images))
+        logits: Tensor = self.inner(images)
+        return logits.roll(int(torch.randint(2, ())), dims=1)
+
+
+def test_draws_of_a_module_that_draws_once_a_pass_are_passes_of_their_own(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    module, step = Shifts(at_model), AttackConfig(epsilon=EPSILON).step_for(2)
+    plain = AttackSpec("pgd", "fresh", epsilon=EPSILON, step_size=step, steps=2, eot=3, draws=12, label="own")
+    several = [
+        plain,
+        replace(plain, average=4, eot=1, label="mean"),
+        replace(plain, protocol="mv", average=5, eot=1, label="mv"),
+        replace(plain, protocol="wor", label="wor"),
+    ]
+    settings = EvaluationConfig(images=16, batch_size=16, steps=2, eot=2, draws=12)
+
+    def begin(shard: Any, done: int, total: int) -> None:
+        if done == 0:  # what is tried out before passes images otherwise
+            module.sizes.clear()
+
+    found = evaluate(module, *digits, epsilon=EPSILON, settings=settings, attacks=several, on_shard=begin).rows
+    assert max(module.sizes) == 16
+    drawn = next(row for row in found if row.attack == "own")
+    assert drawn.always == 0 < drawn.accuracy  # every image is shifted in some of its draws, and in some not
+
+
 @pytest.mark.parametrize("attack", ["malt", "square"])
 def test_an_attack_that_hides_what_its_draws_break_has_no_worst_of_them(
     attack: str, at_model: nn.Module, digits: tuple[Tensor, Tensor]

@@ -97,20 +97,19 @@ def test_its_attack_is_that_of_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "machine", "holds"),
+    ("changes", "to_the_bit", "holds"),
     [
-        ({}, True, True, True),
-        ({"sha256": "b"}, True, True, False),  # the same machine and code make the same images
-        ({"sha256": "b"}, True, False, True),
-        ({"sha256": "b"}, False, True, True),
-        ({"accuracy": 0.52}, False, False, True),
-        ({"accuracy": 0.53}, False, False, False),
-        ({"sha256": None}, True, True, True),  # of which no row was kept: the accuracy decides
-        ({"sha256": None, "accuracy": 0.51}, True, True, False),
+        ({}, True, True),
+        ({"sha256": "b"}, True, False),  # the same machine and code make the same images
+        ({"sha256": "b"}, False, True),
+        ({"accuracy": 0.52}, False, True),
+        ({"accuracy": 0.53}, False, False),
+        ({"sha256": None}, True, True),  # of which no row was kept: the accuracy decides
+        ({"sha256": None, "accuracy": 0.51}, True, False),
     ],
 )
-def test_when_it_holds(changes: dict[str, object], code: bool, machine: bool, holds: bool) -> None:
-    assert Comparison(ROW | changes, RESULT, code, machine).holds == holds
+def test_when_it_holds(changes: dict[str, object], to_the_bit: bool, holds: bool) -> None:
+    assert Comparison(ROW | changes, RESULT, to_the_bit).holds == holds
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,6 +67,45 @@ def test_attacks_are_crafted_as_asked_and_judged_in_fp32() -> None:
     module, rows = judged("auto")
     assert {dtype for _, dtype in module.seen} == {torch.float32}
     assert {row.crafting for row in rows} == {"fp32"}
+
+
+class Switches(Notes):
+    """A classifier that keeps how a GPU would compute its convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, bool]] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        library: Any = torch.backends.cudnn
+        self.found.add((library.conv.fp32_precision, library.benchmark))
+        return super().forward(images)
+
+
+@pytest.fixture
+def as_training_leaves_it() -> Iterator[Any]:
+    """PyTorch's library for GPUs, which tries kernels and rounds to TF32."""
+    library: Any = torch.backends.cudnn
+    before = library.benchmark, library.conv.fp32_precision
+    library.benchmark, library.conv.fp32_precision = True, "tf32"
+    yield library
+    library.benchmark, library.conv.fp32_precision = before
+
+
+def test_what_is_crafted_in_fp32_is_without_tf32_and_tries_no_kernels(as_training_leaves_it: Any) -> None:
+    module, images = Switches(), torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    began = False
+
+    def begin(shard: Any, done: int, total: int) -> None:
+        nonlocal began
+        if not began:  # what is tried out before is neither crafted nor judged
+            module.found.clear()
+        began = True
+
+    evaluate(module, images, torch.arange(8) % 10, settings=QUICK, on_shard=begin)
+    assert module.found == {("ieee", False)}
+    assert as_training_leaves_it.benchmark
+    assert as_training_leaves_it.conv.fp32_precision == "tf32"
 
 
 class Coarse(Notes):

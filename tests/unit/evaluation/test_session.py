@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import dircluster
-from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig, with_values
+from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig, to_dict, with_values
 from dircluster.data.sources import load
 from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import DEFENSE
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
-from dircluster.evaluation.html_report import robustbench_entry, without_draws, write_report
+from dircluster.evaluation.html_report import _as_trained, robustbench_entry, without_draws, write_report
 from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.model_card import markdown_table
 from dircluster.evaluation.pictures import to_pixels
@@ -237,6 +237,9 @@ def test_a_store_keeps_what_is_of_other_modules_images_or_seeds_apart(digits: tu
         lambda: begun(one, first[0], labels[16:32]),
         lambda: begun(one, *first, seed=1),
         lambda: begun(one, *first, surrogate=surrogate),
+        lambda: begun(lambda x: one(x), *first),
+        lambda: begun(lambda x: one(1 - x), *first),
+        lambda: begun(lambda x: one(x), *first, surrogate=lambda x: surrogate(1 - x)),
     ):
         assert changed() > 0
         assert changed() == 0
@@ -510,14 +513,19 @@ def test_the_report_stands_alone(
     assert robustbench_entry(found, config)["eps"] == f"{255 * config.attack.epsilon:.4g}/255"
 
 
-def test_published_numbers_stand_beside_their_rows() -> None:
+def test_published_numbers_stand_beside_their_rows(defense: Defended, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = with_values(preset("cifar10"), {"masking.ratio": 0.3})
+    assert other.printed == {}
     assert preset("cifar10").printed["dir"]["pgd20"] == 54.27
     assert preset("cifar10").printed["dir"]["bpda40"] == 52.09
     assert preset("svhn").printed["none"]["autoattack-standard"] == 45.16
     assert preset("digits").printed == {}
     assert "square" not in preset("cifar10").printed["dir"]
-    other = with_values(preset("cifar10"), {"masking.ratio": 0.3})
-    assert other.printed == {}
+    for module in (defense, nn.Flatten()):
+        assert not _as_trained(preset("cifar10"), VictimModel(module, "dir"))  # whose settings nobody knows
+    monkeypatch.setattr(defense, "settings", to_dict(preset("cifar10")))
+    assert _as_trained(preset("cifar10"), VictimModel(defense, "dir"))
+    assert not _as_trained(other, VictimModel(defense, "dir"))
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).printed and "smoke" not in name])

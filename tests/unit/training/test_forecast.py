@@ -56,6 +56,17 @@ from dircluster.training.validation import held_out_accuracy, overfitting
 from tests.conftest import ALONE
 
 
+@pytest.mark.parametrize(("workers", "gpus", "device"), [(4, 1, "cpu"), (4, 4, "auto"), (1, 1, "auto"), (4, 0, "cpu")])
+def test_what_ray_gives_cpus_to_is_timed_on_a_cpu(
+    workers: int, gpus: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = with_values(preset("digits"), {"scaling.workers": workers})
+    assert module.as_launched(run, "ray").scaling.device == device
+    assert module.as_launched(run, "local").scaling.device == "auto"
+
+
 @pytest.mark.parametrize("name", ["quick", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "rigorous"))])
 def test_an_evaluation_counts_what_it_runs(smoke: DirRun, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(smoke.evaluation, suite=name, steps=3, resubmissions=2, votes=3)  # type: ignore[arg-type]

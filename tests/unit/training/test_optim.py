@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from dircluster import rng
-from dircluster.config import OptimizerConfig, TrainingConfig
+from dircluster.config import ConfigError, OptimizerConfig, TrainingConfig
 from dircluster.presets.dir import DirRun
 from dircluster.training.checkpoint import read, write
 from dircluster.training.optim import is_fused, make_optimizer, optimizer_tensors, restore_optimizer
@@ -38,12 +42,42 @@ def fresh() -> dict[str, Tensor]:
 def test_a_gpu_gets_fused_optimizers_by_itself_and_a_cpu_where_asked() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     auto = TrainingConfig()
-    assert (is_fused(auto, cpu), is_fused(auto, gpu)) == (False, True)
-    assert is_fused(dataclasses.replace(auto, fused="on"), cpu)
-    assert not is_fused(dataclasses.replace(auto, fused="off"), gpu)
     for knobs in KNOBS.values():
+        assert (is_fused(auto, cpu, knobs, False), is_fused(auto, gpu, knobs, False)) == (False, True)
+        assert is_fused(dataclasses.replace(auto, fused="on"), cpu, knobs, False)
+        assert not is_fused(dataclasses.replace(auto, fused="off"), gpu, knobs, False)
         assert make_optimizer([*fresh().values()], knobs, fused=True).defaults["fused"]
         assert not make_optimizer([*fresh().values()], knobs).defaults["fused"]  # bits of CPUs are those of before
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_weights_that_lie_in_shards_are_updated_as_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """By one kernel, but for SGD's, which PyTorch has no rule for there."""
+    gpu, on = torch.device("cuda"), dataclasses.replace(TrainingConfig(), fused="on")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        layer, plain = (nn.Linear(3, 2) for _ in range(2))
+        plain.load_state_dict(layer.state_dict())
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        fused = is_fused(TrainingConfig(), gpu, KNOBS[name], True)
+        for module, kind in ((layer, fused), (plain, False)):
+            optimizer = make_optimizer([*module.parameters()], KNOBS[name], kind)
+            for step in range(3):
+                module(torch.full((4, 3), step + 1.0)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for weight, expected in zip(layer.parameters(), plain.parameters(), strict=True):
+            assert isinstance(weight, DTensor)
+            torch.testing.assert_close(weight.full_tensor(), expected)
+    finally:
+        dist.destroy_process_group()
+    if name == "sgd":
+        assert not fused
+        with pytest.raises(ConfigError, match=r"^training.fused must be auto or off for SGD with parallel.strategy"):
+            is_fused(on, gpu, KNOBS[name], True)
+    else:
+        assert fused
+        assert is_fused(on, gpu, KNOBS[name], True)
 
 
 def test_adams_decay_is_a_penalty() -> None:
