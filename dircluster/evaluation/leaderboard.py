@@ -34,9 +34,9 @@ READING = """Accuracy on test images, % (95 % interval). *White box*: the strong
 what the defense draws. *Fresh + EOT*: it draws again at every pass, the attack averages over draws.
 *Wor.Rob*: right under the attack in the worst of several draws; *vote*: by their majority.
 *Strongest*: the row that leaves least, but for Wor.Rob, votes, averaged logits and attacks on the
-restored image; the table is ordered by it. *Its target*: the same of the bare target. Empty: not
-run; `!`: marked, no evidence; flagged: by the verdict. Compare lines of the same n alone, and
-intervals before numbers.
+restored image; the table is ordered by it. *Its target*: the same of the bare target. *Verdict*:
+whether the defense only hides gradients: clean, or how many questions flag it. Empty: not run; `!`:
+marked, no evidence. Compare lines of the same n alone, and intervals before numbers.
 """
 
 
@@ -82,13 +82,12 @@ def line(claim: Claim) -> dict[str, Cell]:
     """A claim as the cells of a table, by title."""
     found, bare, costs = claim.strongest(), claim.strongest_of_target(), claim.plain["costs"]
     natural = claim.row("natural") or claim.rows[0]
-    flags = claim.plain.get("flags") or []
-    name = f"{claim.name} (flagged)" if flags else claim.name
-    cells = {"defense": Cell(name, words="; ".join(flags)), "target": Cell(claim.target)}
+    cells = {"defense": Cell(claim.name), "target": Cell(claim.target)}
     cells["n"] = Cell(n_of(natural), natural["total"])
     usual = natural["total"]
     cells |= {title: _share(claim.row(column), usual) for column, title in COLUMNS.items()}
     cells |= {"strongest": _share(found, usual), "its target": _share(bare, usual)}
+    cells["verdict"] = _verdict(claim.plain.get("flags"))
     cells["parameters"] = _number(costs.get("parameters"), "{:,.0f}")
     cells["GMAC"] = _number(costs.get("gmac"), "{:.3g}")
     cells["s an image"] = _number(costs.get("seconds_per_image"), "{:.2g}", str(costs.get("machine", "")))
@@ -130,6 +129,13 @@ def _share(row: Row | None, usual: int) -> Cell:
     text = f"{100 * row['accuracy']:.1f}{marked} ({100 * low:.1f}\u2013{100 * high:.1f})"
     text += "" if row["total"] == usual else f", n = {n_of(row)}"
     return Cell(text, row["accuracy"], f"{row['attack']}, {row['protocol']}: {how(row)}; n = {n_of(row)}")
+
+
+def _verdict(flags: Sequence[str] | None) -> Cell:
+    """What the verdict says; sorted, who was not asked stands below who is clean, and above who is flagged."""
+    if flags is None:
+        return Cell("")
+    return Cell(f"{len(flags)} flagged", -1.0 - len(flags), "; ".join(flags)) if flags else Cell("clean", 1.0)
 
 
 def _number(value: Any, form: str, words: str = "") -> Cell:

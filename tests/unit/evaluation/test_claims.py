@@ -95,6 +95,18 @@ def test_each_number_stands_in_its_column(claim: dict[str, Any], tmp_path: Path)
     assert "n = 8" in cells["MALT"].words
 
 
+@pytest.mark.parametrize(("flags", "text"), [(None, ""), ([], "clean"), (["a bound", "numbers"], "2 flagged")])
+def test_a_verdict_that_was_not_asked_is_none_that_was_passed(
+    flags: Any, text: str, claim: dict[str, Any], tmp_path: Path
+) -> None:
+    cell = line(read_claim(written(claim, tmp_path, flags=flags)))["verdict"]
+    assert (cell.text, cell.words) == (text, "; ".join(flags or []))
+    clean, unasked, flagged = (
+        line(Claim("x", {**claim, "flags": each}))["verdict"].value for each in ([], None, ["a bound"])
+    )
+    assert clean > unasked > flagged
+
+
 def test_a_search_without_gradients_is_no_white_box(claim: dict[str, Any], tmp_path: Path) -> None:
     known = next(row for row in claim["rows"] if row["attack"] == "pgd2" and row["randomness"] == "fixed")
     found = known | {"attack": "square", **NOTHING}
