@@ -119,7 +119,8 @@ class Evaluation:
             self.most_rows = 1
         if self.most_rows is None:
             self.most_rows = fitting_rows(victim, images)
-        watch = Watch(len(images))
+        passes = shard.spec.average if shard.spec.protocol == "mv" else shard.spec.eot
+        watch = Watch(len(images), passes if victim.apart else 1)
         watched = victim.watched_by(watch)
         attack = AttackRunner(watched, shard.spec, seed, fixed, self.most_rows)
         counts = shard.spec.protocol == "wor"  # what its steps see is claimed

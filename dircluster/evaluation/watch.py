@@ -23,11 +23,14 @@ class Watch:
 
     Each pass of an image that asks for a gradient counts, and is bad where none comes back in the first backward pass.
     Rows that are whole repetitions of the images, as those of EOT are, count as images: one draw that leads back is
-    enough.
+    enough. So do ``draws`` passes of the images one after another.
     """
 
-    def __init__(self, images: int) -> None:
-        self.images = images
+    def __init__(self, images: int, draws: int = 1) -> None:
+        self.images, self.draws = images, draws
+        self._passes = 0
+        self._peaks: Tensor | None = None
+        """The largest elements that came back to each image in this draw and those before it."""
         self._sums: dict[Kind, list[Tensor | int]] = {kind: [0, 0] for kind in WORDS}
         self._start: tuple[Tensor, Tensor] | None = None
         self._first: Tensor | None = None
@@ -41,7 +44,10 @@ class Watch:
             if not asked:
                 return self._answered(model(images))
             entered: Tensor = _Entrance.apply(images, self)
-            self._add("gradient", 0, self._groups(len(images)))
+            if self._passes % self.draws == 0:
+                self._add("gradient", 0, self._groups(len(images)))
+                self._peaks = None
+            self._passes += 1
             return self._answered(model(entered))
 
         return watched
@@ -76,7 +82,11 @@ class Watch:
         peaks = gradient.detach().abs().flatten(1).amax(dim=1)  # NaN where one element is
         if len(peaks) > self.images == self._groups(len(peaks)):
             peaks = peaks.view(-1, self.images).amax(dim=0)
-        self._add("gradient", ((peaks > VANISHED) & (peaks < torch.inf)).sum(), 0)
+        good: Tensor | int = 0
+        if self.draws > 1 and self._peaks is not None and len(self._peaks) == len(peaks):
+            good, peaks = _returned_to(self._peaks), torch.maximum(self._peaks, peaks)
+        self._peaks = peaks
+        self._add("gradient", _returned_to(peaks) - good, 0)
 
     def _groups(self, rows: int) -> int:
         return self.images if rows and rows % self.images == 0 else rows
@@ -101,6 +111,11 @@ class Watch:
     def _add(self, kind: Kind, one: Tensor | int, two: Tensor | int) -> None:
         sums = self._sums[kind]
         sums[0], sums[1] = sums[0] + one, sums[1] + two
+
+
+def _returned_to(peaks: Tensor) -> Tensor:
+    """How many images have a gradient, by its largest elements (N,)."""
+    return ((peaks > VANISHED) & (peaks < torch.inf)).sum()
 
 
 class _Entrance(torch.autograd.Function):

@@ -156,7 +156,8 @@ def test_a_row_says_how_much_is_luck(rows: dict[str, Result]) -> None:
     assert wor.luck == (1 - wor.natural.accuracy) / (1 - wor.accuracy)
     words = {row["attack"]: how(row) for row in to_plain([wor, mv])}
     assert "any of 2 draws at any of 4 iterates may break an image; control natural" in words["pgd3-wor2"]
-    assert words["pgd3-wor2"].endswith(f"luck {100 * wor.luck:.0f} % of the loss")
+    assert words["pgd3-wor2"].endswith(f"luck {100 * wor.luck:.0f} % of the loss")  # and no mark: a draw leads back
+    assert not wor.marks
     assert "majority of 5 draws; of 4 votes worst" in words["mv"]
 
 
