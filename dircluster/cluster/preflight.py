@@ -85,9 +85,9 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
 
 
 def _check_switches(config: RunConfig) -> None:
-    """Raise ConfigError where this machine, which trains, lacks GPUs, or cannot capture or compile as asked."""
+    """Raise ConfigError where this machine, which trains, lacks GPUs, or cannot capture, compile or fuse as asked."""
     scaling, gpus = config.scaling, config.scaling.device == "gpu"
-    if not (gpus or config.training.capture == "on" or config.training.compiles):
+    if not (gpus or "on" in (config.training.capture, config.training.fused) or config.training.compiles):
         return
     import torch
 

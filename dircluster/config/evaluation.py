@@ -34,8 +34,7 @@ class EvaluationConfig:
     256 on a CPU; on a GPU as many as half of its free memory holds, from 256 to 2,048."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What attacks are crafted in; auto: bf16 on a GPU, fp32 on a CPU and for networks whose first layers bf16 would
-    round. Final predictions, and what is crafted in fp32, are
-    always made without TF32."""
+    round. Final predictions, and what is crafted in fp32, are always made without TF32."""
     steps: int | None = None
     """Steps of every iterative attack; each suite's own when not given: 20, or 200 in rigorous; MALT 30, in quick 20;
     PMA 100."""

@@ -94,8 +94,8 @@ class Defended(nn.Module):
         """What tables call it."""
         self.image_shape: tuple[int, int, int] | None = None
         """Channels, height and width that it was trained on, where they are known."""
-        self.settings: dict[str, Any] = {}
-        """The sections that decided its networks, as plain data, where they are known."""
+        self.settings: dict[str, Any] | None = None
+        """The sections that decided its networks, as plain data; None where they are not known."""
         self.draws = 1
         self._seed: int | None = None
         self._known: list[Tensor | None] = []

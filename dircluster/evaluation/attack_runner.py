@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dircluster.attacks.gradient import Model, margin_loss
 from dircluster.config import ConfigError
-from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, answers, find_attack, known_images
+from dircluster.evaluation.attack_table import AttackSetting, AttackSpec, answers, check_fits, find_attack, known_images
 from dircluster.evaluation.probes import PROBES, Question
 from dircluster.evaluation.victim import VictimModel
 
@@ -23,8 +23,10 @@ class AttackRunner(AttackSetting):
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
         """(N, C, H, W), (N,) -> adversarial images (N, C, H, W), and what is to be warned of.
 
-        Raises ConfigError under protocol wor where the attack does not tell what its draws break.
+        Raises ConfigError for what does not fit the victim, see check_fits, and under protocol wor where the attack
+        does not tell what its draws break.
         """
+        check_fits(self.spec, self.victim)
         made = find_attack(self.spec.attack).run(self, images, labels)
         if self.spec.protocol == "wor" and self.spec.steps and not self.broken:
             raise ConfigError(
@@ -64,6 +66,7 @@ def judge(
 
     def judged(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         verdicts: dict[str, Tensor] = {}
+        at_once = 1 if victim.apart else max(1, most_rows // len(images))
         if spec.attack in PROBES:
             pixel = spec.epsilon if spec.norm == "linf" else spec.epsilon / images[0].numel() ** 0.5
             question = Question(victim, spec.randomness, seed, pixel, spec.eot, most_rows)
@@ -73,12 +76,12 @@ def judge(
             return {"fixed": predicted(victim.target, images)}
         if spec.protocol == "mv":
             voter = victim.model("fresh", seed)
-            return {"fresh": _votes(voter, images, spec, max(1, most_rows // len(images)))}
+            return {"fresh": _votes(voter, images, spec, at_once)}
         if spec.randomness != "fresh":
             fixed = victim.model(spec.randomness, defense_seed, images=known_images(spec, len(images)))
             verdicts["fixed"] = predicted(fixed, images)
         if spec.randomness != "none":
-            rows = max(1, most_rows // len(images)) if spec.average == 1 else 1
+            rows = at_once if spec.average == 1 else 1
             fresh = victim.model("fresh", seed, spec.average, most_rows=most_rows)
             verdicts["fresh"] = _fresh(fresh, images, spec.draws, rows)
         if spec.protocol == "wor":

@@ -178,6 +178,11 @@ class AttackSetting:
     broken: list[Tensor] = field(default_factory=list, compare=False)
 
     @property
+    def draw_rows(self) -> int:
+        """As ``most_rows``, for draws: where they pass one after another an image has one row."""
+        return 1 if self.victim.apart and self.spec.on == "defense" else self.most_rows
+
+    @property
     def threat(self) -> LInf | L2:
         """The ball of the attack."""
         return BALLS[self.spec.norm](self.spec.epsilon)
@@ -192,17 +197,17 @@ class AttackSetting:
         if spec.protocol == "mv":
             return voting(self.victim.model(spec.randomness, self.draw_seed(purpose)), spec.average, self.victim.apart)
         return self.victim.model(
-            spec.randomness, self.draw_seed(purpose), spec.average, known_images(spec, images), self.most_rows
+            spec.randomness, self.draw_seed(purpose), spec.average, known_images(spec, images), self.draw_rows
         )
 
     def value_and_grad(self, model: Model, labels: Tensor) -> ValueAndGrad:
         """Loss and gradient of the spec, averaged over its EOT draws."""
         loss, eot, votes = LOSSES[self.spec.loss], self.spec.eot, self.spec.average
-        if self.spec.protocol == "mv" and not self.victim.apart:
+        if self.spec.protocol == "mv":
             most = max(1, self.most_rows // votes)
             both = in_parts(lambda some: expected(model, some, eot, loss, 1), labels, most)
         else:
-            both = expected(model, labels, eot, self._resubmitted(loss), self.most_rows)
+            both = expected(model, labels, eot, self._resubmitted(loss), self.draw_rows)
         return both if self.spec.randomness == "fresh" else self.victim.watch.ascent(both)  # draws would be noise
 
     def _resubmitted(self, loss: Loss) -> Loss:
@@ -256,6 +261,8 @@ class Attack:
     """Whether it passes some images of a shard alone and does not tell which, whatever draws them."""
     in_ball: bool = True
     """Whether all images that it passes lie in the ball, so that what a pass breaks counts under protocol wor."""
+    starts: bool = True
+    """Whether it starts at random: else its restarts differ by fresh draws alone."""
     one_step: bool = False
     """Whether it makes one step, of the radius, whatever is asked."""
     leaves: Callable[[AttackSetting], bool] = lambda setting: False
@@ -291,20 +298,20 @@ def _autoattack(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple
         count,
         spec.eot,
         spec.steps or None,
-        setting.most_rows,
+        setting.draw_rows,
     )
 
 
 def _malt(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
     spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
-    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
+    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.draw_rows, "leave": _leaves(setting)}
     with listening(warned):
         return malt(model, images, labels, setting.threat, spec.steps, setting.seed, **rest), warned
 
 
 def _pma(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
     spec, model, warned = setting.spec, setting.model(len(images)), list[str]()
-    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.most_rows, "leave": _leaves(setting)}
+    rest: dict[str, Any] = {"draws": spec.eot, "most_rows": setting.draw_rows, "leave": _leaves(setting)}
     losses = [probability_margin_loss] * spec.restarts
     with listening(warned):
         return ascents(model, images, labels, setting.threat, losses, spec.steps, setting.seed, **rest), warned
@@ -320,7 +327,7 @@ def _square(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Ten
     spec = setting.spec
     draws = spec.eot if spec.randomness == "fresh" else 1
     model = setting.model(len(images))
-    return square(model, images, labels, setting.threat, spec.steps, draws, setting.seed, setting.most_rows), []
+    return square(model, images, labels, setting.threat, spec.steps, draws, setting.seed, setting.draw_rows), []
 
 
 def _masked(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
@@ -399,7 +406,7 @@ def first_order(
         if len(made) == 1:
             return made[0], []
         judge = setting.model(len(images), "judge")
-        margin = expected(judge, labels, setting.spec.eot, margin_loss, setting.most_rows)
+        margin = expected(judge, labels, setting.spec.eot, margin_loss, setting.draw_rows)
         return strongest(lambda found: margin(found)[0], made), []
 
     return run
@@ -415,10 +422,10 @@ ATTACKS: dict[str, Attack] = {
     "natural": Attack(_natural),
     **{name: Attack(_natural, code=(probe,)) for name, probe in PROBES.items()},  # nobody is attacked
     "noise": Attack(_noise, code=(LInf,)),
-    "fgsm": Attack(first_order(_one_step), unread=("restarts",), code=FOLLOWED, one_step=True),
+    "fgsm": Attack(first_order(_one_step), code=FOLLOWED, starts=False, one_step=True),
     "pgd": Attack(first_order(_pgd), labeled=True, code=FOLLOWED),
-    "mifgsm": Attack(first_order(_momentum), unread=("restarts",), labeled=True, code=FOLLOWED),
-    "vnifgsm": Attack(first_order(_neighbors), unread=("restarts",), labeled=True, code=FOLLOWED, in_ball=False),
+    "mifgsm": Attack(first_order(_momentum), labeled=True, code=FOLLOWED, starts=False),
+    "vnifgsm": Attack(first_order(_neighbors), labeled=True, code=FOLLOWED, starts=False, in_ball=False),
     "bpda": Attack(first_order(_pgd, _bypassed), needs=frozenset({"purifier"}), code=FOLLOWED, own_gradient=False),
     "malt": Attack(
         _malt,
@@ -481,6 +488,25 @@ def attack_of(label: str) -> Attack | None:
     plain = label.removeprefix("transfer-")
     names = [name for name in ATTACKS if plain.startswith(name)]
     return ATTACKS[max(names, key=len)] if names else None
+
+
+def check_fits(spec: AttackSpec, victim: VictimModel) -> None:
+    """Raise ConfigError where a row would not be what it says, or would be judged under other draws than it met."""
+    found, known = find_attack(spec.attack), spec.randomness == "fixed" and spec.on == "defense"
+    require(not known or spec.eot == 1, f"attack {spec.name} knows the draw: eot must be 1, got {spec.eot}")
+    require(
+        not (known and found.in_part and victim.apart),
+        f"attack {spec.name} passes some images alone, which then meet other draws of {victim.name} than they are"
+        " judged under: take randomness fresh, or malt",
+    )
+    require(
+        found.in_ball or spec.protocol != "wor",
+        f"attack {spec.name} looks outside the ball, and protocol wor counts every pass: take pgd",
+    )
+    again = spec.restarts == 1 or spec.randomness == "fresh" or found.starts
+    require(again, f"attack {spec.name} starts at the image: leave restarts 1, got {spec.restarts}")
+    one = spec.steps <= 1 and spec.step_size in (0, spec.epsilon)
+    require(one or not found.one_step, f"attack {spec.name} makes one step, of epsilon: leave steps and step_size")
 
 
 def modules_of_attack(name: str) -> frozenset[str]:

@@ -115,10 +115,9 @@ class Evaluation:
         seed = rng.entropy(self.seed, "judgement/attack", step=shard.number)  # all attacks start the same: fair pairs
         fixed = rng.entropy(self.seed, "judgement/known", step=shard.number)
         fresh = rng.entropy(self.seed, "judgement/anew", step=shard.number)
-        if victim.apart:
-            self.most_rows = 1
         if self.most_rows is None:
-            self.most_rows = fitting_rows(victim, images)
+            with many_shapes():
+                self.most_rows = fitting_rows(victim, images)
         passes = shard.spec.average if shard.spec.protocol == "mv" else shard.spec.eot
         watch = Watch(len(images), passes if victim.apart else 1)
         watched = victim.watched_by(watch)

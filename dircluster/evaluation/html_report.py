@@ -115,8 +115,8 @@ def without_draws(attack: str) -> str:
 
 def _as_trained(config: RunConfig, victim: VictimModel) -> bool:
     """Whether the victim's networks are those that ``config`` says: of one that knows no settings nothing is known."""
-    settings = victim.module.settings if isinstance(victim.module, Defended) else {}
-    return bool(settings) and settings.items() <= to_dict(config).items()
+    settings = victim.module.settings if isinstance(victim.module, Defended) else None
+    return settings is not None and settings.items() <= to_dict(config).items()
 
 
 def robustbench_entry(report: EvaluationReport, config: RunConfig, passes: int = 1) -> dict[str, Any]:

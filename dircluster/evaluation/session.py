@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dircluster.attacks.gradient import Model, Objective, value_and_grad
 from dircluster.attacks.threat import BALLS
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, digest, require
 from dircluster.defenses.base import Defended, unwrapped
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.adapter import Adapted, buffers_kept, default_place, undisturbed, without_inference
 from dircluster.evaluation.adaptive import adaptive_specs
-from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, find_attack
+from dircluster.evaluation.attack_table import CONTROLS, AttackSpec, check_fits, find_attack
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.inputs import as_images, as_labels, as_number, as_whole_number, shown
 from dircluster.evaluation.marks import ENOUGH, Mark, shared_marks
@@ -89,30 +91,13 @@ def with_attacks(planned: Plan, attacks: Sequence[AttackSpec], victim: VictimMod
                 getattr(spec, name) == usual,
                 f"attack {spec.name} does not read {name}: leave it {usual}, got {getattr(spec, name)}",
             )
-        _check_fits(spec, victim)
         if (spec.bare and victim.target is None) or (spec.on == "target" and victim.source is None):
             raise ConfigError(f"attack {spec.name} needs a target to craft on: give a purifier, or a surrogate")
         if not spec.bare and victim.randomized != (spec.randomness != "none"):
             forms = "fixed or fresh" if victim.randomized else "none"
             raise ConfigError(f"attack {spec.name} has randomness {spec.randomness}, but {victim.name} needs {forms}")
+        check_fits(spec, victim)
     return dataclasses.replace(planned, table=list(dict.fromkeys([*planned.table, *attacks])))
-
-
-def _check_fits(spec: AttackSpec, victim: VictimModel) -> None:
-    """Raise ConfigError where a row would not be what it says, or would be judged under other draws than it met."""
-    found, known = find_attack(spec.attack), spec.randomness == "fixed" and spec.on == "defense"
-    require(not known or spec.eot == 1, f"attack {spec.name} knows the draw: eot must be 1, got {spec.eot}")
-    require(
-        not (known and found.in_part and not victim.drawn),
-        f"attack {spec.name} passes some images alone, which then meet other draws of {victim.name} than they are"
-        " judged under: take randomness fresh, or malt",
-    )
-    require(
-        found.in_ball or spec.protocol != "wor",
-        f"attack {spec.name} looks outside the ball, and protocol wor counts every pass: take pgd",
-    )
-    one = spec.steps <= 1 and spec.step_size in (0, spec.epsilon)
-    require(one or not found.one_step, f"attack {spec.name} makes one step, of epsilon: leave steps and step_size")
 
 
 def evaluation_of(
@@ -313,15 +298,30 @@ def _facts(
 
 
 def _answers(victim: VictimModel, images: Tensor) -> list[Any]:
-    """What somebody's modules say of ``images`` (N, C, H, W), coarsely: functions, and what is no weight, tell nothing
-    else of themselves. Nothing of what is this package's.
+    """What somebody's modules say of ``images`` (N, C, H, W), coarsely, and by what gradient: functions, and what is no
+    weight, tell nothing else of themselves. Nothing of what is this package's.
     """
     models = [] if isinstance(victim.module, Defended) else [victim.model("fixed" if victim.randomized else "none", 0)]
-    models += [] if victim.surrogate is None else [victim.source]  # type: ignore[list-item]
-    with torch.no_grad(), under_attack(*victim.modules), exact(images.device):
-        found = [model(images).double().cpu() for model in models]
-    spread = [(logits.amax() - logits.amin()).clamp_min(1e-30) for logits in found]
-    return [(64 * logits / each).round().int().tolist() for logits, each in zip(found, spread, strict=True)]
+    if victim.surrogate is not None and victim.source is not None:
+        models.append(victim.source)
+    made: list[Any] = []
+    with under_attack(*victim.modules), exact(images.device):
+        for model in models:
+            steep = value_and_grad(_spread(model))(images)[1]
+            for found in (model(images).detach(), steep):
+                peak = found.double().abs().amax().clamp_min(1e-30)
+                made += [round(4 * math.log2(peak)), (64 * found.double() / peak).round().int().tolist()]
+    return made
+
+
+def _spread(model: Model) -> Objective:
+    """A loss to whose gradient all logits contribute, each otherwise: (N, C, H, W) -> (N,)."""
+
+    def loss(images: Tensor) -> Tensor:
+        logits = model(images).float()
+        return (logits * torch.linspace(-1, 1, logits.shape[1], device=logits.device)).sum(dim=1)
+
+    return loss
 
 
 def _taken(module: Any, called: str, place: torch.device | None) -> Defended | Adapted:

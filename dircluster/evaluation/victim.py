@@ -125,9 +125,8 @@ class VictimModel:
             return self.watch.over(lambda batch: run(self._logits, batch))
 
         def averaged(batch: Tensor) -> Tensor:
-            at_once = draws
-            if most_rows is not None and self.randomized:
-                at_once = max(1, min(draws, most_rows // max(1, len(batch))))
+            at_once = draws if most_rows is None else max(1, min(draws, most_rows // max(1, len(batch))))
+            at_once = 1 if self.apart else at_once
             total = torch.zeros((), device=batch.device)
             for first in range(0, draws, at_once):
                 total = total + run(self._summed(min(at_once, draws - first)), batch)

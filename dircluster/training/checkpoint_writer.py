@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dircluster.config import first_line
-from dircluster.training.checkpoint import CheckpointError, Checkpoints
+from dircluster.config import StoppedError, first_line
+from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.locks import TakenOverError
 from dircluster.training.retry import RetryQueue
 
@@ -52,10 +52,10 @@ class CheckpointWriter:
         self._queue.put(save)
 
     def close(self, patience: float) -> None:
-        """Wait up to ``patience`` seconds until all is committed. Raises CheckpointError where it is not."""
+        """Wait up to ``patience`` seconds until all is committed. Raises StoppedError where it is not."""
         if self._queue.close(patience):
             trouble = self._queue.trouble
-            raise CheckpointError(
+            raise StoppedError(
                 f"storage.uri: {self.checkpoints.folder} took no checkpoint for {patience:.0f} s"
                 f" ({first_line(trouble) if trouble else 'no answer'}); what was committed before stays"
             )

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, OptimizerConfig, TrainingConfig
-from dircluster.distributed.parallel import shard_like
+from dircluster.config import ConfigError, OptimizerConfig, RunConfig, TrainingConfig
+from dircluster.distributed.parallel import Parallel, shard_like
+
+
+def is_sharded(config: RunConfig, parallel: Parallel) -> bool:
+    """Whether weights that are trained lie in shards."""
+    return parallel.world > 1 and config.parallel.strategy == "fsdp"
 
 
 def is_fused(training: TrainingConfig, device: torch.device, knobs: OptimizerConfig, sharded: bool) -> bool:

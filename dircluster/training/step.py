@@ -24,7 +24,7 @@ from dircluster.models.precision import autocast, is_half
 from dircluster.training.ahead import Batches, is_ahead
 from dircluster.training.capture import CapturedStep, CaptureError, Recorder, Terms, captured_step
 from dircluster.training.interrupt import interruptible
-from dircluster.training.optim import is_fused, make_optimizer
+from dircluster.training.optim import is_fused, is_sharded, make_optimizer
 from dircluster.training.protocols import Console
 from dircluster.training.running_mean import RunningMean
 
@@ -86,7 +86,7 @@ class Stepper:
         self.parameters = {n: p for n, p in recipe.named_parameters() if p.requires_grad}
         self.pending.parameters = list(self.parameters.values())
         self.still = [child for name, child in recipe.named_children() if name not in recipe.trained]
-        sharded = parallel.world > 1 and config.parallel.strategy == "fsdp"
+        sharded = is_sharded(config, parallel)
         fused = {n: is_fused(config.training, parallel.device, knobs, sharded) for n, knobs in stage.optimizers.items()}
         self.optimizers = {n: make_optimizer(self._of(n), knobs, fused[n]) for n, knobs in stage.optimizers.items()}
         self.guards = all(fused.values()) and parallel.world == 1

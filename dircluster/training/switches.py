@@ -7,11 +7,18 @@ from dircluster.distributed.parallel import Parallel
 from dircluster.training.capture import obstacle_here, obstacle_of, refusal
 from dircluster.training.compiling import check_compiler
 from dircluster.training.costs import recipe_on_meta
+from dircluster.training.optim import is_fused, is_sharded
 from dircluster.training.stages import trained_stages
 
 
 def check_switches(config: RunConfig, parallel: Parallel) -> None:
-    """Raise ConfigError where blocks are to be compiled and cannot be, or steps to be captured and one cannot be."""
+    """Raise ConfigError where blocks are to be compiled and cannot be, steps to be captured and one cannot be, or an
+    update to be one kernel and there is none.
+    """
+    if config.training.fused == "on":
+        for stage in trained_stages(config):
+            for knobs in stage.optimizers.values():
+                is_fused(config.training, parallel.device, knobs, is_sharded(config, parallel))
     if config.training.compiles:
         check_compiler(parallel.device)
     if config.training.capture != "on":

@@ -66,7 +66,7 @@ class Trainer(Stepper):
         """Train to the end; the recipe then holds the stage's result. -> what is known of its best weights.
 
         Raises Interrupted after committing a checkpoint, NonFiniteLoss on all workers before the update, and
-        CheckpointError where storage took no checkpoint for ``storage.patience`` seconds at the end. Where storage
+        StoppedError where storage took no checkpoint for ``storage.patience`` seconds at the end. Where storage
         takes none, a run that was interrupted or broke says so, and still ends as what it is.
         """
         try:

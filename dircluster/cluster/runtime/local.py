@@ -9,7 +9,7 @@ from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import outcome_of
 from dircluster.cluster.storage import opener
 from dircluster.cluster.version import commit
-from dircluster.config import ConfigError, RunConfig, named_line
+from dircluster.config import RunConfig, StoppedError, named_line
 from dircluster.distributed.launch import local_workers, most_wait
 from dircluster.training.protocols import NoTracker, Tracker
 from dircluster.training.run import Run
@@ -38,7 +38,7 @@ def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Termin
             try:
                 return run.execute()
             except OSError as error:
-                raise ConfigError(f"{named_line(error)}") from error
+                raise StoppedError.of("training", named_line(error)) from error
 
     outcome = outcome_of(execute)
     if recorder is not None:

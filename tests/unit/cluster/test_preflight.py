@@ -219,6 +219,11 @@ def test_switches_that_this_machine_cannot_fulfil_are_refused(monkeypatch: pytes
         check("training.capture on scaling.device cpu")
     with pytest.raises(ConfigError, match="workers 16 need as many GPUs, but this machine has"):
         check("scaling.workers 16 scaling.device gpu")
+    with pytest.raises(ConfigError, match=r"^training\.fused must be auto or off for SGD with parallel\.strategy"):
+        check("training.fused on parallel.strategy fsdp scaling.workers 2 target.optimizer.name sgd")
+    check("training.fused on parallel.strategy fsdp target.optimizer.name sgd")
+    check("training.fused on parallel.strategy fsdp scaling.workers 2")
+    check("training.fused on scaling.workers 2 target.optimizer.name sgd")
 
     def missing(device: torch.device) -> None:
         raise ConfigError(f"no compiler for the {device.type}")

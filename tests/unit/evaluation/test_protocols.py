@@ -68,6 +68,22 @@ def test_a_row_that_would_be_judged_by_other_draws_or_images_than_its_own_is_ref
         evaluate(Errs(at_model), *digits, epsilon=EPSILON, settings=replace(SETTINGS, images=8), attacks=[spec])
 
 
+def test_restarts_of_an_attack_without_a_random_start_meet_other_draws(
+    at_model: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    spec = AttackSpec("fgsm", "fresh", epsilon=EPSILON, steps=1, step_size=EPSILON, draws=4)
+    attacks = [replace(spec, restarts=count, label=f"fgsm-{count}") for count in (1, 3)]
+
+    class Drops(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            made: Tensor = at_model(nn.functional.dropout(images, 0.5))
+            return made
+
+    found = evaluate(Drops(), *digits, epsilon=EPSILON, settings=replace(SETTINGS, images=16), attacks=attacks).rows
+    one, three = (row for row in found if row.attack.startswith("fgsm"))
+    assert one.sha256 != three.sha256
+
+
 class Shifts(nn.Module):
     """A module that draws once for a whole pass: where copies of an image pass together, one draw is all of them."""
 

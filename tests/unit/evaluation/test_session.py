@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import dircluster
+from dircluster.attacks.expectation import straight_through
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig, to_dict, with_values
 from dircluster.data.sources import load
 from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import DEFENSE
+from dircluster.defenses.table import find_defense
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
@@ -34,7 +36,9 @@ from dircluster.evaluation.suites import SUITES, AttackSpec, suite
 from dircluster.evaluation.victim import VictimModel
 from dircluster.models.modules import frozen
 from dircluster.presets import PRESETS, preset
+from dircluster.training.stages import Networks
 from dircluster.training.validation import restoration_grid
+from tests.conftest import ALONE
 from tests.unit.evaluation.conftest import EPSILON
 
 FEW = EvaluationConfig(
@@ -239,6 +243,8 @@ def test_a_store_keeps_what_is_of_other_modules_images_or_seeds_apart(digits: tu
         lambda: begun(one, *first, surrogate=surrogate),
         lambda: begun(lambda x: one(x), *first),
         lambda: begun(lambda x: one(1 - x), *first),
+        lambda: begun(lambda x: 1000 * one(x), *first),
+        lambda: begun(lambda x: one(straight_through(2 * x, x)), *first),  # the same answers by another gradient
         lambda: begun(lambda x: one(x), *first, surrogate=lambda x: surrogate(1 - x)),
     ):
         assert changed() > 0
@@ -521,7 +527,10 @@ def test_published_numbers_stand_beside_their_rows(defense: Defended, monkeypatc
     assert preset("svhn").printed["none"]["autoattack-standard"] == 45.16
     assert preset("digits").printed == {}
     assert "square" not in preset("cifar10").printed["dir"]
-    for module in (defense, nn.Flatten()):
+    bare = preset("cifar10_identity")
+    none = find_defense("identity").defended(bare, Networks(bare, ALONE))
+    assert _as_trained(bare, VictimModel(none, "identity"))  # no section decides the network of its purifier
+    for module in (Defended(defense.purifier, defense.classifier), nn.Flatten()):
         assert not _as_trained(preset("cifar10"), VictimModel(module, "dir"))  # whose settings nobody knows
     monkeypatch.setattr(defense, "settings", to_dict(preset("cifar10")))
     assert _as_trained(preset("cifar10"), VictimModel(defense, "dir"))

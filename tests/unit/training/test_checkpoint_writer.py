@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dircluster.training.checkpoint import CheckpointError, Checkpoints
+from dircluster.config import StoppedError
+from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.checkpoint_writer import CheckpointWriter, Save
 from tests.conftest import wait_until
 
@@ -78,6 +79,8 @@ def test_patience_ends_with_an_error_and_what_was_stored_stays(tmp_path: Path) -
     refusal.open.clear()
     writer.put(save(2))
     wait_until(lambda: refusal.asked > 1)
-    with pytest.raises(CheckpointError, match=r"took no checkpoint for 1 s .*No space left.*committed before stays"):
+    message = r"took no checkpoint for 1 s .*No space left.*committed before stays"
+    with pytest.raises(StoppedError, match=message) as stopped:
         writer.close(1)
+    assert stopped.value.exit_code == 1
     assert [f.name for f in tmp_path.glob("step-*")] == ["step-00000001"]
