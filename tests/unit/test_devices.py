@@ -70,7 +70,8 @@ def cases() -> list[AttackSpec]:
     kind: dict[str, Any] = {"randomized": True, "purifies": True, "transfers": True, "masked": True}
     found = [case for name in ("quick", "paper", "rigorous") for case in suite(name, AttackConfig(), FEW, **kind)]
     found += check_specs(AttackConfig(), FEW, randomized=True, transfers=True).values()
-    short = (dataclasses.replace(case, steps=min(case.steps, 1), epsilon=0.1, label="", first=None) for case in found)
+    brief: dict[str, Any] = {"epsilon": 0.1, "step_size": 0.1, "label": "", "first": None}
+    short = (dataclasses.replace(case, steps=min(case.steps, 1), **brief) for case in found)
     kinds = {(c.attack, c.randomness, c.on, c.judged, c.norm, c.loss, c.source, c.protocol): c for c in short}
     return [case for case in kinds.values() if case.attack not in LIBRARY]
 
