@@ -178,11 +178,13 @@ def _curves(axis: Any, points: Sequence[Point], name: str) -> None:
     ordered = sorted(points, key=lambda point: float(point.settings[name]))
     x = [point.settings[name] for point in ordered]
     for kind, color in zip(KINDS, ("C0", "C1"), strict=True):
-        heights, deviations = _heights(ordered, kind)
-        axis.errorbar(x, heights, deviations, marker="o", markersize=4, capsize=3, color=color, label=kind)
+        axis.plot(x, _heights(ordered, kind)[0], marker="o", markersize=4, color=color, label=kind)
+        seeds = [(value, trial) for value, point in zip(x, ordered, strict=True) for trial in point.trials]
+        found = [(value, 100 * share) for value, trial in seeds if (share := getattr(trial, kind)) is not None]
+        if len(found) > len(ordered):  # a deviation says nothing of seeds of which some collapsed
+            axis.scatter(*zip(*found, strict=True), s=14, marker="x", color=color, label=f"{kind}, each seed")
     _target_lines(axis, points)
     axis.set(xlabel=name, ylabel="accuracy, %")
-    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))  # deviations among seeds of which some failed reach below
     axis.grid(alpha=0.3)
     axis.legend()
 
