@@ -136,7 +136,7 @@ def table(
 
 
 def figure(points: Sequence[Point]) -> bytes:
-    """PNG: curves with error bars over one number (Figure 6a), bars over few values, a grid over two whole numbers.
+    """PNG: curves with a point a seed over one number (Figure 6a), bars over few values, a grid over two whole numbers.
 
     Points without a finished trial are left out; raises ValueError where none has one.
     """
