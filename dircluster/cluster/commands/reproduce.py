@@ -23,11 +23,11 @@ def main(argv: list[str]) -> int:
     """Reproduce what the first word of ``argv`` names; -> exit code. Errors are one line on stderr."""
     words = list(argv)
     what = ["--what", words.pop(0)] if words and not words[0].startswith("-") else []
-    said = cli.value_of("--what", words)
+    flag = cli.value_of("--what", words)
 
     def settled_once(job: cli.ReproduceJob) -> cli.ReproduceJob:
-        if what and said not in ("", job.what):
-            raise ConfigError(f"the first word says {job.what}, and --what {said}: give one of them")
+        if what and flag not in ("", job.what):
+            raise ConfigError(f"the first word says {job.what}, and --what {flag}: give one of them")
         return settled(job)
 
     return cli.execute(cli.ReproduceJob, [*words, *what], _reproduce, settled_once)
