@@ -142,7 +142,8 @@ def _folder_of(module: str) -> str:
 
 
 def run_from_plain(plain: Mapping[str, Any]) -> RunConfig:
-    """The inverse of :func:`run_to_plain`."""
-    search_folder(plain.get("folder", ""))
+    """The inverse of :func:`run_to_plain`: the folder is that of a module that is not this project's."""
+    if plain["defense"] not in RUNS:
+        search_folder(plain.get("folder", ""))
     made: RunConfig = from_dict(run_type(plain["defense"]), plain["run"])
     return made

@@ -72,6 +72,7 @@ class Run:
         self.storage = open_path(config.storage.uri)
         self.defense = find_defense(config.defense)
         self.selection: dict[str, Any] = {}
+        """Held-out accuracies of the weights that each stage ended on; None where it judged nothing."""
         self.seconds: dict[str, float] = {}
         """What was trained and evaluated took, by stage: nothing of what was reused."""
         self.resumed: list[str] = []
@@ -201,7 +202,7 @@ class Run:
         networks.renew(stage.modules)  # what was trained may lie in shards
         for name in stage.modules:
             networks[name].load_state_dict(finished.tensors[name])
-        self.selection[stage.name] = finished.state["best"]
+        self.selection[stage.name] = _of_kept(finished.state["best"])
         self.trained_by[stage.name] = parallel.first_does(lambda: list(stage_folder.trained_by))
         return stage_folder
 
@@ -367,6 +368,11 @@ class Run:
             lambda: to_plain(report(evaluation, planned, victim.name, settings).rows)
         )
         return rows
+
+
+def _of_kept(best: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A stage's best selection; its last one where it kept its last weights, which may be worse."""
+    return best if best is None or best["folder"] is not None else {**best, **best["last"]}
 
 
 def _free() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from dircluster import torchrun
-from dircluster.config import ConfigError, StorageConfig, refuse_secret, without_secrets
+from dircluster.config import ConfigError, StorageConfig, is_own_code, refuse_secret, without_secrets
 from dircluster.printing import say
 
 
@@ -96,11 +96,14 @@ def _job_spec(facts: Mapping[str, Any], given: argparse.Namespace) -> tuple[Any,
     from dircluster.zoo import is_shipped
 
     settings, defense = facts["settings"], str(given.defense or facts["defense"])
+    untrusted = ConfigError("the report names code of its own: say that it is trusted (--trust-code)")
     try:
         own = settings["defense"] not in RUNS or (FACTORY.fullmatch(defense) and not is_shipped(defense))
         if own and not given.trust_code:
-            raise ConfigError("the report names code of its own: say that it is trusted (--trust-code)")
+            raise untrusted
         config = run_from_plain(settings)
+        if is_own_code(config.target) and not given.trust_code:
+            raise untrusted
         if given.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, uri=given.data))
         surrogate = str(facts.get("surrogate_uri") or "")

@@ -44,8 +44,9 @@ class Job:
         terminal: Follower,
         until: str = "",
         alone: bool = False,
+        patient: bool = False,
     ) -> None:
-        """``alone``: the cluster was started for this run."""
+        """``alone``: the cluster was started for this run. ``patient``: it waits for workers as long as it takes."""
         self.scaling, self.terminal = config.scaling, terminal
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.channel = ray.remote(num_cpus=0)(WorkerChannel).options(scheduling_strategy=here).remote()  # nodes may go
@@ -53,7 +54,8 @@ class Job:
         found = ray.cluster_resources()
         if alone:
             least = most = self.scaling.workers_on(int(found.get("CPU", 0)), int(found.get("GPU", 0)))
-        on_gpu = self.scaling.device != "cpu" and found.get("GPU", 0) >= least
+        asked = self.scaling.device
+        on_gpu = asked == "gpu" or (asked == "auto" and found.get("GPU", 0) >= least)  # one that is asked for may come
         there = replace(config, scaling=replace(self.scaling, device="gpu" if on_gpu else "cpu"))
         arguments = {
             "config": run_to_plain(there),
@@ -87,6 +89,7 @@ class Job:
             stack_dump.dump,
             stack_dump.end,
             lambda: float(ray.available_resources().get("CPU", 0)),
+            patient=patient,
         )
 
     def _thread(self) -> threading.Thread:

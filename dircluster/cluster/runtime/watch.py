@@ -19,6 +19,8 @@ GRACE = 25.0
 """Seconds that workers have to commit a checkpoint after a signal, before they are ended."""
 SILENCE = 60.0
 """Seconds without a worker after which the person is shown what is waited for."""
+WAITS = "waiting for"
+"""How the line begins that says so."""
 
 
 class Follower(Protocol):
@@ -43,9 +45,13 @@ class Watch:
         end: Callable[[Workers], None],
         free_cpus: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
+        patient: bool = False,
     ) -> None:
-        """``dump`` gives the stack of every worker, or GONE; ``end`` kills the workers of a run that is given up."""
-        self.scaling, self.terminal = scaling, terminal
+        """``dump`` gives the stack of every worker, or GONE; ``end`` kills the workers of a run that is given up.
+
+        ``patient``: workers are waited for as long as it takes.
+        """
+        self.scaling, self.terminal, self.patient = scaling, terminal, patient
         self.dump, self.end, self.free_cpus, self.clock = dump, end, free_cpus, clock
         self.beats, self.lived = 0, clock()
         self.came: Workers = {}
@@ -86,10 +92,9 @@ class Watch:
         dumps = self.dump(self.came) if self.came and not self.gone else {}
         if not dumps or GONE in dumps.values():  # Ray starts the workers again as soon as it can
             self.lived, self.gone = now, self.gone or now
-            self.terminal.say(
-                f"waiting for {self.scaling.least} workers: {self.free_cpus():g} CPUs of the cluster are free"
-            )
-            if now - self.gone < self.scaling.stall + self.scaling.wait:
+            free = f"{self.free_cpus():g} CPUs of the cluster are free"
+            self.terminal.say(f"{WAITS} {self.scaling.least} workers: {free}")
+            if self.patient or now - self.gone < self.scaling.stall + self.scaling.wait:
                 return None
             error = f"no {self.scaling.least} workers for {now - self.gone:.0f} s (scaling.stall, scaling.wait)"
             return {"status": "FAILED", "error": f"{error}; the same command resumes", "exit": 1}

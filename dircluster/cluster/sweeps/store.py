@@ -22,13 +22,15 @@ def files_of(*runs: RunConfig) -> dict[str, Any]:
 
 def key_of(run: RunConfig, until: str = "") -> str:
     """What decides how a run ends, or, with ``until``, what its stages up to that one end in."""
+    planned = stages_of(run)
     decides: dict[str, Any] = {"until": until, "format": FORMAT, **files_of(run)}
     if until:
-        planned = stages_of(run)
         names = [stage.name for stage in planned]
         before = planned[: names.index(until) + 1]
         decides |= {"data": to_dict(run.data), "given": run.target.uri}
         decides["stages"] = {stage.name: stage_settings(run, stage) for stage in before}
+    elif planned[-1].keep == "last":
+        decides["held_out"] = "last"  # results once kept the best of weights that were not
     return digest(decides if until else {**run.identity, **decides})
 
 
@@ -66,6 +68,15 @@ class Notes(Store):
     def add_point(self, number: int, settings: Settings) -> None:
         """Keep the ``number``-th point. Another driver of this sweep may have another of that number."""
         self.put(f"points/{number:06d}-{digest(dict(settings))[:12]}", settings)
+
+    @property
+    def repeated(self) -> int:
+        """How often a search chose a point that it had chosen before."""
+        return int((self.get("repeated") or {}).get("times", 0))
+
+    @repeated.setter
+    def repeated(self, times: int) -> None:
+        self.put("repeated", {"times": times})
 
     def stopped(self, settings: Settings, seed: int) -> Trial | None:
         """A trial that ASHA stopped, or None."""

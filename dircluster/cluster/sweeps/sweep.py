@@ -107,7 +107,8 @@ class Sweep:
         threads = scaling.threads or nodes.cores_each(at_once * scaling.most, kind)
         tags = {"dircluster.commit": commit(), "dircluster.command": cli.command(self.job, "tune")}
         record = self._open_record(tags)
-        config = dataclasses.replace(self.config, scaling=dataclasses.replace(scaling, threads=threads))
+        scaling = dataclasses.replace(scaling, threads=threads, device="gpu" if on_gpu else "cpu")  # of all trials
+        config = dataclasses.replace(self.config, scaling=scaling)
         return Plan(run_to_plain(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha)
 
     def _open_record(self, tags: dict[str, str]) -> dict[str, Any] | None:
@@ -157,7 +158,7 @@ class Sweep:
         self.training = time.monotonic()
         tuning = Tuning(self.plan, self.terminal, self._over, self._begun)
         if self.job.search:
-            self.points = self.notes.points()
+            self.points, self.repeated = self.notes.points(), self.notes.repeated
         left = []
         for task in [Task(point, seed) for point in self.points for seed in self.seeds]:
             found = self._known(task)
@@ -168,7 +169,8 @@ class Sweep:
         if self.trials:
             self._show()
         signal = tuning.tasks(left) if left else 0
-        if signal or not self.job.search or len(self.points) >= self.job.points:
+        chosen = len(self.points) + self.repeated
+        if signal or not self.job.search or chosen >= self.job.points:
             return signal
         reasons = [self._missing(Task(corners(self.space.ranges)[0], seed)) for seed in self.seeds]
         if all(reasons):
@@ -178,7 +180,7 @@ class Sweep:
             for point in self._by_point()
             if (scores := [trial.held_out for trial in point.trials if trial.held_out is not None])
         ]
-        return tuning.search(self.space.ranges, known, len(self.points), self.job.points)
+        return tuning.search(self.space.ranges, known, chosen, self.job.points)
 
     def _known(self, task: Task) -> Trial | None:
         """How a trial ended that need not be trained."""
@@ -196,6 +198,7 @@ class Sweep:
         """A search chose a point: it is trained to its end, now or when the command is given again."""
         if settings in self.points:
             self.repeated += 1
+            self.notes.repeated = self.repeated
         else:
             self.notes.add_point(len(self.points), settings)
             self.points.append(settings)

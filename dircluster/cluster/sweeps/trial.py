@@ -18,6 +18,7 @@ from ray import tune
 from dircluster.cluster.runtime.channel import POLL
 from dircluster.cluster.runtime.driver import forget
 from dircluster.cluster.runtime.ray_train import Job
+from dircluster.cluster.runtime.watch import WAITS
 from dircluster.cluster.storage import to_environment
 from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import Failures, result_of, store
@@ -105,17 +106,23 @@ class Post:
     def __init__(self, channel: Any, stage: str) -> None:
         """``stage`` is the one whose held-out accuracies are reported, none where it is empty."""
         self._channel, self._stage = channel, stage
-        self._signal, self._asked, self._judged = 0, 0.0, 0
+        self._signal, self._asked, self._judged, self._waits = 0, 0.0, 0, False
         self.last = ""
 
     def say(self, line: str) -> None:
-        """Only stacks and tracebacks are passed on, and the last line of a failure: the sweep shows one quiet table."""
+        """Stacks and tracebacks are passed on, and once that workers are waited for: the sweep shows one quiet table.
+
+        The last line is kept, for a failure that refers to it.
+        """
         lines = line.strip().splitlines()
         self.last = lines[-1] if lines else self.last
-        if len(lines) > 1:
+        waits = line.startswith(WAITS)
+        if len(lines) > 1 or (waits and not self._waits):
             ray.get(self._channel.exchange.remote([line], 1))
+        self._waits = waits
 
     def tell(self, event: str | dict[str, Any]) -> None:
+        self._waits = False
         if isinstance(event, dict) and event["stage"] == self._stage:
             found = event["held_out"]
             if found and found["step"] > self._judged:
@@ -144,10 +151,10 @@ def train_task(plan: Plan, task: Task, post: Post) -> Trial:
     if record is not None:
         held.enter_context(beating(record.uri, record.run_id))
     try:
-        outcome = Job(run, owner, False, post, task.until).follow(lambda: record)
+        outcome = Job(run, owner, False, post, task.until, patient=True).follow(lambda: record)
         while outcome.get("busy") and not post.stop_signal():  # a stage that another trial needs too
             time.sleep(WAIT)
-            outcome = Job(run, owner, False, post, task.until).follow(lambda: record)
+            outcome = Job(run, owner, False, post, task.until, patient=True).follow(lambda: record)
         status = "KILLED" if outcome.get("busy") else outcome["status"]  # it was stopped while it waited
     finally:
         held.close()

@@ -78,9 +78,14 @@ def clone(root: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_data_weights_and_secrets_stay_here(clone: Path) -> None:
+def test_data_weights_and_secrets_stay_here(clone: Path, root: Path) -> None:
     found = {str(file.relative_to(clone)) for file in files_sent(clone)}
     assert found == {".rayignore", ".gitignore", *SENT}
+    for name in (".git/objects/1f", "venv/lib/torch.so", "src/.venv/bin/python"):  # Ray itself leaves them out
+        write(clone, name)
+    (clone / ".rayignore").write_text("")
+    assert not {file.relative_to(clone).parts[0] for file in files_sent(clone)} & {".git", "venv"}
+    (clone / ".rayignore").write_text((root / ".rayignore").read_text())
     options = ["--address", "http://127.0.0.1:8265"]
     command = ["--", "python", "jobs/train.py", "--working-dir", "no flag of Ray's"]
     package = clone.parent / "package.zip"

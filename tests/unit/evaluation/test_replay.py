@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,13 @@ def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
     assert "--trust-code" in lines[-1]
+    (tmp_path / "planted.py").write_text("raise SystemExit('code of the report ran')")
+    run = run_to_plain(with_values(preset("digits_smoke"), {"target.architecture": "planted:make"}))
+    for settings in (run | {"defense": "none", "folder": str(tmp_path)}, run | {"folder": str(tmp_path)}):
+        file.write_text(json.dumps({"rows": [ROW], "facts": facts | {"settings": settings}}))
+        assert command.main([str(file), "1"]) == 2
+        assert "--trust-code" in capsys.readouterr().err
+        assert str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize("name", SUITES)

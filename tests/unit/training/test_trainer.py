@@ -411,5 +411,8 @@ def test_dir_ends_on_its_best_weights_or_on_its_last(smoke: RunConfig, keep: str
     model = checkpoint.read(last).tensors["model"]
     named = done["selection"]["dir"]["folder"]
     assert (named is None) is (keep == "last")
+    accuracies = done["selection"]["dir"]  # of what is kept
+    newest = accuracies.pop("last")
+    assert (accuracies == {**newest, "folder": None}) is (keep == "last")
     expected = model if named is None else checkpoint.read(final.parent / named).tensors["model"]
     assert all(torch.equal(value, expected[f"denoiser.{name}"]) for name, value in kept.items())

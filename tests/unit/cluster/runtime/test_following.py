@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -87,16 +87,19 @@ def test_nor_is_one_that_failed(follow: Follow) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alone", "there", "count", "on_gpu"),
+    ("alone", "there", "device", "count", "on_gpu"),
     [
-        (True, {"CPU": 2.0}, 2, False),
-        (True, {"CPU": 16.0, "GPU": 1.0}, 1, True),
-        (False, {"CPU": 2.0}, (1, 4), False),
+        (True, {"CPU": 2.0}, "auto", 2, False),
+        (True, {"CPU": 16.0, "GPU": 1.0}, "auto", 1, True),
+        (False, {"CPU": 2.0}, "auto", (1, 4), False),
+        (False, {"CPU": 2.0}, "gpu", (1, 4), True),  # as where a node with GPUs has just gone
+        (False, {"CPU": 2.0, "GPU": 2.0}, "cpu", (1, 4), False),
     ],
 )
 def test_a_cluster_of_its_own_gives_what_it_has(
     alone: bool,
     there: dict[str, float],
+    device: Literal["auto", "cpu", "gpu"],
     count: int | tuple[int, int],
     on_gpu: bool,
     no_ray: Callable[..., None],
@@ -115,6 +118,7 @@ def test_a_cluster_of_its_own_gives_what_it_has(
     given: dict[str, Any] = {}
     monkeypatch.setattr(ray_train, "LeanTrainer", lambda *_, **named: given.update(named))
     run = preset("digits_smoke")
-    run = replace(run, scaling=ScalingConfig(workers="1:4"), storage=StorageConfig(uri=str(tmp_path)))
+    run = replace(run, scaling=ScalingConfig(workers="1:4", device=device), storage=StorageConfig(uri=str(tmp_path)))
     Job(run, "owner", False, terminal, alone=alone)  # type: ignore[arg-type]
     assert (given["scaling_config"].num_workers, given["scaling_config"].use_gpu) == (count, on_gpu)
+    assert given["scaling_config"].resources_per_worker == ({"GPU": 1} if on_gpu else {"CPU": 1})

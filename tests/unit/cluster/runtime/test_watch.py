@@ -117,6 +117,14 @@ def test_workers_that_never_came(cluster: Cluster, terminal: Terminal) -> None:
     assert outcome["error"].startswith("no 1 workers for")
 
 
+def test_a_patient_run_waits_for_workers_as_long_as_it_takes(cluster: Cluster, terminal: Terminal) -> None:
+    cluster.watch.patient = True
+    assert cluster.look_for(20 * (SCALING.stall + SCALING.wait)) is None
+    assert set(terminal.said) == {"waiting for 1 workers: 3 CPUs of the cluster are free"}
+    cluster.look(workers=TWO, world=2, beats=2)
+    assert cluster.look_for(SCALING.stall) is not None  # those that hang are ended as ever
+
+
 def test_a_short_stall_shortens_the_silence_too(clock: Clock, terminal: Terminal) -> None:
     cluster = Cluster(clock, terminal, replace(SCALING, stall=15.0))
     assert cluster.look_for(15) is None

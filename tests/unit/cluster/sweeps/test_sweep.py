@@ -43,6 +43,20 @@ def test_what_was_trained_before_is_shown_and_kept(sweep: Sweep) -> None:
     assert {file.name for file in sweep.notes.folder.iterdir()} == {"best.txt", "best.yaml", "figure.png", "table.json"}
 
 
+@pytest.mark.parametrize(
+    ("there", "device"), [({"CPU": 2.0}, "cpu"), ({"CPU": 2.0, "GPU": 1.0}, "gpu")], ids=["without", "with"]
+)
+def test_all_trials_run_where_the_first_does(
+    there: dict[str, float], device: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that begin while a node with GPUs is away."""
+    monkeypatch.setattr(sweeps.ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(sweeps.nodes, "cores_each", lambda workers, kind: 1)
+    sweep.config = with_values(sweep.config, {"scaling.device": "auto"})
+    assert sweep.run() == 0
+    assert sweep.plan.config["run"]["scaling"]["device"] == device
+
+
 def test_a_sweep_without_held_out_accuracies_has_a_figure_and_no_best(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,6 +66,29 @@ def test_a_sweep_without_held_out_accuracies_has_a_figure_and_no_best(
     assert sweep.run() == 0
     assert {file.name for file in sweep.notes.folder.iterdir()} == {"figure.png", "table.json"}
     assert "best      none: " in capsys.readouterr().out
+
+
+def test_a_search_that_has_ended_chooses_no_more(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it chose a point twice: the same command, given again, trains nothing."""
+    monkeypatch.setattr(sweeps, "join_cluster", lambda config, terminal: None)
+    monkeypatch.setattr(sweeps.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    Path(smoke.storage.uri).mkdir()
+    point, chosen = {"dir.alpha": 1.0}, []
+    store(with_values(smoke, point), Trial(point, 0, "FINISHED", 0.5, 0.75, 0.25))
+    monkeypatch.setattr(sweeps.Tuning, "search", lambda tuning, ranges, known, begun, points: chosen.append(begun) or 0)
+    space = Space("mine", (), {"dir.alpha": (0.0, 5.0)})
+
+    def search(points: int) -> Sweep:
+        made = Sweep(cli.TuneJob("digits_smoke", smoke, search=True, points=points), smoke, space, Terminal())
+        assert made.run() == 0
+        return made
+
+    began = search(3)
+    for _ in range(3):
+        began._begun(dict(point))
+    search(3)
+    search(5)
+    assert chosen == [0, 3]
 
 
 def test_a_sweep_that_is_stopped_while_ray_starts_records_nothing(

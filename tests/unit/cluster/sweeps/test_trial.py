@@ -58,7 +58,9 @@ class Cluster:
         self.forgotten = 0
         self.lines: list[str] = []
 
-    def job(self, run: RunConfig, owner: str, fresh: bool, post: Post, until: str) -> Any:
+    def job(self, run: RunConfig, owner: str, fresh: bool, post: Post, until: str, patient: bool) -> Any:
+        assert patient  # others hold what the cluster has
+
         def follow(record: Callable[[], Any]) -> dict[str, Any]:
             self.ran.append((run.seed, until))
             for line in self.lines:
@@ -325,6 +327,19 @@ def test_held_out_accuracies_are_reported_once_each(plan: Plan, reported: list[d
     reported.clear()
     Post(plan.channel, stage="").tell(status(1, 4, 0.5))
     assert reported == []
+
+
+def test_that_workers_are_waited_for_is_passed_on_once(
+    plan: Plan, channel: WorkerChannel, no_ray: Callable[..., None]
+) -> None:
+    no_ray(module)
+    post, line = Post(plan.channel, stage=""), "waiting for 2 workers: 0 CPUs of the cluster are free"
+    post.say(line)
+    post.say(line)
+    assert channel.collect(0).events == [line]
+    post.tell({"stage": "dir", "held_out": {}})
+    post.say(line)
+    assert channel.collect(0).events == [line]
 
 
 def test_only_what_has_several_lines_is_passed_on(
