@@ -32,6 +32,7 @@ from dircluster.config import (
     is_own_code,
     real_path,
     to_dict,
+    with_lengths_of,
     without_secrets,
 )
 from dircluster.files import check_file
@@ -263,7 +264,9 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
     if isinstance(job, DefenseJob) and job.defense != run.defense:
         raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
     flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
-    return dataclasses.replace(job, given=frozenset(flag[2:] for flag in flags))
+    given = frozenset(flag[2:] for flag in flags)
+    whole = with_lengths_of(job.run, run, {flag.replace("-", "_") for flag in given})
+    return dataclasses.replace(job, run=whole, given=given)
 
 
 def _called(words: Sequence[str]) -> str | None:

@@ -23,7 +23,15 @@ from dircluster.config.errors import (
 )
 from dircluster.config.evaluation import USUAL_ROWS, EvaluationConfig, SuiteName
 from dircluster.config.places import ParallelConfig, ScalingConfig, StorageConfig, TrackingConfig
-from dircluster.config.run import LATER_FIELDS, SAME_NUMBERS, RunConfig, as_by_itself, as_hashed
+from dircluster.config.run import (
+    LATER_FIELDS,
+    SAME_NUMBERS,
+    RunConfig,
+    as_by_itself,
+    as_hashed,
+    varied,
+    with_lengths_of,
+)
 from dircluster.config.sections import (
     ARCHITECTURES,
     HOW_TRAINED,
@@ -89,6 +97,8 @@ __all__ = [
     "require_share",
     "short",
     "to_dict",
+    "varied",
+    "with_lengths_of",
     "with_values",
     "without_secrets",
 ]

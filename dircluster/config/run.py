@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +18,7 @@ from dircluster.config.sections import (
     TargetConfig,
     TrainingConfig,
 )
-from dircluster.config.serialize import flatten, to_dict
+from dircluster.config.serialize import flatten, to_dict, with_values
 
 AnyRun = TypeVar("AnyRun", bound="RunConfig")
 AnySection = TypeVar("AnySection")
@@ -35,6 +35,9 @@ class RunConfig:
 
     later: ClassVar[Mapping[str, Any]] = {}
     """As LATER_FIELDS, of the defense's own sections."""
+
+    lengths: ClassVar[tuple[str, ...]] = ("attack.step_size", "attack.training_step_size")
+    """Settings that are lengths like ``attack.epsilon``."""
 
     unread: ClassVar[tuple[str, ...]] = ()
     """Settings of ``target`` that nothing reads where ``target.uri`` gives one: a defense that names none reads all."""
@@ -130,6 +133,28 @@ class RunConfig:
         return None
 
 
+def with_lengths_of(run: AnyRun, usual: RunConfig, given: Container[str] = ()) -> AnyRun:
+    """``run`` with those of its lengths that are not ``given`` as shares of its own radius, as they are ``usual``.
+
+    In another norm they are what they are by themselves. Raises ConfigError where no step can be so long.
+    """
+    own, other = run.attack, usual.attack
+    if (own.norm, own.epsilon) == (other.norm, other.epsilon):
+        return run
+    values = flatten(to_dict(usual))
+    ratio = own.epsilon / other.epsilon if own.norm == other.norm else None
+    changed = {name: values[name] for name in run.lengths if name not in given and values[name] is not None}
+    return with_values(run, {name: ratio and value * ratio for name, value in changed.items()})
+
+
+def varied(run: AnyRun, settings: Mapping[str, Any]) -> AnyRun:
+    """``run`` with settings by their dotted names, its other lengths in proportion to its radius.
+
+    Raises ConfigError.
+    """
+    return with_lengths_of(with_values(run, settings), run, settings)
+
+
 def as_by_itself(section: AnySection, usual: AnySection, *names: str) -> AnySection:
     """``section`` with those settings as ``usual`` has them, which nothing reads."""
     changed: Any = {name: getattr(usual, name) for name in names}
@@ -148,6 +173,7 @@ def _with_optimizers(section: Any) -> Any:
 LATER_FIELDS: dict[str, Any] = {
     "data.label_column": None,
     "data.image_column": None,
+    "data.classes": 10,
     "attack.norm": "linf",
     "attack.training_step_size": None,
     "attack.crafting": "pgd",
@@ -162,8 +188,8 @@ LATER_FIELDS: dict[str, Any] = {
     "target.entry": None,
     "target.optimizer.gamma": 0.1,
 }
-"""Settings younger than stored stages, by dotted name, each with the value that an absent one has in their keys: those
-of the sections that all defenses share."""
+"""Settings younger than stored stages, or than their part in keys, by dotted name, each with the value that an absent
+one has in their keys: those of the sections that all defenses share."""
 
 
 SAME_NUMBERS = ("training.draws_ahead", "training.capture")

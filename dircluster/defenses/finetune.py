@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dircluster.defenses.identity import Identity
 from dircluster.defenses.stage import Defense, Stage
-from dircluster.defenses.target import TargetRecipe, passes, target_stage
+from dircluster.defenses.target import TargetRecipe, kept_by, passes, target_stage
 from dircluster.presets.finetune import FinetuneRun
 
 
@@ -18,6 +18,7 @@ def stages(run: FinetuneRun) -> tuple[Stage, ...]:
         sections=("target", "finetune"),
         stored=("purifier", "classifier"),
         passes=passes(run),
+        **kept_by(run),
     )
     return (target_stage(run), more)
 

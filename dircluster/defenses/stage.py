@@ -41,6 +41,8 @@ class Stage:
     """Whether its training images are cropped and flipped as the data section says."""
     passes: int = 1
     """Forward passes of what it trains in an update: each gathers sharded weights."""
+    revision: int = 1
+    """Raised where the same settings give other weights than before: older results are then not reused."""
 
     @property
     def modules(self) -> tuple[str, ...]:

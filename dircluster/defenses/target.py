@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,16 @@ def target_stage(run: RunConfig) -> Stage:
         ema=run.target.ema or None,
         on_pipeline=False,
         passes=passes(run),
+        **(kept_by(run) if run.target.uri is None else {}),  # one that is given is not trained
     )
+
+
+def kept_by(run: RunConfig) -> dict[str, Any]:
+    """How a stage of ``target.objective`` chooses its weights: natural training ends on its last.
+
+    Under attack it is best while it has hardly learned.
+    """
+    return {"keep": "last", "revision": 2} if run.target.objective == "natural" else {}
 
 
 def passes(run: RunConfig) -> int:

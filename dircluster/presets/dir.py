@@ -163,6 +163,7 @@ class DirRun(RunConfig):
     defense: ClassVar[str] = "dir"
     unread: ClassVar[tuple[str, ...]] = HOW_TRAINED
     crafting: ClassVar[tuple[str, ...]] = PIPELINE_CRAFTING
+    lengths: ClassVar[tuple[str, ...]] = (*RunConfig.lengths, "dir.perturb_step_size")
     later: ClassVar[Mapping[str, Any]] = {
         "dir.ema": None,
         "dir.perturb_step_size": None,

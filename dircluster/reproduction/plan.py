@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict, with_values
+from dircluster.config import ConfigError, RunConfig, digest, flatten, short, to_dict, varied, with_values
 from dircluster.presets import PRESETS, preset
 from dircluster.reproduction.exhibits import ONE_WORKER, Exhibit, Line, Settings, System
 from dircluster.training.costs import step_operations
@@ -168,7 +168,7 @@ def with_settings(run: RunConfig, settings: Settings) -> RunConfig:
     for name in settings:
         if name not in known:
             raise ConfigError(f"{name} is no setting of {run.defense}: give what all systems share, or --only")
-    return with_values(run, settings)
+    return varied(run, settings)
 
 
 def at_equal_cost(run: RunConfig, objective: str) -> RunConfig:

@@ -24,6 +24,8 @@ from dircluster.training.stage_folder import StageFolder, find_stage_folder
 
 CRAFTING = ("crafting", "pipeline_steps", "pipeline_every")
 """Settings of ``attack`` that say how samples are crafted on a whole pipeline."""
+DATA = ("held_out", "crop_padding", "flip", "resize", "stream", "classes")
+"""Settings of ``data`` that decide weights beside the images, whose fingerprint is in the key."""
 FORMAT = 2
 """Raised when the same config would give other numbers than before: older stages are then not reused."""
 
@@ -54,10 +56,9 @@ def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
         settings.get("target", {}).pop(name, None)
     if not stage.on_pipeline:  # stages that craft alike are one, whatever is trained over them
         settings["attack"] |= {name: LATER_FIELDS[f"attack.{name}"] for name in CRAFTING}
-    settings["data"] = {
-        field: plain["data"][field] for field in ("held_out", "crop_padding", "flip", "resize", "stream")
-    }
-    return {"seed": config.seed, **settings}
+    settings["data"] = {field: plain["data"][field] for field in DATA}
+    revision = {"revision": stage.revision} if stage.revision > 1 else {}
+    return {"seed": config.seed, **revision, **settings}
 
 
 def stage_key(config: RunConfig, stage: Stage, inputs: Mapping[str, str | None]) -> str:

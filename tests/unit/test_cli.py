@@ -8,13 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dircluster import cli
 from dircluster.cluster.commands import evaluate
-from dircluster.config import ConfigError, flatten, to_dict
+from dircluster.config import ConfigError, flatten, to_dict, varied
 from dircluster.presets import PRESETS, RUNS, preset
 from dircluster.settings_file import as_words
 
@@ -83,6 +84,33 @@ def test_a_fraction_is_a_number_where_a_number_is_meant(tmp_path: Path) -> None:
 def test_what_a_shell_left_empty_or_a_file_that_is_not_read_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse(*words)
+
+
+def test_steps_follow_the_radius_unless_they_are_given(tmp_path: Path) -> None:
+    """Half of the radius stays half of it; in another norm the step is what it is by itself."""
+    half = parse("digits", "--attack.epsilon", "1/10").run
+    assert half.attack.step == half.dir.perturb_step_size == pytest.approx(0.05)
+    assert parse("cifar10_small", "--attack.epsilon", "1/255").run.attack.step == pytest.approx(0.5 / 255)
+    euclidean = parse("digits", "--attack.norm", "l2", "--attack.epsilon", "1").run
+    assert (euclidean.attack.training_step_size, euclidean.dir.perturb_step_size) == (None, None)
+    assert euclidean.attack.step == pytest.approx(2.5 / 3)
+    given = parse("digits", "--attack.epsilon", "1/10", "--attack.training-step-size", "0.075").run
+    assert (given.attack.step, given.dir.perturb_step_size) == (0.075, pytest.approx(0.05))
+    file = tmp_path / "mine.yaml"
+    file.write_text("attack: {epsilon: 1/10}\ndir: {perturb_step_size: 0.075}\n")
+    assert parse("digits", "--config", str(file)).run == replace(half, dir=replace(half.dir, perturb_step_size=0.075))
+    file.write_text(cli.to_yaml(given))
+    assert parse("digits", "--config", str(file)).run == given
+    paper = parse("cifar10", "--attack.epsilon", "4/255").run.attack
+    assert (paper.training_step_size, paper.step) == (None, pytest.approx(1 / 255))
+
+
+def test_a_sweep_over_the_radius_takes_the_steps_along() -> None:
+    run = preset("digits")
+    assert varied(run, {"attack.epsilon": 0.3}).attack.step == pytest.approx(0.15)
+    both = varied(run, {"attack.epsilon": 0.3, "attack.training_step_size": 0.1})
+    assert both.attack.step == 0.1
+    assert varied(run, {"dir.alpha": 0.0}).attack == run.attack
 
 
 def test_what_is_given_is_known_from_the_file_and_from_flags(tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def _only(job: cli.ReproduceJob) -> tuple[str, ...]:
 
 def _given(job: cli.ReproduceJob) -> dict[str, Any]:
     """The settings of all systems: what differs from the preset, and what was given that equals it, as presets of
-    other systems may differ from it.
+    other systems may differ from it. Lengths that follow from the radius follow from it in each system.
     """
-    differs, given = cli.describe(job), {name.replace(".no-", ".") for name in job.given}
+    differs, given = {*cli.describe(job)} - {*job.run.lengths}, {name.replace(".no-", ".") for name in job.given}
     own = (*DECIDED, "seed")
     return {
         name: value

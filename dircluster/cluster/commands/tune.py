@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dircluster import cli
 from dircluster.cluster.sweeps.space import Settings, Space, corners, fitted, load_space, mapped
-from dircluster.config import ConfigError, RunConfig, flatten, to_dict, with_values
+from dircluster.config import ConfigError, RunConfig, flatten, to_dict, varied
 
 
 def main(argv: Sequence[str], space: Path | None = None) -> int:
@@ -43,14 +43,14 @@ def _tune(job: cli.TuneJob) -> int:
         return with_reachable_target(with_absolute_paths(run))
 
     def held(settings: Settings) -> Settings:
-        found = flatten(to_dict(reachable(with_values(job.run, settings))))
+        found = flatten(to_dict(reachable(varied(job.run, settings))))
         return {name: found[name] for name in settings}
 
     config = with_absolute_paths(job.run)
     storage.to_environment(config.storage)
     preflight.check(config)
     for settings in corners(space.ranges) or space.points:
-        preflight.check(with_absolute_paths(with_values(job.run, settings)), download="data.name" in settings)
+        preflight.check(with_absolute_paths(varied(job.run, settings)), download="data.name" in settings)
     storage.check(config)
     with Terminal() as terminal:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught
@@ -64,7 +64,7 @@ def _check_chosen_by(space: Space, job: cli.TuneJob) -> None:
     from dircluster.training.stages import stages_of
 
     for settings in corners(space.ranges) or space.points:
-        run = with_values(job.run, settings)
+        run = varied(job.run, settings)
         try:
             if recipe_on_meta(run, stages_of(run)[-1].name).deployed() is not None:
                 return

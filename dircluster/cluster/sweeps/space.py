@@ -19,6 +19,7 @@ from dircluster.config import (
     real_path,
     short,
     to_dict,
+    varied,
     with_values,
 )
 
@@ -131,7 +132,7 @@ def _is_unread(name: str, space: Space, run: RunConfig) -> bool:
 
     def made(settings: Settings) -> str:
         try:
-            return digest(with_values(run, settings).identity)
+            return digest(varied(run, settings).identity)
         except ConfigError as error:  # not with each value, then
             return str(error)
 

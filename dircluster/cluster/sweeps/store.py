@@ -29,8 +29,11 @@ def key_of(run: RunConfig, until: str = "") -> str:
         before = planned[: names.index(until) + 1]
         decides |= {"data": to_dict(run.data), "given": run.target.uri}
         decides["stages"] = {stage.name: stage_settings(run, stage) for stage in before}
-    elif planned[-1].keep == "last":
-        decides["held_out"] = "last"  # results once kept the best of weights that were not
+    else:
+        revised = {stage.name: stage.revision for stage in planned if stage.revision > 1}
+        decides |= {"revised": revised} if revised else {}
+        if planned[-1].keep == "last":
+            decides["held_out"] = "last"  # results once kept the best of weights that were not
     return digest(decides if until else {**run.identity, **decides})
 
 

@@ -27,7 +27,7 @@ from dircluster.cluster.tracking.jobs import finish_job, open_job
 from dircluster.cluster.tracking.owners import beating
 from dircluster.cluster.tracking.tracker import MlflowTracker
 from dircluster.cluster.version import commit
-from dircluster.config import ConfigError, RunConfig, StoppedError, digest, first_line, with_values
+from dircluster.config import ConfigError, RunConfig, StoppedError, digest, first_line, varied, with_values
 from dircluster.evaluation.sweep_table import Point, Trial, best, by_point, figure, table
 from dircluster.presets import run_to_plain
 from dircluster.training.stages import stages_of
@@ -230,7 +230,7 @@ class Sweep:
     def _lines(self) -> list[dict[str, str]]:
         def published(settings: Settings) -> tuple[float, float] | None:
             with contextlib.suppress(ConfigError):
-                return with_values(self.config, settings).printed_ablation()
+                return varied(self.config, settings).printed_ablation()
             return None
 
         return table(self._by_point(), published)
@@ -251,7 +251,7 @@ class Sweep:
         if (winner := best(points)) is None:
             self.terminal.say("best      none: nothing that has finished has a robust accuracy on held-out images")
         else:
-            run = with_values(self.job.run, winner.settings)
+            run = varied(self.job.run, winner.settings)
             command = cli.command(cli.TrainJob(self.job.preset, run, defense=self.job.defense))
             files |= {"best.yaml": cli.to_yaml(run).encode(), "best.txt": f"{command}\n".encode()}
             self.terminal.say(f"best      {settings_text(winner.settings)} (by held-out robust accuracy): {command}")

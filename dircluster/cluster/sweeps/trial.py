@@ -24,7 +24,7 @@ from dircluster.cluster.sweeps.space import Settings, settings_text
 from dircluster.cluster.sweeps.store import Failures, result_of, store
 from dircluster.cluster.tracking.jobs import Child, JobRecord, finish_job, open_job
 from dircluster.cluster.tracking.owners import beating
-from dircluster.config import ConfigError, RunConfig, first_line, flatten, with_values
+from dircluster.config import ConfigError, RunConfig, first_line, flatten, varied
 from dircluster.evaluation.sweep_table import Trial, accuracies
 from dircluster.evaluation.versions import UNKNOWN, each_once
 from dircluster.presets import run_from_plain
@@ -74,7 +74,7 @@ class Plan:
 
     def run_of(self, task: Task) -> RunConfig:
         """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
-        return with_values(run_from_plain(self.config), {**task.settings, "seed": task.seed})
+        return varied(run_from_plain(self.config), {**task.settings, "seed": task.seed})
 
     def child(self, task: Task) -> Child | None:
         """What its run in MLflow is to the sweep's; None where there is no record."""

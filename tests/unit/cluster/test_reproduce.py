@@ -72,6 +72,13 @@ def test_what_the_preset_has_too_is_given_to_systems_that_differ() -> None:
     assert "suite" not in given.command()
 
 
+def test_steps_follow_the_radius_in_each_system() -> None:
+    given = asked("table1", "digits", "--attack.epsilon", "1/10")
+    assert not {"attack.training_step_size", "dir.perturb_step_size"} & {*given.given}
+    found = {each.system.name: each.run.attack.step for each in given.plan(1.0).trainings.values()}
+    assert [found["dir"], found["jatp"]] == pytest.approx([0.05, 0.05])
+
+
 def test_a_run_in_mlflow_is_of_one_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """DIR's preset has the settings that are given: nothing but the plan tells the two reproductions apart."""
     begun: list[Any] = []
