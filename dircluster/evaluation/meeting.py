@@ -20,14 +20,17 @@ from dircluster.models.modules import evaluating
 def meet(victim: VictimModel, images: Tensor, highest: int, classes: int | None = None) -> None:
     """Show ``victim`` a few images (n, C, H, W): it learns its ``notes``, and whether it is ``randomized``.
 
-    It loses its ``target`` where the module's restore and classifier are not what these names say. Raises ConfigError
-    where the logits are not what they must be for labels up to ``highest``, or no gradient can be asked for.
+    It loses its ``target`` where the module's restore and classifier are not what these names say, or the classifier
+    draws at random: no row of it alone knows such draws. Raises ConfigError where the logits are not what they must be
+    for labels up to ``highest``, or no gradient can be asked for.
     """
     victim.notes = []
     with evaluating(*victim.modules), torch.no_grad():
         logits = _see(victim, images, highest, classes)
         if isinstance(victim.module, Adapted):
             _see_somebodys(victim, victim.module, images, logits)
+        if victim.target is not None and not _alike(victim.target(images), victim.target(images)):
+            _lose_target(victim, "the classifier draws at random: it is judged behind the purifier alone")
         if victim.surrogate is not None:
             _see_surrogate(victim.surrogate, images, logits.shape[1])
             victim.notes += victim.surrogate.notes
@@ -78,12 +81,17 @@ def _see_somebodys(victim: VictimModel, module: Adapted, images: Tensor, logits:
         raise ConfigError(f"the defense cannot be differentiated: {named_line(error)}") from error
     victim.notes += module.notes
     if victim.target is not None and not _purifies(victim, images, logits):
-        victim.notes.append(
+        _lose_target(
+            victim,
             "restore and classifier are not a purifier and what stands behind it, for classifier(restore(images))"
-            " is not what the defense answers: it is judged as a whole alone"
+            " is not what the defense answers: it is judged as a whole alone",
         )
-        victim.source = None if victim.source is victim.target else victim.source
-        victim.target = None
+
+
+def _lose_target(victim: VictimModel, why: str) -> None:
+    victim.notes.append(why)
+    victim.source = None if victim.source is victim.target else victim.source
+    victim.target = None
 
 
 def _purifies(victim: VictimModel, images: Tensor, logits: Tensor) -> bool:

@@ -319,6 +319,13 @@ def check_usable(classifier: nn.Module, data: DataConfig) -> None:
             raise ConfigError(f"the target cannot be brought into train mode: {first_line(error)}") from error
 
 
+def draws(classifier: nn.Module, data: DataConfig) -> bool:
+    """Whether ``classifier`` answers otherwise when it is asked for the same images of ``data`` again."""
+    images = _noise(data, 2).to(device_of(classifier))
+    with evaluating(classifier), put_back(), torch.no_grad():
+        return not torch.allclose(classifier(images), classifier(images), rtol=1e-4, atol=1e-5)
+
+
 def _logits(classifier: nn.Module, images: Tensor, data: DataConfig) -> Tensor:
     """What ``classifier`` gives for ``images``. Raises ConfigError unless it is (N, data.classes)."""
     count = f"{len(images)} image{'s' * (len(images) > 1)}"

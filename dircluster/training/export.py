@@ -179,10 +179,16 @@ def check_made(config: RunConfig) -> None:
 def check_begins(classifier: nn.Module, config: RunConfig) -> None:
     """Raise ConfigError where the run's target, with its first weights, cannot take its images or be trained."""
     given = config.target.uri is not None  # then these weights are replaced, and may be anything
+    defense = find_defense(config.defense)
     classifiers.check_classes(classifier, config.data)
     if config.target.architecture not in ARCHITECTURES:  # those of this package can be differentiated
         classifiers.check_usable(classifier, config.data)
-    for stage in find_defense(config.defense).stages(config):
+        if classifiers.draws(classifier, config.data) and defense.build(config, defense.purifier).randomized:
+            raise ConfigError(
+                f"target.architecture {config.target.architecture!r} draws at random, and so does the purifier: what an"
+                " attacker knows of such draws could not be held fixed"
+            )
+    for stage in defense.stages(config):
         trains = "classifier" in stage.optimizers and stage.epochs > 0 and not (given and stage.name == "target")
         if trains and not any(parameter.requires_grad for parameter in classifier.parameters()):
             raise ConfigError(

@@ -22,6 +22,7 @@ from dircluster.defenses.table import find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, run
+from dircluster.evaluation.meeting import meet
 from dircluster.evaluation.provenance import facts_of
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.sample import class_notes, judged_rows
@@ -329,6 +330,10 @@ class Run:
         began, test = time.monotonic(), self.data.test.take(judged_rows(len(self.data.test), settings))
         defense = self.defense.defended(config, networks).to(parallel.device)
         victim = VictimModel(defense, defense.name)
+        with uncompiled(config.training.compiles):
+            meet(victim, test.pixels(slice(8)).to(parallel.device), int(test.labels.max()), config.data.classes)
+        for note in victim.notes:
+            say(f"evaluation: {note}")
         table_only = dataclasses.replace(settings, verdict=False)
         planned = plan(victim, config.attack, table_only)
         facts = facts_of(stage_folder.digest, self.data.fingerprint, len(test), config.seed, settings)

@@ -19,6 +19,7 @@ from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunCo
 from dircluster.data.sources import load
 from dircluster.defenses.base import Defended
 from dircluster.defenses.dir import DEFENSE
+from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import find_defense
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
@@ -347,6 +348,31 @@ def test_the_bare_target_is_judged_once_for_all_that_stand_before_it(
     other = copy.deepcopy(defense)
     next(other.classifier.parameters()).data += 0.01
     assert {shard.spec for shard in begun(other, some, tmp_path).open_shards()} == set(second.specs)
+
+
+class Drawing(nn.Module):
+    """A classifier behind noise of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images + 0.15 * torch.randn_like(images))
+        return logits
+
+
+def test_a_classifier_that_draws_has_no_rows_of_its_own(at_model: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    """No row of it alone would know its draws: one lucky pass would count, and hang on the caller's stream."""
+    some = digits[0][:24], digits[1][:24]
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(judged(Defended(Identity(), Drawing(at_model)), some))
+    assert [row.accuracy for row in found[0].rows] == [row.accuracy for row in found[1].rows]
+    assert {row.defense for row in found[0].rows} == {"dir"}
+    assert not any(row.attack.startswith("transfer") for row in found[0].rows)
+    assert "the classifier draws at random: it is judged behind the purifier alone" in found[0].notes
 
 
 class Collapsed(nn.Module):

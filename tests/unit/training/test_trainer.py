@@ -362,6 +362,34 @@ def test_a_target_that_a_later_stage_cannot_work_with_is_refused_before_it_is_tr
     assert not list(Path(smoke.storage.uri).glob("target-*"))
 
 
+class Draws(nn.Module):
+    """A target that adds noise of its own to what it sees."""
+
+    def __init__(self, classes: int = 10, channels: int = 1) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer((images + torch.randn_like(images)).flatten(1))
+        return logits
+
+
+def test_a_target_that_draws_is_judged_as_one_that_does(smoke: RunConfig) -> None:
+    """Behind a purifier that draws nothing: its draws are known, or fresh, and no row is of the target alone."""
+    console = Hears()
+    run_of = with_values(preset("digits_identity_smoke"), {"target.architecture": f"{__name__}:Draws"})
+    rows = run(dataclasses.replace(run_of, storage=smoke.storage, data=smoke.data), console)["results"]
+    assert {row["randomness"] for row in rows} == {"fixed", "fresh"}
+    assert {row["defense"] for row in rows} == {"identity"}
+    assert "evaluation: the classifier draws at random: it is judged behind the purifier alone" in console.lines
+
+
+def test_a_target_that_draws_behind_a_purifier_that_does_is_refused(smoke: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"Draws' draws at random, and so does the purifier"):
+        run(with_values(smoke, {"target.architecture": f"{__name__}:Draws"}))
+    assert not list(Path(smoke.storage.uri).glob("target-*"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("objective", ["natural", "trades", "mart"])
 def test_targets_of_every_objective_train(smoke: RunConfig, objective: Any) -> None:
