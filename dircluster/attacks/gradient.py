@@ -91,20 +91,16 @@ def projected_ascent(
     threat: Threat,
     steps: int,
     step_size: float,
-    keep_best: bool = False,
 ) -> Tensor:
-    """Projected ascent from ``start`` within ``threat`` around ``center``: -> (N, C, H, W), detached.
+    """Projected ascent from ``start`` within ``threat`` around ``center``: -> the last iterate (N, C, H, W), detached.
 
-    With ``keep_best`` it returns each image's iterate of the highest value.
+    The best of all by a noisy value is the one that met the luckiest draws, and weaker than the last.
     """
-    reached = best = start.detach()
-    highest: Tensor | None = None
+    reached = start.detach()
     for _ in range(steps):
-        values, gradient = both(reached)
-        if keep_best:
-            best, highest = _better(best, highest, reached, values)
+        _, gradient = both(reached)
         reached = threat.project(reached + step_size * threat.direction(gradient), center)
-    return _better(best, highest, reached, both(reached)[0])[0] if keep_best else reached
+    return reached
 
 
 def _better(best: Tensor, highest: Tensor | None, found: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -370,8 +370,7 @@ def _one_step(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restar
 def _pgd(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:
     spec, threat = setting.spec, setting.threat
     start = threat.start(images, setting.uniform(f"start/{restart}", images))
-    randomized = spec.randomness == "fresh" and spec.protocol != "wor"  # the last may have met an unlucky draw
-    return projected_ascent(both, start, images, threat, spec.steps, spec.step_size, keep_best=randomized)
+    return projected_ascent(both, start, images, threat, spec.steps, spec.step_size)
 
 
 def _momentum(setting: AttackSetting, both: ValueAndGrad, images: Tensor, restart: int) -> Tensor:

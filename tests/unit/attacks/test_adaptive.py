@@ -102,17 +102,18 @@ def test_a_bound_on_rows_changes_nothing() -> None:
     assert seen == [80, 32, 32, 16, *[16] * 5]
 
 
-def test_the_best_iterate_and_the_best_restart_are_kept() -> None:
+def test_the_last_iterate_counts_and_the_best_restart() -> None:
+    """Of values that draws blur, the highest is the luckiest."""
     peak = IMAGES + 0.05  # an objective whose top lies inside the ball: large steps run past it
 
     def objective(images: Tensor) -> Tensor:
         return -(images - peak).square().flatten(1).sum(dim=1)
 
     both = value_and_grad(objective)
-    kept = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 8, 0.04, keep_best=True)
     last = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 8, 0.04)  # past the top: at 0.08, after 0.04
+    kept = projected_ascent(both, IMAGES, IMAGES, LInf(0.3), 1, 0.04)
     assert (objective(kept) > objective(last)).all()
-    assert (objective(kept) > objective(IMAGES)).all()
+    assert (objective(last) > objective(IMAGES)).all()
     every_second = (torch.arange(len(IMAGES)) % 2 == 0)[:, None, None, None]
     restarts = [torch.where(every_second, kept, last), torch.where(every_second, last, kept)]
     assert torch.equal(strongest(objective, restarts), kept)
