@@ -153,6 +153,8 @@ class StreamLoader:
         self._lane_rows = batch_size // self.lanes
         held = -(-(self.rows.stop - self.rows.start) // self._lane_rows) + 1
         self._group = lru_cache(maxsize=2 * held)(read_group)
+        self._lane = lru_cache(maxsize=2 * MOST_LANES)(self._lane_of)  # of this loader: its stage ends, and so do they
+        self._shuffled = lru_cache(maxsize=2 * MOST_LANES)(self._order_of)
         self._ahead: tuple[tuple[int, int], Future[Any]] | None = None
         self._pool = ThreadPoolExecutor(1, "stream")
 
@@ -187,15 +189,13 @@ class StreamLoader:
         blobs, labels = self._group(group)
         return blobs[row], labels[row]
 
-    @lru_cache(maxsize=2 * MOST_LANES)  # noqa: B019  # a loader lives as long as its stage
-    def _lane(self, epoch: int, lane: int) -> tuple[list[int], list[RowGroup]]:
+    def _lane_of(self, epoch: int, lane: int) -> tuple[list[int], list[RowGroup]]:
         generator = rng.generator(self.seed, f"{self.purpose}/order", epoch)
         order = torch.randperm(len(self.shards.groups), generator=generator).tolist()
         groups = [self.shards.groups[i] for i in order[lane :: self.lanes]]
         return list(itertools.accumulate(group.rows for group in groups)), groups
 
-    @lru_cache(maxsize=2 * MOST_LANES)  # noqa: B019
-    def _shuffled(self, epoch: int, lane: int, index: int, rows: int) -> list[int]:
+    def _order_of(self, epoch: int, lane: int, index: int, rows: int) -> list[int]:
         generator = rng.generator(self.seed, f"{self.purpose}/rows/{lane}/{index}", epoch)
         order: list[int] = torch.randperm(rows, generator=generator).tolist()
         return order

@@ -40,6 +40,7 @@ from dircluster.training.memory import peak, resting
 from dircluster.training.protocols import Console, StageRecord, Tracker
 from dircluster.training.retry import retry
 from dircluster.training.stage_folder import StageFolder, find_stage_folder, keep_once
+from dircluster.training.step import check_shared
 from dircluster.training.switches import check_switches
 from dircluster.training.trainer import Trainer
 
@@ -76,6 +77,8 @@ class Run:
         """Held-out accuracies of the weights that each stage ended on; None where it judged nothing."""
         self.seconds: dict[str, float] = {}
         """What was trained and evaluated took, by stage: nothing of what was reused."""
+        self.alone: dict[str, str | None] = {}
+        """Why several workers cannot share a stage's steps, by its name; None where they can."""
         self.resumed: list[str] = []
         """Of these, what an earlier run had begun: they took their rest alone."""
         self.memory: dict[str, int] = {}
@@ -105,8 +108,8 @@ class Run:
         self._name_what_rounds(networks)
         done: StageFolder | None = None
         planned = stages.stages_of(config)
-        for stage in planned:
-            stage.recipe(networks)  # one that cannot work with the target says so before anything is trained
+        for stage in planned:  # one that cannot work with the target says so before anything is trained
+            self.alone[stage.name] = stage.recipe(networks).alone
         networks.renew(tuple(networks))  # recipes freeze what they do not train
         for stage in planned:
             facts = {"defense": self.defense.to_plain(config)} if stage is planned[-1] else {}
@@ -191,6 +194,7 @@ class Run:
         stage_folder = StageFolder(stage.name, key, self.open_path(folder))
         began = time.monotonic()
         if not parallel.first_does(lambda: self._is_finished(stage_folder)):
+            self._check_shared(stage)
             resting(parallel.device)
             self._train(stage, stage_folder, networks, facts)
             self.memory[stage.name], self.folders[stage.name] = peak(parallel.device), str(stage_folder.folder)
@@ -206,6 +210,13 @@ class Run:
         self.selection[stage.name] = _of_kept(finished.state["best"])
         self.trained_by[stage.name] = parallel.first_does(lambda: list(stage_folder.trained_by))
         return stage_folder
+
+    def _check_shared(self, begun: Stage) -> None:
+        """Raise ConfigError where the workers cannot share a stage that is ``begun``, or one after it."""
+        planned = stages.stages_of(self.config)
+        for stage in planned[[each.name for each in planned].index(begun.name) :]:
+            if stage.epochs:
+                check_shared(stage, self.alone[stage.name], self.config, self.parallel)
 
     def _is_finished(self, stage_folder: StageFolder) -> bool:
         try:
@@ -245,11 +256,11 @@ class Run:
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))
         checkpoints = Checkpoints(stage_folder.folder, stage_folder.key, self.console.say, guard)
         recipe = stage.recipe(networks)
-        trainer = Trainer(
-            stage, recipe, loader, self.data.held_out, config, parallel, checkpoints, record, self.console
-        )
         status = "FAILED"
         try:
+            trainer = Trainer(
+                stage, recipe, loader, self.data.held_out, config, parallel, checkpoints, record, self.console
+            )
             with self._within_memory("--training.microbatch"):
                 best = trainer.run()
             self.resumed += [stage.name] if trainer.begun_at else []

@@ -59,6 +59,14 @@ def pieces(images: int, world: int, microbatch: int | None) -> int:
     return min(math.ceil(share / (microbatch or share)), images // world)
 
 
+def check_shared(stage: Stage, alone: str | None, config: RunConfig, parallel: Parallel) -> None:
+    """Raise ConfigError where the workers cannot share the steps of a stage; ``alone`` is its recipe's."""
+    if parallel.world > 1 and alone:
+        raise ConfigError(f"{stage.name} {alone}: use scaling.workers 1")
+    if parallel.world > 1 and stage.ema is not None and config.parallel.strategy == "fsdp":
+        raise ConfigError(f"parallel.strategy must be ddp where {stage.name} keeps a mean of its weights (ema)")
+
+
 class Stepper:
     """Makes the steps of a stage, by their numbers."""
 
@@ -76,10 +84,7 @@ class Stepper:
         self.stage, self.recipe, self.loader = stage, recipe, loader
         self.config, self.parallel, self.console = config, parallel, console
         self.steps = stage.epochs * loader.steps_per_epoch
-        if parallel.world > 1 and recipe.alone:
-            raise ConfigError(f"{stage.name} {recipe.alone}: use scaling.workers 1")
-        if parallel.world > 1 and stage.ema is not None and config.parallel.strategy == "fsdp":
-            raise ConfigError(f"parallel.strategy must be ddp where {stage.name} keeps a mean of its weights (ema)")
+        check_shared(stage, recipe.alone, config, parallel)
         self.pending = PairwiseSum([])
         half = is_half(config.training.precision, parallel.device)
         self.wrapped = parallel.wrap(recipe, recipe.trained, config.parallel.strategy, half, self.pending)

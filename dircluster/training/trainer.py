@@ -122,7 +122,7 @@ class Trainer(Stepper):
                 window, since = 0, time.monotonic()
             began = time.monotonic()
             if self._selects_after(done):
-                self._judge_or_save(done)
+                self._judge_or_save(done, signal)
             if self._pictures_after(done):
                 self._picture(done)
             if signal or done % self.config.storage.checkpoint_every == 0 or last:
@@ -142,8 +142,13 @@ class Trainer(Stepper):
         epoch, inside = divmod(done, self.loader.steps_per_epoch)
         return done > 0 and inside == 0 and (epoch % every == 0 or done == self.steps)
 
-    def _judge_or_save(self, done: int) -> None:
-        """Held-out selection; where a signal ends it, it is made up for on resume, and so is the picture after it."""
+    def _judge_or_save(self, done: int, signal: int = 0) -> None:
+        """Held-out selection; where a signal comes before its end, it is made up for on resume, and so is the picture
+        after it.
+        """
+        if signal:
+            self._save(done)
+            raise Interrupted(signal)
         try:
             with self._leavable():
                 self._judge(done)
@@ -193,21 +198,22 @@ class Trainer(Stepper):
     def _resume(self) -> int:
         found: Checkpoint | None = None
 
-        def newest() -> str | None:
+        def newest() -> tuple[str, dict[str, Any] | None] | None:
             nonlocal found
             found = self.checkpoints.latest()
-            return None if found is None else found.folder.name
+            return None if found is None else (found.folder.name, found.state["best"])
 
-        name = self.parallel.first_does(newest)
-        if name is None:
+        begun = self.parallel.first_does(newest)
+        if begun is None:
             return 0
+        name, self.best = begun  # as the first worker found it: the best weights may be damaged
         if found is None:
             found = self.checkpoints.at(name)
         self._load_weights(found.tensors["model"])
         self.mean.load(found.tensors.get("ema", {}))
         for module, optimizer in self.optimizers.items():
             restore_optimizer(optimizer, self.parameters, found.tensors[f"optimizer-{module}"])
-        self.best, step = found.state["best"], int(found.state["step"])
+        step = int(found.state["step"])
         self.saved = self.begun_at = step
         if self.parallel.first:
             self.record.resend(found.state.get("unsent", []), found.tensors.get("unsent", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -78,11 +79,15 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(dim=1) == labels
 
 
-def _batch_size(config: RunConfig, device: torch.device) -> int:
-    """Images judged together: on a GPU several training batches of frozen passes, which keep fewer activations."""
-    if device.type == "cpu":
+def _batch_size(config: RunConfig, parallel: Parallel) -> int:
+    """Images judged together: on a GPU no more than fit where a step of training does.
+
+    Frozen passes keep less than half of the activations of a step, unless that computes them again.
+    """
+    if parallel.device.type == "cpu":
         return config.evaluation.batch_size
-    return 4 * (config.training.microbatch or config.training.batch_size)
+    share = config.training.microbatch or math.ceil(config.training.batch_size / parallel.world)
+    return share if config.parallel.activation_checkpointing else 2 * share
 
 
 def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, parallel: Parallel) -> tuple[float, float]:
@@ -91,7 +96,7 @@ def held_out_accuracy(deployed: nn.Module, split: Split, config: RunConfig, para
     PGD is of ``training.select_steps`` steps, or of the training attack's steps and size.
     """
     split, device = split.take(slice(config.training.select_images)), parallel.device
-    judge = Judge(split, config, parallel, "selection", _batch_size(config, device))
+    judge = Judge(split, config, parallel, "selection", _batch_size(config, parallel))
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)
@@ -114,7 +119,7 @@ def overfitting(
     as few: near zero while the training attack is nearly as strong, large where the model has only learned to defeat
     that attack.
     """
-    judge = Judge(split.take(slice(images)), config, parallel, "selection", config.evaluation.batch_size)
+    judge = Judge(split.take(slice(images)), config, parallel, "selection", _batch_size(config, parallel))
 
     def right(rows: Tensor) -> Tensor:
         images, labels = judge.batch(rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,18 @@ def test_a_batch_depends_on_nothing_that_was_read_before(shards: Shards) -> None
         assert grays(StreamLoader(shards, 24, 0, "t"), *place) == seen[place]
     assert seen[0, 0] != seen[1, 0]
     assert grays(StreamLoader(shards, 24, 1, "t"), 0, 0) != seen[0, 0]
+
+
+def test_a_loader_ends_with_its_stage(shards: Shards) -> None:
+    """What it read, and its thread, must not wait for the next stage's to push it out."""
+    loader = StreamLoader(shards, 24, 0, "t")
+    grays(loader, 0, 0)
+    assert loader._ahead is not None
+    loader._ahead[1].result()  # it reads on meanwhile
+    left = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert left() is None
 
 
 def test_an_epoch_sees_nearly_every_image_once(tmp_path: Path) -> None:

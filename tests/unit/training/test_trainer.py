@@ -17,7 +17,9 @@ from dircluster.cluster.outcome import outcome_of
 from dircluster.config import ConfigError, RunConfig, TrainingConfig, with_values
 from dircluster.data.sources import load
 from dircluster.data.split import Split
+from dircluster.defenses.stage import Stage
 from dircluster.defenses.table import find_defense
+from dircluster.distributed.parallel import Parallel
 from dircluster.presets import preset
 from dircluster.training import checkpoint
 from dircluster.training.checkpoint import Checkpoints
@@ -25,8 +27,10 @@ from dircluster.training.interrupt import Interrupted
 from dircluster.training.memory import resting
 from dircluster.training.protocols import NoRecord, NoTracker, Quiet, Status
 from dircluster.training.run import Run
-from dircluster.training.step import NonFiniteLoss
+from dircluster.training.stages import find_stage
+from dircluster.training.step import NonFiniteLoss, check_shared
 from dircluster.training.trainer import Trainer
+from dircluster.training.validation import _batch_size
 from tests.conftest import ALONE
 from tests.unit.training.conftest import BATCH_NORMED, Hears, StopAfter, elsewhere, make_trainer, run, weights
 
@@ -238,6 +242,80 @@ def test_a_picture_is_drawn_although_a_signal_ended_the_selection_before_it(smok
     second.run()
     assert second.begun_at == second.steps
     assert drawn.steps == [second.steps]
+
+
+def test_workers_resume_by_what_the_first_one_found(smoke: RunConfig, tmp_path: Path) -> None:
+    """Where the best weights are damaged it has none, and all of them have to judge again."""
+    smoke = with_values(smoke, {"dir.keep": "best"})
+    make_trainer(smoke, tmp_path).run()
+    (best,) = tmp_path.glob("best-*")
+    file = best / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    again, other = make_trainer(smoke, tmp_path), make_trainer(smoke, tmp_path)
+    step = again._resume()
+    told = max(tmp_path.glob("step-*")).name, again.best
+    other.parallel = SimpleNamespace(first=False, first_does=lambda work: told)  # type: ignore[assignment]
+    assert (other._resume(), other.best) == (step, again.best)
+    assert again.best is None
+
+
+def test_a_signal_that_is_known_before_the_selection_does_not_wait_for_it(
+    smoke: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(smoke, tmp_path)
+    judged: list[int] = []
+    monkeypatch.setattr(trainer, "_judge", judged.append)
+    trainer.step(0)
+    with pytest.raises(Interrupted):
+        trainer._judge_or_save(1, 15)
+    assert (judged, trainer.saved) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "images"),
+    [
+        ({}, 1, 256),
+        ({}, 8, 32),
+        ({"training.microbatch": 16}, 2, 32),
+        ({"parallel.activation_checkpointing": True}, 1, 128),
+    ],
+)
+def test_on_a_gpu_selection_takes_no_more_memory_than_a_step(settings: dict[str, Any], world: int, images: int) -> None:
+    """A frozen pass keeps less than half of what a step keeps of an image, unless that computes it again."""
+    config = with_values(preset("cifar10"), settings)
+    assert _batch_size(config, Parallel(0, world, torch.device("cuda"))) == images
+    assert _batch_size(config, Parallel(0, world, torch.device("cpu"))) == config.evaluation.batch_size
+
+
+def test_what_workers_cannot_share_is_asked_of_all_stages_before_the_first_is_trained(
+    smoke: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of those that lie finished."""
+    asked: list[str] = []
+
+    def check(stage: Stage, *given: Any) -> None:
+        asked.append(stage.name)
+
+    monkeypatch.setattr("dircluster.training.run.check_shared", check)
+    run(smoke, until="target")
+    assert asked == ["target", "pretrain", "dir"]
+    asked.clear()
+    run(smoke, until="pretrain")
+    assert asked == ["pretrain", "dir"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "ema", "message"),
+    [("has several updates", None, "dir has several updates: use"), (None, 0.9, "parallel.strategy must be ddp where")],
+)
+def test_what_workers_cannot_share_is_refused(
+    alone: str | None, ema: float | None, message: str, smoke: RunConfig
+) -> None:
+    config = dataclasses.replace(smoke, parallel=dataclasses.replace(smoke.parallel, strategy="fsdp"))
+    stage = dataclasses.replace(find_stage(config, "dir"), ema=ema)
+    check_shared(stage, alone, config, ALONE)
+    with pytest.raises(ConfigError, match=message):
+        check_shared(stage, alone, config, dataclasses.replace(ALONE, world=2))
 
 
 def test_the_speed_of_steps_does_not_count_what_a_resumed_run_makes_up_for(
