@@ -1,9 +1,10 @@
-"""Files that are either whole or absent, whether one can be written, and what Git leaves in place of one."""
+"""Files that are whole or absent, or locked; whether one can be written; and what Git leaves in place of one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -65,3 +66,15 @@ def replacing(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # a full disk has taken some of it
         raise
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock on ``file``, which is made: others on this machine wait. Nothing is held where there are no locks.
+
+    Raises OSError where ``file`` cannot be made.
+    """
+    with file.open("a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

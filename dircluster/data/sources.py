@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from dircluster.data.files import one_line
 from dircluster.data.layout import MOST_HELD_OUT, check_named, check_names, layout_of
 from dircluster.data.picture import Blob, loses_color
 from dircluster.data.split import Dataset, Split
+from dircluster.files import locked
 
 
 @dataclass(frozen=True)
@@ -184,26 +187,34 @@ def _digits() -> Split:
     return Split(torch.from_numpy(pixels.reshape(-1, 1, 8, 8)), torch.from_numpy(table[:, -1]).long())
 
 
-def _cifar(kind: str, cache: Path, train: bool) -> Split:
+def _cifar(kind: str, cache: Path, train: bool, download: bool) -> Split:
     """torchvision's CIFAR10, or CIFAR100 with its fine labels."""
     import torchvision.datasets
 
-    made: Any = getattr(torchvision.datasets, kind)(str(cache), train=train, download=True)
+    made: Any = getattr(torchvision.datasets, kind)(str(cache), train=train, download=download)
     images = torch.from_numpy(made.data).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.as_tensor(made.targets, dtype=torch.int64))
 
 
-def _svhn(cache: Path, train: bool) -> Split:
+def _svhn(cache: Path, train: bool, download: bool) -> Split:
     import torchvision.datasets
 
-    made: Any = torchvision.datasets.SVHN(str(cache), split="train" if train else "test", download=True)
+    made: Any = torchvision.datasets.SVHN(str(cache), split="train" if train else "test", download=download)
     return Split(torch.from_numpy(made.data), torch.as_tensor(made.labels, dtype=torch.int64))
 
 
-def _fetched(name: str, read: Callable[[bool], Split]) -> tuple[Split, Split]:
-    """Training and test split of a set that torchvision downloads. Raises ConfigError where it cannot be fetched."""
+def _fetched(name: str, cache: Path, read: Callable[[Path, bool, bool], Split]) -> tuple[Split, Split]:
+    """Training and test split of a set in ``cache``. One process downloads what is not whole there, others wait for it.
+
+    ``read`` takes the folder, whether the split is that of training, and whether torchvision may download it. Raises
+    ConfigError where the set cannot be fetched.
+    """
     try:
-        return read(True), read(False)
+        with contextlib.suppress(RuntimeError):  # torchvision's, of a set that is not there or not whole
+            return read(cache, True, False), read(cache, False, False)
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f"{name}.lock"):
+            return read(cache, True, True), read(cache, False, True)
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"torchvision could not fetch {name}: {first_line(error)}; give --data.uri PATH instead"
@@ -212,9 +223,9 @@ def _fetched(name: str, read: Callable[[bool], Split]) -> tuple[Split, Split]:
 
 DATASETS: dict[str, Callable[[Path], tuple[Split, Split | None]]] = {
     "digits": lambda cache: (_digits(), None),
-    "cifar10": lambda cache: _fetched("cifar10", lambda train: _cifar("CIFAR10", cache, train)),
-    "cifar100": lambda cache: _fetched("cifar100", lambda train: _cifar("CIFAR100", cache, train)),
-    "svhn": lambda cache: _fetched("svhn", lambda train: _svhn(cache, train)),
+    "cifar10": lambda cache: _fetched("cifar10", cache, partial(_cifar, "CIFAR10")),
+    "cifar100": lambda cache: _fetched("cifar100", cache, partial(_cifar, "CIFAR100")),
+    "svhn": lambda cache: _fetched("svhn", cache, _svhn),
 }
 """How a set is loaded by its name: the folder of downloads -> training and test split, None where it has none."""
 

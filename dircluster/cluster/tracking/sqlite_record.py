@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+
+from dircluster.files import locked
 
 MOVED_TAG = "dircluster.moved_from"
 """Tag of an experiment: the storage folders, as a JSON list, that its record lay in before."""
@@ -30,9 +31,7 @@ def opening(uri: str, storage: str) -> Iterator[None]:
     if file is None:
         yield
         return
-    with (file.parent / f"{file.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(file.parent / f"{file.name}.lock"):
         if file.exists() and file.resolve().parent == Path(storage):
             _follow(file, storage)
         yield

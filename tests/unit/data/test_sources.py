@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,36 @@ def test_cifar100_from_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (data.test.images[:, 2, 0, 1] == 255).all()
     assert data.test.labels.tolist() == [80, 81, 82, 83]
     assert split_sizes(wanted) == (45_000, 5_000, 10_000)
+
+
+def test_a_set_is_fetched_once_where_several_ask_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache, fetched = tmp_path / "data", []
+
+    class Slow(FineLabels):
+        """Like torchvision's, which two at once break: each unpacks over what the other reads."""
+
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            there, partial = Path(root) / "whole", Path(root) / "partial"
+            if download and not there.exists():
+                partial.touch(exist_ok=False)
+                time.sleep(0.2)
+                partial.rename(there)
+                fetched.append(train)
+            if not there.exists():
+                raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+            super().__init__(root, train, download)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", Slow)
+    with ThreadPoolExecutor(3) as threads:
+        ended = list(threads.map(lambda _: DATASETS["cifar100"](cache), range(3)))
+    assert [len(train) for train, _ in ended] == [20, 20, 20]
+    assert fetched == [True]
+
+
+def test_a_set_is_read_from_a_folder_that_takes_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", FineLabels)
+    DATASETS["cifar100"](tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_torchvision_cannot_fetch_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
