@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -76,6 +76,8 @@ class RunConfig:
                 found in (1, channels),
                 f"target.{name} has {found} values, but data.channels is {channels}: give as many, or one for all",
             )
+        for name, optimizer in _optimizers(self):
+            optimizer.check(name)
         for name, value in flatten(to_dict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
             small = not isinstance(value, int) or abs(value) < 2 ** (63 if name == "seed" else 31)
@@ -159,6 +161,16 @@ def as_by_itself(section: AnySection, usual: AnySection, *names: str) -> AnySect
     """``section`` with those settings as ``usual`` has them, which nothing reads."""
     changed: Any = {name: getattr(usual, name) for name in names}
     return replace(section, **changed)  # type: ignore[type-var]
+
+
+def _optimizers(config: Any, prefix: str = "") -> Iterator[tuple[str, OptimizerConfig]]:
+    """All optimizers of a run, each with its dotted name."""
+    for name in (each.name for each in fields(config)):
+        value = getattr(config, name)
+        if isinstance(value, OptimizerConfig):
+            yield f"{prefix}{name}", value
+        elif is_dataclass(value):
+            yield from _optimizers(value, f"{prefix}{name}.")
 
 
 def _with_optimizers(section: Any) -> Any:

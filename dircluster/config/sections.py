@@ -198,14 +198,15 @@ class OptimizerConfig:
     clip: float | None = None
     """Largest gradient norm; no clipping when not given."""
 
-    def __post_init__(self) -> None:
-        require_positive("optimizer", self, "lr")
-        require(0 <= self.momentum < 1, f"optimizer.momentum must lie in [0, 1), got {self.momentum}")
-        require(0 <= self.beta2 < 1, f"optimizer.beta2 must lie in [0, 1), got {self.beta2}")
-        require(0 < self.gamma <= 1, f"optimizer.gamma must lie in (0, 1], got {self.gamma}")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, got {self.weight_decay}")
-        require(self.warmup_epochs >= 0, f"optimizer.warmup_epochs must be 0 or more, got {self.warmup_epochs}")
-        require(self.clip is None or self.clip > 0, f"optimizer.clip must be positive, got {self.clip}")
+    def check(self, name: str) -> None:
+        """Raise ConfigError where a setting cannot work. The run does it, which knows this optimizer's dotted name."""
+        require_positive(name, self, "lr")
+        require(0 <= self.momentum < 1, f"{name}.momentum must lie in [0, 1), got {self.momentum}")
+        require(0 <= self.beta2 < 1, f"{name}.beta2 must lie in [0, 1), got {self.beta2}")
+        require(0 < self.gamma <= 1, f"{name}.gamma must lie in (0, 1], got {self.gamma}")
+        require(self.weight_decay >= 0, f"{name}.weight_decay must be 0 or more, got {self.weight_decay}")
+        require(self.warmup_epochs >= 0, f"{name}.warmup_epochs must be 0 or more, got {self.warmup_epochs}")
+        require(self.clip is None or self.clip > 0, f"{name}.clip must be positive, got {self.clip}")
 
     def rate(self, epoch: float, epochs: int) -> float:
         """Learning rate at fractional ``epoch`` of a stage of ``epochs``."""

@@ -371,6 +371,7 @@ LAUGHS = "a0: &a0 {0}{2}x, {3}x{1}\n" + "".join(
         ("dir: {optimizer: {milestones: -h}}", None, "dir.optimizer.milestones cannot hold '-h'"),
         ("data: {uri: -x}", None, "data.uri cannot hold '-x', which begins as a flag does"),
         ("tracking: {experiment: -1}", "tracking.experiment", "-1"),
+        ("target: {optimizer: {lr: 1e-400}}", None, "target.optimizer.lr must be positive, got 0.0"),
         ("attack: {epsilon: -.5}", None, "attack.epsilon must lie in (0, 1), got -0.5"),
         ("seed: {}", None, "seed has nothing in it: give a value or settings, or leave the line out"),
         ("data: {flip: {}}", None, "data.flip has nothing in it"),

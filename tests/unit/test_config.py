@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dircluster import config as c
-from dircluster.presets import PRESETS, preset
+from dircluster.presets import PRESETS, RUNS, preset
 from dircluster.presets import dir as d
 
 
@@ -38,7 +38,7 @@ from dircluster.presets import dir as d
         (lambda: c.ScalingConfig(wait=1e300), "scaling.wait must be at most 1e+09 seconds, got 1e+300"),
         (lambda: c.StorageConfig(uri="gs://bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
         (lambda: c.StorageConfig(uri="s3:/bucket/runs"), "storage.uri must be a folder or s3://BUCKET/PREFIX"),
-        (lambda: c.OptimizerConfig(lr=0), "optimizer.lr must be positive"),
+        (lambda: c.RunConfig(target=c.TargetConfig(optimizer=c.OptimizerConfig(lr=0))), "target.optimizer.lr must be"),
         (lambda: c.ScalingConfig(threads=100_000), "scaling.threads must lie in [1, 1024], got 100000"),
         (lambda: c.DataConfig(crop_padding=100_000), "data.crop_padding must lie in [0, 8), the images' shorter side"),
         *(
@@ -52,6 +52,29 @@ def test_a_wrong_value_is_refused_by_name(make: Any, message: str) -> None:
         make()
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lr", 0.0, "must be positive, got 0.0"),
+        ("momentum", 1.0, "must lie in [0, 1), got 1.0"),
+        ("beta2", -0.1, "must lie in [0, 1), got -0.1"),
+        ("gamma", 2.0, "must lie in (0, 1], got 2.0"),
+        ("weight_decay", -1.0, "must be 0 or more, got -1.0"),
+        ("warmup_epochs", -1.0, "must be 0 or more, got -1.0"),
+        ("clip", 0.0, "must be positive, got 0.0"),
+    ],
+)
+def test_an_error_says_which_optimizer_it_is_of(setting: str, value: object, message: str) -> None:
+    """Of every optimizer of every defense."""
+    for run in (kind() for kind in RUNS.values()):
+        names = [name.rpartition(".")[0] for name in c.flatten(c.to_dict(run)) if name.endswith(".gamma")]
+        assert "target.optimizer" in names
+        for name in names:
+            with pytest.raises(c.ConfigError) as refusal:
+                c.with_values(run, {f"{name}.{setting}": value})
+            assert str(refusal.value) == f"{name}.{setting} {message}"
 
 
 def test_a_patch_must_divide_the_image() -> None:
