@@ -76,8 +76,9 @@ class RunConfig:
                 found in (1, channels),
                 f"target.{name} has {found} values, but data.channels is {channels}: give as many, or one for all",
             )
-        for name, optimizer in _optimizers(self):
-            optimizer.check(name)
+        for name, optimizer, epochs in _optimizers(self):
+            given = name == "target.optimizer" and self.target.uri is not None and "optimizer" in self.unread
+            optimizer.check(name, 0 if given else epochs)
         for name, value in flatten(to_dict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
             small = not isinstance(value, int) or abs(value) < 2 ** (63 if name == "seed" else 31)
@@ -163,12 +164,16 @@ def as_by_itself(section: AnySection, usual: AnySection, *names: str) -> AnySect
     return replace(section, **changed)  # type: ignore[type-var]
 
 
-def _optimizers(config: Any, prefix: str = "") -> Iterator[tuple[str, OptimizerConfig]]:
-    """All optimizers of a run, each with its dotted name."""
+def _optimizers(config: Any, prefix: str = "") -> Iterator[tuple[str, OptimizerConfig, int]]:
+    """All optimizers of a run, each with its dotted name and the epochs that stand beside it, 0 where none do.
+
+    ``last_optimizer`` has ``last_epochs``, or where the section has no such setting ``epochs``.
+    """
     for name in (each.name for each in fields(config)):
         value = getattr(config, name)
         if isinstance(value, OptimizerConfig):
-            yield f"{prefix}{name}", value
+            own = getattr(config, name.replace("optimizer", "epochs"), getattr(config, "epochs", 0))
+            yield f"{prefix}{name}", value, own
         elif is_dataclass(value):
             yield from _optimizers(value, f"{prefix}{name}.")
 

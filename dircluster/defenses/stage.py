@@ -49,6 +49,16 @@ class Stage:
         """Modules that hold the stage's result."""
         return self.stored or tuple(self.optimizers)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line where a rate that is to fall at milestones never does; one for optimizers with the same ones."""
+        stepped = [each.milestones for each in self.optimizers.values() if each.canonical.schedule == "step"]
+        return tuple(
+            f"the learning rate never falls: milestones {', '.join(map(str, epochs))} of {self.epochs} epochs"
+            for epochs in dict.fromkeys(stepped)
+            if min(epochs) >= self.epochs > 0
+        )
+
 
 @dataclass(frozen=True)
 class Defense:

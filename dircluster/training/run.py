@@ -251,6 +251,8 @@ class Run:
         guard: Callable[[], None],
     ) -> None:
         config, parallel = self.config, self.parallel
+        for note in stage.notes if parallel.first else ():
+            self.console.say(f"{stage.name}: {note}")
         parallel.first_does(lambda: self._begin_version(stage_folder))
         loader = stages.loader_of(stage, self.data.train, config, parallel)
         record = self.tracker.stage(stage.name, stage_folder.folder.name, self._facts(stage))

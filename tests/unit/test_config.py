@@ -64,6 +64,8 @@ def test_a_wrong_value_is_refused_by_name(make: Any, message: str) -> None:
         ("weight_decay", -1.0, "must be 0 or more, got -1.0"),
         ("warmup_epochs", -1.0, "must be 0 or more, got -1.0"),
         ("clip", 0.0, "must be positive, got 0.0"),
+        ("milestones", (0, 9), "must be positive, got (0, 9)"),
+        ("milestones", (9, -5), "must be positive, got (9, -5)"),
     ],
 )
 def test_an_error_says_which_optimizer_it_is_of(setting: str, value: object, message: str) -> None:
@@ -75,6 +77,22 @@ def test_an_error_says_which_optimizer_it_is_of(setting: str, value: object, mes
             with pytest.raises(c.ConfigError) as refusal:
                 c.with_values(run, {f"{name}.{setting}": value})
             assert str(refusal.value) == f"{name}.{setting} {message}"
+
+
+def test_a_warm_up_must_end_before_its_stage_does() -> None:
+    run, longest = preset("digits"), "must be less than the {} epochs of its stage, or the rate never falls, got {}"
+    with pytest.raises(c.ConfigError, match=rf"^target\.optimizer\.warmup_epochs {longest.format(9, 9)}$"):
+        c.with_values(run, {"target.epochs": 9})
+    with pytest.raises(c.ConfigError, match=rf"^dir\.optimizer\.warmup_epochs {longest.format(36, 40.5)}$"):
+        c.with_values(run, {"dir.optimizer.warmup_epochs": 40.5})
+    with pytest.raises(c.ConfigError, match=r"^ebm\.last_optimizer\.warmup_epochs must be less than the 4 epochs"):
+        c.with_values(
+            preset("cifar10_ebm"),
+            {"ebm.last_epochs": 4, "ebm.last_optimizer.warmup_epochs": 4, "ebm.last_optimizer.schedule": "cosine"},
+        )
+    rising = {"target.epochs": 9, "target.optimizer.schedule": "constant"}
+    no_stage = {"target.epochs": 9, "target.uri": "zoo:digits-at"}, {"pretrain.epochs": 0}
+    assert all(c.with_values(run, fine) for fine in ({"target.epochs": 10}, rising, *no_stage))
 
 
 def test_a_patch_must_divide_the_image() -> None:

@@ -69,6 +69,7 @@ def plan(job: cli.TrainJob) -> str:
             f"{stage.name:9} {stage.epochs} epochs of {steps} steps, {one / 1e9:,.1f} GFLOP a step,"
             f" {one * steps * stage.epochs / 1e12:,.1f} TFLOP in all"
         )
+        lines += [f"{stage.name:9} {note}" for note in stage.notes]
     workers = config.scaling.most
     if workers > 1:
         last = [stage for stage in trained_stages(config) if stage.epochs][-1:]
