@@ -17,6 +17,7 @@ from dircluster.config import (
     TargetConfig,
     TrackingConfig,
     TrainingConfig,
+    flatten,
 )
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
@@ -90,14 +91,29 @@ NO_DEFENSE = {
 
 def as_in_table_1(run: RunConfig) -> bool:
     """Whether target and threat are those of Table 1."""
-    return attacked_as_in_table_1(run) and (run.target.objective, run.target.architecture) == ("at", "resnet18")
-
-
-def attacked_as_in_table_1(run: RunConfig) -> bool:
-    """Whether the threat is that of Table 1, and of Table 3, whose targets are others."""
     attack = run.attack
     steps = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step_for(20) - 2 / 255) < 1e-6
-    return attack.norm == "linf" and steps
+    return attack.norm == "linf" and steps and (run.target.objective, run.target.architecture) == ("at", "resnet18")
+
+
+FREE = (
+    "seed",
+    *(f"data.{name}" for name in ("uri", "stream", "label_column", "image_column")),
+    *(f"training.{name}" for name in ("precision", "compile", "fused", "draws_ahead", "capture")),
+)
+"""Settings that may differ where a number of the paper stands beside the run's; those of evaluation may too."""
+
+
+def changed(run: RunConfig, usual: RunConfig) -> set[str]:
+    """Settings, by dotted name, that decide what the run trains and that ``usual`` has otherwise or not at all."""
+    was, own = flatten(usual.identity), flatten(run.identity)
+    decisive = [name for name in own if name not in FREE and not name.startswith("evaluation.")]
+    return {name for name in decisive if name not in was or was[name] != own[name]}
+
+
+def as_one_of(run: RunConfig, *presets: RunConfig) -> bool:
+    """Whether the run trains what one of ``presets`` does: only then the paper's numbers stand beside its own."""
+    return any(not changed(run, each) for each in presets)
 
 
 SHORT = TrainingConfig(batch_size=16, microbatch=4, select_images=8)

@@ -19,13 +19,21 @@ from dircluster.config import (
     RunConfig,
     ScalingConfig,
     as_by_itself,
-    flatten,
     require,
     require_positive,
     require_share,
 )
 from dircluster.presets import base
-from dircluster.presets.base import NO_DEFENSE, SHORT, TABLE_1, as_in_table_1, short_rates, smoke_of, with_smoke_twins
+from dircluster.presets.base import (
+    NO_DEFENSE,
+    SHORT,
+    TABLE_1,
+    as_one_of,
+    changed,
+    short_rates,
+    smoke_of,
+    with_smoke_twins,
+)
 from dircluster.presets.compared import PIPELINE_CRAFTING, as_svhn
 
 
@@ -245,19 +253,16 @@ class DirRun(RunConfig):
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
-        return PRINTED.get(self.data.name, {}) if as_in_table_1(self) and self.masking.ratio == 0.5 else {}
+        return PRINTED[self.data.name] if as_one_of(self, cifar10(), svhn()) else {}
 
     def printed_ablation(self) -> tuple[float, float] | None:
-        if self.data.name not in PRINTED:
-            return None
-        usual, own = _decisive({"cifar10": cifar10, "svhn": svhn}[self.data.name]()), _decisive(self)
-        changed = {name for name, value in own.items() if usual[name] != value}
-        if not changed:
-            whole = PRINTED[self.data.name]["dir"]
+        if "dir" in self.printed:
+            whole = self.printed["dir"]
             return whole["natural"], whole["pgd20"]
-        if self.data.name == "cifar10" and changed == {"masking.ratio"}:
+        other = changed(self, cifar10())
+        if other == {"masking.ratio"}:
             return RATIOS.get(self.masking.ratio)
-        if self.data.name == "cifar10" and changed <= {"model.encoder_depth", "model.decoder_depth"}:
+        if other <= {"model.encoder_depth", "model.decoder_depth"}:
             return DEPTHS.get((self.model.encoder_depth, self.model.decoder_depth))
         return None
 
@@ -280,12 +285,6 @@ def with_fast_crafting(run: DirRun) -> DirRun:
     attack = replace(run.attack, steps=3, training_step_size=half, crafting="target_first")
     attack = replace(attack, pipeline_steps=1, pipeline_every=1)
     return replace(run, attack=attack, dir=replace(run.dir, perturb_steps=2, perturb_step_size=half))
-
-
-def _decisive(run: DirRun) -> dict[str, Any]:
-    """What must be the preset's where a number of the paper is to stand beside the run's."""
-    free = ("seed", "data.uri", "data.stream", "data.label_column", "data.image_column")
-    return {n: v for n, v in flatten(run.identity).items() if n not in free and not n.startswith("evaluation.")}
 
 
 PRINTED: dict[str, dict[str, dict[str, float]]] = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dircluster.config import OptimizerConfig, RunConfig, require_positive
 from dircluster.presets import base
-from dircluster.presets.base import NO_DEFENSE, as_in_table_1, short_rates, with_smoke_twins
+from dircluster.presets.base import short_rates, with_smoke_twins
 from dircluster.presets.compared import as_svhn
 
 
@@ -34,11 +33,6 @@ class FinetuneRun(RunConfig):
     unread: ClassVar[tuple[str, ...]] = ("epochs", "ema", "optimizer")  # the rest says how it is trained on
 
     finetune: FinetuneConfig = FinetuneConfig()
-
-    @property
-    def printed(self) -> Mapping[str, Mapping[str, float]]:
-        bare = NO_DEFENSE.get(self.data.name) if as_in_table_1(self) else None
-        return {} if bare is None else {"none": bare}
 
 
 def digits_finetune() -> FinetuneRun:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from dircluster.config import HOW_TRAINED, RunConfig
 from dircluster.presets import base
-from dircluster.presets.base import NO_DEFENSE, as_in_table_1, with_smoke_twins
+from dircluster.presets.base import NO_DEFENSE, as_one_of, with_smoke_twins
 from dircluster.presets.compared import as_svhn
 
 
@@ -21,8 +21,9 @@ class IdentityRun(RunConfig):
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
-        bare = NO_DEFENSE.get(self.data.name) if as_in_table_1(self) else None
-        return {} if bare is None else {"none": bare, "identity": bare}
+        if not as_one_of(self, cifar10_identity(), svhn_identity()):
+            return {}
+        return dict.fromkeys(("none", "identity"), NO_DEFENSE[self.data.name])
 
 
 def digits_identity() -> IdentityRun:

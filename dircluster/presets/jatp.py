@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from dircluster.config import HOW_TRAINED, OptimizerConfig, RunConfig, require, require_positive
 from dircluster.presets import base
-from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_in_table_1, short_rates, with_smoke_twins
+from dircluster.presets.base import NO_DEFENSE, TABLE_1, as_one_of, short_rates, with_smoke_twins
 from dircluster.presets.compared import PIPELINE_CRAFTING, as_svhn
 from dircluster.presets.hgd import UNetConfig, cifar10_small_hgd, digits_hgd
 
@@ -60,7 +60,7 @@ class JatpRun(RunConfig):
 
     @property
     def printed(self) -> Mapping[str, Mapping[str, float]]:
-        return PRINTED.get(self.data.name, {}) if as_in_table_1(self) else {}
+        return PRINTED[self.data.name] if as_one_of(self, cifar10_jatp(), svhn_jatp()) else {}
 
 
 PRINTED: dict[str, dict[str, dict[str, float]]] = {

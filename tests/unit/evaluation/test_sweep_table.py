@@ -97,7 +97,7 @@ def test_the_papers_numbers_are_those_of_its_settings_alone() -> None:
     assert with_values(run, {"model.decoder_depth": 4, "model.encoder_depth": 12}).printed_ablation() == (85.37, 54.32)
     assert with_values(run, {"model.encoder_depth": 4, "dir.alpha": 5.0}).printed_ablation() is None
     assert with_values(preset("svhn"), {"masking.ratio": 0.3}).printed_ablation() is None
-    for name in ("cifar10_smoke", "cifar10_joint", "digits"):
+    for name in ("cifar10_smoke", "cifar10_joint", "cifar10_fast", "svhn_smoke", "digits"):
         assert preset(name).printed_ablation() is None
 
 
