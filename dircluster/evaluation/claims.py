@@ -94,9 +94,15 @@ class Claim:
         return strongest(self.rows, self.threat[0])
 
     def strongest_of_target(self) -> Row | None:
-        """The same of its bare target; None where that is what the claim is of, or was not judged."""
+        """The same of its bare target; None where that is what the claim is of, or was not judged.
+
+        A defense that trains its target further, or adds nothing to it, is that target: the same attack makes the same
+        images of both.
+        """
         bare = [] if self.plain["defense"] == "none" else own_rows(self.plain["rows"], "none")
-        return strongest(bare, self.threat[0])
+        found = strongest(bare, self.threat[0])
+        made = {(row["attack"], row["sha256"]) for row in self.rows if row.get("sha256")}
+        return None if found is None or (found["attack"], found.get("sha256")) in made else found
 
     def row(self, column: str) -> Row | None:
         """The row behind a column of the leaderboard, the worst where there are several; None where it was not run."""

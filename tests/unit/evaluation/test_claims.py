@@ -123,6 +123,20 @@ def test_a_bare_target_is_a_claim_too(claim: dict[str, Any], tmp_path: Path) -> 
     assert read.row("white box")["protocol"] == "deterministic"  # type: ignore[index]
 
 
+def test_what_is_its_own_target_does_not_stand_beside_itself(claim: dict[str, Any], tmp_path: Path, root: Path) -> None:
+    """As a target that was trained on: the same attack makes the same images of both."""
+    bare = [row for row in claim["rows"] if row["defense"] == "none"]
+    read = read_claim(written(claim, tmp_path, rows=bare + [row | {"defense": claim["defense"]} for row in bare]))
+    assert read.strongest() is not None
+    assert line(read)["its target"].text == ""
+    without = [{name: value for name, value in row.items() if name != "sha256"} for row in read.plain["rows"]]
+    assert line(Claim("x", {**claim, "rows": without}))["its target"].text  # an older one, of which it is not known
+    shipped = {claim.name: line(claim)["its target"].text for claim in read_claims(root / "docs" / "claims")}
+    assert {name for name, text in shipped.items() if not text} == {
+        *("cifar10-at", "cifar10-small-at", "digits-at", "cifar10-small-finetune")
+    }
+
+
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "n": (lambda c: c["rows"][1].pop("total"), "row pgd2 of none has no n"),
     "no interval": (lambda c: c["rows"][2].pop("interval"), "has no interval"),
