@@ -107,7 +107,8 @@ class AttackConfig:
     steps: int = 5
     """PGD steps while training."""
     training_step_size: float | None = None
-    """Step of the attacks that craft training samples; step_size's when not given."""
+    """Step of the attacks that craft training samples, but for those of TRADES and n_fgsm; step_size's when not
+    given."""
     crafting: Literal["pgd", "target_first", "straight_through", "n_fgsm"] = "pgd"
     """How training samples against a whole pipeline are crafted. pgd: steps on the pipeline (the paper); target_first:
     steps on the target alone, then pipeline_steps on the pipeline; straight_through: the same, the purifier passing
