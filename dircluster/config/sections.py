@@ -48,7 +48,7 @@ class DataConfig:
     flip: bool = False
     """Random horizontal flips."""
     resize: bool = False
-    """Cut the middle square of every image and bring it to height x width."""
+    """Cut from the middle of every image the largest part of the shape height x width, and bring it to that size."""
     stream: bool = False
     """Read the training shards (parquet) while they are trained on: for sets larger than memory."""
     limit: int | None = None

@@ -15,7 +15,7 @@ from dircluster.data.picture import Blob, check_shape, pixels
 
 
 def decode(blobs: Iterable[Blob], config: DataConfig) -> Tensor:
-    """Encoded images as (n, C, H, W) uint8; with ``data.resize`` their middle squares, brought to size.
+    """Encoded images as (n, C, H, W) uint8; with ``data.resize`` their middle parts of that shape, brought to size.
 
     Raises ConfigError where one cannot be read, or sizes differ or are others than ``config`` says.
     """

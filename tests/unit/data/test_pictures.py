@@ -214,6 +214,19 @@ def test_resizing_comes_after_turning_and_scaling() -> None:
     assert (turned[0, 0], turned[0, 3]) == (255, 0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 8), (8, 4), (2, 4), (6, 6)])
+def test_resizing_cuts_the_middle_part_of_the_wanted_shape(height: int, width: int) -> None:
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    made = decode([encoded(Image.fromarray(image), "PNG")], DataConfig(height=height, width=width, resize=True))[0, 0]
+    assert made.shape == (height, width)
+    scale = 8 / max(height, width)
+    top, left = (round((8 - scale * side) / 2) for side in (height, width))
+    kept = image[top : 8 - top, left : 8 - left]
+    assert made.float().mean() == pytest.approx(kept.mean(), abs=0.5)
+    assert kept.min() <= made.min() <= made.max() <= kept.max()
+    assert scale > 1 or (made.numpy() == kept).all()
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
