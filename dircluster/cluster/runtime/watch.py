@@ -20,7 +20,7 @@ GRACE = 25.0
 SILENCE = 60.0
 """Seconds without a worker after which the person is shown what is waited for."""
 WAITS = "waiting for"
-"""How the line begins that says so."""
+"""How the line begins that says what is waited for."""
 
 
 class Follower(Protocol):
@@ -93,7 +93,7 @@ class Watch:
         if not dumps or GONE in dumps.values():  # Ray starts the workers again as soon as it can
             self.lived, self.gone = now, self.gone or now
             free = f"{self.free_cpus():g} CPUs of the cluster are free"
-            self.terminal.say(f"{WAITS} {self.scaling.least} workers: {free}")
+            self.terminal.say(f"waiting for {self.scaling.least} workers: {free}")
             if self.patient or now - self.gone < self.scaling.stall + self.scaling.wait:
                 return None
             error = f"no {self.scaling.least} workers for {now - self.gone:.0f} s (scaling.stall, scaling.wait)"
