@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path
+from dircluster.config import ConfigError, RunConfig, as_hashed, digest, first_line, flatten, local_path
 from dircluster.data.layout import data_cache
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
@@ -334,7 +334,8 @@ class Run:
         record.end("FINISHED")
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
-        return flatten(stages.stage_settings(self.config, stage))
+        """The settings that a record of the stage shows: none that another run of the same stage may change."""
+        return flatten(as_hashed(stages.stage_settings(self.config, stage), later={}))
 
     def _evaluate(self, stage_folder: StageFolder, networks: stages.Networks) -> list[dict[str, Any]]:
         """The rows of the suite. Workers share its shards out; what is finished stays when a run is interrupted."""

@@ -31,7 +31,10 @@ from dircluster.evaluation.gradient_masking import check_specs
 from dircluster.evaluation.suites import SUITES, SuiteName, suite
 from dircluster.presets import PRESETS, preset
 from dircluster.presets.dir import DirRun
+from dircluster.training.protocols import NoTracker, Quiet
+from dircluster.training.run import Run
 from dircluster.training.stages import find_stage, stage_key, stage_settings, stages_of
+from tests.conftest import ALONE
 
 INPUTS: dict[str, str | None] = {"data": "0" * 64}
 NEWER = ("cifar10_fast", "cifar10_small", "cifar10_joint_", "digits_", "cifar10_jatp", "svhn_jatp")
@@ -161,6 +164,15 @@ def test_how_a_number_is_computed_is_in_no_key(field: str) -> None:
     for stage in ("target", "pretrain", "dir"):
         assert stage_key(other, find_stage(other, stage), INPUTS) == KEYS["digits"][stage]
         assert field in flatten(stage_settings(other, find_stage(other, stage)))
+
+
+def test_runs_of_one_stage_record_the_same_settings() -> None:
+    """MLflow refuses a record whose settings change."""
+    one, other = preset("digits"), with_values(preset("digits"), dict.fromkeys(SAME_NUMBERS, "on"))
+    stage = find_stage(one, "dir")
+    shown = Run(one, ALONE, NoTracker(), Quiet())._facts(stage)
+    assert Run(other, ALONE, NoTracker(), Quiet())._facts(stage) == shown
+    assert shown["attack.norm"] == "linf"  # keys leave it out
 
 
 def test_a_switch_of_three_words_has_the_keys_that_it_had_of_two() -> None:
