@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,10 @@ def is_remote(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
-def troubles(storage: StorageConfig) -> tuple[type[Exception], ...]:
-    """What a storage raises that is full, or away for longer than is waited for it."""
-    if not is_remote(storage.uri):
-        return (OSError,)
-    from botocore.exceptions import BotoCoreError
-
-    return OSError, BotoCoreError
+def troubles() -> tuple[type[Exception], ...]:
+    """What a storage raises that is full, or away for longer than is waited for it: of a run, its data too."""
+    spoken = sys.modules.get("botocore.exceptions")  # None where nothing of this process lies in object storage
+    return (OSError,) if spoken is None else (OSError, spoken.BotoCoreError)
 
 
 def endpoint(storage: StorageConfig) -> str | None:

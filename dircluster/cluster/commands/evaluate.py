@@ -82,7 +82,7 @@ def _judge(job: cli.EvaluateJob) -> int:
     with Terminal() if first else Bystander() as terminal:
         try:
             signal = _Judging(job, config, terminal, first, other).run()
-        except storage.troubles(config.storage) as error:
+        except storage.troubles() as error:
             raise StoppedError.of("evaluation", named_line(error)) from error
         if signal:
             terminal.say("stopped; what is finished is kept, and the same command goes on")

@@ -61,7 +61,7 @@ def _reproduce(job: cli.ReproduceJob) -> int:
             storage.check(config)
         try:
             code = made.run()
-        except storage.troubles(made.config.storage) as error:
+        except storage.troubles() as error:
             raise StoppedError.of("reproduction", named_line(error)) from error
     for name, reason in made.failed.items():
         cli.say_error(f"{name} failed: {reason}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.outcome import outcome_of
-from dircluster.cluster.storage import opener
+from dircluster.cluster.storage import opener, troubles
 from dircluster.cluster.version import commit
 from dircluster.config import RunConfig, StoppedError, named_line
 from dircluster.distributed.launch import local_workers, most_wait
@@ -37,7 +37,7 @@ def train(config: RunConfig, owner: str, fresh: bool, job: Any, terminal: Termin
             )
             try:
                 return run.execute()
-            except OSError as error:
+            except troubles() as error:
                 raise StoppedError.of("training", named_line(error)) from error
 
     outcome = outcome_of(execute)

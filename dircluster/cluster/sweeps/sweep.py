@@ -12,13 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 import ray
-from botocore.exceptions import BotoCoreError
 from ray.tune import TuneError
 
 from dircluster import cli
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.runtime import nodes
 from dircluster.cluster.runtime.driver import join_cluster
+from dircluster.cluster.storage import troubles
 from dircluster.cluster.sweeps.space import Settings, Space, corners, settings_text
 from dircluster.cluster.sweeps.store import Notes, files_of, key_of, name_of, result_of
 from dircluster.cluster.sweeps.trial import Plan, Task
@@ -70,7 +70,7 @@ class Sweep:
                 self._tell()
                 whole = True
             status = "KILLED" if signal else "FAILED" if failed else "FINISHED"
-        except (ray.exceptions.RayError, TuneError, OSError, BotoCoreError) as error:
+        except (ray.exceptions.RayError, TuneError, *troubles()) as error:
             raise StoppedError.of("sweep", first_line(error)) from error
         except SystemExit:  # asked twice to stop
             status = "KILLED"

@@ -212,6 +212,6 @@ def reachable(uri: str, config: RunConfig) -> str:
     try:
         if not checkpoint.is_sound(kept):
             copy(folder, kept)
-    except troubles(config.storage) as error:
+    except troubles() as error:
         raise ConfigError(f"{uri} cannot be kept in storage.uri {config.storage.uri!r}: {named_line(error)}") from error
     return str(kept)
