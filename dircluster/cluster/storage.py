@@ -8,6 +8,7 @@ libraries are imported where they are used: a run in folders works without them.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import difflib
 import functools
 import os
@@ -173,11 +174,19 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False, name: st
             raise ConfigError(f"storage.region {region!r} is no region of AWS{hint}")
     files, server = filesystem(storage), where or "AWS"
     files.retries = QUICK
-    probe = f"{uri.rstrip('/')}/.write-probe-{os.getpid()}"
+    probe, right = f"{uri.rstrip('/')}/.write-probe-{os.getpid()}", "s3:ListBucket"
     try:
         if write:
+            right = "s3:PutObject"
             files.pipe_file(probe, b"")
+            right = "s3:DeleteObject"
             files.rm_file(probe)
+            right = "s3:ListBucket"
+            with contextlib.suppress(FileNotFoundError):  # nothing lies there yet
+                files.ls(uri, refresh=True)
+            right = "s3:GetObject"
+            with contextlib.suppress(FileNotFoundError):
+                files.cat_file(probe)
         else:
             files.ls(uri, refresh=True)
     except FileNotFoundError as error:
@@ -185,7 +194,8 @@ def check_bucket(uri: str, storage: StorageConfig, write: bool = False, name: st
         raise ConfigError(f"{name}: {missing}") from error
     except PermissionError as error:
         raise ConfigError(
-            f"{name}: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)})"
+            f"{name}: {server} refuses the credentials at hand for bucket {bucket!r} ({first_line(error)});"
+            f" they must allow {right}"
         ) from error
     except NoCredentialsError as error:
         raise ConfigError(

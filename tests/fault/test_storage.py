@@ -22,7 +22,7 @@ from s3fs import S3FileSystem
 
 from dircluster.cluster import storage
 from dircluster.cluster.commands import replay
-from dircluster.config import ConfigError, DataConfig, StorageConfig
+from dircluster.config import ConfigError, DataConfig, StorageConfig, with_values
 from dircluster.data.sources import load
 from dircluster.data.stream import Shards, StreamLoader
 from dircluster.presets import preset
@@ -273,6 +273,30 @@ def test_storage_that_cannot_be_used_is_one_line_within_seconds(
     (line,) = train.said.strip().splitlines()
     assert line.startswith("error: storage.")
     assert message in line
+
+
+def test_keys_that_lack_a_right_are_one_line_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, every = Cluster(tmp_path), ["Read", "Write", "List"]
+    lacking = {"Write": "s3:PutObject", "List": "s3:ListBucket", "Read": "s3:GetObject", "": None}
+    names = {store.facts["key"]: ["Admin"]} | {f"without{a}": [b for b in every if b != a] for a in lacking}
+    keys = [{"accessKey": name, "secretKey": store.facts["secret"]} for name in names]
+    known = [{"name": k["accessKey"], "credentials": [k], "actions": names[k["accessKey"]]} for k in keys]
+    (tmp_path / "rights.json").write_text(json.dumps({"identities": known}))
+    run = with_values(preset("digits_smoke"), {"storage.uri": f"s3://{BUCKET}/runs"})
+    for name, value in store.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_SHARED_CREDENTIALS_FILE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", store.facts["secret"])
+    try:
+        store.start_s3(options=(f"-s3.config={tmp_path}/rights.json",))
+        for action, right in lacking.items():
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", f"without{action}")
+            S3FileSystem.clear_instance_cache()
+            with pytest.raises(ConfigError, match=f"{right}$") if right else contextlib.nullcontext():
+                storage.check(run)
+    finally:
+        S3FileSystem.clear_instance_cache()
+        store.down()
 
 
 def test_a_report_in_object_storage_is_read_or_is_one_line_within_seconds(
