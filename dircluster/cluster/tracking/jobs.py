@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import getpass
 import json
+import math
 import re
 import shlex
 import sys
@@ -47,7 +48,10 @@ JOB_TAG, FOLDER_TAG, TARGET_TAG = "dircluster.job", "dircluster.folder", "dirclu
 ERROR_TAG, BEST_TAG, SWEEP_TAG = "dircluster.error", "dircluster.best", "dircluster.sweep"
 TRAINING_VIEW = "custom_model_development"  # the UI opens on curves instead of language-model traces
 MLFLOW_EXPERIMENT_KIND = "mlflow.experimentKind"
-PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
+PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
+DOUBTFUL, DOUBT = "BAD_REQUEST", 60.0
+"""What MLflow says of a value that its database will never take, and of a database that fails over: such an answer
+counts for good once it has been the only one for so many seconds."""
 POINTS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
 
 
@@ -221,15 +225,25 @@ class Refused(Exception):
     """The server answered, and will never accept this record."""
 
 
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Raise Refused where MLflow says that trying again is useless, also where ``open_job`` put it into words."""
-    try:
-        yield
-    except (MlflowException, ConfigError) as error:
-        if getattr(error.__cause__ if isinstance(error, ConfigError) else error, "error_code", "") in PERMANENT:
-            raise Refused(str(error)) from error
-        raise
+class Refusals:
+    """Tells what MLflow will never accept from what it may accept later, for records that go out one by one."""
+
+    def __init__(self) -> None:
+        self._doubtful_since = math.inf
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Raise Refused where trying again is useless, also where ``open_job`` put the answer into words."""
+        since, self._doubtful_since = min(self._doubtful_since, time.monotonic()), math.inf
+        try:
+            yield
+        except (MlflowException, ConfigError) as error:
+            code = getattr(error.__cause__ if isinstance(error, ConfigError) else error, "error_code", "")
+            if code in PERMANENT or (code == DOUBTFUL and time.monotonic() - since >= DOUBT):
+                raise Refused(str(error)) from error
+            if code == DOUBTFUL:
+                self._doubtful_since = since
+            raise
 
 
 def record_evaluation(

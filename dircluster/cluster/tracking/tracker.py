@@ -31,11 +31,11 @@ from dircluster.cluster.tracking.jobs import (
     POINTS_A_REQUEST,
     Child,
     JobRecord,
+    Refusals,
     Refused,
     job_digest,
     log_params,
     open_job,
-    refusals,
     search_runs,
 )
 from dircluster.cluster.tracking.owners import OWNER_TAG
@@ -58,6 +58,7 @@ class MlflowTracker:
             recovery=lambda _: "MLflow answers again",
             longest_pause=10.0,
         )
+        self.refusals = Refusals()
         self.say = say
 
     @cached_property
@@ -72,7 +73,7 @@ class MlflowTracker:
         folder = f"{self.job.storage}/{key}"
 
         def link() -> None:
-            with refusals():
+            with self.refusals():
                 runs = search_runs(self.client, self.job.experiment_id, FOLDER_TAG, folder)
                 self.client.set_tag(self.job.run_id, f"dircluster.{name}_run", runs[0] if runs else folder)
 
@@ -80,7 +81,7 @@ class MlflowTracker:
 
     def results(self, rows: list[dict[str, Any]], checkpoint: Path) -> None:
         def log() -> None:
-            with refusals():
+            with self.refusals():
                 self.client.log_dict(self.job.run_id, {"results": rows}, "results.json")
                 columns = {name: [str(row[name]) for row in rows] for name in rows[0]}
                 table = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
@@ -101,7 +102,7 @@ class MlflowTracker:
 
         def log() -> None:
             client, now = self.client, int(time.time() * 1000)
-            with refusals():
+            with self.refusals():
                 runs = search_runs(client, self.job.experiment_id, JOB_TAG, job_digest(run, child=child))
                 run_id = runs[0] if runs else open_job(run, tags, child=child).run_id
                 found = client.get_run(run_id)
@@ -125,7 +126,7 @@ class MlflowTracker:
         table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
 
         def log() -> None:
-            with refusals():
+            with self.refusals():
                 self.client.log_text(self.job.run_id, json.dumps(table), "results_table.json")
                 with tempfile.TemporaryDirectory() as folder:
                     for name, content in files.items():
@@ -207,7 +208,7 @@ class StageRun:
 
         def log() -> None:
             if step > self.pictures_until:
-                with refusals():
+                with self.tracker.refusals():
                     self.tracker.client.log_image(self.run_id, pixels, key=name, step=step, synchronous=True)
                 self.pictures_until = step
             self.pictures.pop(key, None)
@@ -231,14 +232,14 @@ class StageRun:
                 self.monitor.finish()
                 self.monitor = None
             when = None if self.goes_on else self.finished  # of what is reused only late records were sent
-            with refusals():
+            with self.tracker.refusals():
                 self.tracker.client.set_terminated(self.run_id, status, when)
 
         self.tracker.queue.put(log)
 
     def _open(self) -> None:
         client, job = self.tracker.client, self.tracker.job
-        with refusals():
+        with self.tracker.refusals():
             runs = search_runs(client, job.experiment_id, FOLDER_TAG, self.folder)
             if runs:
                 self.run_id = runs[0]
@@ -270,7 +271,7 @@ class StageRun:
             new = [point for point in batch if point.step > self.until.get(point.key, -1)]
             try:
                 if new:
-                    with refusals():
+                    with self.tracker.refusals():
                         self.tracker.client.log_batch(self.run_id, metrics=new, synchronous=True)
             except Refused:
                 del self.points[: len(batch)]

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 
-from dircluster.cluster.tracking.jobs import Child, JobRecord, Refused, open_job
+from dircluster.cluster.tracking import jobs
+from dircluster.cluster.tracking.jobs import Child, JobRecord, Refusals, Refused, open_job
 from dircluster.cluster.tracking.tracker import MlflowTracker, newest_picture
 from dircluster.evaluation.sweep_table import Trial
 from dircluster.presets import preset
+from tests.unit.cluster.conftest import Clock
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,54 @@ def test_what_is_refused_is_said_and_does_not_block(tmp_path: Path) -> None:
         "MLflow refused a record: parameter changed",
         "MLflow answers again",
     ]
+
+
+def test_points_outlive_a_database_that_fails_over(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, log_batch = MlflowClient(uri), MlflowClient.log_batch
+    experiment = client.create_experiment("failover", artifact_location=str(tmp_path / "artifacts"))
+    job = JobRecord(uri, experiment, client.create_run(experiment).info.run_id, "runs", 120.0)
+    away = [MlflowException(words, BAD_REQUEST) for words in ("connection already closed", "read-only transaction")]
+
+    def answer(*words: Any, **named: Any) -> Any:
+        if away:
+            raise away.pop()
+        return log_batch(*words, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", answer)
+    lines: list[str] = []
+    tracker = MlflowTracker(job, lines.append)
+    record = tracker.stage("dir", "dir-1", {"dir.alpha": 1})  # whose settings meet the first of them
+    record.metrics({"loss": 0.5}, 1)
+    tracker.close()
+    (run,) = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{job.run_id}'")
+    assert (run.data.params, run.data.metrics["loss"]) == ({"dir.alpha": "1"}, 0.5)
+    assert [line for line in lines if "refused" in line] == []
+
+
+def test_what_no_database_takes_is_given_up_after_a_minute(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "time", clock)
+    refusals = Refusals()
+
+    def answered(code: int | None) -> str:
+        try:
+            with refusals():
+                if code is not None:
+                    raise MlflowException("value too long", code)
+        except (MlflowException, Refused) as error:
+            return type(error).__name__
+        return ""
+
+    for between in (None, TEMPORARILY_UNAVAILABLE):  # after another answer the minute begins again
+        assert answered(BAD_REQUEST) == "MlflowException"
+        clock.sleep(jobs.DOUBT - 1)
+        assert answered(BAD_REQUEST) == "MlflowException"
+        assert answered(between) == ("MlflowException" if between else "")
+        clock.sleep(jobs.DOUBT)
+    for _ in range(2):  # records after it have a minute of their own
+        assert answered(BAD_REQUEST) == "MlflowException"
+        clock.sleep(jobs.DOUBT)
+        assert answered(BAD_REQUEST) == "Refused"
+    assert answered(INVALID_PARAMETER_VALUE) == "Refused"
 
 
 def test_a_trial_that_mlflow_will_never_take_does_not_block_the_ones_after_it(uri: str, tmp_path: Path) -> None:
