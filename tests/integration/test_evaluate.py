@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -49,6 +50,18 @@ def test_a_natural_target_that_does_not_fit_is_refused_before_anything_is_judged
     assert done.code == 2
     assert "other.pt' does not fit the model" in done.err.splitlines()[-1]
     assert not list((place / "refused").glob("evaluations/*/*/shard-*.json"))
+
+
+@pytest.mark.slow
+def test_shards_of_nodes_that_are_lost_for_good_are_done(root: Path, tmp_path: Path) -> None:
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, str(root / "tests/integration/lost_nodes.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment() | own)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["one of two"] == {"done": [0, 1], "said": []}  # by the node that is left
+    assert found["the last"]["done"] == [2]
+    assert found["the last"]["said"][0] == "waiting for a place in the cluster: 0 CPUs are free"
 
 
 def test_any_number_of_workers_killed_and_resumed_finds_the_same(place: Path, trained: Trained) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
+from ray.core.generated.gcs_pb2 import ActorTableData
 
 from dircluster.cluster.console import Terminal
 from dircluster.cluster.loading import JobSpec
@@ -18,7 +19,7 @@ from dircluster.config import ConfigError, RunConfig, StoppedError, error_from_p
 RETRIES = 4
 """Times that a worker which died is started again, and its shard with it."""
 PATIENCE = 30.0
-"""Seconds without any worker after which the person is shown."""
+"""Seconds in which no worker works after which the person is shown."""
 
 
 class _Worker:
@@ -85,15 +86,20 @@ def work(
 
 
 def _share_out(actors: list[Any], indices: list[int], terminal: Terminal, on_done: Callable[[int], None]) -> int:
-    """Shards go to actors that have a place in the cluster, one at a time."""
+    """Shards go to actors that have a place in the cluster, one at a time.
+
+    An actor for which nothing is left ends: one that lost its node while it did a shard needs the place.
+    """
     left, busy = list(reversed(indices)), {actor.ready.remote(): (actor, -1) for actor in actors}
-    answered = time.monotonic()
+    worked = time.monotonic()
     while left or any(index >= 0 for _, index in busy.values()):
         ready, _ = ray.wait(list(busy), timeout=0.5)
         if signal := terminal.stop_signal():
             return signal
-        if all(index < 0 for _, index in busy.values()) and not ready and time.monotonic() - answered > PATIENCE:
-            answered = time.monotonic()
+        if ready or any(index >= 0 and not _has_no_place(actor) for actor, index in busy.values()):
+            worked = time.monotonic()
+        elif time.monotonic() - worked > PATIENCE:
+            worked = time.monotonic()
             terminal.say(
                 f"waiting for a place in the cluster: {ray.available_resources().get('CPU', 0):g} CPUs are free"
             )
@@ -106,4 +112,11 @@ def _share_out(actors: list[Any], indices: list[int], terminal: Terminal, on_don
             if left:
                 index = left.pop()
                 busy[actor.work.remote(index)] = (actor, index)
+            else:
+                ray.kill(actor)
     return 0
+
+
+def _has_no_place(actor: Any) -> bool:
+    """Whether an actor that had begun a shard died and waits for a place in which to begin it again."""
+    return bool(actor._get_local_state() == ActorTableData.RESTARTING)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.core.generated.gcs_pb2 import ActorTableData
 
 from dircluster.cluster.runtime import local, nodes, ray_evaluate, ray_worker
 from dircluster.cluster.runtime.channel import LAST_WORD, TAKEN_AWAY, WorkerChannel
@@ -33,17 +34,33 @@ class Worker:
         return f"{self.name} {index}"
 
 
+class Placed(Actor):
+    """An actor whose node may be lost."""
+
+    def _get_local_state(self) -> int:
+        lost: bool = self.inside.name in self.inside.cluster.lost
+        return ActorTableData.RESTARTING if lost else ActorTableData.ALIVE
+
+
 class Cluster:
+    """Whoever is ``lost`` has a place again once another actor has ended; ``slow`` ones never finish a shard."""
+
     def __init__(self, clock: Clock, places: int = 99) -> None:
         self.clock, self.places = clock, places
+        self.lost: set[str] = set()
+        self.slow: set[str] = set()
         self.done: list[tuple[str, int]] = []
         self.trouble: dict[str, dict[str, Any]] = {}
 
     def wait(self, futures: list[str], timeout: float) -> tuple[list[str], list[str]]:
         """The oldest future that has a place in the cluster."""
         self.clock.sleep(timeout)
-        placed = [future for future in futures if int(future.split()[0]) < self.places]
+        stuck = self.lost | self.slow
+        placed = [f for f in futures if int(f.split()[0]) < self.places and f.split()[0] not in stuck]
         return placed[:1], []
+
+    def kill(self, actor: Placed) -> None:
+        self.lost.clear()
 
     def get(self, future: str) -> dict[str, Any] | None:
         return self.trouble.get(future)
@@ -52,7 +69,7 @@ class Cluster:
 @pytest.fixture
 def cluster(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster(clock)
-    fake = SimpleNamespace(wait=made.wait, get=made.get, available_resources=lambda: {"CPU": 2.0})
+    fake = SimpleNamespace(wait=made.wait, get=made.get, kill=made.kill, available_resources=lambda: {"CPU": 2.0})
     monkeypatch.setattr(ray_evaluate, "ray", fake)
     monkeypatch.setattr(ray_evaluate, "time", clock)
     return made
@@ -60,7 +77,7 @@ def cluster(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def share_out(cluster: Cluster, terminal: Terminal, shards: int, actors: int = 3) -> tuple[int, list[int]]:
     done: list[int] = []
-    workers = [Actor(Worker(str(number), cluster)) for number in range(actors)]
+    workers = [Placed(Worker(str(number), cluster)) for number in range(actors)]
     signal = ray_evaluate._share_out(workers, list(range(shards)), terminal, done.append)  # type: ignore[arg-type]
     return signal, done
 
@@ -88,6 +105,32 @@ def test_a_cluster_without_any_place_is_told_and_can_be_left(
     clock.after(2.5 * ray_evaluate.PATIENCE, stop)
     assert share_out(cluster, terminal, 4) == (2, [])
     assert terminal.said == ["waiting for a place in the cluster: 2 CPUs are free"] * 2
+
+
+def test_an_actor_that_lost_its_node_gets_the_place_of_one_that_has_nothing_left(
+    cluster: Cluster, terminal: Terminal, clock: Clock
+) -> None:
+    clock.after(2.0, lambda: cluster.lost.add("1"))
+    clock.after(1000.0, lambda: setattr(terminal, "signal", 2))
+    signal, done = share_out(cluster, terminal, 4, actors=2)
+    assert (signal, sorted(done)) == (0, [0, 1, 2, 3])
+    assert terminal.said == []
+
+
+def test_who_waits_for_actors_that_lost_their_nodes_is_told(cluster: Cluster, terminal: Terminal, clock: Clock) -> None:
+    clock.after(1.0, lambda: cluster.lost.update("01"))
+    clock.after(2.5 * ray_evaluate.PATIENCE, lambda: setattr(terminal, "signal", 2))
+    assert share_out(cluster, terminal, 4, actors=2)[0] == 2
+    assert terminal.said == ["waiting for a place in the cluster: 2 CPUs are free"] * 2
+
+
+def test_a_long_shard_is_not_waited_for_in_words(cluster: Cluster, terminal: Terminal, clock: Clock) -> None:
+    """As long as one actor works the others wait for it, whatever became of them."""
+    clock.after(1.0, lambda: cluster.slow.add("0"))
+    clock.after(1.0, lambda: cluster.lost.add("1"))
+    clock.after(1000.0, lambda: setattr(terminal, "signal", 2))
+    assert share_out(cluster, terminal, 4, actors=2)[0] == 2
+    assert terminal.said == []
 
 
 def test_a_shard_that_cannot_be_done_ends_the_evaluation(cluster: Cluster, terminal: Terminal) -> None:
