@@ -3,7 +3,8 @@
     python infra/gpu/judge.py --data FOLDER --defense dircluster/zoo/cifar10-dir --out FOLDER --seconds 500
 
 ``--data`` holds parquet files test*. Rows come in the order of what they cost, and each finished shard is kept in
-``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole.
+``--out``, so that the same command goes on after it was cut off; ``judged.json`` holds the rows that are whole. What
+was found of another defense, on other images or on more of them counts for nothing.
 ``--processes 4`` shares the shards among so many: one alone leaves a GPU waiting for its host.
 ``--only autoattack-standard-fixed`` leaves the other rows to another run.
 ``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends.
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -22,14 +24,16 @@ from pathlib import Path
 import torch
 
 import dircluster
-from dircluster.config import AttackConfig, DataConfig, EvaluationConfig
+from dircluster.config import AttackConfig, DataConfig, EvaluationConfig, digest
 from dircluster.data.sources import load
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.meeting import meet
+from dircluster.evaluation.provenance import module_digest
 from dircluster.evaluation.results import to_plain
 from dircluster.evaluation.store import FolderStore
 from dircluster.evaluation.victim import VictimModel
+from dircluster.models.modules import to_bytes
 
 ATTACK = AttackConfig()
 """8/255, steps of 2/255."""
@@ -88,8 +92,9 @@ def main(argv: list[str]) -> int:
     victim = VictimModel(defense, "dir")
     rows = EvaluationConfig(rows=2048 // given.processes).rows
     images, labels = test.pixels(slice(count)).to(device), test.labels[:count].to(device)
+    key = digest([module_digest(defense), hashlib.sha256(to_bytes(images) + to_bytes(labels)).hexdigest()])[:12]
     meet(victim, images[:8], int(labels.max()))
-    store = FolderStore(given.out / f"shards-of-{size}")  # whose number says nothing of its size
+    store = FolderStore(given.out / f"shards-of-{size}-{key}")  # whose own names say nothing of these
     judged = Evaluation(asked, count, 0, size, rows, store, victim)
 
     def rows_of(first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +118,13 @@ def main(argv: list[str]) -> int:
     found = to_plain([judged.result(spec, "dir") for spec in whole])
     seconds = [judged.seconds(spec) for spec in whole]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    facts = {"device": name, "torch": torch.__version__, "images": count, "epsilon": ATTACK.epsilon}
+    facts = {
+        "defense": given.defense,
+        "device": name,
+        "torch": torch.__version__,
+        "images": count,
+        "epsilon": ATTACK.epsilon,
+    }
     file = given.out / (f"judged-{given.only}.json" if given.only else "judged.json")
     file.write_text(json.dumps(facts | {"rows": found, "seconds": seconds}, indent=1))
     for row, taken in zip(found, seconds, strict=True):
