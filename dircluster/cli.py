@@ -465,7 +465,10 @@ def command(job: TrainJob | TuneJob, script: str = "train") -> str:
         words += [*([job.preset] if job.preset else []), "--defense", job.defense]
     if evaluates and (job.defense not in RUNS or is_own_code(job.run.target)):
         words += ["--trust-code"]
-    for name, value in describe(job).items():
+    changed = describe(job)
+    if {"attack.norm", "attack.epsilon"} & changed.keys():  # else lengths that keep the preset's value would follow
+        changed |= {name: value for name, value in flatten(to_dict(job.run)).items() if name in job.run.lengths}
+    for name, value in changed.items():
         words += as_words(name, value)
     for name in OWN_FLAGS:
         if (value := getattr(job, name, None)) != getattr(type(job), name, None):

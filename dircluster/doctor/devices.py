@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.doctor.findings import Finding, at_most, largest, seen, skipped
 from dircluster.doctor.machine import Machine, pictures, plain, stepper, true_fp32
-from dircluster.training.profiling import mean_seconds
+from dircluster.training.profiling import mean_seconds, now
 from dircluster.training.stages import stages_of
 
 STEPS = 3
@@ -37,7 +36,7 @@ def several(machine: Machine, budget: float) -> Iterator[Finding]:
     size = workers * (16 if machine.gpu else 4)
     scaling = dataclasses.replace(machine.config.scaling, workers=workers, threads=None if machine.gpu else 1)
     config = plain(dataclasses.replace(machine.config, scaling=scaling), batch_size=size, microbatch=None)
-    one = losses(config, "ddp", machine.parallel)
+    one, _ = losses(config, "ddp", machine.parallel)
     try:
         found = on_local_workers(scaling, _member, config, within=0.9 * budget)
     except WorkerError:
@@ -59,14 +58,18 @@ def several(machine: Machine, budget: float) -> Iterator[Finding]:
         yield at_most(f"losses by {strategy}, apart", apart, APART, note=note)
 
 
-def losses(config: RunConfig, strategy: Any, parallel: Parallel) -> list[float]:
-    """Of some steps of the run's last stage in fp32, over all of the group: without a mean of weights, which no loss
-    depends on and which fsdp does not keep.
+def losses(config: RunConfig, strategy: Any, parallel: Parallel) -> tuple[list[float], float]:
+    """Of some steps of the run's last stage in fp32, over all of the group, and the seconds of one after the first.
+
+    Without a mean of weights, which no loss depends on and which fsdp does not keep.
     """
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, strategy=strategy))
     split = pictures(config.data, STEPS * config.training.batch_size)
     with true_fp32(), stepper(config, stages_of(config)[-1].name, split, parallel, ema=None) as made:
-        return [made.step(step)[0]["loss"] for step in range(STEPS)]
+        found = [made.step(0)[0]["loss"]]
+        began = now(parallel.device)
+        found += [made.step(step)[0]["loss"] for step in range(1, STEPS)]
+        return found, (now(parallel.device) - began) / (STEPS - 1)
 
 
 def _member(parallel: Parallel, config: RunConfig) -> dict[str, Any]:
@@ -76,7 +79,5 @@ def _member(parallel: Parallel, config: RunConfig) -> dict[str, Any]:
     sent = 2 * values.nbytes * (parallel.world - 1) / parallel.world
     found: dict[str, Any] = {"bytes": values.nbytes, "bytes a second": sent / seconds}
     for strategy in ("ddp", "fsdp"):
-        began = time.monotonic()
-        found[strategy] = losses(config, strategy, parallel)
-        found[f"{strategy} seconds"] = (time.monotonic() - began) / STEPS
+        found[strategy], found[f"{strategy} seconds"] = losses(config, strategy, parallel)
     return found

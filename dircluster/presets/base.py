@@ -89,13 +89,6 @@ NO_DEFENSE = {
 """Its first row, percent: the bare target."""
 
 
-def as_in_table_1(run: RunConfig) -> bool:
-    """Whether target and threat are those of Table 1."""
-    attack = run.attack
-    steps = abs(attack.epsilon - 8 / 255) < 1e-6 and abs(attack.step_for(20) - 2 / 255) < 1e-6
-    return attack.norm == "linf" and steps and (run.target.objective, run.target.architecture) == ("at", "resnet18")
-
-
 FREE = (
     "seed",
     *(f"data.{name}" for name in ("uri", "stream", "label_column", "image_column")),

@@ -8,10 +8,11 @@ job take is not foretold.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -50,6 +51,8 @@ from dircluster.training.profiling import device_name, now, stage_stepper
 from dircluster.training.validation import GAUGED, PICTURED, ROWS
 
 EVALUATION = "evaluation"
+STILL = 1e-12
+"""The learning rate of steps that are timed: hundreds of them on noise must not end in infinities."""
 LONG = 15
 """Budgets of seconds in which algorithms are chosen, and which are waited for once a stage."""
 LITTLE = 1000
@@ -138,26 +141,35 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
 
     All workers of ``parallel`` do it together. One that is alone takes the share that it would have among them.
     """
+
+    def forget(steps: dict[int, tuple[Any, Iterator[int]]]) -> None:
+        for made, _ in steps.values():
+            made.batches.close()
+        steps.clear()
+
     world = parallel.world
     share = -(-config.training.batch_size // config.scaling.most)
     networks, paces = stages.Networks(config, parallel), {}
-    for stage in stages.trained_stages(config):
-        steps: dict[int, Any] = {}
+    first = replace(config, attack=replace(config.attack, pipeline_every=1))  # every step that is timed is a whole one
+    for stage in stages.trained_stages(first):
+        still = replace(stage, optimizers={name: replace(o, lr=STILL) for name, o in stage.optimizers.items()})
+        steps: dict[int, tuple[Any, Iterator[int]]] = {}
 
-        def step(images: int, stage: Stage = stage, steps: dict[int, Any] = steps) -> None:
+        def step(images: int, stage: Stage = still, steps: Any = steps) -> None:
             if images not in steps:
-                steps.clear()  # the optimizers of one are enough
+                forget(steps)  # the optimizers of one are enough
                 networks.renew(tuple(networks))  # they may lie in shards
                 recipe = stage.recipe(networks)
-                training = replace(config.training, batch_size=images * world)
-                run = replace(config, training=training, scaling=replace(config.scaling, workers=world))
-                steps[images] = stage_stepper(stage, recipe, run, _random(config, images * world), parallel)
-            steps[images].step(0)
+                training = replace(first.training, batch_size=images * world)
+                run = replace(first, training=training, scaling=replace(first.scaling, workers=world))
+                made = stage_stepper(stage, recipe, run, _random(first, images * world), parallel)
+                steps[images] = made, itertools.cycle(range(made.steps))
+            made, numbers = steps[images]
+            made.step(next(numbers))  # in a run's order: what is made ahead is the next one's
 
-        first = replace(config, attack=replace(config.attack, pipeline_every=1))  # as the step 0 that is timed
         per_image = step_operations(first, stage.name) / config.training.batch_size
         paces[stage.name] = _pace(step, per_image, share, parallel, budget)
-        steps.clear()
+        forget(steps)
     networks.renew(tuple(networks))
     defense = networks.defense.defended(config, networks).to(parallel.device).fixed(0)
 

@@ -7,7 +7,8 @@
 was found of another defense, on other images or on more of them counts for nothing.
 ``--processes 4`` shares the shards among so many: one alone leaves a GPU waiting for its host.
 ``--only autoattack-standard-fixed`` leaves the other rows to another run.
-``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends.
+``--rehearse`` does it on a few images with a few steps, in a ball so large that AutoAttack soon ends. It needs torch,
+torchvision, pyarrow, scikit-learn and pyautoattack, and neither Ray nor MLflow.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyautoattack  # noqa: F401  # found missing now, and not at the first row that needs it
 import torch
 
 import dircluster

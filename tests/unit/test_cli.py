@@ -105,6 +105,19 @@ def test_steps_follow_the_radius_unless_they_are_given(tmp_path: Path) -> None:
     assert (paper.training_step_size, paper.step) == (None, pytest.approx(1 / 255))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--attack.epsilon", "1/5", "--attack.training-step-size", "0.075"),  # the preset's own, which does not follow
+        ("--attack.epsilon", "1/5"),
+        ("--attack.norm", "l2", "--attack.epsilon", "1", "--dir.perturb-step-size", "0.075"),
+    ],
+)
+def test_the_command_of_a_job_is_that_job(words: tuple[str, ...]) -> None:
+    job = parse("digits", *words)
+    assert parse(*shlex.split(cli.command(job))[2:]).run == job.run
+
+
 def test_a_sweep_over_the_radius_takes_the_steps_along() -> None:
     run = preset("digits")
     assert varied(run, {"attack.epsilon": 0.3}).attack.step == pytest.approx(0.15)

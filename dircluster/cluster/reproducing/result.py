@@ -23,7 +23,8 @@ from dircluster.distributed.launch import local_workers
 from dircluster.distributed.parallel import Parallel
 from dircluster.evaluation.claims import Claim, problem_of
 from dircluster.evaluation.leaderboard import as_markdown, as_page, by_threat
-from dircluster.presets.base import as_in_table_1
+from dircluster.presets import preset
+from dircluster.presets.base import as_one_of
 from dircluster.reproduction.cells import Outcome, cells_of
 from dircluster.reproduction.costs import TIMED, epoch_seconds, own_seconds
 from dircluster.reproduction.exhibits import MEASURED, Exhibit, Line
@@ -150,10 +151,8 @@ class Result:
 
     @property
     def comparable(self) -> bool:
-        """Whether data, target and threat are those of the printed numbers."""
-        data = self.config.data
-        own = self.preset in OF_THE_PAPER and (data.name, data.limit) == (self.preset, None)
-        return own and as_in_table_1(self.config)
+        """Whether what was asked for is what the printed numbers are of, but for what a budget shortens."""
+        return self.preset in OF_THE_PAPER and as_one_of(self.config, preset(self.preset))
 
     @cached_property
     def sections(self) -> list[Section]:

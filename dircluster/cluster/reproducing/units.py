@@ -181,9 +181,9 @@ class Units:
 
         run = with_values(run, {"evaluation.verdict": False})
         on_ray, spec = self.launcher == "ray", JobSpec(run_to_plain(run), folder, os.getcwd(), trust_code=True)
-        scaling = replace(run.scaling, threads=run.scaling.threads or 1)
-        if on_ray:  # the workers have devices of their own
-            scaling = replace(scaling, device="cpu")
+        scaling = run.scaling
+        if on_ray:  # the workers have devices and threads of their own
+            scaling = replace(scaling, device="cpu", threads=scaling.threads or 1)
         with local_workers(scaling) as parallel:
             judged = EvaluationJob(spec, parallel.device)
             left = judged.open_indices()

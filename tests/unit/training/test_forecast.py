@@ -15,6 +15,7 @@ from dircluster.attacks.apgd import SURVIVORS, malt_gradients
 from dircluster.config import ConfigError, ParallelConfig, RunConfig, ScalingConfig, with_values
 from dircluster.data.layout import split_sizes
 from dircluster.data.sources import load
+from dircluster.defenses.stage import Stage
 from dircluster.defenses.table import find_defense
 from dircluster.distributed.launch import WorkerError, on_local_workers
 from dircluster.distributed.parallel import Parallel
@@ -292,6 +293,22 @@ def test_a_step_exchanges_what_its_stage_trains() -> None:
     finetuned = preset("cifar10_finetune")
     assert sent(finetuned, "fsdp") > 2 * sent(finetuned)  # gathered for each step of PGD
     assert 0.5 < sent(plain, "fsdp", half=True) / sent(plain, "fsdp") < 0.6
+
+
+def test_steps_are_timed_in_the_order_of_a_run(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where batches are made ahead, a step that is asked for again would wait for its own."""
+    numbers: list[list[int]] = []
+
+    def still(stage: Stage, *given: Any) -> Any:
+        numbers.append(asked := [])
+        assert {knobs.lr for knobs in stage.optimizers.values()} == {module.STILL}
+        return SimpleNamespace(steps=3, step=asked.append, batches=SimpleNamespace(close=lambda: asked.append(-1)))
+
+    monkeypatch.setattr(module, "stage_stepper", still)
+    calibrate(smoke, ALONE, budget=1e-3)
+    for asked in numbers:
+        assert asked == [*([0, 1, 2] * len(asked))[: len(asked) - 1], -1]
+    assert max(map(len, numbers)) > 4
 
 
 def _calibrated(parallel: Parallel, config: RunConfig) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def test_without_its_unit_training_time_is_none(timed: list[RunConfig]) -> None:
         ("cifar10", {"attack.norm": "l2"}, False),
         ("cifar10", {"target.architecture": "wrn-10-2"}, False),
         ("cifar10", {"data.limit": 100}, False),
+        ("cifar10", {"target.epochs": 90}, False),
+        ("cifar10", {"dir.alpha": 0.0}, False),
         ("cifar10_small", {}, False),
         ("cifar10_smoke", {}, False),
         ("digits", {}, False),
