@@ -65,6 +65,11 @@ class Job:
     given: Annotated[frozenset[str], tyro.conf.Suppress] = frozenset()
     """Names of the settings that --config or a flag gave, whatever their values."""
 
+    @property
+    def given_settings(self) -> frozenset[str]:
+        """The same as settings are called."""
+        return frozenset(name.replace("-", "_") for name in self.given)
+
 
 @dataclass(frozen=True)
 class DefenseJob(Job):
@@ -265,8 +270,8 @@ def parse(kind: type[AnyJob], argv: Sequence[str]) -> AnyJob:
         raise ConfigError(f"--defense {job.defense} stands in the --config file: give it as a flag, once")
     flags = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
     given = frozenset(flag[2:] for flag in flags)
-    whole = with_lengths_of(job.run, run, {flag.replace("-", "_") for flag in given})
-    return dataclasses.replace(job, run=whole, given=given)
+    job = dataclasses.replace(job, given=given)
+    return dataclasses.replace(job, run=with_lengths_of(job.run, run, job.given_settings))
 
 
 def _called(words: Sequence[str]) -> str | None:

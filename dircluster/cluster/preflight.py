@@ -20,7 +20,17 @@ from pathlib import Path
 from dircluster import torchrun, zoo
 from dircluster.cluster import storage
 from dircluster.cluster.tracking import place
-from dircluster.config import ConfigError, RunConfig, digest, first_line, flatten, local_path, to_dict, without_secrets
+from dircluster.config import (
+    ConfigError,
+    RunConfig,
+    check_schedules,
+    digest,
+    first_line,
+    flatten,
+    local_path,
+    to_dict,
+    without_secrets,
+)
 from dircluster.data import layout
 from dircluster.files import FETCH, POINTER
 from dircluster.presets import search_folder
@@ -55,6 +65,8 @@ def check(config: RunConfig, on_ray: bool = True, download: bool = True, trains:
     ``on_ray``: whether the run will join the cluster that RAY_ADDRESS names; ``download``: whether it will fetch what
     is not there yet; ``trains``: whether its training images must make a batch.
     """
+    if trains:
+        check_schedules(config)
     storage.check_name(config.storage.uri)
     if config.tracking.enabled:
         place.named(config)

@@ -29,6 +29,7 @@ from dircluster.config.run import (
     RunConfig,
     as_by_itself,
     as_hashed,
+    check_schedules,
     varied,
     with_lengths_of,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "as_by_itself",
     "as_hashed",
     "as_path",
+    "check_schedules",
     "digest",
     "error_from_plain",
     "error_to_plain",

@@ -76,9 +76,8 @@ class RunConfig:
                 found in (1, channels),
                 f"target.{name} has {found} values, but data.channels is {channels}: give as many, or one for all",
             )
-        for name, optimizer, epochs in _optimizers(self):
-            given = name == "target.optimizer" and self.target.uri is not None and "optimizer" in self.unread
-            optimizer.check(name, 0 if given else epochs)
+        for name, optimizer, _ in _optimizers(self):
+            optimizer.check(name)
         for name, value in flatten(to_dict(self)).items():
             require(not isinstance(value, float) or math.isfinite(value), f"{name} must be finite, got {value}")
             small = not isinstance(value, int) or abs(value) < 2 ** (63 if name == "seed" else 31)
@@ -150,18 +149,28 @@ def with_lengths_of(run: AnyRun, usual: RunConfig, given: Container[str] = ()) -
     return with_values(run, {name: ratio and value * ratio for name, value in changed.items()})
 
 
-def varied(run: AnyRun, settings: Mapping[str, Any]) -> AnyRun:
-    """``run`` with settings by their dotted names, its other lengths in proportion to its radius.
+def varied(run: AnyRun, settings: Mapping[str, Any], given: Container[str] = ()) -> AnyRun:
+    """``run`` with settings by their dotted names, its lengths beside them in proportion to its radius.
 
-    Raises ConfigError.
+    Those that are ``given`` stay. Raises ConfigError.
     """
-    return with_lengths_of(with_values(run, settings), run, settings)
+    return with_lengths_of(with_values(run, settings), run, {*settings, *(n for n in run.lengths if n in given)})
 
 
 def as_by_itself(section: AnySection, usual: AnySection, *names: str) -> AnySection:
     """``section`` with those settings as ``usual`` has them, which nothing reads."""
     changed: Any = {name: getattr(usual, name) for name in names}
     return replace(section, **changed)  # type: ignore[type-var]
+
+
+def check_schedules(run: RunConfig) -> None:
+    """Raise ConfigError where a warm-up of a run that is to be trained takes its whole stage."""
+    for name, optimizer, epochs in _optimizers(run.canonical):  # in which what nothing reads is as it is by itself
+        require(
+            optimizer.warmup_epochs < epochs or not epochs or optimizer.schedule == "constant",
+            f"{name}.warmup_epochs must be less than the {epochs} epochs of its stage, or the rate never falls, got"
+            f" {optimizer.warmup_epochs:g}",
+        )
 
 
 def _optimizers(config: Any, prefix: str = "") -> Iterator[tuple[str, OptimizerConfig, int]]:
@@ -172,8 +181,8 @@ def _optimizers(config: Any, prefix: str = "") -> Iterator[tuple[str, OptimizerC
     for name in (each.name for each in fields(config)):
         value = getattr(config, name)
         if isinstance(value, OptimizerConfig):
-            own = getattr(config, name.replace("optimizer", "epochs"), getattr(config, "epochs", 0))
-            yield f"{prefix}{name}", value, own
+            beside = (getattr(config, each, None) for each in (name.replace("optimizer", "epochs"), "epochs"))
+            yield f"{prefix}{name}", value, next((found for found in beside if isinstance(found, int)), 0)
         elif is_dataclass(value):
             yield from _optimizers(value, f"{prefix}{name}.")
 

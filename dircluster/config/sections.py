@@ -199,11 +199,8 @@ class OptimizerConfig:
     clip: float | None = None
     """Largest gradient norm; no clipping when not given."""
 
-    def check(self, name: str, epochs: int) -> None:
-        """Raise ConfigError where a setting cannot work in a stage of ``epochs``, 0 where it trains nothing.
-
-        The run does it, which knows this optimizer's dotted name.
-        """
+    def check(self, name: str) -> None:
+        """Raise ConfigError where a setting cannot be. The run asks, which knows this optimizer's dotted ``name``."""
         require_positive(name, self, "lr")
         require(0 <= self.momentum < 1, f"{name}.momentum must lie in [0, 1), got {self.momentum}")
         require(0 <= self.beta2 < 1, f"{name}.beta2 must lie in [0, 1), got {self.beta2}")
@@ -212,11 +209,6 @@ class OptimizerConfig:
         require(self.warmup_epochs >= 0, f"{name}.warmup_epochs must be 0 or more, got {self.warmup_epochs}")
         require(self.clip is None or self.clip > 0, f"{name}.clip must be positive, got {self.clip}")
         require(min(self.milestones, default=1) > 0, f"{name}.milestones must be positive, got {self.milestones}")
-        require(
-            self.warmup_epochs < epochs or not epochs or self.canonical.schedule == "constant",
-            f"{name}.warmup_epochs must be less than the {epochs} epochs of its stage, or the rate never falls, got"
-            f" {self.warmup_epochs:g}",
-        )
 
     def rate(self, epoch: float, epochs: int) -> float:
         """Learning rate at fractional ``epoch`` of a stage of ``epochs``."""

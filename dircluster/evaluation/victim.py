@@ -152,10 +152,11 @@ class VictimModel:
 
     def bypassed(self, randomness: str, seed: int, images: int = 1) -> Model:
         """Images -> logits, the purifier's backward pass replaced by the identity (BPDA)."""
-        run, classifier = self._runner(randomness, seed, images), self._classifier()
+        run, module = self._runner(randomness, seed, images), self.module
+        classifier = None if isinstance(module, Defended) else self._classifier()
 
         def part(batch: Tensor, draws: Tensor | None) -> Tensor:
-            if draws is not None:
+            if classifier is None:
                 return self._defense.logits(batch, draws, bypassed=True)
             return classifier(straight_through(batch, self._restore(batch, None)))
 

@@ -133,8 +133,8 @@ def cells_of(
 ) -> list[list[Cell]]:
     """The cells of an exhibit, a list a line: its columns, then the strongest attack.
 
-    ``outcomes`` by key; ``comparable`` says whether the printed numbers are of the data and threat that were judged;
-    ``again`` is the command that times what is timed.
+    ``outcomes`` by key; ``comparable`` says whether the printed numbers are of what was trained and judged, but for a
+    budget; ``again`` is the command that times what is timed.
     """
     made = []
     for line in exhibit.lines:

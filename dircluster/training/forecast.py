@@ -152,7 +152,8 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
     networks, paces = stages.Networks(config, parallel), {}
     first = replace(config, attack=replace(config.attack, pipeline_every=1))  # every step that is timed is a whole one
     for stage in stages.trained_stages(first):
-        still = replace(stage, optimizers={name: replace(o, lr=STILL) for name, o in stage.optimizers.items()})
+        slow = {name: replace(knobs, lr=STILL) for name, knobs in stage.optimizers.items()}
+        still = replace(stage, optimizers=slow, epochs=10**6)  # none of its steps is the last
         steps: dict[int, tuple[Any, Iterator[int]]] = {}
 
         def step(images: int, stage: Stage = still, steps: Any = steps) -> None:
@@ -163,7 +164,7 @@ def calibrate(config: RunConfig, parallel: Parallel, budget: float = 2.0) -> Cal
                 training = replace(first.training, batch_size=images * world)
                 run = replace(first, training=training, scaling=replace(first.scaling, workers=world))
                 made = stage_stepper(stage, recipe, run, _random(first, images * world), parallel)
-                steps[images] = made, itertools.cycle(range(made.steps))
+                steps[images] = made, itertools.count()
             made, numbers = steps[images]
             made.step(next(numbers))  # in a run's order: what is made ahead is the next one's
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dircluster.config import ConfigError, RunConfig, as_hashed, digest, first_line, flatten, local_path
+from dircluster.config import ConfigError, RunConfig, as_hashed, digest, first_line, flatten, is_own_code, local_path
 from dircluster.data.layout import data_cache
 from dircluster.data.sources import load
 from dircluster.data.split import Dataset
 from dircluster.defenses.stage import Stage, architecture
-from dircluster.defenses.table import find_defense
+from dircluster.defenses.table import DEFENSES, find_defense
 from dircluster.distributed.parallel import Parallel, gather_full
 from dircluster.evaluation.attack_table import AttackSpec
 from dircluster.evaluation.evaluation import EvalShard, run
@@ -105,6 +105,9 @@ class Run:
         networks = stages.Networks(config, parallel)
         with uncompiled(config.training.compiles):  # of one and of two images, which no step has
             export.check_begins(networks["classifier"], config)
+        if self.defense.name not in DEFENSES and not is_own_code(config.target):
+            first = self.defense.defended(config, networks).to(parallel.device)
+            self._meet(VictimModel(first, first.name))  # what cannot be judged says so before anything is trained
         self._name_what_rounds(networks)
         done: StageFolder | None = None
         planned = stages.stages_of(config)
@@ -337,15 +340,22 @@ class Run:
         """The settings that a record of the stage shows: none that another run of the same stage may change."""
         return flatten(as_hashed(stages.stage_settings(self.config, stage), later={}))
 
+    def _meet(self, victim: VictimModel) -> None:
+        """Raise ConfigError where it cannot be judged; learn whether it draws at random."""
+        config, some, labels = self.config, self.data.test.pixels(slice(8)), self.data.test.labels
+        with uncompiled(config.training.compiles):
+            meet(victim, some.to(self.parallel.device), int(labels.max()), config.data.classes)
+
     def _evaluate(self, stage_folder: StageFolder, networks: stages.Networks) -> list[dict[str, Any]]:
         """The rows of the suite. Workers share its shards out; what is finished stays when a run is interrupted."""
         config, parallel, settings = self.config, self.parallel, self.config.evaluation
         say: Callable[[str], None] = self.console.say if parallel.first else lambda line: None
         began, test = time.monotonic(), self.data.test.take(judged_rows(len(self.data.test), settings))
         defense = self.defense.defended(config, networks).to(parallel.device)
-        victim = VictimModel(defense, defense.name)
-        with uncompiled(config.training.compiles):
-            meet(victim, test.pixels(slice(8)).to(parallel.device), int(test.labels.max()), config.data.classes)
+        victim, own = VictimModel(defense, defense.name), is_own_code(config.target)
+        if own or self.defense.name not in DEFENSES:  # of what is this project's all is known
+            with self._within_memory("--evaluation.rows"), interruptible(defense.classifier, self.console):
+                self._meet(victim)
         for note in victim.notes:
             say(f"evaluation: {note}")
         table_only = dataclasses.replace(settings, verdict=False)

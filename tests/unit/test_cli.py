@@ -123,6 +123,9 @@ def test_a_sweep_over_the_radius_takes_the_steps_along() -> None:
     assert varied(run, {"attack.epsilon": 0.3}).attack.step == pytest.approx(0.15)
     both = varied(run, {"attack.epsilon": 0.3, "attack.training_step_size": 0.1})
     assert both.attack.step == 0.1
+    given = parse("digits", "--attack.training-step-size", "0.02")
+    kept = varied(given.run, {"attack.epsilon": 0.3}, given.given_settings)
+    assert (kept.attack.step, kept.dir.perturb_step_size) == (0.02, pytest.approx(0.15))
     assert varied(run, {"dir.alpha": 0.0}).attack == run.attack
 
 

@@ -80,19 +80,41 @@ def test_an_error_says_which_optimizer_it_is_of(setting: str, value: object, mes
 
 
 def test_a_warm_up_must_end_before_its_stage_does() -> None:
+    """Of a run that is to be trained; one that was is read as it is."""
     run, longest = preset("digits"), "must be less than the {} epochs of its stage, or the rate never falls, got {}"
     with pytest.raises(c.ConfigError, match=rf"^target\.optimizer\.warmup_epochs {longest.format(9, 9)}$"):
-        c.with_values(run, {"target.epochs": 9})
+        c.check_schedules(c.with_values(run, {"target.epochs": 9}))
     with pytest.raises(c.ConfigError, match=rf"^dir\.optimizer\.warmup_epochs {longest.format(36, 40.5)}$"):
-        c.with_values(run, {"dir.optimizer.warmup_epochs": 40.5})
+        c.check_schedules(c.with_values(run, {"dir.optimizer.warmup_epochs": 40.5}))
+    last = {"ebm.last_epochs": 4, "ebm.last_optimizer.warmup_epochs": 4, "ebm.last_optimizer.schedule": "cosine"}
     with pytest.raises(c.ConfigError, match=r"^ebm\.last_optimizer\.warmup_epochs must be less than the 4 epochs"):
-        c.with_values(
-            preset("cifar10_ebm"),
-            {"ebm.last_epochs": 4, "ebm.last_optimizer.warmup_epochs": 4, "ebm.last_optimizer.schedule": "cosine"},
-        )
+        c.check_schedules(c.with_values(preset("cifar10_ebm"), last))
     rising = {"target.epochs": 9, "target.optimizer.schedule": "constant"}
     no_stage = {"target.epochs": 9, "target.uri": "zoo:digits-at"}, {"pretrain.epochs": 0}
-    assert all(c.with_values(run, fine) for fine in ({"target.epochs": 10}, rising, *no_stage))
+    joint = {"dir.joint": True, "pretrain.epochs": 0, "target.epochs": 5}
+    for fine in ({"target.epochs": 10}, rising, joint, *no_stage):
+        c.check_schedules(c.with_values(run, fine))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gan:
+    epochs: int = 3
+    generator: c.OptimizerConfig = c.OptimizerConfig(warmup_epochs=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class GanRun(c.RunConfig):
+    gan: Gan = Gan()
+
+
+def test_an_optimizer_may_be_called_anything() -> None:
+    with pytest.raises(c.ConfigError, match=r"^gan\.generator\.warmup_epochs must be less than the 3 epochs"):
+        c.check_schedules(GanRun())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_schedules_of_presets_work(name: str) -> None:
+    c.check_schedules(PRESETS[name]())
 
 
 def test_a_patch_must_divide_the_image() -> None:

@@ -43,14 +43,15 @@ def _tune(job: cli.TuneJob) -> int:
         return with_reachable_target(with_absolute_paths(run))
 
     def held(settings: Settings) -> Settings:
-        found = flatten(to_dict(reachable(varied(job.run, settings))))
+        found = flatten(to_dict(reachable(varied(job.run, settings, job.given_settings))))
         return {name: found[name] for name in settings}
 
     config = with_absolute_paths(job.run)
     storage.to_environment(config.storage)
     preflight.check(config)
     for settings in corners(space.ranges) or space.points:
-        preflight.check(with_absolute_paths(varied(job.run, settings)), download="data.name" in settings)
+        point = varied(job.run, settings, job.given_settings)
+        preflight.check(with_absolute_paths(point), download="data.name" in settings)
     storage.check(config)
     with Terminal() as terminal:
         from dircluster.cluster.sweeps.sweep import Sweep  # seconds of imports, in which signals are caught
@@ -64,7 +65,7 @@ def _check_chosen_by(space: Space, job: cli.TuneJob) -> None:
     from dircluster.training.stages import stages_of
 
     for settings in corners(space.ranges) or space.points:
-        run = varied(job.run, settings)
+        run = varied(job.run, settings, job.given_settings)
         try:
             if recipe_on_meta(run, stages_of(run)[-1].name).deployed() is not None:
                 return

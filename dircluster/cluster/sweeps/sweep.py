@@ -109,7 +109,8 @@ class Sweep:
         record = self._open_record(tags)
         scaling = dataclasses.replace(scaling, threads=threads, device="gpu" if on_gpu else "cpu")  # of all trials
         config = dataclasses.replace(self.config, scaling=scaling)
-        return Plan(run_to_plain(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha)
+        given = self.job.given_settings
+        return Plan(run_to_plain(config), record, self.seeds, tags, self.job.retries, at_once, self.job.asha, given)
 
     def _open_record(self, tags: dict[str, str]) -> dict[str, Any] | None:
         if not self.config.tracking.enabled:
@@ -230,7 +231,7 @@ class Sweep:
     def _lines(self) -> list[dict[str, str]]:
         def published(settings: Settings) -> tuple[float, float] | None:
             with contextlib.suppress(ConfigError):
-                return varied(self.config, settings).printed_ablation()
+                return varied(self.config, settings, self.job.given_settings).printed_ablation()
             return None
 
         return table(self._by_point(), published)
@@ -251,7 +252,7 @@ class Sweep:
         if (winner := best(points)) is None:
             self.terminal.say("best      none: nothing that has finished has a robust accuracy on held-out images")
         else:
-            run = varied(self.job.run, winner.settings)
+            run = varied(self.job.run, winner.settings, self.job.given_settings)
             command = cli.command(cli.TrainJob(self.job.preset, run, defense=self.job.defense))
             files |= {"best.yaml": cli.to_yaml(run).encode(), "best.txt": f"{command}\n".encode()}
             self.terminal.say(f"best      {settings_text(winner.settings)} (by held-out robust accuracy): {command}")

@@ -63,6 +63,8 @@ class Plan:
     retries: int = 0
     at_once: int = 1
     asha: bool = False
+    given: frozenset[str] = frozenset()
+    """Settings that the command gave: lengths among them do not follow a radius that is varied."""
     owner: str = ""
     """Names the call of Tune."""
     channel: Any = field(default=None)
@@ -74,7 +76,7 @@ class Plan:
 
     def run_of(self, task: Task) -> RunConfig:
         """The whole run of a task. Raises ConfigError: within a range there may be points that cannot be."""
-        return varied(run_from_plain(self.config), {**task.settings, "seed": task.seed})
+        return varied(run_from_plain(self.config), {**task.settings, "seed": task.seed}, self.given)
 
     def child(self, task: Task) -> Child | None:
         """What its run in MLflow is to the sweep's; None where there is no record."""
@@ -82,8 +84,8 @@ class Plan:
             return None
         seed = {"seed": task.seed} if len(self.seeds) > 1 else {}
         if not task.until:
-            varied = {**task.settings, **seed}
-            return Child(self.record["run_id"], settings_text(varied), varied)
+            own = {**task.settings, **seed}
+            return Child(self.record["run_id"], settings_text(own), own)
         run = self.run_of(task)
         decides = flatten(stage_settings(run, find_stage(run, task.until)))
         decided = {name: value for name, value in task.settings.items() if name in decides}

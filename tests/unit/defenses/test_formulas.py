@@ -279,7 +279,7 @@ def test_presets_of_joint_mode_are_the_deleted_scripts(name: str, rate: float) -
         ("target.objective", "natural", "target.objective must be at, trades or mart in joint mode"),
         ("dir.alpha", 1.0, "dir.alpha must be 0 where trades is learned in joint mode"),
         ("dir.mse_weight", 0.5, "dir.mse_weight must be 0 where trades is learned"),
-        ("pretrain.epochs", 5, "pretrain.epochs must be 0 in joint mode"),
+        ("pretrain.epochs", 1, "pretrain.epochs must be 0 in joint mode"),
     ],
 )
 def test_what_joint_mode_cannot_learn_is_refused(setting: str, value: object, message: str) -> None:

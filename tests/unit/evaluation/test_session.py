@@ -17,7 +17,7 @@ import dircluster
 from dircluster.attacks.expectation import straight_through
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig, RunConfig, to_dict, with_values
 from dircluster.data.sources import load
-from dircluster.defenses.base import Defended
+from dircluster.defenses.base import AdaptiveAttack, Defended
 from dircluster.defenses.dir import DEFENSE
 from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import find_defense
@@ -373,6 +373,10 @@ def test_a_classifier_that_draws_has_no_rows_of_its_own(at_model: nn.Module, dig
     assert {row.defense for row in found[0].rows} == {"dir"}
     assert not any(row.attack.startswith("transfer") for row in found[0].rows)
     assert "the classifier draws at random: it is judged behind the purifier alone" in found[0].notes
+    around = Identity()
+    around.adaptive = (AdaptiveAttack("around", "identity", 2),)  # its attack needs no classifier by itself
+    rows = judged(Defended(around, Drawing(at_model)), some, "paper").rows
+    assert any(row.attack.startswith("around") for row in rows)
 
 
 class Collapsed(nn.Module):

@@ -73,7 +73,9 @@ def test_what_a_targets_training_may_begin_with(made: torch.nn.Module, message: 
 def test_a_given_target_is_asked_for_gradients_where_it_is_trained_on(smoke: RunConfig) -> None:
     frozen = network(trainable=False)
     check_begins(frozen, given(smoke, "h.pt"))
-    check_begins(network(float("nan"), trainable=False), given(smoke, "h.pt"))  # weights that are replaced
+    replaced = network(float("nan"), trainable=False)  # these weights
+    check_begins(replaced, given(smoke, "h.pt"))
+    check_begins(replaced, given(smoke, "h.pt", architecture="ours:make"))
     with pytest.raises(ConfigError, match=r"^stage finetune trains the target, but none"):
         check_begins(frozen, given(preset("digits_finetune_smoke"), "h.pt"))
 

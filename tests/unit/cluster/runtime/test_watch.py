@@ -9,7 +9,7 @@ import pytest
 
 from dircluster.cluster.runtime.channel import POLL, Seen
 from dircluster.cluster.runtime.stack_dump import GONE
-from dircluster.cluster.runtime.watch import GRACE, SILENCE, Watch
+from dircluster.cluster.runtime.watch import GRACE, SILENCE, WAITS, Watch
 from dircluster.config import ScalingConfig
 from tests.unit.cluster.conftest import Clock, Terminal
 
@@ -121,6 +121,7 @@ def test_a_patient_run_waits_for_workers_as_long_as_it_takes(cluster: Cluster, t
     cluster.watch.patient = True
     assert cluster.look_for(20 * (SCALING.stall + SCALING.wait)) is None
     assert set(terminal.said) == {"waiting for 1 workers: 3 CPUs of the cluster are free"}
+    assert terminal.said[0].startswith(WAITS)  # by which a trial knows it
     cluster.look(workers=TWO, world=2, beats=2)
     assert cluster.look_for(SCALING.stall) is not None  # those that hang are ended as ever
 
