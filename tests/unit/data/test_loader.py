@@ -74,3 +74,9 @@ def test_too_few_images_are_refused() -> None:
         Loader(SPLIT, 64, 0, "test")
     with pytest.raises(ConfigError, match="at least the 9 workers"):
         Loader(SPLIT, 8, 0, "test", world=9)
+
+
+def test_stages_draw_each_their_own() -> None:
+    draws = [Loader(SPLIT, 8, 0, stage)(1, 2)[2].uniform("pgd", (3,)) for stage in ("target", "target", "dir")]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])

@@ -191,6 +191,36 @@ def test_dir_crafts_against_the_whole_pipeline_under_the_shared_masks(make_batch
     assert not torch.equal(fresh.adversarial, crafted.adversarial)
 
 
+@pytest.mark.parametrize("masks", ["shared", "fresh"])
+def test_each_step_of_crafting_meets_masks_of_its_own_or_those_of_the_update(make_batch: MakeBatch, masks: Any) -> None:
+    denoiser, classifier = parts()
+    recipe = DirRecipe(denoiser, classifier, DirConfig(crafting_masks=masks), ATTACK)
+    batch, met = make_batch(recipe), list[Tensor]()
+    denoiser.register_forward_pre_hook(lambda module, given: met.append(given[1]))
+    recipe.attack(batch)
+    names = ["masks"] * 3 if masks == "shared" else ["masks/1", "masks/2", "masks/3"]
+    assert all(torch.equal(draws, batch.draws[name]) for draws, name in zip(met, names, strict=True))
+    assert len({tuple(draws.flatten().tolist()) for draws in met}) == len(set(names))
+
+
+def test_in_joint_mode_eq_4_starts_from_what_the_target_answers_while_it_is_attacked(
+    make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from logits of the update, whose statistics are those of the batch."""
+    denoiser, asked = parts()[0], list[tuple[Tensor, Tensor]]()
+    target = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+
+    def perturbation(model: nn.Module, restored: Tensor, reference: Tensor, *_: Any) -> Tensor:
+        asked.append((reference, model(restored).detach()))
+        return torch.zeros_like(restored)
+
+    monkeypatch.setattr("dircluster.defenses.dir.perturbation", perturbation)
+    recipe = DirRecipe(denoiser, target, DirConfig(joint=True, alpha=1), ATTACK).train()
+    recipe(recipe.attack(make_batch(recipe)))
+    ((reference, answered),) = asked
+    assert torch.equal(reference, answered)
+
+
 def test_the_frozen_target_stays_as_it_is(make_batch: MakeBatch) -> None:
     denoiser, _ = parts()
     target = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 10))

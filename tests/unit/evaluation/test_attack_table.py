@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dircluster
+from dircluster.attacks.gradient import margin_loss
 from dircluster.config import AttackConfig, ConfigError, EvaluationConfig
 from dircluster.defenses.table import find_defense
 from dircluster.evaluation.attack_table import ATTACKS, Attack, AttackSetting, AttackSpec, attack_of
@@ -137,3 +138,49 @@ def test_an_attack_that_a_module_cannot_meet(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         dircluster.evaluate(plain, *digits, settings=FEW, attacks=[spec])
+
+
+def test_restarts_start_anew_and_the_strongest_of_them_counts(
+    digits: tuple[Tensor, Tensor], plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Tensor] = []
+    monkeypatch.setattr(
+        "dircluster.evaluation.attack_table.projected_ascent", lambda both, start, *_: starts.append(start) or start
+    )
+    spec, (images, labels) = AttackSpec("pgd", epsilon=0.2, steps=1, restarts=4), (part[:32] for part in digits)
+    found, _ = ATTACKS["pgd"].run(AttackSetting(VictimModel(plain, "plain"), spec, 0, 0, 256), images, labels)
+    assert len({start.numpy().tobytes() for start in starts}) == 4
+    best = torch.stack([margin_loss(plain(start), labels) for start in starts]).argmax(dim=0)
+    assert len(best.unique()) > 1
+    assert torch.equal(found, torch.stack(starts)[best, torch.arange(32)])
+
+
+@pytest.fixture
+def masked() -> VictimModel:
+    """An untrained DIR."""
+    run = preset("digits_smoke")
+    return VictimModel(find_defense(run.defense).defended(run, Networks(run, ALONE)), "dir")
+
+
+@pytest.mark.parametrize("source", ["natural", "adversarial"])
+def test_the_attack_of_eq_9_starts_at_what_is_restored_of_its_source(
+    source: Any, masked: VictimModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, begun = "dircluster.evaluation.attack_table", list[Tensor]()
+    monkeypatch.setattr(f"{room}.restored_attack", lambda model, restored, *_: begun.append(restored) or restored)
+    monkeypatch.setattr(f"{room}.projected_ascent", lambda both, start, center, *_: 1 - center)
+    images, spec = torch.rand(4, 1, 8, 8), AttackSpec("restored", "fixed", epsilon=0.3, steps=3, source=source)
+    ATTACKS["restored"].run(AttackSetting(masked, spec, 0, 7, 256), images, torch.arange(4))
+    with torch.no_grad():
+        expected = masked.restorer("fixed", 7, 4)(images if source == "natural" else 1 - images)
+    assert torch.equal(begun[0], expected)
+
+
+def test_the_attacker_of_eq_8_knows_the_masks_of_the_fixed_form_or_draws_new_ones(masked: VictimModel) -> None:
+    images = torch.rand(3, 1, 8, 8)
+    known, fresh = masked.masks("fixed", 7, 3), masked.masks("fresh", 7, 3)
+    assert torch.equal(known(), known())
+    assert not torch.equal(fresh(), fresh())
+    with torch.no_grad():
+        answered = masked.model("fixed", 7, images=3)(images)
+        torch.testing.assert_close(masked.logits_under(images, known()), answered)

@@ -114,6 +114,17 @@ def test_when_it_holds(changes: dict[str, object], to_the_bit: bool, holds: bool
 
 
 @pytest.mark.parametrize(
+    ("total", "away", "holds"), [(20, 2, True), (20, 3, False), (1000, 20, True), (1000, 21, False)]
+)
+def test_elsewhere_an_accuracy_may_be_two_points_away_and_two_images_at_the_least(
+    total: int, away: int, holds: bool
+) -> None:
+    again = dataclasses.replace(RESULT, total=total)
+    for sign in (1, -1):
+        assert Comparison(ROW | {"accuracy": 0.5 + sign * away / total}, again, False).holds is holds
+
+
+@pytest.mark.parametrize(
     ("changes", "lacks"),
     [
         ({"defense": None}, "defense"),

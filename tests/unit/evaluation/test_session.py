@@ -23,6 +23,7 @@ from dircluster.defenses.identity import Identity
 from dircluster.defenses.table import find_defense
 from dircluster.evaluation import gradient_masking
 from dircluster.evaluation.attack_runner import AttackRunner
+from dircluster.evaluation.attack_table import ATTACKS, Attack, AttackSetting
 from dircluster.evaluation.evaluation import EvalShard, Evaluation, run
 from dircluster.evaluation.html_report import _as_trained, robustbench_entry, without_draws, write_report
 from dircluster.evaluation.meeting import meet
@@ -142,6 +143,27 @@ def test_a_fixed_defense_is_judged_on_the_draws_that_the_attacker_knew(
     each = victim.model("fixed", 5, images=6)  # every image its own
     assert torch.equal(each(images), each(images))
     assert not torch.allclose(each(images[:1].expand(6, -1, -1, -1)), known(images[:1]), atol=1e-5)
+
+
+def test_known_draws_are_those_that_images_are_judged_under_and_each_shards_own(
+    defense: Defended, digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[Tensor] = []
+    seeds: list[tuple[int, int]] = []
+
+    def looks(setting: AttackSetting, images: Tensor, labels: Tensor) -> tuple[Tensor, list[str]]:
+        met.append(setting.model(len(images))(images).argmax(dim=1))
+        seeds.append((setting.seed, setting.defense_seed))
+        return images, []
+
+    monkeypatch.setitem(ATTACKS, "looks", Attack(looks))
+    spec, images = AttackSpec("looks", "fixed", epsilon=EPSILON), digits[0][:96]
+    evaluation = Evaluation([spec], 96, 0, 32, 64, MemoryStore(), VictimModel(defense, "dir"))
+    run(evaluation, lambda a, b: (images[a:b], digits[1][a:b]))
+    judged_as = evaluation.predicted(spec)
+    assert torch.equal(judged_as["fixed"][:, 0], torch.cat(met))
+    assert not torch.equal(judged_as["fresh"][:, 0], torch.cat(met))
+    assert [len(set(each)) for each in zip(*seeds, strict=True)] == [3, 3]  # starts and draws of one shard are not all
 
 
 def test_averaged_logits_and_their_gradients_do_not_depend_on_the_bound_of_rows(

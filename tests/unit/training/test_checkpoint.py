@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +159,24 @@ def _forge(folder: Path, name: str, blob: bytes) -> None:
     text = json.dumps(manifest).encode()
     (folder / ck.MANIFEST).write_bytes(text)
     (folder / ck.COMMIT).write_text(hashlib.sha256(text).hexdigest())
+
+
+def test_the_marker_is_written_last_and_is_gone_before_a_byte_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = tmp_path / "c", list[tuple[str, bool]]()
+    ck.write(folder, TENSORS, STATE, "key")
+
+    def spied(call: Any) -> Any:
+        def write(file: Path, data: Any) -> Any:
+            seen.append((file.name, (folder / ck.COMMIT).exists()))
+            return call(file, data)
+
+        return write
+
+    for name in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, spied(getattr(Path, name)))
+    ck.write(folder, TENSORS, STATE, "key")
+    assert [name for name, _ in seen[-2:]] == [ck.MANIFEST, ck.COMMIT]
+    assert len(seen) == 5
+    assert not any(committed for _, committed in seen)

@@ -84,3 +84,15 @@ def test_patience_ends_with_an_error_and_what_was_stored_stays(tmp_path: Path) -
         writer.close(1)
     assert stopped.value.exit_code == 1
     assert [f.name for f in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
+def test_best_weights_are_committed_before_the_state_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, done = Checkpoints(tmp_path, "k"), list[str]()
+    monkeypatch.setattr(checkpoints, "save", lambda step, *_: done.append(f"step {step}"))
+    monkeypatch.setattr(checkpoints, "save_at", lambda name, *_: done.append(name))
+    writer = CheckpointWriter(checkpoints, print)
+    writer.put(save(3, "best-00000003"))
+    writer.close(120)
+    assert done == ["best-00000003", "step 3"]

@@ -208,6 +208,16 @@ def test_stages_take_their_operations_at_the_pace_that_was_seen(smoke: DirRun) -
         forecast(smoke, Calibration("card", {"target": paces["target"]}), *sizes)
 
 
+def test_workers_share_all_but_pictures(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "evaluation_operations", lambda *_: 3e9)
+    found = Calibration("card", {"dir": Pace(1e9, 16, 0), EVALUATION: Pace(2e9, 16, 0)})
+    for workers in (1, 4):
+        run = with_values(smoke, {"scaling.workers": workers, "evaluation.images": 10})
+        work = module.Work(EVALUATION, steps=8e9, passes=16e9, pictures=2e9)
+        assert module.seconds_of(work, run, "dir", found) == pytest.approx(8 / workers + 8 / workers + 1)
+        assert module.judging_seconds(run, found, 90, 40) == pytest.approx(10 * 1.5 / workers)
+
+
 def test_what_a_stage_takes_once_is_part_of_its_forecast_but_not_of_an_epoch(smoke: DirRun) -> None:
     names = ("target", "pretrain", "dir", EVALUATION)
     without, found = (Calibration("card", {name: Pace(1e9, 16, 7, once) for name in names}) for once in (0.0, 5.0))

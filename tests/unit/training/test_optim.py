@@ -159,3 +159,11 @@ def test_a_run_with_fused_optimizers_is_another_stage_only_where_asked(smoke: Di
 
     assert key(fused="auto") == key()
     assert key(fused="on") != key()
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_an_optimizer_has_what_its_settings_say(name: Any) -> None:
+    knobs = OptimizerConfig(name=name, lr=0.3, momentum=0.8, beta2=0.7, weight_decay=0.02)
+    (group,) = make_optimizer([*fresh().values()], knobs).param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.02)
+    assert group["momentum"] == 0.8 if name == "sgd" else group["betas"] == (0.8, 0.7)

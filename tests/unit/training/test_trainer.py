@@ -407,6 +407,33 @@ def test_accumulation_changes_nothing_but_memory(smoke: RunConfig, tmp_path: Pat
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
 
 
+def test_every_image_weighs_the_same_where_micro_batches_differ(smoke: RunConfig, tmp_path: Path) -> None:
+    """Of 10 images in three: 3, 3 and 4."""
+    found = []
+    for microbatch in (None, 4):
+        training = TrainingConfig(batch_size=10, microbatch=microbatch)
+        trainer = make_trainer(dataclasses.replace(smoke, training=training), tmp_path, stage="target")
+        loss = trainer.step(0)[0]["loss"]
+        found.append((loss, torch.cat([p.grad.flatten() for p in trainer.parameters.values()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_the_key_of_a_stage_holds_what_the_stages_before_it_ended_in(
+    smoke: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str | None]] = []
+
+    def finished(run: Run, stage: Stage, inputs: dict[str, str | None], *_: Any) -> Any:
+        seen.append(dict(inputs))
+        return SimpleNamespace(digest=f"of {stage.name}")
+
+    monkeypatch.setattr(Run, "_stage", finished)
+    run(smoke, until="dir")
+    data = {"data": load(smoke.data, smoke.seed).fingerprint}
+    assert seen == [data, data | {"target": "of target"}, data | {"target": "of target", "pretrain": "of pretrain"}]
+
+
 def test_clipping_bounds_the_gradient(smoke: RunConfig, tmp_path: Path) -> None:
     optimizer = dataclasses.replace(smoke.dir.optimizer, name="sgd", clip=1e-3, weight_decay=0.0, momentum=0.0, lr=1.0)
     config = dataclasses.replace(smoke, dir=dataclasses.replace(smoke.dir, optimizer=optimizer))

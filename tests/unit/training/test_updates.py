@@ -20,6 +20,7 @@ from dircluster.presets.dir import DirRun
 from dircluster.training.checkpoint import Checkpoints
 from dircluster.training.interrupt import Interrupted
 from dircluster.training.protocols import NoRecord, Quiet
+from dircluster.training.running_mean import RunningMean
 from dircluster.training.trainer import Trainer
 from tests.conftest import ALONE
 from tests.unit.training.conftest import StopAfter, make_trainer
@@ -122,3 +123,14 @@ def test_the_mean_is_what_is_validated_and_kept_as_best(smoke: DirRun, tmp_path:
 def test_several_workers_refuse_several_updates(smoke: DirRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="game has several updates a step"):
         trainer(smoke, Game(), tmp_path, Quiet(), Parallel(0, 2, torch.device("cpu")))
+
+
+def test_the_running_mean_is_its_definition() -> None:
+    """Of the new weights it takes nine tenths at first, and a tenth at a decay of 0.9 in the end."""
+    mean, value = RunningMean(0.9, {"w": torch.tensor([4.0]), "count": torch.tensor(0)}), 4.0
+    for step in range(200):
+        mean.follow({"w": torch.tensor([float(step % 7)]), "count": torch.tensor(step)}, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        value = decay * value + (1 - decay) * (step % 7)
+        assert mean.tensors["w"].item() == pytest.approx(value, rel=1e-4, abs=1e-5)
+    assert mean.tensors["count"].item() == 199

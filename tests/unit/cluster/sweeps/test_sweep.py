@@ -91,6 +91,23 @@ def test_a_search_that_has_ended_chooses_no_more(smoke: DirRun, monkeypatch: pyt
     assert chosen == [0, 3]
 
 
+def test_a_search_goes_on_from_held_out_accuracies(smoke: DirRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from those on test images."""
+    monkeypatch.setattr(sweeps.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    Path(smoke.storage.uri).mkdir()
+    points, told = [{"dir.alpha": 1.0}, {"dir.alpha": 2.0}], list[object]()
+    for point, held_out, robust in zip(points, (0.5, 0.4), (0.2, 0.3), strict=True):
+        store(with_values(smoke, point), Trial(point, 0, "FINISHED", held_out, 0.75, robust))
+    monkeypatch.setattr(sweeps.Tuning, "search", lambda tuning, ranges, known, *_: told.append(known) or 0)
+    space = Space("mine", (), {"dir.alpha": (0.0, 5.0)})
+    made = Sweep(cli.TuneJob("digits_smoke", smoke, search=True, points=3), smoke, space, Terminal())
+    for number, point in enumerate(points):
+        made.notes.add_point(number, point)
+    made.plan = made._plan()
+    assert made._train() == 0
+    assert told == [[(points[0], 0.5), (points[1], 0.4)]]
+
+
 def test_a_sweep_that_is_stopped_while_ray_starts_records_nothing(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:

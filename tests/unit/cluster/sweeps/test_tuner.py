@@ -220,3 +220,33 @@ def test_what_tune_raises_is_raised(tune: Tune) -> None:
     tune.tuning.errors = [OSError("storage is away")]
     with pytest.raises(OSError, match="storage is away"):
         tune.follow()
+
+
+def test_a_search_seeks_the_highest_held_out_accuracy(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.search.optuna.OptunaSearch", lambda **given: asked.append(given))
+    monkeypatch.setattr(tune.tuning, "_fit", lambda space, chooser, samples: samples)
+    assert tune.tuning.search({"dir.alpha": (0.0, 5.0)}, [(ALPHA, 0.4), (OTHER, 0.6)], 3, 10) == 7
+    ((given),) = asked
+    assert (given["metric"], given["mode"], given["seed"]) == (METRIC, "max", tune.tuning.config.seed + 3)
+    assert (given["points_to_evaluate"], given["evaluated_rewards"]) == ([ALPHA, OTHER], [0.4, 0.6])
+
+
+def test_tune_keeps_what_is_highest(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which ASHA, too, tells who is behind."""
+    made: list[Any] = []
+
+    class Stopped(Exception):
+        pass
+
+    def tuner(*_: Any, **given: Any) -> Any:
+        made.append(given["tune_config"])
+        raise Stopped
+
+    actor = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(module.ray, "remote", lambda **_: lambda kind: actor, raising=False)
+    monkeypatch.setattr(module.tune, "Tuner", tuner)
+    with pytest.raises(Stopped):
+        tune.tuning.tasks([Task(ALPHA, 0)])
+    (config,) = made
+    assert (config.metric, config.mode) == (METRIC, "max")

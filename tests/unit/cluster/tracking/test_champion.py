@@ -10,7 +10,9 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from dircluster.cluster.tracking import registry as registered
 from dircluster.cluster.tracking.champion import CANDIDATE, CHAMPION, crown, evidence_of, note
+from dircluster.evaluation.results import headline
 
 
 class Registry:
@@ -124,3 +126,60 @@ def test_a_row_that_may_flatter_earns_nothing() -> None:
     assert line.startswith("version 2 is champion already, although its strongest row, pgd20-eot8, is marked")
     line = judged(registry, registry.add(), 0.3, marks=[])  # nor does it keep others from being champion
     assert line.startswith("version 4 is champion: the strongest row of version 2, pgd20-eot8, is marked")
+
+
+def test_images_of_other_data_are_no_comparison() -> None:
+    keys = [evidence_of([row("pgd20", 0.5)], "linf", data) for data in ("data", "data", "other data")]
+    assert keys[0] == keys[1]
+    assert keys[0] is not None
+    assert keys[2] is not None
+    assert keys[0][0] != keys[2][0]
+
+
+@pytest.mark.parametrize("weak", [50, 100])
+def test_all_that_has_judged_both_counts(weak: int) -> None:
+    registry = Registry()
+
+    def noted(version: Any, **robust: float) -> str:
+        for total in (50, 100):
+            found = evidence_of([row("pgd20", robust[f"of{total}"], total=total)], "linf", "data")
+            assert found is not None
+            note(registry, version, found)  # type: ignore[arg-type]
+        return crown(registry, version)  # type: ignore[arg-type]
+
+    noted(registry.add(), of50=0.5, of100=0.5)
+    assert registry.aliases[CHAMPION] == "1"
+    line = noted(registry.add(), **({"of50": 0.9, "of100": 0.9} | {f"of{weak}": 0.4}))
+    assert line.startswith("version 2 stays candidate: its lower bound 35.0 %")
+    assert noted(registry.add(), of50=0.9, of100=0.9).startswith("version 3 is champion")
+
+
+def test_what_defenses_are_ranked_by() -> None:
+    rows = [row("natural", 0.95, epsilon=0.0, defense="none"), row("pgd20", 0.1, defense="none")]
+    rows += [
+        row("natural", 0.9, epsilon=0.0),
+        row("pgd20", 0.6, marks=[{}]),
+        row("malt", 0.5),
+        row("l2", 0.1, norm="l2"),
+    ]
+    found = {"natural_accuracy": 0.9, "robust_accuracy": 0.5, "robust_accuracy_low": 0.45, "marked_rows": 1.0}
+    assert headline(rows, "linf") == found
+    assert headline(rows[2:3], "linf") == {"natural_accuracy": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "threat", "found"),
+    [("cifar10", "Linf", "models:/dir-x@champion"), ("cifar10", "L2", None), ("svhn", "Linf", None)],
+)
+def test_a_champion_is_found_for_its_data_set_and_threat_alone(
+    dataset: str, threat: str, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry()
+    registry.add().tags |= {registered.DATASET_TAG: "cifar10", registered.THREAT_TAG: "Linf"}
+    registry.aliases[CHAMPION] = "1"
+    client: Any = SimpleNamespace(
+        search_registered_models=lambda text: ["dir-x"] if "'dir-x'" in text else [],
+        get_model_version_by_alias=registry.get_model_version_by_alias,
+    )
+    monkeypatch.setattr(registered, "MlflowClient", lambda uri: client)
+    assert registered.find_champion(["dir", "dir-x"], dataset, threat, "http://registry") == found
