@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from dircluster.config import ConfigError, DataConfig
 from dircluster.data.layout import KNOWN_CLASSES, KNOWN_SHAPES, KNOWN_SIZES, check, split_sizes
 from dircluster.data.sources import DATASETS, load
-from dircluster.data.split import Split
 from tests.pictures import png
 
 
@@ -250,11 +249,3 @@ def test_real_svhn_and_cifar10(real_data: Path) -> None:
     one = str(real_data / "cifar10" / "test-00000-of-00001.parquet")
     with pytest.raises(ConfigError, match="no training split"):
         load(DataConfig(name="cifar10", uri=one, height=32, width=32, channels=3), seed=0)
-
-
-def test_other_labels_of_the_same_images_are_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or stages that were trained on wrong labels would be reused."""
-    (images, _), before = DATASETS["digits"](Path()), load(DataConfig(), seed=0).fingerprint
-    for labels in (images.labels, images.labels.roll(1)):
-        monkeypatch.setitem(DATASETS, "digits", lambda cache, labels=labels: (Split(images.images, labels), None))
-        assert (load(DataConfig(), seed=0).fingerprint == before) is (labels is images.labels)
